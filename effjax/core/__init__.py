@@ -1,0 +1,1 @@
+"""Ground floor: imports nothing else of effjax."""

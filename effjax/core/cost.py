@@ -1,0 +1,265 @@
+"""Parameters, ahead-of-time compiled steps with their cost and memory, compile counts, and the machine."""
+
+import contextlib
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from effjax.core.macs import holds_loop
+
+PyTree = Any
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+def count_params(tree: PyTree) -> int:
+    """Numbers held by the leaves of a tree of arrays or ``jax.ShapeDtypeStruct``.
+
+    Args:
+      tree: parameters only; pass ``nnx.state(model, nnx.Param)`` of an NNX model.
+
+    Returns:
+      The sum of the leaves' sizes.
+
+    Example:
+      >>> count_params({"kernel": np.ones((3, 4)), "bias": np.ones(4)})
+      16
+    """
+    return sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+class StepAnalysis(NamedTuple):
+    """What XLA says of one executable, per device; None where the backend does not say.
+
+    Attributes:
+      flops: floating-point operations of one call; None where the program holds a loop, as XLA
+        counts a loop's body once.
+      bytes_accessed: memory traffic of one call in bytes; None like ``flops``.
+      argument_bytes: inputs.
+      output_bytes: outputs.
+      alias_bytes: outputs that live in a donated input.
+      temp_bytes: scratch.
+    """
+
+    flops: float | None
+    bytes_accessed: float | None
+    argument_bytes: int | None
+    output_bytes: int | None
+    alias_bytes: int | None
+    temp_bytes: int | None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Arguments + outputs - aliased + temporaries."""
+        parts = (self.argument_bytes, self.output_bytes, self.alias_bytes, self.temp_bytes)
+        if None in parts:
+            return None
+        arguments, outputs, aliased, temporaries = parts
+        return arguments + outputs - aliased + temporaries
+
+
+class Executables:
+    """A function compiled ahead of time, once for each input signature; called like ``jax.jit(function)``.
+
+    Compilation is apart from execution, so it can be counted, timed and analysed. A call finds its
+    executable by the shapes and dtypes of every argument but the first: that is the training state,
+    whose structure is fixed. An executable refuses what it was not compiled for before it touches
+    any buffer; the whole signature (structure, shapes, dtypes, weak types, shardings) then decides.
+
+    Args:
+      function: traceable, with positional arguments only; bind static ones by ``functools.partial``.
+      donate_argnums: arguments whose buffers the call consumes.
+      in_shardings: as in ``jax.jit``; None leaves it to the arguments.
+      out_shardings: as in ``jax.jit``; None leaves it to the compiler, which on a mesh may move the
+        state and so cost a second compilation.
+
+    Attributes:
+      compile_s: seconds spent so far in tracing, lowering and compiling.
+
+    Example:
+      >>> step = Executables(lambda state, batch: (state + batch.sum(), {"loss": state}))
+      >>> state, metrics = step(jax.numpy.zeros(()), jax.numpy.ones(3))
+      >>> state, metrics = step(state, jax.numpy.ones(3))
+      >>> step.compiles, float(state)
+      (1, 6.0)
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        donate_argnums: int | Sequence[int] = (0,),
+        in_shardings: PyTree = None,
+        out_shardings: PyTree = None,
+    ):
+        shardings = {"in_shardings": in_shardings, "out_shardings": out_shardings}
+        given = {name: value for name, value in shardings.items() if value is not None}
+        self._jitted = jax.jit(function, donate_argnums=donate_argnums, **given)
+        self._compiled: dict[Any, tuple[jax.stages.Compiled, bool]] = {}
+        self._by_shapes: dict[Any, jax.stages.Compiled] = {}
+        self.compile_s = 0.0
+
+    @property
+    def compiles(self) -> int:
+        """Executables compiled so far."""
+        return len(self._compiled)
+
+    def __call__(self, *args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args[1:])
+        shapes = (structure, *[(getattr(x, "shape", ()), getattr(x, "dtype", type(x))) for x in leaves])
+        executable = self._by_shapes.get(shapes)
+        if executable is not None:
+            try:
+                return executable(*args)
+            except (TypeError, ValueError):
+                other = self.compile(*args)
+                if other is executable:
+                    raise
+        else:
+            other = self.compile(*args)
+        self._by_shapes[shapes] = other
+        return other(*args)
+
+    def compile(self, *args: Any) -> jax.stages.Compiled:
+        """The executable for these arguments, compiled if it is new; nothing is run.
+
+        Args:
+          *args: arrays, or ``jax.ShapeDtypeStruct`` with shardings where they matter.
+
+        Returns:
+          The compiled function.
+        """
+        leaves, structure = jax.tree.flatten(args)
+        signature = (structure, *map(_signature, leaves))
+        if signature not in self._compiled:
+            start = time.perf_counter()
+            traced = self._jitted.trace(*args)
+            compiled = traced.lower().compile()
+            self.compile_s += time.perf_counter() - start
+            self._compiled[signature] = compiled, holds_loop(traced.jaxpr)
+        return self._compiled[signature][0]
+
+    def analysis(self) -> StepAnalysis:
+        """Cost and memory of the largest executable, by peak memory.
+
+        Raises:
+          RuntimeError: nothing is compiled yet.
+        """
+        if not self._compiled:
+            raise RuntimeError("Nothing is compiled yet: call the function or its compile(*args) first.")
+        analyses = [_analyse(compiled, loop) for compiled, loop in self._compiled.values()]
+        return max(analyses, key=lambda analysis: analysis.peak_bytes or 0)
+
+
+def _signature(leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding
+    aval = jax.typeof(leaf)
+    sharding = leaf.sharding if getattr(leaf, "committed", False) else None
+    return aval.shape, aval.dtype, aval.weak_type, sharding
+
+
+def _analyse(compiled: jax.stages.Compiled, loop: bool) -> StepAnalysis:
+    cost = {} if loop else compiled.cost_analysis() or {}
+    memory = compiled.memory_analysis()
+    sizes = (getattr(memory, f"{part}_size_in_bytes", None) for part in ("argument", "output", "alias", "temp"))
+    return StepAnalysis(cost.get("flops"), cost.get("bytes accessed"), *sizes)
+
+
+class CompileLog:
+    """Backend compilations seen by ``count_compiles``.
+
+    Attributes:
+      names: of the compiled functions, in order.
+      seconds: spent in the backend compiler.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.seconds = 0.0
+
+    @property
+    def count(self) -> int:
+        """How many there were."""
+        return len(self.names)
+
+
+@contextlib.contextmanager
+def count_compiles() -> Iterator[CompileLog]:
+    """Count every compilation by the backend inside the block, whoever asks for it.
+
+    A program read from the persistent compilation cache counts too: it was not in memory.
+
+    Yields:
+      A ``CompileLog`` that fills up.
+
+    Example:
+      >>> double = jax.jit(lambda x: 2 * x)
+      >>> x = jax.numpy.ones(3)
+      >>> with count_compiles() as log:
+      ...     y = double(double(x))
+      >>> log.count
+      1
+    """
+    log = CompileLog()
+
+    def listen(event: str, seconds: float, **details: Any) -> None:
+        if event == _COMPILE_EVENT:
+            log.names.append(str(details.get("fun_name", "")))
+            log.seconds += seconds
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield log
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def hardware() -> dict[str, Any]:
+    """What this process computes on, as JSON-able values; starts the JAX backend.
+
+    Returns:
+      Accelerator (``platform``, ``device_kind``, ``devices`` and ``processes`` of the whole job,
+      ``device_memory_bytes`` of one device or None), host (``cpu``, ``cores`` this process may use,
+      ``memory_bytes``, ``system``) and the version of ``jax``.
+
+    Example:
+      >>> hardware()["cores"] >= 1
+      True
+    """
+    device = jax.local_devices()[0]
+    memory = device.memory_stats() or {}
+    return {
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "device_memory_bytes": memory.get("bytes_limit"),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "jax": jax.__version__,
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None

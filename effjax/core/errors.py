@@ -1,0 +1,76 @@
+"""Argument checks whose messages say what was given, what is legal, and the way out."""
+
+import difflib
+import math
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+class NoEffectWarning(UserWarning):
+    """A setting that changes nothing: a pattern without matches, a ladder larger than the data."""
+
+
+def near(name: str, legal: Iterable[str], n: int = 3) -> str:
+    """` Did you mean a, b?` for the names of ``legal`` closest to ``name``, or an empty string."""
+    close = difflib.get_close_matches(str(name), [str(item) for item in legal], n=n, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(item) for item in close)}?" if close else ""
+
+
+def check_choice(argument: str, value: Any, legal: Collection[Any]) -> Any:
+    """Return ``value`` if it is one of ``legal``; else raise ``ValueError`` with the nearest name."""
+    if value not in legal:
+        listed = ", ".join(repr(item) for item in legal)
+        raise ValueError(f"{argument}={value!r} is not one of {listed}.{near(value, legal)}")
+    return value
+
+
+def check_number(
+    argument: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+    integer: bool = False,
+    hint: str = "",
+) -> Any:
+    """Return ``value`` if it is a finite number in the interval; else raise ``ValueError``/``TypeError``.
+
+    Args:
+      argument: the argument's name, for the message.
+      value: a Python number or a scalar array (booleans are refused). Of a traced scalar, whose
+        value is not known yet, only the type is checked.
+      low: smallest legal value; excluded when ``open_low``.
+      high: largest legal value; excluded when ``open_high``.
+      open_low: whether ``low`` itself is illegal.
+      open_high: whether ``high`` itself is illegal.
+      integer: require an integer.
+      hint: what to do instead, appended to the message.
+    """
+    kind = "an integer" if integer else "a number"
+    if isinstance(value, bool) or not _is_number(value, integer):
+        raise TypeError(f"{argument}={value!r} must be {kind}, not {type(value).__name__}.{_space(hint)}")
+    if isinstance(value, jax.core.Tracer):
+        return value
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    if not (above and below and math.isfinite(value)):
+        left = "(" if open_low or low == -math.inf else "["
+        right = ")" if open_high or high == math.inf else "]"
+        raise ValueError(f"{argument}={value!r} must be {kind} in {left}{low}, {high}{right}.{_space(hint)}")
+    return value
+
+
+def _is_number(value: Any, integer: bool) -> bool:
+    if isinstance(value, int if integer else (int, float)):
+        return True
+    kinds = (jnp.integer,) if integer else (jnp.integer, jnp.floating)
+    return getattr(value, "shape", None) == () and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+
+
+def _space(hint: str) -> str:
+    return f" {hint}" if hint else ""

@@ -1,0 +1,158 @@
+"""Functions over the slices of a leading axis, in the form of loop that is fastest here."""
+
+import math
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from effjax.core.errors import check_choice, check_number
+
+PyTree = Any
+
+LOOPS = ("auto", "vmap", "map", "unroll")
+
+# A form is dropped after a run this many times slower than the best so far: one run of a
+# convolution's gradient inside `lax.map` on a CPU may take as long as thirty of them unrolled.
+_HOPELESS = 3.0
+_SECONDS = 0.3
+
+# Keyed by the function, weakly: a lambda made anew in every trace leaves nothing behind.
+_chosen: weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, str]] = weakref.WeakKeyDictionary()
+
+
+def stacked_map(fn: Callable[..., PyTree], stacked: PyTree, *shared: PyTree, size: int, loop: str = "auto") -> PyTree:
+    """Apply ``fn`` to every slice of a leading axis and stack the results.
+
+    ``out[i] = fn(stacked[i], *shared)`` for ``i`` in ``[0, size)``.
+
+    Args:
+      fn: function of one slice and the shared arguments; pure.
+      stacked: pytree of arrays ``[size, ...]``.
+      *shared: pytrees that every call receives whole.
+      size: length of the leading axis.
+      loop: ``'vmap'``, ``'map'`` (``lax.map``), ``'unroll'`` (a Python loop) or ``'auto'``, the fastest of the
+        three as measured by ``fastest_loop``. The forms may differ in the last bits, so name one where two
+        processes must agree bitwise.
+
+    Returns:
+      Pytree of arrays ``[size, ...]``.
+
+    Raises:
+      ValueError: an unknown ``loop``, or a leaf whose leading axis is not ``size``.
+
+    Example:
+      >>> stacked_map(lambda x, y: x + y, jnp.arange(3), 10, size=3, loop="unroll").tolist()
+      [10, 11, 12]
+    """
+    check_choice("loop", loop, LOOPS)
+    _check_size(stacked, size)
+    if loop == "auto":
+        loop = fastest_loop(fn, stacked, *shared, size=size)
+    return _FORMS[loop](fn, stacked, shared, size)
+
+
+def fastest_loop(fn: Callable[..., PyTree], stacked: PyTree, *shared: PyTree, size: int) -> str:
+    """The fastest of ``'vmap'``, ``'map'`` and ``'unroll'`` for ``stacked_map`` on the default device.
+
+    Each form is compiled and run on zeros of the arguments' shapes, in turns, and a form that falls far behind is
+    dropped after one run. The answer is kept for this function, these shapes and this backend. Works before and
+    inside ``jit``, since only shapes and dtypes of the arguments are read.
+
+    Args:
+      fn: as in ``stacked_map``. It must not close over traced values.
+      stacked: arrays or ``jax.ShapeDtypeStruct`` of shape ``[size, ...]``.
+      *shared: arrays or ``jax.ShapeDtypeStruct``.
+      size: length of the leading axis.
+
+    Returns:
+      The name of the form.
+
+    Raises:
+      ValueError: ``fn`` closes over values of an enclosing ``jit``, ``grad`` or ``vmap``.
+
+    Example:
+      >>> x = jax.ShapeDtypeStruct((3, 8), jnp.float32)
+      >>> fastest_loop(jnp.sin, x, size=3) in ("vmap", "map", "unroll")
+      True
+    """
+    check_number("size", size, low=1, integer=True)
+    _check_size(stacked, size)
+    if size == 1:
+        return "unroll"
+    avals = jax.tree.map(_aval, (stacked, shared))
+    leaves, treedef = jax.tree.flatten(avals)
+    signature = (treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves), size, jax.default_backend())
+    try:
+        known = _chosen.setdefault(fn, {})
+    except TypeError:  # not hashable or not weakly referable: measure every time
+        known = {}
+    if signature not in known:
+        known[signature] = _measure(fn, avals, size)
+    return known[signature]
+
+
+def _measure(fn: Callable[..., PyTree], avals: tuple[PyTree, tuple[PyTree, ...]], size: int) -> str:
+    # Evaluated at once even inside a trace, where it would otherwise become part of the program.
+    with jax.ensure_compile_time_eval():
+        zeros = jax.tree.map(lambda aval: jnp.zeros(aval.shape, aval.dtype), avals)
+    best: dict[str, float] = {}
+    programs = {}
+    for name, form in _FORMS.items():
+        program = jax.jit(lambda xs, shared, form=form: form(fn, xs, shared, size)).lower(*avals).compile()
+        try:
+            first = _seconds(program, zeros)
+        except TypeError as error:  # enclosing tracers were hoisted into extra inputs
+            raise ValueError(
+                "loop='auto' cannot measure a function that closes over values of an enclosing jit, grad or vmap. "
+                "Pass them as arguments, or name the loop: 'vmap', 'map' or 'unroll'."
+            ) from error
+        if first <= _HOPELESS * min(best.values(), default=math.inf):
+            best[name], programs[name] = first, program
+    stop = time.perf_counter() + _SECONDS
+    for turn in range(20):
+        for name, program in programs.items():
+            best[name] = min(best[name], _seconds(program, zeros))
+        if turn >= 2 and time.perf_counter() > stop:
+            break
+    return min(best, key=best.__getitem__)
+
+
+def _seconds(program: Callable[..., PyTree], arguments: tuple[PyTree, ...]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(program(*arguments))
+    return time.perf_counter() - start
+
+
+def _aval(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+
+def _check_size(stacked: PyTree, size: int) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(stacked):
+        if jnp.shape(leaf)[:1] != (size,):
+            raise ValueError(
+                f"stacked{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but its leading axis must be "
+                f"size={size}. Stack one slice per call along axis 0."
+            )
+
+
+def _vmap(fn: Callable[..., PyTree], stacked: PyTree, shared: tuple[PyTree, ...], size: int) -> PyTree:
+    return jax.vmap(lambda one: fn(one, *shared), axis_size=size)(stacked)
+
+
+def _unroll(fn: Callable[..., PyTree], stacked: PyTree, shared: tuple[PyTree, ...], size: int) -> PyTree:
+    outputs = [fn(jax.tree.map(lambda leaf: leaf[i], stacked), *shared) for i in range(size)]  # noqa: B023
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def _map(fn: Callable[..., PyTree], stacked: PyTree, shared: tuple[PyTree, ...], size: int) -> PyTree:
+    del size
+    return jax.lax.map(lambda one: fn(one, *shared), stacked)
+
+
+# `map` last: it is the one that may be hopeless.
+_FORMS = {"vmap": _vmap, "unroll": _unroll, "map": _map}

@@ -1,0 +1,125 @@
+"""Paths of pytree leaves, selection by regular expression, and dtype-safe scalars."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from effjax.core.errors import near
+
+PyTree = Any
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """Join a JAX key path with slashes: ``params/Dense_0/kernel``.
+
+    Linen, NNX state and Equinox spell the same leaf differently; a trailing attribute ``.value`` (of
+    an NNX variable or a Linen box) is dropped, so that one pattern serves all three. A dictionary
+    key or a parameter called ``value`` stays.
+    """
+    boxed = len(path) > 1 and getattr(path[-1], "name", None) == "value"
+    return "/".join(_key_name(key) for key in (path[:-1] if boxed else path))
+
+
+def _key_name(key: Any) -> str:
+    for field in ("key", "name", "idx"):
+        if hasattr(key, field):
+            return str(getattr(key, field)).lstrip(".")
+    return str(key)
+
+
+def leaf_paths(tree: PyTree) -> list[str]:
+    """The slash-joined path of every leaf, in the order of ``jax.tree.leaves``."""
+    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+class Selection(NamedTuple):
+    """What ``select`` found.
+
+    Attributes:
+      tree: the index of the first matching pattern at every leaf, -1 where none matches.
+      counts: leaves claimed by each pattern.
+    """
+
+    tree: PyTree
+    counts: tuple[int, ...]
+
+
+def select(tree: PyTree, patterns: Sequence[str], *, argument: str = "patterns") -> Selection:
+    """Assign every leaf to the first pattern that matches its path (``re.search``).
+
+    Args:
+      tree: any pytree.
+      patterns: regular expressions over slash-joined paths; first match wins.
+      argument: the caller's argument name, for the messages.
+
+    Returns:
+      A ``Selection``.
+
+    Raises:
+      ValueError: a pattern is no regular expression, or claims no leaf. The message tells whether
+        it matches nothing (and lists near paths) or only leaves claimed before.
+
+    Example:
+      >>> select({"a": {"kernel": 1, "bias": 2}}, ["kernel"]).counts
+      (1,)
+    """
+    compiled = [_compile(pattern, argument) for pattern in patterns]
+    names = leaf_paths(tree)
+    owners = [next((i for i, rule in enumerate(compiled) if rule.search(name)), -1) for name in names]
+    counts = tuple(owners.count(i) for i in range(len(compiled)))
+    for i, count in enumerate(counts):
+        if not count:
+            raise ValueError(_no_match(argument, patterns[i], compiled[i], names))
+    return Selection(jax.tree.unflatten(jax.tree.structure(tree), owners), counts)
+
+
+def _compile(pattern: str, argument: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{argument}: {pattern!r} is not a regular expression: {error}.") from None
+
+
+def _no_match(argument: str, pattern: str, rule: re.Pattern[str], names: list[str]) -> str:
+    hidden = [name for name in names if rule.search(name)]
+    if hidden:
+        return (
+            f"{argument}: {pattern!r} matches only leaves that an earlier pattern claims "
+            f"({len(hidden)}, e.g. {hidden[0]!r}). Put the narrower pattern first or drop it."
+        )
+    return (
+        f"{argument}: {pattern!r} matches none of the {len(names)} leaves.{near(pattern, names)} "
+        f"The leaves begin with {names[:5]}."
+    )
+
+
+def tree_scale(scale: Any, tree: PyTree) -> PyTree:
+    """``scale * leaf`` computed in float32 at least, each leaf returned in its own dtype."""
+    return jax.tree.map(lambda leaf: (wide(scale) * wide(leaf)).astype(leaf.dtype), tree)
+
+
+def wide(value: Any) -> jax.Array:
+    """``value`` as an array of float32, or float64 where it is that already.
+
+    Coefficients, losses and weights stay wide whatever the parameters' dtype: in bfloat16 0.999
+    rounds to 1.
+    """
+    array = jnp.asarray(value)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def tree_where(condition: Any, on_true: PyTree, on_false: PyTree) -> PyTree:
+    """Leafwise ``where`` with one scalar condition; typed PRNG keys are allowed."""
+    return jax.tree.map(lambda a, b: jax.lax.select(jnp.broadcast_to(condition, jnp.shape(a)), a, b), on_true, on_false)
+
+
+def map_floating(function: Callable[[jax.Array], jax.Array], tree: PyTree) -> PyTree:
+    """Apply ``function`` to the floating-point leaves and leave the rest alone."""
+
+    def apply(leaf: Any) -> Any:
+        return function(leaf) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
+
+    return jax.tree.map(apply, tree)

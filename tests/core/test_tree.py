@@ -1,0 +1,135 @@
+"""Paths, selection and dtype-safe helpers on the trees that users bring."""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from effjax.core.tree import leaf_paths, map_floating, select, tree_scale, tree_where, wide
+
+
+class Pair(NamedTuple):
+    value: int
+    other: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Linear:  # the way Equinox modules are registered
+    weight: jax.Array
+    layers: tuple
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(2, 3, rngs=rngs)
+        self.rest = nnx.List([nnx.Linear(3, 3, rngs=rngs)])
+
+
+class LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="first", kernel_init=nn.with_partitioning(nn.initializers.ones, (None, "model")))(x)
+
+
+def test_paths_of_dicts_sequences_and_dataclasses():
+    tree = {"a": [1, (2,)], "b": Linear(jnp.ones(1), ({"value": 3}, 4))}
+    assert leaf_paths(tree) == ["a/0", "a/1/0", "b/weight", "b/layers/0/value", "b/layers/1"]
+
+
+def test_paths_of_nnx_state_module_and_pure_dict_agree():
+    module = Net(nnx.Rngs(0))
+    state = nnx.state(module, nnx.Param)
+    expected = ["first/bias", "first/kernel", "rest/0/bias", "rest/0/kernel"]
+    assert leaf_paths(state) == expected
+    assert leaf_paths(nnx.to_pure_dict(state)) == expected
+    assert leaf_paths(module) == expected
+
+
+def test_paths_of_boxed_linen_params_are_those_of_plain_ones():
+    boxed = LinenNet().init(jax.random.key(0), jnp.ones((1, 2)))
+    assert leaf_paths(boxed) == leaf_paths(nn.meta.unbox(boxed)) == ["params/first/bias", "params/first/kernel"]
+
+
+def test_a_field_or_parameter_called_value_keeps_its_name():
+    assert leaf_paths(Pair(1, 2)) == ["value", "other"]
+    assert leaf_paths({"head": {"value": 1}}) == ["head/value"]
+    assert leaf_paths(3) == [""]
+
+
+def test_select_first_match_wins_and_counts():
+    tree = {"a": {"kernel": 0, "bias": 0}, "b": {"kernel": 0}, "c": 0}
+    found = select(tree, ["a/kernel", "kernel$"])
+    assert found.tree == {"a": {"kernel": 0, "bias": -1}, "b": {"kernel": 1}, "c": -1}
+    assert found.counts == (1, 1)
+
+
+def test_select_works_alike_on_linen_and_nnx():
+    linen = nn.Dense(3).init(jax.random.key(0), jnp.ones((1, 2)))
+    assert select(linen, ["kernel$"]).counts == (1,)
+    assert select(nnx.state(Net(nnx.Rngs(0)), nnx.Param), ["kernel$"]).counts == (2,)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["kernl"], r"layers: 'kernl' matches none of the 2 leaves\. Did you mean .*'kernel'"),
+        (["zzz"], r"'zzz' matches none of the 2 leaves\. The leaves begin with \['bias', 'kernel'\]"),
+        (["k", "kernel"], r"'kernel' matches only leaves that an earlier pattern claims \(1, e\.g\. 'kernel'\)"),
+        (["("], r"layers: '\(' is not a regular expression"),
+    ],
+)
+def test_select_says_what_is_wrong(patterns, message):
+    with pytest.raises(ValueError, match=message):
+        select({"kernel": 0, "bias": 0}, patterns, argument="layers")
+
+
+def test_wide_is_float32_at_least():
+    assert wide(jnp.bfloat16(0.5)).dtype == jnp.float32
+    assert wide(3).dtype == jnp.float32
+    with jax.enable_x64(True):
+        assert wide(np.float64(0.1)).dtype == jnp.float64
+        assert wide(np.float64(0.1)) == 0.1
+
+
+def test_tree_scale_multiplies_wide_and_keeps_dtypes():
+    # 1.0035 rounds to 1 in bfloat16, where nothing would change; in float32 the product rounds up to 2.
+    tree = {"half": jnp.full(2, 1.9921875, jnp.bfloat16), "full": jnp.ones(2)}
+    scaled = tree_scale(1.0035, tree)
+    assert scaled["half"].dtype == jnp.bfloat16
+    assert scaled["full"].dtype == jnp.float32
+    np.testing.assert_array_equal(scaled["half"], jnp.full(2, 2.0, jnp.bfloat16))
+
+
+def test_tree_where_selects_whole_trees_with_keys_under_jit():
+    first = {"x": jnp.ones(3), "key": jax.random.key(1), "n": np.int32(4)}
+    second = {"x": jnp.zeros(3), "key": jax.random.key(2), "n": np.int32(5)}
+    for flag, expected in ((True, first), (False, second)):
+        chosen = jax.jit(tree_where)(flag, first, second)
+        assert jnp.issubdtype(chosen["key"].dtype, jax.dtypes.prng_key)
+        assert jnp.array_equal(jax.random.key_data(chosen["key"]), jax.random.key_data(expected["key"]))
+        np.testing.assert_array_equal(chosen["x"], expected["x"])
+        assert chosen["n"] == expected["n"]
+
+
+def test_tree_where_maps_over_conditions_and_over_stacks_of_keys():
+    keys = jax.random.split(jax.random.key(0), 4)
+    chosen = tree_where(jnp.asarray(False), keys, keys[::-1])
+    assert jnp.array_equal(jax.random.key_data(chosen), jax.random.key_data(keys[::-1]))
+    rows = jax.vmap(tree_where)(jnp.asarray([True, False]), jnp.ones((2, 3)), jnp.zeros((2, 3)))
+    np.testing.assert_array_equal(rows, [[1, 1, 1], [0, 0, 0]])
+
+
+def test_map_floating_leaves_integers_and_keys_alone():
+    tree = {"w": jnp.ones(2, jnp.bfloat16), "n": jnp.arange(2), "key": jax.random.key(0), "x": 1.5, "mask": True}
+    out = map_floating(lambda leaf: leaf * 2, tree)
+    assert out["n"] is tree["n"]
+    assert out["key"] is tree["key"]
+    assert out["mask"] is True
+    assert out["x"] == 3.0
+    np.testing.assert_array_equal(out["w"], jnp.full(2, 2, jnp.bfloat16))
