@@ -1,0 +1,403 @@
+"""The generic training loop: any ``Program``, resumable bit for bit, the host never blocking the device."""
+
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.core.cost import Executables
+from effjax.core.tree import tree_where
+from effjax.data.pipeline import prefetch_to_device
+from effjax.train.checkpoint import Checkpoints
+from effjax.train.logging import JsonlLog
+from effjax.train.mesh import batch_sharding, make_mesh, state_shardings
+from effjax.train.options import TrainOptions
+from effjax.train.program import Program
+
+PyTree = Any
+
+RESUME_EXIT_CODE = 75
+"""Exit status of a run that was told to stop, has saved, and wants to be started again (EX_TEMPFAIL)."""
+
+
+class Preempted(Exception):
+    """SIGTERM (or the cluster) asked the run to stop; its state has been saved."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss, or the parameters about to be saved, are not finite.
+
+    Attributes:
+      train_s: seconds spent stepping until this was noticed.
+    """
+
+    train_s: float = 0.0
+
+
+class FitResult(NamedTuple):
+    """What a finished run leaves.
+
+    Attributes:
+      state: the final state.
+      train: means over all steps of the step metrics, through ``Program.train_metrics``.
+      train_s: seconds spent stepping, over all interruptions, without compiling, evaluating and saving.
+      skipped: updates dropped because their loss was not finite.
+    """
+
+    state: PyTree
+    train: dict[str, float]
+    train_s: float
+    skipped: int
+
+
+class Prepared:
+    """A program bound to devices: shardings, and ``init`` and ``step`` compiled when first used. Shared by seeds.
+
+    Attributes:
+      abstract: the state's shapes, dtypes and shardings.
+      batch_sharding: where batches go; None on a single device.
+      init: ``key -> state``, jitted.
+      step: the step, compiled ahead of time once for each input signature.
+    """
+
+    def __init__(self, program: Program, options: TrainOptions):
+        if options.compile_cache:
+            jax.config.update("jax_compilation_cache_dir", options.compile_cache)
+        mesh = make_mesh(options.mesh)
+        shapes = jax.eval_shape(program.init, jax.random.key(0))
+        shardings = state_shardings(mesh, shapes, program.sharding)
+        self.abstract = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+        )
+        self.batch_sharding = batch_sharding(mesh, program.batch_size)
+        self.init = jax.jit(program.init, out_shardings=shardings)
+        self.step = Executables(
+            _skip_nonfinite(program.step) if options.nonfinite == "skip" else program.step,
+            donate_argnums=(0,) if options.donate else (),
+            out_shardings=None if mesh is None else (shardings, None),
+        )
+
+
+def fit(
+    program: Program,
+    seed: int,
+    *,
+    options: TrainOptions | None = None,
+    prepared: Prepared | None = None,
+    directory: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    on_steps: Callable[[int], None] = lambda done: None,
+) -> FitResult:
+    """Train ``program`` from ``seed`` to its last step, continuing from the newest checkpoint in ``directory``.
+
+    Order of the start: checkpoint if there is one, else ``program.init``.
+
+    Args:
+      program: what to train.
+      seed: of the parameters, the step keys and the data order.
+      options: how to execute it.
+      prepared: of the same program and options, to share executables between seeds.
+      directory: of checkpoints and ``log.jsonl``; None keeps nothing.
+      identity: JSON-able description of the run, checked on resume.
+      on_steps: called now and then with the number of steps done.
+
+    Returns:
+      A ``FitResult``.
+
+    Raises:
+      NonFiniteError: and ``options.nonfinite == 'stop'``; the newest checkpoint is still good.
+      Preempted: after saving, when SIGTERM arrived.
+      CheckpointError: the newest checkpoint is damaged or foreign.
+    """
+    options = options or TrainOptions()
+    prepared = prepared or Prepared(program, options)
+    run = _Run(program, seed, options, prepared, directory, dict(identity or {}, seed=seed))
+    with _StopSignal() as stop:
+        try:
+            run.start()
+            run.train(stop, on_steps)
+            return run.finish()
+        except NonFiniteError as error:
+            error.train_s = run.train_s
+            raise
+        finally:
+            run.close()
+
+
+class _Run:
+    """One seed of one program: its state, its data and its books."""
+
+    def __init__(self, program, seed, options, prepared, directory, identity):
+        self.program, self.seed, self.options, self.prepared = program, seed, options, prepared
+        self.step = prepared.step
+        self.checkpoints = None
+        self.log = None
+        self.batches = None
+        self.directory = directory
+        if directory is not None:
+            self.checkpoints = Checkpoints(
+                Path(directory) / "checkpoints", identity, keep=options.keep, best_metric=options.best_metric
+            )
+        self.done = 0
+        self.train_s = 0.0
+        self._started: float | None = None
+        self.saved_at = time.monotonic()
+
+    def start(self) -> None:
+        source = self.program.batches(self.seed)
+        books = None
+        if self.checkpoints is not None and self.checkpoints.latest() is not None:
+            self.done, self.state, extra = self.checkpoints.restore(self.prepared.abstract)
+            source.set_state(extra["iterator"])
+            self.train_s = extra["train_s"]
+            books = extra["books"]
+        else:
+            self.state = self.prepared.init(jax.random.key(self.seed))
+        if self.directory is not None and jax.process_index() == 0:
+            self.log = JsonlLog(Path(self.directory) / "log.jsonl", step=self.done)
+        self.books = _Books(self.options, self.log, books)
+        self.batches = prefetch_to_device(source, size=self.options.prefetch, sharding=self.prepared.batch_sharding)
+        self.aux = self.program.derive(self.state) if self.program.derive else None
+
+    def train(self, stop: "_StopSignal", on_steps: Callable[[int], None]) -> None:
+        total, lag = self.program.total_steps, self.options.read_lag
+        if self.done < total:
+            self._resume_clock()
+        while self.done < total:
+            self.state, metrics = self.step(self.state, next(self.batches), self.aux)
+            self.done += 1
+            self.books.push(self.done, metrics)
+            if self.program.between is not None:
+                self._between()
+            if self.done % lag == 0 or self.done == total:
+                self._check_books()
+                on_steps(self.done)
+            self._maybe_evaluate()
+            if self._must_stop(stop):
+                self._stop()
+            if self._save_due():
+                self._save()
+        jax.block_until_ready(self.state)
+        self._pause_clock()
+
+    def finish(self) -> FitResult:
+        self._check_books(everything=True)
+        self.books.end_window(self.done)
+        if self.checkpoints is not None:
+            self._write_checkpoint(None)
+        return FitResult(
+            self.state, dict(self.program.train_metrics(self.books.means())), self.train_s, self.books.skipped
+        )
+
+    def close(self) -> None:
+        if self.batches is not None:
+            self.batches.close()
+        if self.log is not None:
+            self.log.close()
+        if self.checkpoints is not None:
+            self.checkpoints.close()
+
+    def _between(self) -> None:
+        new = self.program.between(self.state, self.done)
+        if new is not self.state:
+            self.state = new
+            self.aux = self.program.derive(new) if self.program.derive else None
+
+    def _check_books(self, everything: bool = False) -> None:
+        bad = self.books.read(0 if everything else self.options.read_lag)
+        if bad is not None and self.options.nonfinite == "stop":
+            self._pause_clock()
+            raise NonFiniteError(self._explain(bad))
+
+    def _explain(self, step: int) -> str:
+        norms = {"parameters": float(_norm(self.program.params(self.state)))}
+        last = ", ".join(f"{name}={value:.4g}" for name, value in self.books.last.items())
+        since = self.books.last_finite
+        saved = self.checkpoints.latest() if self.checkpoints is not None else None
+        return (
+            f"the loss is not finite at step {step} (last finite at step {since}). Metrics there: {last}; "
+            f"norm of the parameters now: {norms['parameters']:.4g}. Newest good checkpoint: {saved}. "
+            "Lower the learning rate, or set train.nonfinite=skip to drop such updates and count them."
+        )
+
+    def _maybe_evaluate(self) -> None:
+        every = self.options.evaluate_steps
+        if not every or self.done % every:
+            return
+        self._pause_clock()
+        metrics = {name: float(value) for name, value in self.program.evaluate(self.state).items()}
+        if self.log is not None:
+            self.log.write(step=self.done, evaluation=metrics)
+        if self.checkpoints is not None:
+            self._write_checkpoint(metrics)
+        self._resume_clock()
+
+    def _must_stop(self, stop: "_StopSignal") -> bool:
+        if jax.process_count() > 1:
+            return self.checkpoints is not None and self.checkpoints.reached_preemption(self.done)
+        return stop.requested
+
+    def _stop(self) -> None:
+        where = f"stopped after step {self.done} of {self.program.total_steps}"
+        if self.checkpoints is None:
+            raise Preempted(f"{where}; nothing was saved, since the run has no directory.")
+        self._save()
+        raise Preempted(f"{where}; the same command continues from there.")
+
+    def _save_due(self) -> bool:
+        if self.checkpoints is None or self.done == self.program.total_steps:
+            return False
+        every = self.options.checkpoint_steps
+        if every is None and jax.process_count() > 1:
+            every = max(1, self.program.total_steps // 20)
+        if every is not None:
+            return self.done % every == 0
+        return time.monotonic() - self.saved_at >= self.options.checkpoint_seconds
+
+    def _save(self) -> None:
+        self._pause_clock()
+        self._check_books(everything=True)
+        self._write_checkpoint(None)
+        self._resume_clock()
+
+    def _write_checkpoint(self, metrics: dict[str, float] | None) -> None:
+        if self.checkpoints.latest() == self.done:
+            return
+        self._check_books(everything=True)
+        if not bool(_all_finite(self.program.params(self.state))):
+            raise NonFiniteError(f"the parameters at step {self.done} are not finite; they were not saved.")
+        self.checkpoints.save(
+            self.done,
+            self.state,
+            {"iterator": self.batches.get_state(), "books": self.books.snapshot(), "train_s": self.train_s},
+            metrics,
+        )
+        self.saved_at = time.monotonic()
+
+    def _resume_clock(self) -> None:
+        self._started, self._compiled_before = time.perf_counter(), self.step.compile_s
+
+    def _pause_clock(self) -> None:
+        if self._started is not None:
+            compiling = self.step.compile_s - self._compiled_before
+            self.train_s += max(0.0, time.perf_counter() - self._started - compiling)
+            self._started = None
+
+
+class _Books:
+    """Running sums of the step metrics, read from the device a few steps late."""
+
+    def __init__(self, options: TrainOptions, log: JsonlLog | None, saved: dict | None):
+        self._options, self._log = options, log
+        self._pending: deque = deque()
+        saved = saved or {}
+        self._sums = dict(saved.get("sums", {}))
+        self._count = saved.get("count", 0)
+        self._window = dict(saved.get("window", {}))
+        self._window_count = saved.get("window_count", 0)
+        self.skipped = saved.get("skipped", 0)
+        self.last_finite = saved.get("last_finite", 0)
+        self.last: dict[str, float] = {}
+
+    def push(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        self._pending.append((step, metrics))
+
+    def read(self, lag: int) -> int | None:
+        """Read all but the newest ``lag`` steps; return the first step whose loss is not finite, if any."""
+        ready = [self._pending.popleft() for _ in range(max(0, len(self._pending) - lag))]
+        first_bad = None
+        for (step, _), metrics in zip(ready, jax.device_get([metrics for _, metrics in ready]), strict=True):
+            bad = self._add(step, {name: float(value) for name, value in metrics.items()})
+            if bad and first_bad is None:
+                first_bad = step
+                if self._options.nonfinite == "stop":
+                    break
+        return first_bad
+
+    def _add(self, step: int, metrics: dict[str, float]) -> bool:
+        bad = not np.isfinite(metrics["loss"])
+        self.last = metrics
+        if bad:
+            self.skipped += self._options.nonfinite == "skip"
+            return True
+        self.last_finite = step
+        self._count += 1
+        self._window_count += 1
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._window[name] = self._window.get(name, 0.0) + value
+        if step % self._options.log_steps == 0:
+            self.end_window(step)
+        return False
+
+    def end_window(self, step: int) -> None:
+        if self._window_count and self._log is not None:
+            self._log.write(step=step, **{name: total / self._window_count for name, total in self._window.items()})
+        self._window, self._window_count = {}, 0
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self._count for name, total in self._sums.items()}
+
+    def snapshot(self) -> dict:
+        return {
+            "sums": self._sums,
+            "count": self._count,
+            "window": self._window,
+            "window_count": self._window_count,
+            "skipped": self.skipped,
+            "last_finite": self.last_finite,
+        }
+
+
+class _StopSignal:
+    """Notes SIGTERM and SIGINT instead of dying; in several processes JAX's own preemption service listens."""
+
+    def __init__(self):
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.requested and number == signal.SIGINT:  # a second Ctrl-C means now
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def _skip_nonfinite(step: Callable) -> Callable:
+    def guarded(state, batch, aux):
+        new, metrics = step(state, batch, aux)
+        return tree_where(jnp.isfinite(metrics["loss"]), new, state), metrics
+
+    return guarded
+
+
+@jax.jit
+def _all_finite(tree: PyTree) -> jax.Array:
+    checks = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack(checks)) if checks else jnp.bool_(True)
+
+
+@jax.jit
+def _norm(tree: PyTree) -> jax.Array:
+    squares = [
+        jnp.sum(jnp.square(x.astype(jnp.float32)))
+        for x in jax.tree.leaves(tree)
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+    return jnp.sqrt(sum(squares, jnp.float32(0)))

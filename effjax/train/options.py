@@ -1,0 +1,76 @@
+"""Typed settings of the training loop."""
+
+import dataclasses
+from typing import Literal
+
+from effjax.core.errors import check_choice, check_number
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshOptions:
+    """Devices along each mesh axis; -1 on one axis takes all that remain."""
+
+    data: int = 1
+    """batch-parallel devices"""
+    model: int = 1
+    """devices that share one model's parameters"""
+    expert: int = 1
+    """devices that hold different experts"""
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            if size != -1:
+                check_number(f"mesh.{axis}", size, low=1, integer=True, hint="Use -1 for all remaining devices.")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"mesh={sizes}: only one axis may be -1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """How a run is executed; none of these fields changes what is learned, but for ``dtype``."""
+
+    accumulate: int = 1
+    """micro-batches whose gradients are averaged for one update"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """compute dtype of the model; parameters stay float32"""
+    remat: bool = False
+    """recompute activations in the backward pass"""
+    donate: bool = True
+    """reuse the old state's buffers for the new state"""
+    compile_cache: str | None = None
+    """folder of JAX's persistent compilation cache"""
+    prefetch: int = 2
+    """batches put on the device ahead of use"""
+    read_lag: int = 16
+    """steps between computing a metric and reading it, so that the host does not block the device"""
+    log_steps: int = 50
+    """steps averaged into one line of the log"""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """a non-finite loss ends the run, or its update is dropped and counted"""
+    checkpoint_seconds: float = 30.0
+    """time between checkpoints of a single process"""
+    checkpoint_steps: int | None = None
+    """steps between checkpoints; overrides the seconds (several processes default to a twentieth of the run)"""
+    keep: int = 2
+    """newest checkpoints kept"""
+    evaluate_steps: int | None = None
+    """steps between evaluations during training"""
+    best_metric: str | None = None
+    """also keep the checkpoint with the largest value of this evaluation metric (prefix - for smallest)"""
+    mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
+    """device mesh"""
+
+    def __post_init__(self):
+        for name in ("accumulate", "prefetch", "read_lag", "log_steps", "keep"):
+            check_number(f"train.{name}", getattr(self, name), low=1, integer=True)
+        check_number("train.checkpoint_seconds", self.checkpoint_seconds, low=0)
+        for name in ("checkpoint_steps", "evaluate_steps"):
+            if getattr(self, name) is not None:
+                check_number(f"train.{name}", getattr(self, name), low=1, integer=True)
+        check_choice("train.dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("train.nonfinite", self.nonfinite, ("stop", "skip"))
+        if self.best_metric is not None and self.evaluate_steps is None:
+            raise ValueError(
+                f"train.best_metric={self.best_metric!r} needs evaluations during training: set train.evaluate_steps."
+            )

@@ -1,0 +1,207 @@
+"""The generic loop: exact resume, signals, non-finite losses, compile counts, the hooks."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import BATCH, toy
+
+from effjax.core.cost import count_compiles
+from effjax.train.checkpoint import CheckpointError
+from effjax.train.logging import read_jsonl
+from effjax.train.loop import NonFiniteError, Preempted, Prepared, fit
+from effjax.train.options import MeshOptions, TrainOptions
+
+EVERY = TrainOptions(checkpoint_steps=7, log_steps=5, read_lag=4)
+
+
+def assert_same(left, right):
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+
+class _StopAt:
+    """Send this process SIGTERM once the loop has reported ``step``."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def __call__(self, done):
+        if done >= self.step:
+            self.step = 10**9
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_training_reduces_the_loss_and_reports_means():
+    result = fit(toy(200), 0)
+    assert result.train["loss"] < 25
+    assert result.train_s > 0
+    assert np.linalg.norm(result.state["params"]["w"] - np.arange(5)) < 1.0
+
+
+def test_a_seed_is_reproducible_and_seeds_differ():
+    assert_same(fit(toy(), 3).state, fit(toy(), 3).state)
+    assert not np.array_equal(fit(toy(), 3).state["params"]["w"], fit(toy(), 4).state["params"]["w"])
+
+
+@pytest.mark.parametrize("stop", [4, 16, 33])
+def test_sigterm_saves_and_the_next_run_continues_bitwise(tmp_path, stop):
+    whole = fit(toy(), 0, options=EVERY, directory=tmp_path / "whole")
+    with pytest.raises(Preempted, match="of 40"):
+        fit(toy(), 0, options=EVERY, directory=tmp_path / "cut", on_steps=_StopAt(stop))
+    resumed = fit(toy(), 0, options=EVERY, directory=tmp_path / "cut")
+    assert_same(resumed.state, whole.state)
+    assert resumed.train == whole.train
+    assert list(read_jsonl(tmp_path / "cut" / "log.jsonl")) == list(read_jsonl(tmp_path / "whole" / "log.jsonl"))
+
+
+def test_sigterm_without_a_directory_still_stops():
+    with pytest.raises(Preempted, match="nothing was saved"):
+        fit(toy(), 0, on_steps=_StopAt(4), options=EVERY)
+
+
+def test_signal_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    fit(toy(3), 0)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_finished_run_is_not_redone(tmp_path):
+    first = fit(toy(), 0, options=EVERY, directory=tmp_path)
+    calls = []
+    again = fit(toy(), 0, options=EVERY, directory=tmp_path, on_steps=calls.append)
+    assert not calls
+    assert_same(first.state, again.state)
+    assert again.train == first.train
+    assert again.train_s == first.train_s
+
+
+def test_the_step_compiles_once_for_all_seeds_and_never_after_warm_up():
+    program = toy(20)
+    prepared = Prepared(program, TrainOptions())
+    fit(program, 0, prepared=prepared)
+    with count_compiles() as log:
+        fit(program._replace(total_steps=60), 1, prepared=prepared)
+    assert prepared.step.compiles == program.compiles == 1
+    assert "step" not in log.names
+
+
+def test_donation_gives_the_same_numbers():
+    assert_same(
+        fit(toy(), 0, options=TrainOptions(donate=True)).state, fit(toy(), 0, options=TrainOptions(donate=False)).state
+    )
+
+
+def test_non_finite_loss_names_the_window_and_keeps_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"step 18 \(last finite at step 17\).*checkpoint: 14") as caught:
+        fit(toy(poison=17), 0, options=EVERY, directory=tmp_path)
+    assert caught.value.train_s > 0
+    # The good checkpoint restores, and the same error comes back instead of a poisoned run.
+    with pytest.raises(NonFiniteError, match="step 18"):
+        fit(toy(poison=17), 0, options=EVERY, directory=tmp_path)
+
+
+def test_non_finite_loss_can_be_skipped_and_is_counted():
+    result = fit(toy(poison=17), 0, options=TrainOptions(nonfinite="skip"))
+    assert result.skipped == 1
+    assert np.isfinite(result.state["params"]["w"]).all()
+    assert np.isfinite(result.train["loss"])
+
+
+def test_between_and_derive_run_on_the_host():
+    seen = []
+
+    def between(state, done):
+        if done % 10:
+            return state
+        seen.append(done)
+        return state | {"params": {"w": jnp.zeros_like(state["params"]["w"])}}
+
+    derived = []
+
+    def derive(state):
+        derived.append(float(jnp.sum(state["params"]["w"])))
+        return jnp.zeros(())
+
+    result = fit(toy(20, between=between, derive=derive), 0)
+    assert seen == [10, 20]
+    assert derived[1:] == [0.0, 0.0]
+    np.testing.assert_array_equal(result.state["params"]["w"], 0)
+
+
+def test_evaluation_during_training_keeps_the_best_checkpoint(tmp_path):
+    values = iter([3.0, 1.0, 2.0, 5.0, 4.0, 4.0])
+    options = TrainOptions(evaluate_steps=8, best_metric="-score", keep=1, checkpoint_seconds=1e9)
+    fit(toy(40, evaluate=lambda state: {"score": next(values)}), 0, options=options, directory=tmp_path)
+    evaluations = [r["evaluation"]["score"] for r in read_jsonl(tmp_path / "log.jsonl") if "evaluation" in r]
+    assert evaluations == [3.0, 1.0, 2.0, 5.0, 4.0]
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [16, 40]
+
+
+def test_a_run_of_another_identity_is_refused(tmp_path):
+    fit(toy(10), 0, directory=tmp_path, identity={"lr": 0.1})
+    with pytest.raises(CheckpointError, match=r"lr: 0\.1 there, 0\.2 here"):
+        fit(toy(10), 0, directory=tmp_path, identity={"lr": 0.2})
+
+
+def test_batch_not_divisible_by_devices_names_both_numbers():
+    code = f"""
+import jax; jax.config.update("jax_num_cpu_devices", 3)
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from toy import toy
+from effjax.train.loop import fit
+from effjax.train.options import MeshOptions, TrainOptions
+fit(toy(), 0, options=TrainOptions(mesh=MeshOptions(data=-1)))
+"""
+    done = _python(code)
+    assert f"batch_size={BATCH} is not divisible by the 3 devices" in done.stderr
+
+
+def test_eight_devices_train_as_one():
+    code = f"""
+import jax; jax.config.update("jax_num_cpu_devices", 8)
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from toy import toy
+from effjax.train.loop import fit
+from effjax.train.options import MeshOptions, TrainOptions
+import numpy as np
+w = fit(toy(), 0, options=TrainOptions(mesh=MeshOptions(data=8))).state["params"]["w"]
+assert len(w.sharding.device_set) == 8, w.sharding
+one = fit(toy(), 0).state["params"]["w"]
+np.testing.assert_allclose(w, one, rtol=2e-5)
+print("same")
+"""
+    assert _python(code).stdout.strip().endswith("same")
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"needs 4 devices and 1 are there"):
+        fit(toy(), 0, options=TrainOptions(mesh=MeshOptions(data=4)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"accumulate": 0}, "train.accumulate=0"),
+        ({"dtype": "float16"}, "train.dtype='float16'"),
+        ({"best_metric": "accuracy"}, "train.evaluate_steps"),
+        ({"nonfinite": "ignore"}, "train.nonfinite='ignore'"),
+    ],
+)
+def test_bad_options(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainOptions(**fields)
+
+
+def _python(code):
+    import subprocess
+
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=120)
