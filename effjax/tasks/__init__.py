@@ -1,0 +1,1 @@
+"""Data set, preprocessing, model, loss and metrics, by modality."""

@@ -1,0 +1,246 @@
+"""Image classification: data, normalisation, model, loss and evaluation as pure functions."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Shaped
+
+from effjax.core.errors import check_choice, check_number
+from effjax.core.shapes import pad_to
+from effjax.core.tree import wide
+from effjax.data.sets import DataSet, load
+from effjax.models.cnn import CNN
+from effjax.models.mlp import MLP
+from effjax.models.resnet import SIZES, resnet
+
+PyTree = Any
+Variables = Mapping[str, PyTree]
+Batch = Mapping[str, Shaped[Array | np.ndarray, "batch ..."]]
+Columns = dict[str, np.ndarray]
+Images = Shaped[Array | np.ndarray, "batch height width channels"]
+
+MODELS = ("mlp", "cnn", *SIZES)
+
+# Mean and standard deviation of images scaled to [0, 1]; elsewhere they are measured. CIFAR-10 takes
+# ImageNet's, which its published networks were trained with.
+_STATISTICS = {"cifar10": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+_MEASURED_ROWS = 10_000
+
+
+class Task(NamedTuple):
+    """An image classification problem.
+
+    Attributes:
+      name: ``data/model``.
+      classes: number of labels.
+      train: columns ``image`` [rows, height, width, channels] and ``label`` int32 [rows].
+      test: the same, held out.
+      mean: per-channel mean subtracted from images in [0, 1].
+      std: per-channel divisor.
+      model: the Flax module.
+      has_state: whether the model keeps running statistics besides its parameters.
+      example_inputs: one image, with the batch axis leading.
+      init: ``key -> variables``, ``{"params": ..., "batch_stats": ...}``; traceable.
+      infer: ``(variables, images) -> logits`` float32 [batch, classes] in evaluation mode; traceable.
+        Images are normalised on the device, uint8 ones scaled by 1/255 first.
+      loss: ``(variables, batch, key=None, *, train=True) -> (loss, (model_state, metrics))``, the mean
+        cross-entropy over the batch; traceable. ``model_state`` holds the collections other than
+        ``params`` (empty without ``has_state``), ``metrics`` the scalars ``loss`` and ``accuracy``,
+        and ``key`` feeds dropout in models that have it.
+      evaluate: ``variables -> {"accuracy", "nll"}`` over ``test``, in fixed-size batches; ``nll`` in
+        nats, without label smoothing.
+    """
+
+    name: str
+    classes: int
+    train: Columns
+    test: Columns
+    mean: np.ndarray
+    std: np.ndarray
+    model: nn.Module
+    has_state: bool
+    example_inputs: np.ndarray
+    init: Callable[[jax.Array], Variables]
+    infer: Callable[[Variables, jax.Array], jax.Array]
+    loss: Callable[..., tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]]
+    evaluate: Callable[[Variables], dict[str, float]]
+
+
+def image_task(
+    data: str | DataSet,
+    model: str | nn.Module,
+    *,
+    dtype: str = "float32",
+    remat: bool = False,
+    train_rows: int | None = None,
+    test_rows: int | None = None,
+    label_smoothing: float = 0.0,
+    eval_batch: int = 256,
+) -> Task:
+    """Bundle an image data set with a classifier.
+
+    With ``p = softmax(model((x - mean) / std))`` and ``q = (1 - s) onehot(y) + s / classes``, the loss
+    is ``-sum_c q_c log p_c``, in float32 whatever the model computes in.
+
+    Args:
+      data: name of a data set of ``effjax.data.sets``, or a ``DataSet`` with splits ``train`` and ``test``.
+      model: ``"mlp"``, ``"cnn"``, ``"resnet20"`` ... ``"resnet56"``, or a Linen module called as
+        ``module(images, train=...)`` that returns logits.
+      dtype: compute dtype of a model given by name, ``"float32"`` or ``"bfloat16"``.
+      remat: recompute activations of a model given by name in the backward pass.
+      train_rows: use that many training images, a fixed random choice; None for all.
+      test_rows: the same for the test images.
+      label_smoothing: ``s``, in [0, 1).
+      eval_batch: images in one evaluation batch; the last one is padded.
+
+    Returns:
+      A ``Task``.
+
+    Raises:
+      ValueError: unknown names, more rows than there are, non-finite images, labels out of range, a
+        module whose output is not [batch, classes], or ``dtype``/``remat`` together with a module.
+
+    Example:
+      >>> images = np.zeros((20, 8, 8, 1), np.uint8)
+      >>> columns = {"image": images, "label": np.arange(20, dtype=np.int32) % 2}
+      >>> data = DataSet("black", {"train": columns, "test": columns}, ("a", "b"), "CC0", "made up", "image")
+      >>> task = image_task(data, MLP((4,), classes=2), eval_batch=8)
+      >>> variables = task.init(jax.random.key(0))
+      >>> task.evaluate(variables)["accuracy"]
+      0.5
+    """
+    check_number("label_smoothing", label_smoothing, low=0, high=1, open_high=True)
+    check_number("eval_batch", eval_batch, low=1, integer=True)
+    dataset = load(data) if isinstance(data, str) else data
+    classes = len(dataset.classes)
+    train = _columns(dataset, "train", train_rows)
+    test = _columns(dataset, "test", test_rows)
+    module = _module(model, classes, dtype, remat)
+    mean, std = _statistics(dataset.name, train["image"])
+    example = test["image"][:1]
+
+    def inputs(images: Images) -> jax.Array:
+        scale = 255.0 if jnp.issubdtype(images.dtype, jnp.integer) else 1.0
+        return (wide(images) / scale - mean) / std
+
+    def init(key: jax.Array) -> Variables:
+        return module.init(key, inputs(example), train=False)
+
+    def infer(variables: Variables, images: Images) -> Float[Array, "batch classes"]:
+        return wide(module.apply(variables, inputs(images), train=False))
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    state_names = [name for name in shapes if name != "params"]
+    _check_logits(module, jax.eval_shape(infer, shapes, example).shape, classes)
+
+    def loss(
+        variables: Variables, batch: Batch, key: jax.Array | None = None, *, train: bool = True
+    ) -> tuple[Float[Array, ""], tuple[Variables, dict[str, jax.Array]]]:
+        rngs = None if key is None else {"dropout": key}
+        logits, state = module.apply(variables, inputs(batch["image"]), train=train, rngs=rngs, mutable=state_names)
+        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], classes), label_smoothing)
+        value = optax.softmax_cross_entropy(wide(logits), targets).mean()
+        return value, (state, {"loss": value, "accuracy": (logits.argmax(-1) == batch["label"]).mean()})
+
+    return Task(
+        name=f"{dataset.name}/{model if isinstance(model, str) else type(model).__name__}",
+        classes=classes,
+        train=train,
+        test=test,
+        mean=mean,
+        std=std,
+        model=module,
+        has_state=bool(state_names),
+        example_inputs=example,
+        init=init,
+        infer=infer,
+        loss=loss,
+        evaluate=_evaluator(infer, test, min(eval_batch, len(test["label"]))),
+    )
+
+
+def _columns(dataset: DataSet, split: str, rows: int | None) -> Columns:
+    """``image`` and ``label`` of one split, checked; ``rows`` of them, a fixed random choice in stored order."""
+    if split not in dataset.splits or not {"image", "label"} <= dataset.splits[split].keys():
+        held = {name: list(columns) for name, columns in dataset.splits.items()}
+        raise ValueError(f"data={dataset.name!r} holds {held}; an image task needs 'image' and 'label' in {split!r}.")
+    images, labels = (np.asarray(dataset.splits[split][column]) for column in ("image", "label"))
+    where = f"data={dataset.name!r}, split {split!r}"
+    if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels):
+        raise ValueError(
+            f"{where}: image {images.shape} and label {labels.shape} must be [rows, height, width, channels] and "
+            "[rows], with at least one row."
+        )
+    if images.dtype != np.uint8 and images.dtype.kind != "f":
+        raise ValueError(f"{where}: image has dtype {images.dtype}; it must be uint8, or floating in [0, 1].")
+    if images.dtype.kind == "f" and (bad := int((~np.isfinite(images)).any((1, 2, 3)).sum())):
+        raise ValueError(f"{where}: {bad} of {len(images)} images hold NaN or infinity. Remove or repair them.")
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(dataset.classes):
+        raise ValueError(
+            f"{where}: labels ({labels.dtype}, {labels.min()} to {labels.max()}) must be integers in "
+            f"[0, {len(dataset.classes) - 1}], the {len(dataset.classes)} classes."
+        )
+    if rows is not None:
+        check_number(f"{split}_rows", rows, low=1, high=len(labels), integer=True, hint="None takes all.")
+        chosen = np.sort(np.random.default_rng(0).permutation(len(labels))[:rows])
+        images, labels = images[chosen], labels[chosen]
+    return {"image": images, "label": labels.astype(np.int32)}
+
+
+def _module(model: str | nn.Module, classes: int, dtype: str, remat: bool) -> nn.Module:
+    check_choice("dtype", dtype, ("float32", "bfloat16"))
+    if not isinstance(model, str):
+        if dtype != "float32" or remat:
+            raise ValueError(
+                f"dtype={dtype!r} and remat={remat!r} apply to models given by name. "
+                f"Set them on the module: {type(model).__name__}(..., dtype=..., remat=...)."
+            )
+        return model
+    check_choice("model", model, MODELS)
+    fields = {"classes": classes, "dtype": jnp.dtype(dtype), "remat": remat}
+    return resnet(model, **fields) if model in SIZES else {"mlp": MLP, "cnn": CNN}[model](**fields)
+
+
+def _statistics(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if name in _STATISTICS:
+        mean, std = _STATISTICS[name]
+    else:
+        sample = images[:_MEASURED_ROWS].astype(np.float32) / (255 if images.dtype == np.uint8 else 1)
+        mean = sample.mean((0, 1, 2), np.float64)
+        std = np.maximum(sample.std((0, 1, 2), np.float64), 1 / 255)
+    return np.asarray(mean, np.float32), np.asarray(std, np.float32)
+
+
+def _check_logits(module: nn.Module, shape: tuple[int, ...], classes: int) -> None:
+    if shape != (1, classes):
+        raise ValueError(
+            f"model={type(module).__name__} returns shape {shape} for one image; the data set has {classes} classes. "
+            f"Build it with classes={classes}."
+        )
+
+
+def _evaluator(
+    infer: Callable[[Variables, jax.Array], jax.Array], columns: Columns, size: int
+) -> Callable[[Variables], dict[str, float]]:
+    rows = len(columns["label"])
+
+    @jax.jit
+    def scores(variables: Variables, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = infer(variables, images)
+        return logits.argmax(-1) == labels, optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    def evaluate(variables: Variables) -> dict[str, float]:
+        parts = []
+        for start in range(0, rows, size):
+            batch = (columns[name][start : start + size] for name in ("image", "label"))
+            parts.append(scores(variables, *(pad_to(column, size) for column in batch)))
+        # Per-example scores, so that the padding is cut off before anything is averaged.
+        correct, nll = (np.concatenate(part)[:rows] for part in zip(*jax.device_get(parts), strict=True))
+        return {"accuracy": float(correct.mean()), "nll": float(nll.mean(dtype=np.float64))}
+
+    return evaluate

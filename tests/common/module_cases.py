@@ -1,0 +1,74 @@
+"""One row for every Flax module of effjax; ``test_modules.py`` runs the matrix over them."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from effjax.models.cnn import CNN
+from effjax.models.mlp import MLP
+from effjax.models.resnet import BasicBlock, ResNet
+
+
+class ModuleCase(NamedTuple):
+    """A module at a tiny size.
+
+    Attributes:
+      stem: the row of ``METHODS``, or the backbone's file name.
+      make: ``dtype -> module``, parameters float32 whatever the compute dtype.
+      inputs: ``batch -> inputs``, every one with the batch axis leading.
+      collections: the variable collections that ``init`` creates.
+      evaluate: keywords of a call in evaluation mode.
+      train: keywords of a call in training mode.
+      bfloat16_error: largest difference of a bfloat16 run, relative to the largest output.
+    """
+
+    stem: str
+    make: Callable[[Any], nn.Module]
+    inputs: Callable[[int], tuple[jax.Array, ...]]
+    collections: tuple[str, ...] = ("params",)
+    evaluate: Mapping[str, Any] = {"train": False}
+    train: Mapping[str, Any] = {"train": True}
+    bfloat16_error: float = 0.05
+
+
+def images(batch: int, size: int = 16, channels: int = 3) -> tuple[jax.Array]:
+    return (jax.random.normal(jax.random.key(7), (batch, size, size, channels)),)
+
+
+_small = {"stages": (1, 2), "widths": (8, 16), "classes": 5}
+
+CASES: dict[str, ModuleCase] = {
+    "mlp": ModuleCase("mlp", lambda dtype: MLP((16, 8), classes=5, dtype=dtype), functools.partial(images, size=4)),
+    "cnn": ModuleCase("cnn", lambda dtype: CNN((8, 16), classes=5, dtype=dtype), images),
+    "cnn-group": ModuleCase("cnn", lambda dtype: CNN((8, 12), classes=5, norm="group", dtype=dtype), images),
+    "resnet": ModuleCase("resnet", lambda dtype: ResNet(**_small, dtype=dtype), images, ("params", "batch_stats")),
+    "resnet-imagenet": ModuleCase(
+        "resnet",
+        lambda dtype: ResNet(
+            **_small,
+            block=functools.partial(BasicBlock, shortcut="project"),
+            stem="imagenet",
+            norm="group",
+            remat=True,
+            dtype=dtype,
+        ),
+        functools.partial(images, size=32),
+    ),
+}
+
+
+def start(case: ModuleCase, dtype: Any = jnp.float32) -> tuple[nn.Module, Any]:
+    """The module and its variables, statistics moved away from their starting values."""
+    module = case.make(dtype)
+    # The default generator takes XLA's CPU backend six times as long to compile.
+    key = jax.random.key(0, impl="rbg")
+    variables = jax.jit(module.init)(key, *case.inputs(2))
+    if len(variables) > 1:
+        module_state = [name for name in variables if name != "params"]
+        train = jax.jit(lambda v, *x: module.apply(v, *x, **case.train, mutable=module_state)[1])
+        variables = {**variables, **train(variables, *case.inputs(8))}
+    return module, variables
