@@ -1,0 +1,692 @@
+"""SAMUEL: learning-rate experts by multiplicative weights (Lu, Xia, Arora, Hazan 2022, arXiv 2203.01400)."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from effjax.core.errors import NoEffectWarning, check_choice, check_number
+from effjax.core.loops import LOOPS, fastest_loop, stacked_map
+from effjax.core.tree import wide
+
+PyTree = Any
+Base = Callable[[Any], optax.GradientTransformation]
+
+_DECADES = (1.0, 0.1, 0.01, 0.001, 0.0001)
+_SELECTIONS = ("sample", "argmax", "average")
+
+
+class SamuelState(NamedTuple):
+    """State of ``samuel``.
+
+    Attributes:
+      count: int32, steps taken.
+      key: raw PRNG key of the draws; runs on through the syncs.
+      log_weights: one row per meta rate, one column per expert.
+      current_expert: int32, the expert drawn in the last step.
+      learning_rate: its rate; None where the experts are transformations.
+      synced: whether the last step ended a segment.
+      spread: running mean square of the losses' spread, see ``samuel``.
+      inner: the base optimizers' states, stacked, or a tuple of them.
+    """
+
+    count: Int[Array, ""]
+    key: UInt[Array, "words"]
+    log_weights: Float[Array, "rates experts"]
+    current_expert: Int[Array, ""]
+    learning_rate: Float[Array, ""] | None
+    synced: Bool[Array, ""]
+    spread: Float[Array, ""]
+    inner: PyTree
+
+
+def samuel(
+    base: Base | Sequence[optax.GradientTransformation],
+    learning_rates: Sequence[float] | None = None,
+    *,
+    period: int | Sequence[int] = 150,
+    total_steps: int | None = None,
+    select: str = "sample",
+    meta_rates: Sequence[float] = (0.5, 0.25, 0.125, 0.0625),
+    eta_scale: float = 20.0,
+    normalize: bool = True,
+    spread_decay: float = 0.99,
+    loss_clip: float | None = 10.0,
+    prior_odds: float = 20.0,
+    inner_state: str = "reset",
+    seed: int | Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Train E copies of a network at different learning rates and follow the best, segment by segment.
+
+    Every expert trains all the time. In step t, with the losses :math:`L_e` at the parameters before the step,
+
+    .. math::
+        p_e &\propto \textstyle\sum_q w_{qe}, \qquad c \sim p \\
+        w_{qe} &\leftarrow w_{qe} \exp(\eta_q (L_c - L_e) / s) \\
+        P_e &\leftarrow P_e + u_e
+
+    and at the end of a segment every expert continues from the drawn one: :math:`P_e \leftarrow P_c`, the weights
+    start again (at :math:`w_{qe} = \eta_q` when ``prior_odds`` is 1) and so do the base optimizers. Here
+    :math:`\eta_q` is ``eta_scale * meta_rates[q]`` and s the running root mean square of the spread (median minus
+    least loss, which up to half of the experts may diverge without disturbing), or 1 without ``normalize``.
+
+    It costs E times the memory and compute of one run, and it pays where the E runs would have been launched anyway or
+    where the data shift during the run. All parameters, gradients and states carry a leading expert axis; the losses
+    come in as ``value``. It stands outermost in a chain, and ``samuel_sync`` follows ``optax.apply_updates``::
+
+        params = samuel_init(params, experts=5)
+        losses, grads = samuel_value_and_grad(loss)(params, batch)
+        updates, state = tx.update(grads, state, params, value=losses)
+        params = samuel_sync(optax.apply_updates(params, updates), state)
+
+    Args:
+      base: ``learning_rate -> GradientTransformation``, traced once for all rates; or one transformation per expert.
+      learning_rates: one positive rate per expert; by default 1, 0.1, ..., 0.0001. None where ``base`` is a sequence.
+      period: steps in a segment, or the numbers (from 0) of the steps that end one. An eighth of the run or less, 100
+        steps or more.
+      total_steps: length of the run. Its last step ends a segment by argmax, whatever ``select``.
+      select: ``'sample'``, as in the paper; ``'argmax'``; or ``'average'`` of parameters, for convex losses only.
+      meta_rates: step sizes of the weights, all used at once.
+      eta_scale: factor of ``meta_rates``.
+      normalize: divide loss differences by their running spread.
+      spread_decay: forgetting factor of that spread per step.
+      loss_clip: losses count as at most this far above the least one, in units of s. None: no limit.
+      prior_odds: at a sync the weights go on from the old ones, but the best expert's are at most this many times
+        another's. 1 makes them equal, as in the paper, which costs some steps of chance after every sync.
+      inner_state: at a sync ``'reset'`` the base optimizers, as in the paper, or ``'copy'`` the drawn one's state.
+      seed: seed of the draws, or a PRNG key.
+
+    Returns:
+      A transformation over stacked parameters ``[E, ...]``. Its ``update`` needs ``value``, the losses ``[E]``, and
+      hands each expert its own as ``value``; ``sampled`` (an index) replaces the draw. An expert whose loss or
+      parameters are not finite has no weight until the next sync, and is never drawn while another one is finite.
+
+    Raises:
+      ValueError: rates that are not positive or not distinct; other arguments out of range; at ``init`` and
+        ``update``, arrays without the expert axis.
+
+    Example:
+      >>> tx = samuel(optax.sgd, (0.5, 0.125), period=10)
+      >>> loss = samuel_value_and_grad(lambda w, x: ((w - x) ** 2).sum())
+      >>> w = samuel_init(jnp.zeros(3), experts=2)
+      >>> state = tx.init(w)
+      >>> losses, grads = loss(w, jnp.ones(3))
+      >>> updates, state = tx.update(grads, state, w, value=losses)
+      >>> w = samuel_sync(optax.apply_updates(w, updates), state)
+      >>> w[:, 0].tolist(), state.synced.item()
+      ([1.0, 0.25], False)
+
+    The paper's box multiplies by :math:`1 + \eta r` and the authors' program (google/init2winit) by the exponential,
+    as here. That program is ``eta_scale=1, normalize=False, loss_clip=None, prior_odds=1``, except that it restarts the
+    key at every sync, so that each segment repeats the draws of the one before; here the key runs on. Normalising,
+    clipping and inherited odds are not in the paper.
+    """
+    experts = _Experts.make(base, learning_rates)
+    rule = WeightRule.make(meta_rates, eta_scale, normalize, spread_decay, loss_clip)
+    due = _schedule(period)
+    if total_steps is not None:
+        check_number("total_steps", total_steps, low=1, integer=True)
+    check_choice("select", select, _SELECTIONS)
+    check_concrete("prior_odds", prior_odds, low=1.0, hint="1 starts every segment with equal weights.")
+    check_choice("inner_state", inner_state, ("reset", "copy"))
+    if inner_state == "copy" and experts.mixed:
+        raise ValueError("inner_state='copy' needs experts that differ by their rate only. Use 'reset'.")
+    size = experts.size
+
+    def init(params: PyTree) -> SamuelState:
+        _check_stacked("params", params, size)
+        inner = experts.init(params)
+        if inner_state == "copy" and optax.tree.get_all_with_path(inner, "hyperparams"):
+            raise ValueError(
+                "inner_state='copy' would copy the drawn expert's injected hyperparameters, its rate among them, to "
+                "all. Use 'reset', or a base without optax.inject_hyperparams."
+            )
+        first = jnp.zeros((), jnp.int32)
+        return SamuelState(
+            count=jnp.zeros((), jnp.int32),
+            key=raw_key(seed),
+            log_weights=rule.births(size),
+            current_expert=first,
+            learning_rate=experts.rate(first),
+            synced=jnp.zeros((), bool),
+            spread=jnp.zeros((), float),
+            inner=inner,
+        )
+
+    def update(
+        updates: PyTree,
+        state: SamuelState,
+        params: PyTree = None,
+        *,
+        value: Float[Array, "experts"] | None = None,
+        sampled: Int[Array, ""] | int | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, SamuelState]:
+        losses = _check_losses(value, params, updates, size).astype(state.log_weights.dtype)
+        last = False if total_steps is None else state.count == total_steps - 1
+        key, draw_key = jax.random.split(jax.random.wrap_key_data(state.key))
+
+        logits = rule.logits(state.log_weights, losses)
+        drawn = jnp.argmax(logits)
+        if select == "sample":
+            drawn = jnp.where(last, drawn, jax.random.categorical(draw_key, logits))
+        drawn = jnp.asarray(drawn if sampled is None else sampled, jnp.int32)
+        played = jax.nn.softmax(logits) if select == "average" else jnp.arange(size) == drawn
+        log_weights, spread = rule.update(state.log_weights, state.spread, state.count, losses, played)
+        updates, inner = experts.update(updates, state.inner, params, losses, extra_args)
+        # A rate is float32 and would widen the updates of narrower parameters, and some base's state.
+        updates, inner = _cast_like(updates, params), _cast_like(inner, state.inner)
+
+        def sync() -> tuple[PyTree, PyTree, Array, Array]:
+            moves, target, chosen = _gather(updates, params, drawn, logits, average=select == "average")
+            copied = _spread_out(_take(inner, chosen), inner) if inner_state == "copy" else experts.init(target)
+            return moves, copied, rule.rebirths(log_weights, prior_odds), chosen
+
+        ending = due(state.count) | last
+        updates, inner, log_weights, current = jax.lax.cond(ending, sync, lambda: (updates, inner, log_weights, drawn))
+        return updates, SamuelState(
+            count=optax.safe_increment(state.count),
+            key=jax.random.key_data(key),
+            log_weights=log_weights,
+            current_expert=current,
+            learning_rate=experts.rate(current),
+            synced=ending,
+            spread=spread,
+            inner=inner,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def samuel_init(params: PyTree, experts: int) -> PyTree:
+    """Stack ``experts`` copies of the parameters (or of any other state) along a new leading axis.
+
+    Args:
+      params: pytree of arrays ``[...]``.
+      experts: their number E.
+
+    Returns:
+      Pytree of arrays ``[E, ...]``, of the same dtypes.
+
+    Example:
+      >>> samuel_init({"w": jnp.zeros(3)}, experts=2)["w"].shape
+      (2, 3)
+    """
+    check_number("experts", experts, low=1, integer=True)
+    return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], experts, axis=0), params)
+
+
+def samuel_sync(params: PyTree, state: PyTree, *others: PyTree) -> Any:
+    """After a segment's last step, overwrite every expert with the drawn one, bit for bit; else change nothing.
+
+    The update of that step alone leaves the experts apart in the last bit, and a diverged one not finite.
+
+    Args:
+      params: stacked parameters ``[E, ...]``, the step's updates applied.
+      state: state returned by that step's ``tx.update``; the ``SamuelState`` may be nested in it.
+      *others: what else belongs to an expert, with the same leading axis: BatchNorm statistics, for instance.
+
+    Returns:
+      ``params``, or the tuple ``(params, *others)`` where others were given.
+
+    Raises:
+      ValueError: ``state`` holds no ``SamuelState``.
+
+    Example:
+      >>> tx = samuel(optax.sgd, (0.5, 0.05), period=1, select="argmax")
+      >>> w = samuel_init(jnp.ones(()), experts=2)
+      >>> updates, state = tx.update(w, tx.init(w), w, value=jnp.ones(2))
+      >>> samuel_sync(optax.apply_updates(w, updates), state).tolist()
+      [0.5, 0.5]
+    """
+    found = _find(state)
+    trees = (params, *others)
+
+    def overwrite() -> tuple[PyTree, ...]:
+        return _spread_out(_take(trees, found.current_expert), trees)
+
+    trees = jax.lax.cond(found.synced, overwrite, lambda: trees)
+    return trees if others else trees[0]
+
+
+def samuel_probabilities(state: PyTree) -> Float[Array, "experts"]:
+    """The experts' probabilities of being drawn in the next step, from a state that holds a ``SamuelState``.
+
+    Args:
+      state: optimizer state.
+
+    Returns:
+      ``[E]``, sum 1.
+
+    Raises:
+      ValueError: ``state`` holds no ``SamuelState``.
+
+    Example:
+      >>> tx = samuel(optax.sgd, (0.5, 0.05))
+      >>> samuel_probabilities(tx.init(samuel_init(jnp.zeros(3), experts=2))).tolist()
+      [0.5, 0.5]
+    """
+    return jax.nn.softmax(log_probabilities(_find(state).log_weights))
+
+
+def samuel_eval_params(state: PyTree, params: PyTree, *, average: bool = False) -> PyTree:
+    """The parameters to evaluate: the most probable expert's, one network without the leading axis.
+
+    Args:
+      state: optimizer state that holds a ``SamuelState``.
+      params: stacked parameters ``[E, ...]``, or any other stacked state.
+      average: return the experts' average by probability instead (for ``select='average'``).
+
+    Returns:
+      Pytree of arrays ``[...]``.
+
+    Raises:
+      ValueError: ``state`` holds no ``SamuelState``.
+
+    Example:
+      >>> tx = samuel(optax.sgd, (0.5, 0.05))
+      >>> w = samuel_init(jnp.zeros(3), experts=2)
+      >>> samuel_eval_params(tx.init(w), w).shape
+      (3,)
+    """
+    logits = log_probabilities(_find(state).log_weights)
+    if average:
+        return _average(params, jax.nn.softmax(logits))
+    return _take(params, jnp.argmax(logits))
+
+
+def samuel_value_and_grad(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    in_axes: Sequence[int | None] = (0, None),
+    loop: str = "auto",
+    mesh: Mesh | None = None,
+    axis: str = "expert",
+) -> Callable[..., tuple[Any, PyTree]]:
+    """Losses and gradients of all experts.
+
+    ``losses[e], grads[e] = jax.value_and_grad(loss_fn)(params[e], *args)``.
+
+    Args:
+      loss_fn: ``(params, *args) -> loss``, a scalar, or ``(loss, aux)``; of one expert.
+      has_aux: whether it returns ``aux``.
+      in_axes: per argument, 0 where it has the expert axis (parameters, BatchNorm statistics, one PRNG key per
+        expert), None where the experts share it (the batch). Arguments beyond the list are shared.
+      loop: ``'vmap'``, ``'map'``, ``'unroll'`` or ``'auto'``, see ``core.loops.stacked_map``. ``auto`` is timed on
+        one device with the whole of the shared arguments. The forms differ in the last bits: name one where a
+        resumed run must repeat the interrupted one bitwise.
+      mesh: mesh with an axis of experts: each of its devices then trains ``E / mesh.shape[axis]`` of them, and
+        neither parameters nor gradients leave it. Other axes stay with the compiler.
+      axis: name of that axis.
+
+    Returns:
+      Function ``(stacked_params, *args) -> (losses, grads)`` or ``((losses, aux), grads)``, all with a leading axis E.
+
+    Raises:
+      ValueError: a leading axis differs from E; E is no multiple of the mesh axis; the mesh lacks the axis.
+
+    Example:
+      >>> f = samuel_value_and_grad(lambda w, x: (w * x).sum())
+      >>> losses, grads = f(samuel_init(jnp.ones(3), experts=2), jnp.arange(3.0))
+      >>> losses.tolist(), grads.shape
+      ([3.0, 3.0], (2, 3))
+    """
+    check_choice("loop", loop, LOOPS)
+    if not in_axes or in_axes[0] != 0 or any(entry not in (0, None) for entry in in_axes):
+        raise ValueError(f"in_axes={in_axes!r} must begin with 0, for the parameters, and hold 0 and None only.")
+    if mesh is not None:
+        check_choice("axis", axis, mesh.axis_names)
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
+
+    def one(own: tuple[PyTree, ...], *shared: PyTree) -> Any:
+        own_left, shared_left = iter(own), iter(shared)
+        marks = [*in_axes, *[None] * len(shared)][: len(own) + len(shared)]
+        return value_and_grad(*(next(own_left if mark == 0 else shared_left) for mark in marks))
+
+    def losses_and_grads(params: PyTree, *args: PyTree) -> tuple[Any, PyTree]:
+        marks = [*in_axes, *[None] * len(args)]
+        arguments = (params, *args)
+        own = tuple(argument for argument, mark in zip(arguments, marks, strict=False) if mark == 0)
+        shared = tuple(argument for argument, mark in zip(arguments, marks, strict=False) if mark is None)
+        size = _leading(params)
+        if mesh is None:
+            return stacked_map(one, own, *shared, size=size, loop=loop)
+        devices = mesh.shape[axis]
+        if size % devices:
+            raise ValueError(
+                f"{size} experts do not divide among the {devices} devices of mesh axis {axis!r}. "
+                f"Use {math.ceil(size / devices) * devices} experts, or a mesh axis that divides {size}."
+            )
+        local = size // devices
+        form = loop
+        if form == "auto":
+            slices = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((local, *leaf.shape[1:]), leaf.dtype), own)
+            form = fastest_loop(one, slices, *shared, size=local)
+        sharded = jax.shard_map(
+            lambda mine, ours: stacked_map(one, mine, *ours, size=local, loop=form),
+            mesh=mesh,
+            in_specs=(P(axis), P()),
+            out_specs=P(axis),
+            axis_names={axis},
+            check_vma=False,
+        )
+        return sharded(own, shared)
+
+    return losses_and_grads
+
+
+class WeightRule(NamedTuple):
+    """How losses move the experts' log-weights; shared by ``samuel`` and ``samuel_one_gradient``."""
+
+    meta_rates: tuple[float, ...]
+    eta_scale: Any
+    normalize: bool
+    spread_decay: Any
+    loss_clip: Any
+
+    @classmethod
+    def make(cls, meta_rates: Sequence[float], *others: Any) -> "WeightRule":
+        rule = cls(tuple(meta_rates), *others)
+        if not rule.meta_rates:
+            raise ValueError("meta_rates=() holds no rate. Give at least one, such as (0.5,).")
+        for rate in rule.meta_rates:
+            check_number("meta_rates", rate, low=0.0, open_low=True, hint="eta_scale=0 switches the weights off.")
+        check_concrete("eta_scale", rule.eta_scale, low=0.0)
+        check_concrete("spread_decay", rule.spread_decay, low=0.0, high=1.0, open_high=True)
+        if rule.loss_clip is not None:
+            check_concrete("loss_clip", rule.loss_clip, low=0.0, open_low=True)
+        return rule
+
+    def births(self, size: int) -> Float[Array, "rates experts"]:
+        """Log-weights of a new segment: a row starts at the logarithm of its meta rate."""
+        return jnp.repeat(jnp.log(jnp.asarray(self.meta_rates, float))[:, None], size, axis=1)
+
+    def rebirths(self, log_weights: Float[Array, "rates experts"], odds: Any) -> Float[Array, "rates experts"]:
+        """Log-weights after a sync: each row's own, relative to its best and at most ``log odds`` below it."""
+        best = log_weights.max(axis=1, keepdims=True)
+        behind = jnp.where(jnp.isfinite(log_weights), log_weights - best, -jnp.inf)
+        return self.births(log_weights.shape[1]) + jnp.maximum(behind, -jnp.log(wide(odds))).astype(log_weights.dtype)
+
+    def logits(self, log_weights: Float[Array, "rates experts"], losses: Float[Array, "experts"]) -> Array:
+        """Unnormalised log-probabilities, without the experts whose loss is not finite while another's is."""
+        finite = jnp.isfinite(losses)
+        return jnp.where(finite | ~finite.any(), log_probabilities(log_weights), -jnp.inf)
+
+    def update(
+        self,
+        log_weights: Float[Array, "rates experts"],
+        spread: Float[Array, ""],
+        count: Int[Array, ""],
+        losses: Float[Array, "experts"],
+        played: Array,
+    ) -> tuple[Array, Array]:
+        """One multiplicative update; ``played`` says whose loss, or which mixture's, is the reference.
+
+        An expert whose loss is not finite dies; if no loss is, the weights stay as they were.
+        """
+        finite = jnp.isfinite(losses)
+        excess = jnp.where(finite, losses - jnp.min(losses, where=finite, initial=jnp.inf), 0.0)
+        scale = jnp.ones((), losses.dtype)
+        if self.normalize:
+            # The median of the finite ones.
+            ordered, number = jnp.sort(jnp.where(finite, excess, jnp.inf)), finite.sum()
+            now = (0.5 * (ordered[(number - 1) // 2] + ordered[number // 2])) ** 2
+            now = self.spread_decay * spread + (1 - self.spread_decay) * now
+            spread = jnp.where(finite.any(), now, spread).astype(spread.dtype)
+            root = jnp.sqrt(spread / (1 - self.spread_decay ** (count + 1.0)))
+            scale = jnp.where(root > 0, root, 1.0).astype(scale.dtype)
+        if self.loss_clip is not None:
+            excess = jnp.minimum(excess, self.loss_clip * scale)
+        excess = jnp.where(finite, excess, excess.max())
+        gap = (jnp.sum(played * excess) - excess) / scale
+        etas = self.eta_scale * jnp.asarray(self.meta_rates, losses.dtype)
+        moved = jnp.where(finite, log_weights + etas[:, None] * gap, -jnp.inf).astype(log_weights.dtype)
+        return jnp.where(finite.any(), moved, log_weights), spread
+
+
+class _Experts(NamedTuple):
+    """The base optimizers behind one interface: a factory traced once over the rates, or a sequence."""
+
+    base: Any
+    rates: Any  # [E], or None where `base` is a sequence
+    size: int
+
+    @property
+    def mixed(self) -> bool:
+        return self.rates is None
+
+    @classmethod
+    def make(cls, base: Any, rates: Any) -> "_Experts":
+        if callable(base):
+            rates = check_rates("learning_rates", _DECADES if rates is None else rates)
+            experts = cls(base, rates, len(rates))
+        else:
+            if rates is not None:
+                raise ValueError(
+                    "learning_rates must be None where base is a sequence of transformations, which hold their own "
+                    "rates. To vary the rate only, pass a function: base=optax.adam."
+                )
+            if not base or not all(isinstance(tx, optax.GradientTransformation) for tx in base):
+                raise TypeError(
+                    f"base={base!r} must be a function of the learning rate, such as optax.adam, or a sequence of "
+                    "optax transformations."
+                )
+            experts = cls(tuple(optax.with_extra_args_support(tx) for tx in base), None, len(base))
+        if experts.size == 1:
+            warnings.warn(
+                "samuel with one expert has nothing to choose from. Give two learning rates or more, or use the base "
+                "optimizer alone.",
+                NoEffectWarning,
+                stacklevel=3,
+            )
+        return experts
+
+    def rate(self, expert: Array) -> Array | None:
+        return None if self.mixed else jnp.asarray(self.rates, float)[expert]
+
+    def init(self, params: PyTree) -> PyTree:
+        if self.mixed:
+            return tuple(tx.init(_row(params, e)) for e, tx in enumerate(self.base))
+        inner = jax.vmap(lambda rate, own: self.base(rate).init(own))(self._aligned_rates(params), params)
+        return _aligned(inner, params)
+
+    def update(self, grads: PyTree, inner: PyTree, params: PyTree, losses: Array, extra: dict) -> tuple[PyTree, PyTree]:
+        if self.mixed:
+            pairs = [
+                tx.update(_row(grads, e), inner[e], _row(params, e), **extra | {"value": losses[e]})
+                for e, tx in enumerate(self.base)
+            ]
+            updates = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(pair[0] for pair in pairs))
+            return updates, tuple(pair[1] for pair in pairs)
+
+        def one(rate: Array, grad: PyTree, own_inner: PyTree, own: PyTree, loss: Array) -> tuple[PyTree, PyTree]:
+            tx = optax.with_extra_args_support(self.base(rate))
+            return tx.update(grad, own_inner, own, **extra | {"value": loss})
+
+        return jax.vmap(one)(self._aligned_rates(params), grads, inner, params, _aligned(losses, params))
+
+    def _aligned_rates(self, params: PyTree) -> Array:
+        return _aligned(jnp.asarray(self.rates, float), params)
+
+
+def _schedule(period: int | Sequence[int]) -> Callable[[Array], Array]:
+    if isinstance(period, Sequence) or getattr(period, "ndim", 0) == 1:
+        steps = sorted(int(check_number("period", int(step), low=0, integer=True)) for step in period)
+        return lambda count: jnp.isin(count, jnp.asarray(steps, jnp.int32))
+    check_number("period", period, low=1, integer=True, hint="It is the number of steps between two syncs.")
+    return lambda count: (count + 1) % period == 0
+
+
+def check_rates(argument: str, rates: Any) -> Any:
+    if isinstance(rates, jax.core.Tracer):
+        return rates
+    rates = np.atleast_1d(np.asarray(rates, np.float64)).tolist()
+    for rate in rates:
+        check_number(argument, rate, low=0.0, open_low=True)
+    if repeated := sorted({rate for rate in rates if rates.count(rate) > 1}):
+        raise ValueError(
+            f"{argument}={rates!r} repeats {repeated}: two equal experts do the same work twice. Drop one."
+        )
+    return rates
+
+
+def raw_key(seed: int | Array) -> UInt[Array, "words"]:
+    """A PRNG key as plain words, which every checkpoint format can hold; always a new buffer."""
+    key = jax.random.key(seed) if isinstance(seed, int) else jnp.asarray(seed)
+    return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jnp.array(key)
+
+
+def check_concrete(argument: str, value: Any, **limits: Any) -> None:
+    if not isinstance(value, jax.core.Tracer):  # injected hyperparameters arrive traced
+        check_number(argument, value, **limits)
+
+
+def _check_stacked(argument: str, tree: PyTree, size: int) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    for path, leaf in leaves:
+        if isinstance(leaf, optax.MaskedNode):
+            raise ValueError(
+                "samuel cannot sit inside optax.partition or optax.masked: an expert is a whole network, judged by one "
+                "loss. Put it outside: samuel(lambda lr: optax.partition(...), learning_rates)."
+            )
+        if jnp.shape(leaf)[:1] != (size,):
+            raise ValueError(
+                f"{argument}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but needs a leading axis of "
+                f"{size}, the number of experts. Stack the parameters with effjax.samuel_init(params, {size})."
+            )
+
+
+def _check_losses(value: Any, params: PyTree, updates: PyTree, size: int) -> Float[Array, "experts"]:
+    if params is None:
+        raise ValueError("samuel needs the parameters: tx.update(grads, state, params, value=losses).")
+    if value is None:
+        raise ValueError(
+            "samuel needs value, the losses of the experts: "
+            "losses, grads = effjax.samuel_value_and_grad(loss)(params, batch); "
+            "tx.update(grads, state, params, value=losses)."
+        )
+    _check_stacked("params", params, size)
+    _check_stacked("updates", updates, size)
+    if jnp.shape(value) != (size,):
+        raise ValueError(f"value has shape {jnp.shape(value)}, but must hold one loss per expert: ({size},).")
+    return _replicated(wide(value))
+
+
+def _leading(tree: PyTree) -> int:
+    leaves = jax.tree.leaves(tree)
+    if not leaves or not jnp.ndim(leaves[0]):
+        raise ValueError("params must be stacked arrays [E, ...]: use effjax.samuel_init(params, experts).")
+    return leaves[0].shape[0]
+
+
+def _find(state: PyTree) -> SamuelState:
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, SamuelState))
+    found = [node for node in nodes if isinstance(node, SamuelState)]
+    if len(found) != 1:
+        raise ValueError(
+            f"state={type(state).__name__} holds {len(found)} SamuelState, but exactly one is needed. "
+            "Pass the state that tx.init or tx.update of samuel returned."
+        )
+    return found[0]
+
+
+def log_probabilities(log_weights: Float[Array, "rates experts"]) -> Float[Array, "experts"]:
+    """Unnormalised; uniform when all experts are dead."""
+    log_p = jax.nn.logsumexp(log_weights, axis=0)
+    return jnp.where(jnp.isneginf(log_p).all(), 0.0, log_p)
+
+
+def _gather(
+    updates: PyTree, params: PyTree, drawn: Array, logits: Array, *, average: bool
+) -> tuple[PyTree, PyTree, Array]:
+    """Updates that bring every expert to the drawn one (or to the average), the parameters there, and the expert."""
+    after = optax.apply_updates(params, updates)
+    sound = _all_finite(after)
+    sound |= ~sound.any()
+    logits = jnp.where(sound, logits, -jnp.inf)
+    chosen = jnp.where(sound[drawn], drawn, jnp.argmax(logits).astype(jnp.int32))
+    anchor, own = _take(params, chosen), _take(updates, chosen)
+    if average:
+        mean = _average(after, jax.nn.softmax(logits))
+        own = jax.tree.map(lambda m, p, u: (m - p).astype(u.dtype), mean, anchor, own)
+    target = _spread_out(optax.apply_updates(anchor, own), params)
+    # The chosen expert keeps its own update: P_c + ((P_c + u_c) - P_c) is not P_c + u_c to the last bit.
+    leads = jnp.arange(logits.size) == chosen
+    moves = jax.tree.map(
+        lambda t, p, o, u: jnp.where(_column(leads, u), o, (t - p).astype(u.dtype)), target, params, own, updates
+    )
+    return moves, target, chosen
+
+
+def _column(values: Array, like: Array) -> Array:
+    return values.reshape(values.shape + (1,) * (like.ndim - 1))
+
+
+def _row(tree: PyTree, expert: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[expert], tree)
+
+
+def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, model: jnp.asarray(leaf, jnp.asarray(model).dtype), tree, like)
+
+
+def _take(tree: PyTree, expert: Array) -> PyTree:
+    """``leaf[expert]`` as a masked sum: other experts' NaN stay out, and a sharded expert axis costs one all-reduce."""
+
+    def take(leaf: Array) -> Array:
+        mask = _column(jnp.arange(leaf.shape[0]) == expert, leaf)
+        return jnp.sum(jnp.where(mask, leaf, jnp.zeros_like(leaf)), axis=0, dtype=leaf.dtype)
+
+    return jax.tree.map(take, tree)
+
+
+def _average(tree: PyTree, weights: Float[Array, "experts"]) -> PyTree:
+    def average(leaf: Array) -> Array:
+        column = _column(weights, leaf)
+        return jnp.sum(jnp.where(column > 0, column * wide(leaf), 0.0), axis=0).astype(leaf.dtype)
+
+    return jax.tree.map(average, tree)
+
+
+def _spread_out(one: PyTree, like: PyTree) -> PyTree:
+    """Copy one expert's arrays to all; the sum takes over the sharding of ``like`` on explicit meshes too."""
+    return jax.tree.map(lambda leaf, stacked: jnp.zeros_like(stacked) + leaf, one, like)
+
+
+def _all_finite(tree: PyTree) -> Bool[Array, "experts"]:
+    sound = [
+        _replicated(jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))))
+        for leaf in jax.tree.leaves(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    return jnp.stack(sound).all(axis=0)
+
+
+def _aligned(tree: PyTree, like: PyTree) -> PyTree:
+    """On explicit meshes, shard all leading axes as ``like``'s, which ``vmap`` requires; else change nothing."""
+    leaves = jax.tree.leaves(like)
+    sharding = jax.typeof(leaves[0]).sharding if leaves else None  # none under optax.tree.map_params
+    if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
+        return tree
+
+    def align(leaf: Array) -> Array:
+        spec = P(sharding.spec[0], *jax.typeof(leaf).sharding.spec[1:])
+        return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, spec))
+
+    return jax.tree.map(align, tree)
+
+
+def _replicated(values: Array) -> Array:
+    mesh = jax.typeof(values).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return values
+    return jax.sharding.reshard(values, NamedSharding(mesh, P(*[None] * values.ndim)))

@@ -1,0 +1,249 @@
+"""SAMUEL with one parameter set: candidate rates scored by forward passes, for somebody else's loop."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, UInt
+
+from effjax.core.errors import check_choice, check_number
+from effjax.core.tree import wide
+from effjax.optim.samuel import WeightRule, check_concrete, check_rates, log_probabilities, raw_key
+
+PyTree = Any
+
+# Log-weights stay this close to the best one, so that a rate that lost, or diverged, can come back.
+_FLOOR = 30.0
+# What an evaluation changes.
+_CHOICE = ("evaluations", "key", "log_weights", "learning_rate", "spread")
+
+
+class SamuelOneGradientState(NamedTuple):
+    """State of ``samuel_one_gradient``.
+
+    Attributes:
+      count: int32, steps taken.
+      evaluations: int32, how often the candidates were scored.
+      key: raw PRNG key of the draws.
+      log_weights: one row per meta rate, one column per candidate.
+      learning_rate: the rate in use.
+      spread: running mean square of the losses' spread, see ``samuel``.
+      displacement: sum of the base's updates, at rate 1, since the last evaluation.
+      inner: the base optimizer's state.
+    """
+
+    count: Int[Array, ""]
+    evaluations: Int[Array, ""]
+    key: UInt[Array, "words"]
+    log_weights: Float[Array, "rates candidates"]
+    learning_rate: Float[Array, ""]
+    spread: Float[Array, ""]
+    displacement: PyTree
+    inner: PyTree
+
+
+def samuel_one_gradient(
+    base: Callable[[Any], optax.GradientTransformation] | optax.GradientTransformation,
+    learning_rates: Sequence[float],
+    *,
+    every: int = 10,
+    select: str = "argmax",
+    discount: float = 1.0,
+    meta_rates: Sequence[float] = (0.5, 0.25, 0.125, 0.0625),
+    eta_scale: float = 20.0,
+    normalize: bool = True,
+    spread_decay: float = 0.9,
+    loss_clip: float | None = 10.0,
+    seed: int | Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Choose the learning rate during the run, among candidates that are scored by forward passes only.
+
+    The base runs at rate 1 and gives directions :math:`d_t`; the parameters move by :math:`\gamma d_t`. Every n steps,
+    before the step, each rate is scored by where it would have led, on a batch that none of the directions has seen:
+
+    .. math::
+        L_e = \ell_t\Bigl(P_t + (\gamma_e - \gamma) \sum_{i=t-n}^{t-1} d_i\Bigr), \qquad
+        \log w_{qe} \leftarrow \delta \log w_{qe} - \eta_q L_e / s, \qquad
+        p_e \propto \textstyle\sum_q w_{qe}
+
+    and the most probable rate (or a drawn one) becomes :math:`\gamma`; :math:`\eta_q` and s are those of ``samuel``. It
+    costs one buffer as large as the parameters and E forward passes in n steps. It stands outermost, and the loop
+    passes the loss of the batch at hand as a function of the parameters, as for Optax's line searches::
+
+        updates, state = tx.update(grads, state, params, value_fn=lambda p: loss(p, batch))
+
+    Scores over n steps are short-sighted: near the noise floor a smaller rate always looks better than it is, because
+    the price of slow progress lies beyond them. Scores over a single step are more so, and forgetting old scores
+    (``discount`` below 1) gives that bias its way. Give rates that could all be left on: factors of two or three
+    around a sensible one, rather than decades.
+
+    Args:
+      base: ``learning_rate -> GradientTransformation`` whose update is proportional to the rate (SGD with momentum,
+        Adam, AdamW, ...: checked by ``init`` on a few numbers); or the transformation at rate 1 itself.
+      learning_rates: two or more candidates; their median is used until the first evaluation.
+      every: steps between two evaluations, n.
+      select: ``'argmax'`` or ``'sample'``.
+      discount: what old log-weights are multiplied by at an evaluation.
+      meta_rates: step sizes of the weights, all used at once.
+      eta_scale: factor of ``meta_rates``.
+      normalize: divide loss differences by their running spread.
+      spread_decay: forgetting factor of that spread per evaluation.
+      loss_clip: losses count as at most this far above the least one, in units of s. None: no limit.
+      seed: seed of the draws, or a PRNG key.
+
+    Returns:
+      A transformation; ``optax.tree.get(state, "learning_rate")`` is the rate of the step taken.
+
+    Raises:
+      ValueError: fewer than two rates, or rates not positive or not distinct; other arguments out of range; at
+        ``init``, a base that is not proportional to its rate; at ``update``, no ``value_fn``; parameters masked by
+        ``optax.partition`` or ``optax.masked``; a state under ``vmap``.
+
+    Example:
+      >>> tx = samuel_one_gradient(optax.sgd, (0.4, 0.1, 0.025), every=2)
+      >>> loss = lambda w: ((w - 1.0) ** 2).sum()
+      >>> w = jnp.zeros(3)
+      >>> state = tx.init(w)
+      >>> for _ in range(3):
+      ...     updates, state = tx.update(jax.grad(loss)(w), state, w, value_fn=loss)
+      ...     w = optax.apply_updates(w, updates)
+      >>> round(optax.tree.get(state, "learning_rate").item(), 3)
+      0.4
+
+    A variant of Lu, Xia, Arora, Hazan 2022 (arXiv 2203.01400), not in the paper: there every expert trains its own
+    network. Weights are never reset, but stay within a factor of e^30 of the largest.
+    """
+    if not isinstance(base, optax.GradientTransformation) and not callable(base):
+        raise TypeError(f"base={base!r} must be a function of the learning rate, such as optax.adam.")
+    rates = check_rates("learning_rates", learning_rates)
+    if len(rates) < 2:
+        raise ValueError(f"learning_rates={rates!r} leave nothing to choose from. Give two rates or more.")
+    check_number("every", every, low=1, integer=True)
+    check_choice("select", select, ("argmax", "sample"))
+    check_concrete("discount", discount, low=0.0, high=1.0, open_low=True)
+    rule = WeightRule.make(meta_rates, eta_scale, normalize, spread_decay, loss_clip)
+    direction = optax.with_extra_args_support(base if isinstance(base, optax.GradientTransformation) else base(1.0))
+
+    def init(params: PyTree) -> SamuelOneGradientState:
+        _check_whole(params)
+        if not isinstance(base, optax.GradientTransformation):
+            _check_proportional(base, params)
+        return SamuelOneGradientState(
+            count=jnp.zeros((), jnp.int32),
+            evaluations=jnp.zeros((), jnp.int32),
+            key=raw_key(seed),
+            log_weights=rule.births(len(rates)),
+            learning_rate=jnp.asarray(np.sort(rates)[(len(rates) - 1) // 2], float),
+            spread=jnp.zeros((), float),
+            displacement=jax.tree.map(jnp.zeros_like, params),
+            inner=direction.init(params),
+        )
+
+    def evaluate(
+        state: SamuelOneGradientState, params: PyTree, value_fn: Callable[[PyTree], Array]
+    ) -> dict[str, Array]:
+        def score(rate: Array) -> Array:
+            loss = value_fn(_move(params, rate - state.learning_rate, state.displacement))
+            if jnp.shape(loss) != ():
+                raise ValueError(f"value_fn must return one loss, not an array of shape {jnp.shape(loss)}.")
+            return wide(loss).astype(state.log_weights.dtype)
+
+        candidates = jnp.asarray(rates, state.learning_rate.dtype)
+        losses = jax.lax.map(score, candidates)
+        faded = discount * (state.log_weights - rule.births(len(rates))) + rule.births(len(rates))
+        best = jnp.arange(len(rates)) == jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
+        log_weights, spread = rule.update(faded, state.spread, state.evaluations, losses, best)
+        log_weights = jnp.maximum(log_weights, log_weights.max() - _FLOOR).astype(state.log_weights.dtype)
+        key, draw_key = jax.random.split(jax.random.wrap_key_data(state.key))
+        logits = log_probabilities(log_weights)
+        chosen = jnp.argmax(logits) if select == "argmax" else jax.random.categorical(draw_key, logits)
+        return {
+            "evaluations": optax.safe_increment(state.evaluations),
+            "key": jax.random.key_data(key),
+            "log_weights": log_weights,
+            "learning_rate": candidates[chosen],
+            "spread": spread,
+        }
+
+    def update(
+        updates: PyTree,
+        state: SamuelOneGradientState,
+        params: PyTree = None,
+        *,
+        value_fn: Callable[[PyTree], Array] | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, SamuelOneGradientState]:
+        if params is None or value_fn is None:
+            missing = "the parameters" if params is None else "value_fn, the loss of this batch"
+            raise ValueError(
+                f"samuel_one_gradient needs {missing}: "
+                "tx.update(grads, state, params, value_fn=lambda p: loss(p, batch)). With nnx.Optimizer: "
+                "optimizer.update(model, grads, value_fn=...)."
+            )
+        _check_whole(params)
+        count = _unbatched(state.count)
+        due = (count % every == 0) & (count > 0)
+        # Only scalars pass the branch: buffers as large as the parameters would be copied in every step.
+        small = {name: getattr(state, name) for name in _CHOICE}
+        small = jax.lax.cond(due, lambda: evaluate(state, params, value_fn), lambda: small)
+        steps, inner = direction.update(updates, state.inner, params, value_fn=value_fn, **extra_args)
+        rate = small["learning_rate"]
+        return jax.tree.map(lambda d, p: (rate * wide(d)).astype(p.dtype), steps, params), SamuelOneGradientState(
+            count=optax.safe_increment(count),
+            displacement=jax.tree.map(lambda b, d: jnp.where(due, d, b + d).astype(b.dtype), state.displacement, steps),
+            inner=inner,
+            **small,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _move(params: PyTree, rate: Array, direction: PyTree) -> PyTree:
+    return jax.tree.map(lambda p, d: (wide(p) + rate * wide(d)).astype(p.dtype), params, direction)
+
+
+def _check_whole(params: PyTree) -> None:
+    leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+        raise ValueError(
+            "samuel_one_gradient cannot sit inside optax.partition or optax.masked: value_fn is the loss of all "
+            "parameters. Put it outside: samuel_one_gradient(lambda lr: optax.partition(...), learning_rates)."
+        )
+
+
+def _check_proportional(base: Callable[[Any], optax.GradientTransformation], params: PyTree) -> None:
+    """One step at two rates, on leaves of one number each: same state, updates in proportion."""
+
+    def shrink(leaf: Any, number: float) -> np.ndarray:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return np.full((1,) * leaf.ndim, number if floating else 1, np.float32 if floating else leaf.dtype)
+
+    # Concrete even where `init` is traced.
+    with jax.ensure_compile_time_eval():
+        own, grads = (jax.tree.map(lambda leaf, n=n: jnp.asarray(shrink(leaf, n)), params) for n in (0.5, -0.3))
+        whole, half = (base(rate).update(grads, base(rate).init(own), own) for rate in (1.0, 0.5))
+        pairs = [(w, 2.0 * h) for w, h in zip(*map(jax.tree.leaves, (whole[0], half[0])), strict=True)]
+        pairs += list(zip(*map(jax.tree.leaves, (whole[1], half[1])), strict=True))
+        if not all(np.allclose(w, h, rtol=1e-4, atol=0.0, equal_nan=True) for w, h in pairs):
+            raise ValueError(
+                "base is not proportional to its learning rate: its update at rate 1 is not twice that at rate 0.5, or "
+                "its state depends on the rate. samuel_one_gradient scales one update by every candidate. Use a base "
+                "such as optax.sgd, adam, adamw or lion; or effjax.samuel, which trains every candidate."
+            )
+
+
+@jax.custom_batching.custom_vmap
+def _unbatched(count: Array) -> Array:
+    return count
+
+
+@_unbatched.def_vmap
+def _refuse(axis_size: int, in_batched: Any, count: Array) -> Any:
+    del axis_size, in_batched, count
+    raise ValueError(
+        "samuel_one_gradient cannot run under vmap: lax.cond would become a select, which scores all candidates in "
+        "every step. Loop over the runs instead, with jax.lax.map or in Python."
+    )

@@ -1,0 +1,190 @@
+"""The one-gradient variant: what it scores, when, and whom it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from effjax.optim.samuel_one_gradient import samuel_one_gradient
+
+RATES = (0.3, 0.1, 0.03)
+_keys = jax.random.split(jax.random.key(0), 2)
+X = jax.random.normal(_keys[0], (40, 16, 4))
+Y = X @ jax.random.normal(_keys[1], (4,))
+
+
+def loss_fn(w, batch):
+    x, y = batch
+    return jnp.mean((x @ w - y) ** 2)
+
+
+def run(tx, steps=12, dtype=jnp.float32, loss=loss_fn):
+    @jax.jit
+    def step(w, state, batch):
+        grads = jax.grad(loss_fn)(w, batch)
+        updates, state = tx.update(grads, state, w, value_fn=lambda p: loss(p, batch))
+        return optax.apply_updates(w, updates), state
+
+    w = jnp.zeros(4, dtype)
+    state, history = tx.init(w), []
+    for t in range(steps):
+        w, state = step(w, state, (X[t], Y[t]))
+        history.append((w, state))
+    assert step._cache_size() == 1
+    return history
+
+
+@pytest.mark.parametrize("base", [lambda lr: optax.sgd(lr, 0.9), lambda lr: optax.adamw(lr, weight_decay=0.1)])
+def test_between_evaluations_it_is_the_base_optimizer(base):
+    got = run(samuel_one_gradient(base, RATES, every=100))[-1][0]
+    tx = base(0.1)
+    w = jnp.zeros(4)
+    state = tx.init(w)
+    for t in range(12):
+        updates, state = tx.update(jax.grad(loss_fn)(w, (X[t], Y[t])), state, w)
+        w = optax.apply_updates(w, updates)
+    np.testing.assert_allclose(got, w, rtol=1e-5)
+
+
+def test_candidates_are_where_each_rate_would_have_led_on_the_next_batch():
+    tx = samuel_one_gradient(
+        optax.sgd, RATES, every=3, meta_rates=(1.0,), eta_scale=1.0, normalize=False, loss_clip=None
+    )
+    history = run(tx, 4)
+    w, directions, trail = jnp.zeros(4), jnp.zeros(4), []
+    for t in range(3):
+        trail.append(w)
+        d = -jax.grad(loss_fn)(w, (X[t], Y[t]))
+        w, directions = w + 0.1 * d, directions + d
+    losses = np.array([loss_fn(w + (rate - 0.1) * directions, (X[3], Y[3])) for rate in RATES])
+    state = history[3][1]
+    np.testing.assert_allclose(state.log_weights[0] - state.log_weights[0, 0], losses[0] - losses, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(optax.tree.get(state, "learning_rate"), RATES[np.argmin(losses)])
+    assert [int(state.evaluations) for _, state in history] == [0, 0, 0, 1]
+    # The buffer starts again with the step that follows the evaluation.
+    np.testing.assert_allclose(state.displacement, -jax.grad(loss_fn)(w, (X[3], Y[3])), rtol=1e-4)
+
+
+def test_it_leaves_a_bad_rate():
+    rates = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    picked = [float(state.learning_rate) for _, state in run(samuel_one_gradient(optax.sgd, rates, every=5), 30)]
+    assert picked[0] == pytest.approx(1e-3)
+    assert picked[-1] == pytest.approx(1e-1)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_candidate_without_finite_loss_dies_and_may_return(bad):
+    tx = samuel_one_gradient(optax.sgd, (0.3, 0.05, 0.02), every=1)
+
+    def loss(w):
+        return -w
+
+    @jax.jit
+    def step(w, state, limit):
+        # The large rate leads furthest, and is the best wherever the loss is defined.
+        value_fn = lambda p: jnp.where(p > limit, bad, loss(p))
+        updates, state = tx.update(jax.grad(loss)(w), state, w, value_fn=value_fn)
+        return optax.apply_updates(w, updates), state
+
+    w = jnp.zeros(())
+    state, rates = tx.init(w), []
+    for t in range(40):
+        w, state = step(w, state, 0.2 if t < 2 else -1.0 if t == 2 else jnp.inf)
+        rates.append(round(float(state.learning_rate), 2))
+        assert np.isfinite(w)
+    # Evaluations begin at t = 1; at t = 2 no loss is finite, and nothing changes.
+    assert rates[0] == rates[1] == rates[2] == 0.05
+    assert rates[-1] == 0.3
+
+
+@pytest.mark.parametrize("select", ["argmax", "sample"])
+def test_bfloat16_parameters_keep_float32_weights(select):
+    tx = samuel_one_gradient(optax.adam, RATES, every=3, select=select)
+    w, state = run(tx, dtype=jnp.bfloat16)[-1]
+    assert w.dtype == state.displacement.dtype == jnp.bfloat16
+    assert state.learning_rate.dtype == state.log_weights.dtype == jnp.float32
+    assert np.isfinite(np.asarray(w, np.float32)).all()
+
+
+def test_discount_forgets():
+    old = run(samuel_one_gradient(optax.sgd, RATES, every=3))[-1][1].log_weights
+    new = run(samuel_one_gradient(optax.sgd, RATES, every=3, discount=0.1))[-1][1].log_weights
+    assert np.ptp(new) < np.ptp(old)
+
+
+@pytest.mark.parametrize("rates", [(0.1, -0.1), (0.1, 0.1), (0.1,), (0.0, 0.1)])
+def test_bad_rates_are_named(rates):
+    with pytest.raises(ValueError, match="learning_rates"):
+        samuel_one_gradient(optax.sgd, rates)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "text"),
+    [({"every": 0}, "every=0"), ({"select": "average"}, "select='average'"), ({"discount": 0.0}, "discount=0.0")],
+)
+def test_bad_arguments_are_named(keywords, text):
+    with pytest.raises(ValueError, match=text):
+        samuel_one_gradient(optax.sgd, RATES, **keywords)
+
+
+@pytest.mark.parametrize("base", [optax.contrib.schedule_free_sgd, optax.contrib.prodigy, lambda lr: optax.sgd(lr**2)])
+def test_base_that_is_not_proportional_is_refused(base):
+    with pytest.raises(ValueError, match="not proportional"):
+        samuel_one_gradient(base, RATES).init(jnp.zeros(4))
+    with pytest.raises(ValueError, match="not proportional"):
+        jax.eval_shape(samuel_one_gradient(base, RATES).init, jnp.zeros(4))
+
+
+@pytest.mark.parametrize(
+    "base", [optax.lion, optax.adamw, optax.contrib.muon, lambda lr: optax.chain(optax.clip(0.1), optax.adagrad(lr))]
+)
+def test_proportional_bases_are_accepted(base):
+    params = {"w": jnp.zeros((4, 3)), "b": jnp.zeros(3), "n": jnp.zeros(())}
+    samuel_one_gradient(base, RATES).init(params)
+
+
+def test_a_direction_may_be_given_itself():
+    direction = optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
+    left, right = (run(samuel_one_gradient(base, RATES, every=3))[-1][0] for base in (direction, optax.adam))
+    np.testing.assert_array_equal(left, right)
+
+
+def test_missing_value_fn_shows_the_line_to_write():
+    tx = samuel_one_gradient(optax.sgd, RATES)
+    w = jnp.zeros(4)
+    with pytest.raises(ValueError, match=r"value_fn=lambda p: loss\(p, batch\)"):
+        tx.update(w, tx.init(w), w)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        tx.update(w, tx.init(w), value_fn=jnp.sum)
+    with pytest.raises(ValueError, match=r"one loss, not an array of shape \(4,\)"):
+        tx.update(w, tx.init(w), w, value_fn=lambda p: p)
+
+
+def test_nnx_optimizer_forwards_value_fn():
+    model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, samuel_one_gradient(optax.adam, RATES, every=2), wrt=nnx.Param)
+
+    def loss(model, batch):
+        return jnp.mean((model(batch[0])[:, 0] - batch[1]) ** 2)
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        value, grads = nnx.value_and_grad(loss)(model, batch)
+        graph, _, rest = nnx.split(model, nnx.Param, ...)
+        optimizer.update(model, grads, value_fn=lambda params: loss(nnx.merge(graph, params, rest), batch))
+        return value
+
+    values = [float(step(model, optimizer, (X[t], Y[t]))) for t in range(30)]
+    assert np.mean(values[-5:]) < 0.5 * np.mean(values[:5])
+    assert int(optax.tree.get(nnx.as_pure(optimizer.opt_state), "evaluations")) == 14
+
+
+def test_a_vmapped_state_is_refused_also_inside_jit():
+    tx = samuel_one_gradient(optax.sgd, RATES)
+    w = jnp.zeros((2, 4))
+    state = jax.vmap(tx.init)(w)
+    for update in (tx.update, jax.jit(tx.update, static_argnames="value_fn")):
+        with pytest.raises(ValueError, match="cannot run under vmap"):
+            jax.vmap(lambda g, s, p, u=update: u(g, s, p, value_fn=jnp.sum))(w, state, w)
