@@ -1,0 +1,108 @@
+"""The words of a study: budget, arm, sweep, claim."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from effjax.core.errors import check_choice, check_number
+from effjax.train.options import TrainOptions
+from effjax.train.program import Program
+
+Metrics = Mapping[str, Mapping[str, float]]
+"""arm -> metric -> mean over seeds (NaN for an arm that diverged)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What every arm may spend on one run."""
+
+    amount: float
+    """how much"""
+    unit: Literal["steps", "examples", "device_seconds"] = "steps"
+    """of what; device seconds are turned into steps by each arm's measured step time"""
+
+    def __post_init__(self):
+        check_number("budget.amount", self.amount, low=0, open_low=True)
+        check_choice("budget.unit", self.unit, ("steps", "examples", "device_seconds"))
+
+    def steps(self, batch_size: int) -> int:
+        """Steps of one run; device seconds must have been resolved before."""
+        if self.unit == "device_seconds":
+            raise ValueError("a budget in device seconds has no number of steps before the step time is measured.")
+        return max(1, int(self.amount // batch_size if self.unit == "examples" else self.amount))
+
+
+class Arm(NamedTuple):
+    """One way of doing the study's task.
+
+    Attributes:
+      build: makes the Program, loading data only now.
+      group: arms of one group are compared with each other (one table, one panel of the plot).
+      label: the name shown in the report.
+      role: 'baseline', 'method', 'control' or 'alternative'.
+    """
+
+    build: Callable[[], Program]
+    group: str
+    label: str
+    role: Literal["baseline", "method", "control", "alternative"]
+
+
+class Sweep(NamedTuple):
+    """Several arms that a user would launch to keep the best one: its cost is the sum of theirs.
+
+    Attributes:
+      members: names of arms.
+      metric: name of the metric the best is chosen by.
+      goal: 'min' or 'max'.
+      group: as for an arm.
+      label: the name shown in the report.
+    """
+
+    members: Sequence[str]
+    metric: str
+    goal: Literal["min", "max"]
+    group: str
+    label: str
+
+
+class Claim(NamedTuple):
+    """A sentence with two numbers that decide whether it holds.
+
+    Attributes:
+      text: the sentence.
+      left: number from the results.
+      op: '<=' or '>='.
+      right: number from the results.
+      of: 'metrics' (decided by what was learned, reproducible) or 'cost' (decided by the clock).
+    """
+
+    text: str
+    left: Callable[[Metrics], float]
+    op: Literal["<=", ">="]
+    right: Callable[[Metrics], float]
+    of: Literal["metrics", "cost"] = "metrics"
+
+
+class Axis(NamedTuple):
+    """What one group's panel shows: the metric, whether less or more is better, and its name."""
+
+    metric: str
+    goal: Literal["min", "max"]
+    label: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """The fields that every study has."""
+
+    budget: Budget
+    """what one run of an arm may spend"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """seeds of parameters and data order"""
+    train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
+    """how runs are executed"""
+
+    def __post_init__(self):
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds={self.seeds} must be one or more different integers, e.g. 0 1 2.")

@@ -1,0 +1,162 @@
+"""From what a user types (``samuel``, ``samuel:smoke``, ``my.toml``) to a study and its config."""
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import effjax
+from effjax.core.errors import check_choice
+from effjax.recipes.spec import Arm, Axis, Claim, StudyConfig, Sweep
+
+DEFAULT_PRESET = "cpu"
+
+
+class Study(NamedTuple):
+    """A recipe, one of its configs, and what they are called.
+
+    Attributes:
+      stem: of the method.
+      preset: name of the preset the config started from.
+      config: the frozen config, overrides applied.
+      overridden: whether any field differs from the preset.
+      recipe: the module ``effjax.recipes.<stem>``.
+    """
+
+    stem: str
+    preset: str
+    config: StudyConfig
+    overridden: bool
+    recipe: ModuleType
+
+    def arms(self, config: StudyConfig | None = None) -> Mapping[str, Arm]:
+        return self.recipe.arms(config or self.config)
+
+    @property
+    def sweeps(self) -> Mapping[str, Sweep]:
+        return self.recipe.sweeps(self.config)
+
+    @property
+    def claims(self) -> Sequence[Claim]:
+        return self.recipe.claims(self.config)
+
+    @property
+    def axes(self) -> Mapping[str, Axis]:
+        return self.recipe.axes(self.config)
+
+    @property
+    def config_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self.config)))
+
+    @property
+    def default_out(self) -> Path:
+        """``runs/<stem>-<preset>``, with 8 hex digits of the config if it was overridden."""
+        name = f"{self.stem}-{self.preset}"
+        if self.overridden:
+            text = json.dumps(self.config_dict, sort_keys=True)
+            name += "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
+        return Path("runs") / name
+
+
+def configs_folder() -> Path:
+    """``configs/``: inside the package in a wheel, beside it in a checkout."""
+    package = Path(effjax.__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"no configs folder in {package} or beside it. Reinstall effjax.")
+
+
+def presets(stem: str) -> dict[str, StudyConfig]:
+    """The presets of a study by name."""
+    check_choice("study", stem, tuple(effjax.METHODS))
+    path = configs_folder() / stem / "presets.py"
+    spec = importlib.util.spec_from_file_location(f"effjax_configs_{stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {name: value for name, value in vars(module).items() if isinstance(value, StudyConfig)}
+
+
+def resolve(target: str, overrides: Sequence[str] = ()) -> Study:
+    """Find the study and apply typed overrides (``--seeds 0 1 --budget.amount 300``).
+
+    Args:
+      target: ``stem``, ``stem:preset`` or the path of a TOML file with ``study = "stem"``, optionally
+        ``preset = "cpu"``, and the fields to change.
+      overrides: command-line words; they win over the file's.
+
+    Raises:
+      ValueError: unknown study, preset or file, with near names.
+      SystemExit: an override that does not fit the config's fields; the message is on stderr.
+    """
+    words: list[str] = []
+    if target.endswith(".toml"):
+        target, words = _read_toml(Path(target))
+    stem, _, preset = target.partition(":")
+    known = presets(stem)
+    preset = preset or DEFAULT_PRESET
+    check_choice(f"preset of {stem}", preset, tuple(known))
+    base = known[preset]
+    config = _override(base, [*words, *overrides], f"effjax ... {stem}:{preset}")
+    recipe = importlib.import_module(f"effjax.recipes.{stem}")
+    return Study(stem, preset, config, config != base, recipe)
+
+
+def resolve_saved(stem: str, preset: str, values: Mapping[str, Any]) -> Study:
+    """The study of a saved config (the ``config`` of a results.json or a trained arm)."""
+    base = resolve(f"{stem}:{preset}")
+    config = _from_dict(base.config, values)
+    return base._replace(config=config, overridden=config != base.config)
+
+
+def _from_dict(like: Any, values: Mapping[str, Any]) -> Any:
+    """A dataclass of ``like``'s type with the fields of a JSON dictionary."""
+    fields = {}
+    for name, value in values.items():
+        if not hasattr(like, name):
+            raise ValueError(f"the saved config has a field {name!r} that this version lacks. Run the study again.")
+        if isinstance(value, dict):
+            value = _from_dict(getattr(like, name), value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        fields[name] = value
+    return type(like)(**fields)
+
+
+def _override(base: StudyConfig, words: list[str], program: str) -> StudyConfig:
+    if not words:
+        return base
+    import tyro
+
+    return tyro.cli(type(base), args=words, default=base, prog=program, config=(tyro.conf.AvoidSubcommands,))
+
+
+def _read_toml(path: Path) -> tuple[str, list[str]]:
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"config file {str(path)!r} does not exist.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {str(path)!r} is not TOML: {error}.") from None
+    if "study" not in table:
+        raise ValueError(f'config file {str(path)!r} names no study. Add a line such as study = "samuel".')
+    stem, preset = table.pop("study"), table.pop("preset", DEFAULT_PRESET)
+    return f"{stem}:{preset}", list(_as_words(table))
+
+
+def _as_words(table: Mapping[str, Any], prefix: str = "--"):
+    for name, value in table.items():
+        flag = prefix + name.replace("_", "-")
+        if isinstance(value, dict):
+            yield from _as_words(value, flag + ".")
+        elif isinstance(value, bool):
+            yield prefix + ("" if value else "no-") + name.replace("_", "-")
+        else:
+            yield flag
+            yield from (str(item) for item in (value if isinstance(value, list) else [value]))

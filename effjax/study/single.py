@@ -1,0 +1,93 @@
+"""One arm on its own: train it, and export what it learned."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from effjax.core.errors import check_choice
+from effjax.core.tree import leaf_paths
+from effjax.study.progress import Progress
+from effjax.study.resolve import Study, resolve_saved
+from effjax.train.checkpoint import Checkpoints, describe_difference
+from effjax.train.logging import write_json
+from effjax.train.loop import fit
+from effjax.train.mesh import start_distributed
+
+NOTE = "arm.json"
+
+
+def train_arm(study: Study, arm: str | None, seed: int, out: Path | None) -> dict[str, Any]:
+    """Train one arm of a study into a folder with checkpoints and ``log.jsonl``; resumes if started again.
+
+    Returns:
+      Its metrics, also written to ``metrics.json``.
+    """
+    start_distributed()
+    arms = study.arms()
+    if arm is None:
+        raise ValueError(f"--arm is missing. The arms of {study.stem}:{study.preset} are: {', '.join(arms)}.")
+    check_choice("--arm", arm, tuple(arms))
+    out = out or study.default_out.with_name(f"{study.default_out.name}-{re.sub('[^A-Za-z0-9.]+', '-', arm)}-{seed}")
+    identity = {"study": study.stem, "preset": study.preset, "arm": arm, "config": study.config_dict}
+    program = arms[arm].build()
+    with Progress(quiet=jax.process_index() > 0) as progress:
+        progress.plan(program.total_steps)
+        progress.say(f"{arm}, seed {seed}")
+        if jax.process_index() == 0:
+            _mark(out, {**identity, "seed": seed})
+        result = fit(
+            program,
+            seed,
+            options=study.config.train,
+            directory=out,
+            identity=identity,
+            on_steps=progress.reach,
+        )
+    metrics = {**result.train, **program.evaluate(result.state), "train_s": result.train_s, "skipped": result.skipped}
+    if jax.process_index() == 0:
+        write_json(out / "metrics.json", metrics)
+    return metrics
+
+
+def _mark(out: Path, note: dict[str, Any]) -> None:
+    """Note what the folder holds, or refuse a folder that holds something else."""
+    path = out / NOTE
+    difference = describe_difference(json.loads(path.read_text()), note) if path.exists() else ""
+    if difference:
+        raise ValueError(f"--out {out} holds another run:\n{difference}\nChoose another folder, or delete it.")
+    write_json(path, note)
+
+
+def export_arm(folder: Path, out: Path) -> int:
+    """Write the newest checkpoint's parameters as safetensors, one tensor a leaf, named by its path.
+
+    Returns:
+      The number of tensors.
+    """
+    from safetensors.numpy import save_file
+
+    note_path = folder / NOTE
+    if not note_path.exists():
+        raise FileNotFoundError(f"{note_path} does not exist. Give a folder written by `effjax train`.")
+    note = json.loads(note_path.read_text())
+    study = resolve_saved(note["study"], note["preset"], note["config"])
+    program = study.arms()[note["arm"]].build()
+    single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=single),
+        jax.eval_shape(program.init, jax.random.key(0)),
+    )
+    checkpoints = Checkpoints(folder / "checkpoints", note)
+    _, state, _ = checkpoints.restore(abstract)
+    checkpoints.close()
+    params = program.params(state)
+    tensors = {name: np.asarray(leaf) for name, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    save_file(tensors, partial, metadata={"format": "flax", "study": note["study"], "arm": note["arm"]})
+    partial.replace(out)
+    return len(tensors)

@@ -1,0 +1,50 @@
+"""The README tells what the committed results say, and its Python blocks run."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from effjax.study.readme import BEGIN, END, replace_table, results_table
+from effjax.study.report import read_results
+from effjax.study.resolve import configs_folder, resolve_saved
+from effjax.study.results import decide
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+RESULTS = sorted((ROOT / "configs").glob("*/results/*.json"))
+
+
+def test_the_table_is_generated_from_the_committed_results():
+    assert README == replace_table(README, results_table(configs_folder()))
+
+
+def test_markers_are_needed():
+    with pytest.raises(ValueError, match="markers"):
+        replace_table("no table here", "| |")
+    assert replace_table(f"a {BEGIN} old {END} b", "new") == f"a {BEGIN}\nnew\n{END} b"
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_committed_results_say_where_they_come_from_and_decide_their_claims(path):
+    results = read_results(path)
+    assert results["environment"]["commit"]
+    assert results["environment"]["hardware"]["platform"]
+    study = resolve_saved(results["study"], results["preset"], results["config"])
+    trained = any(arm["metrics"] for arm in results["arms"].values())
+    assert results["claims"] == decide(study.claims, results["arms"], "metrics" if trained else "cost")
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *(ROOT / "configs").glob("*/README.md")], ids=lambda p: p.parent.name)
+def test_python_blocks_run(path):
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, str(path), "exec"), {"__name__": "readme"})
+
+
+def test_the_readme_has_exactly_two_set_up_lines():
+    lines = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
+    assert len(lines) == 2
+    assert "effjax compare samuel:smoke" in lines[0]
+    assert "pytest" in lines[1]

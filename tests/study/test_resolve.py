@@ -1,0 +1,135 @@
+"""Targets, presets, overrides and config files, and what bad ones are told."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from effjax.study.resolve import configs_folder, resolve, resolve_saved
+
+
+def test_default_preset_is_cpu():
+    assert resolve("samuel").preset == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("samule", "Did you mean 'samuel'"),
+        ("samuel:smok", "Did you mean 'smoke'"),
+        ("nowhere.toml", "does not exist"),
+    ],
+)
+def test_unknown_targets_suggest_near_names(target, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        resolve(target)
+
+
+def test_overrides_are_typed_and_named_in_the_folder():
+    study = resolve("samuel:smoke", ["--budget.amount", "77", "--seeds", "3", "4", "--train.accumulate", "2"])
+    assert study.config.budget.amount == 77
+    assert study.config.seeds == (3, 4)
+    assert study.config.train.accumulate == 2
+    assert study.overridden
+    assert len(study.default_out.name.removeprefix("samuel-smoke-")) == 8
+    assert str(resolve("samuel:smoke").default_out) == "runs/samuel-smoke"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sedes", "1"], "--seeds"),
+        (["--seeds", "one"], "one"),
+        (["--budget.unit", "hours"], "device_seconds"),
+    ],
+)
+def test_bad_overrides_exit_with_a_suggestion(words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        resolve("samuel:smoke", words)
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err + printed.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "1", "1"], "seeds=.* different"),
+        (["--budget.amount", "-3"], "budget.amount=-3"),
+        (["--others", "adamm"], "Did you mean 'adam'"),
+        (["--tasks", "digits"], "DATA/MODEL"),
+        (["--train.accumulate", "0"], "accumulate=0"),
+    ],
+)
+def test_bad_values_name_the_field(words, message, capsys):
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        resolve("samuel:smoke", words)
+    import re
+
+    printed = capsys.readouterr()
+    assert re.search(message, f"{caught.value} {printed.err} {printed.out}".replace("\n", " "))
+
+
+def test_a_config_file_is_a_preset_with_changes(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('study = "samuel"\npreset = "smoke"\nseeds = [5]\n[budget]\namount = 10\n[train]\ndonate = false\n')
+    study = resolve(str(path), ["--seeds", "6"])
+    assert (study.config.seeds, study.config.budget.amount, study.config.train.donate) == ((6,), 10, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("seeds = [1]\n", "names no study"), ("study = [\n", "is not TOML"), ("\xff", "is not TOML")]
+)
+def test_bad_config_files(tmp_path, text, message):
+    path = tmp_path / "bad.toml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        resolve(str(path))
+
+
+def test_a_saved_config_comes_back():
+    study = resolve("samuel:smoke", ["--budget.amount", "77"])
+    assert resolve_saved("samuel", "smoke", study.config_dict) == study
+    with pytest.raises(ValueError, match="'gone'"):
+        resolve_saved("samuel", "smoke", study.config_dict | {"gone": 1})
+
+
+def test_presets_are_found_from_another_directory(tmp_path):
+    code = "from effjax.study.resolve import resolve; print(resolve('samuel:smoke').preset)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False
+    )
+    assert done.stdout.strip() == "smoke", done.stderr
+
+
+def test_the_wheel_carries_configs_and_data(tmp_path):
+    """Build the wheel, unpack it elsewhere, and resolve a preset from it alone."""
+    hatchling = pytest.importorskip("hatchling.build", reason="the build backend is not installed here")
+    root = configs_folder().parent
+    if not (root / "pyproject.toml").exists():
+        pytest.skip("not a checkout")
+    import zipfile
+
+    before = os.getcwd()
+    os.chdir(root)
+    try:
+        name = hatchling.build_wheel(str(tmp_path))
+    finally:
+        os.chdir(before)
+    zipfile.ZipFile(tmp_path / name).extractall(tmp_path / "site")
+    code = (
+        "import effjax; from effjax.study.resolve import configs_folder, resolve; resolve('samuel:smoke');"
+        "print(effjax.__file__, configs_folder(), len(effjax.load_data('digits').splits))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "site"))
+    assert str(tmp_path / "site" / "effjax" / "configs") in done.stdout
