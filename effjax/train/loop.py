@@ -63,7 +63,7 @@ class Prepared:
     Attributes:
       abstract: the state's shapes, dtypes and shardings.
       batch_sharding: where batches go; None on a single device.
-      init: ``key -> state``, jitted.
+      init: ``key -> state``; compiled on a mesh only, where the state must be born in its place.
       step: the step, compiled ahead of time once for each input signature.
     """
 
@@ -77,7 +77,8 @@ class Prepared:
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
         )
         self.batch_sharding = batch_sharding(mesh, program.batch_size)
-        self.init = jax.jit(program.init, out_shardings=shardings)
+        # On one device the single operations are compiled once for all arms, a whole init for each.
+        self.init = _copied(program.init) if mesh is None else jax.jit(program.init, out_shardings=shardings)
         self.step = Executables(
             _skip_nonfinite(program.step) if options.nonfinite == "skip" else program.step,
             donate_argnums=(0,) if options.donate else (),
@@ -377,6 +378,12 @@ class _StopSignal:
         if self.requested and number == signal.SIGINT:  # a second Ctrl-C means now
             raise KeyboardInterrupt
         self.requested = True
+
+
+def _copied(init: Callable) -> Callable:
+    """Leaves that share a buffer (an anchor that is the parameters) could not be donated."""
+    device = jax.local_devices()[0]
+    return lambda key: jax.device_put(jax.tree.map(jnp.copy, init(key)), device)
 
 
 def _skip_nonfinite(step: Callable) -> Callable:

@@ -1,0 +1,118 @@
+"""One row for every optimizer of effjax; ``test_optimizers.py`` runs the matrix over them.
+
+To join: add a row to ``CASES``, and to ``REFUSALS`` each combination that cannot work, with words of its error.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
+from effjax.optim.samuel_one_gradient import samuel_one_gradient
+
+PyTree = Any
+Loss = Callable[[PyTree], jax.Array]
+
+
+class OptimizerCase(NamedTuple):
+    """An optimizer and how its loop calls it.
+
+    Attributes:
+      stem: the row of ``METHODS``.
+      make: ``(**keywords) -> transformation``.
+      injected: a numeric keyword and its value, to be injected.
+      start: parameters of one network -> those that the optimizer works on.
+      call: ``(loss, params) -> (grads, keywords of update)``.
+      after: ``(params, state) -> params``, after the updates were applied.
+      evaluate: ``(state, params) -> parameters of one network``.
+      learning_rate: whether ``optax.tree.get(state, 'learning_rate')`` finds one.
+    """
+
+    stem: str
+    make: Callable[..., optax.GradientTransformationExtraArgs]
+    injected: tuple[str, float]
+    start: Callable[[PyTree], PyTree] = lambda params: params
+    call: Callable[[Loss, PyTree], tuple[PyTree, dict[str, Any]]] = lambda loss, params: (jax.grad(loss)(params), {})
+    after: Callable[[PyTree, PyTree], PyTree] = lambda params, state: params
+    evaluate: Callable[[PyTree, PyTree], PyTree] = lambda state, params: params
+    learning_rate: bool = True
+
+
+def _samuel_call(loss: Loss, params: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    losses, grads = samuel_value_and_grad(loss, loop="vmap")(params)
+    return grads, {"value": losses}
+
+
+def _samuel(base: Any, *arguments: Any, experts: int = 4, **keywords: Any) -> OptimizerCase:
+    return OptimizerCase(
+        "samuel",
+        lambda **overrides: samuel(base, *arguments, **{"period": 5, **keywords, **overrides}),
+        ("eta_scale", 10.0),
+        lambda params: samuel_init(params, experts),
+        _samuel_call,
+        samuel_sync,
+        samuel_eval_params,
+        learning_rate=bool(arguments),
+    )
+
+
+def _one_gradient(base: Any, **keywords: Any) -> OptimizerCase:
+    return OptimizerCase(
+        "samuel",
+        lambda **overrides: samuel_one_gradient(base, (0.2, 0.1, 0.05), **{"every": 3, **keywords, **overrides}),
+        ("eta_scale", 10.0),
+        call=lambda loss, params: (jax.grad(loss)(params), {"value_fn": loss}),
+    )
+
+
+_RATES = (0.3, 0.1, 0.03, 0.01)
+
+CASES: dict[str, OptimizerCase] = {
+    "samuel": _samuel(lambda lr: optax.sgd(lr, 0.9), _RATES),
+    "samuel-adam-argmax-copy": _samuel(optax.adam, _RATES, select="argmax", inner_state="copy"),
+    "samuel-average": _samuel(optax.sgd, _RATES, select="average", normalize=False),
+    "samuel-mixed": _samuel((optax.sgd(0.1), optax.adam(0.1)), experts=2),
+    "samuel-one-gradient": _one_gradient(lambda lr: optax.sgd(lr, 0.5)),
+    "samuel-one-gradient-adam-sample": _one_gradient(optax.adam, select="sample"),
+}
+
+# (case, combination) -> words of the error that says why it cannot work.
+REFUSALS: dict[tuple[str, str], str] = {
+    **{
+        (name, combination): "cannot sit inside optax.partition or optax.masked"
+        for name in CASES
+        for combination in ("partition", "masked")
+    },
+    **{(name, "vmap"): "cannot run under vmap" for name in CASES if "one-gradient" in name},
+}
+
+
+def parameters(dtype: Any = jnp.float32) -> PyTree:
+    """Parameters of a small quadratic problem; the leading axis divides by eight devices."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    return {
+        "w": (1.0 + jax.random.uniform(keys[0], (8, 2))).astype(dtype),
+        "b": (1.0 + jax.random.uniform(keys[1], (8,))).astype(dtype),
+    }
+
+
+def quadratic(params: PyTree) -> jax.Array:
+    """Ill-conditioned mildly; least value 0 at w = -1, b = 2."""
+    w, b = (params[name].astype(jnp.float32) for name in ("w", "b"))
+    return jnp.sum((w + 1.0) ** 2) + 0.3 * jnp.sum((b - 2.0) ** 2)
+
+
+def stepper(
+    case: OptimizerCase, tx: optax.GradientTransformationExtraArgs, loss: Loss = quadratic
+) -> Callable[..., Any]:
+    """One step of the case's loop, ready for ``jit`` and ``scan``."""
+
+    def step(params: PyTree, state: PyTree, **unknown: Any) -> tuple[PyTree, PyTree, PyTree]:
+        grads, keywords = case.call(loss, params)
+        updates, state = tx.update(grads, state, params, **keywords, **unknown)
+        return case.after(optax.apply_updates(params, updates), state), state, updates
+
+    return step
