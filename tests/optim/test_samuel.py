@@ -1,5 +1,6 @@
 """SAMUEL: the invariants of the method, parity with the authors' program, bad input, devices."""
 
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -138,7 +139,7 @@ def test_dead_expert_begins_again_after_a_sync():
 
 def test_prior_odds_bound_what_a_segment_may_hand_on():
     history = run(samuel(optax.sgd, RATES, period=4, prior_odds=5.0), 3)
-    for previous, (_, state, _) in zip(history, history[1:], strict=False):
+    for previous, (_, state, _) in itertools.pairwise(history):
         if state.synced:
             p = np.asarray(samuel_probabilities(state))
             assert p.max() / p.min() <= 5.0 * (1 + 1e-5)
