@@ -177,7 +177,7 @@ def samuel(
         logits = rule.logits(state.log_weights, losses)
         drawn = jnp.argmax(logits)
         if select == "sample":
-            drawn = jnp.where(last, drawn, jax.random.categorical(draw_key, logits))
+            drawn = jnp.where(last, drawn, _draw(draw_key, logits))
         drawn = jnp.asarray(drawn if sampled is None else sampled, jnp.int32)
         played = jax.nn.softmax(logits) if select == "average" else jnp.arange(size) == drawn
         log_weights, spread = rule.update(state.log_weights, state.spread, state.count, losses, played)
@@ -625,6 +625,17 @@ def _gather(
         lambda t, p, o, u: jnp.where(_column(leads, u), o, (t - p).astype(u.dtype)), target, params, own, updates
     )
     return moves, target, chosen
+
+
+def _draw(key: Array, logits: Float[Array, "experts"]) -> Int[Array, ""]:
+    """An index with probability softmax(logits), by inverting the cumulative sum at one uniform number.
+
+    The key's own words are the uniform bits: hashing them again, as ``jax.random.categorical`` does, would double the
+    number of operations in a step that for a small model is made of little else.
+    """
+    uniform = (jax.random.key_data(key)[0] >> 8).astype(logits.dtype) * 2.0**-24
+    cumulative = jnp.cumsum(jnp.exp(logits - logits.max()))
+    return jnp.sum(cumulative <= uniform * cumulative[-1])
 
 
 def _column(values: Array, like: Array) -> Array:

@@ -48,7 +48,7 @@ def measure(
             for name, arm in ready.items()
         },
         rounds=rounds,
-        min_time=0.005,
+        min_time=0.03,
     )
     costs = {}
     for name, program in programs.items():

@@ -498,3 +498,13 @@ def test_experts_on_a_mesh_axis():
     script = textwrap.dedent(MESH)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, check=False)
     assert done.stdout.endswith("fine\n"), done.stderr[-3000:]
+
+
+def test_draws_follow_the_probabilities_and_never_hit_a_dead_expert():
+    from effjax.optim.samuel import _draw
+
+    logits = jnp.log(jnp.array([0.0, 0.5, 0.2, 0.0, 0.3, 0.0]))
+    keys = jax.random.split(jax.random.key(0), 40_000)
+    counts = np.bincount(jax.vmap(lambda key: _draw(key, logits))(keys), minlength=6) / 40_000
+    np.testing.assert_allclose(counts, [0, 0.5, 0.2, 0, 0.3, 0], atol=0.01)
+    assert (counts[[0, 3, 5]] == 0).all()
