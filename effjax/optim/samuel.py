@@ -523,7 +523,7 @@ def _schedule(period: int | Sequence[int]) -> Callable[[Array], Array]:
         steps = sorted(int(check_number("period", int(step), low=0, integer=True)) for step in period)
         return lambda count: jnp.isin(count, jnp.asarray(steps, jnp.int32))
     check_number("period", period, low=1, integer=True, hint="It is the number of steps between two syncs.")
-    return lambda count: (count + 1) % period == 0
+    return lambda count: jax.lax.rem(count + 1, period) == 0
 
 
 def check_rates(argument: str, rates: Any) -> Any:

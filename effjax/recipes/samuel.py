@@ -24,7 +24,6 @@ from effjax.optim.samuel import (
     samuel,
     samuel_eval_params,
     samuel_init,
-    samuel_probabilities,
     samuel_sync,
     samuel_value_and_grad,
 )
@@ -357,8 +356,7 @@ def _expert_parts(config: SamuelStudy, task: Task, form: _Experts, steps: int) -
         (losses, model), grads = stacked_value_and_grad(state["params"], state["model"], batch)
         updates, opt = tx.update(grads, state["opt"], state["params"], value=losses)
         params, model = samuel_sync(optax.apply_updates(state["params"], updates), opt, model)
-        metrics = {"loss": losses[opt.current_expert], "top_probability": jnp.max(samuel_probabilities(opt))}
-        return {"params": params, "model": model, "opt": opt}, metrics
+        return {"params": params, "model": model, "opt": opt}, {"loss": losses[opt.current_expert]}
 
     def params(state):
         return samuel_eval_params(state["opt"], {"params": state["params"], **state["model"]})

@@ -28,7 +28,7 @@ class _Ready(NamedTuple):
 
 
 def measure(
-    programs: Mapping[str, Program], options: TrainOptions, *, rounds: int = 20
+    programs: Mapping[str, Program], options: TrainOptions, *, rounds: int = 40
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Prepared]]:
     """Cost of one training step and one inference call of every program.
 
@@ -48,7 +48,7 @@ def measure(
             for name, arm in ready.items()
         },
         rounds=rounds,
-        min_time=0.03,
+        min_time=0.01,
     )
     costs = {}
     for name, program in programs.items():

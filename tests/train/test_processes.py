@@ -32,7 +32,8 @@ try:
 except Preempted as stop:
     print("PREEMPTED", stop, flush=True)
     sys.exit(75)
-print("W", np.asarray(result.state["params"]["w"].addressable_data(0)).tobytes().hex(), result.train["loss"], flush=True)
+weights = np.asarray(result.state["params"]["w"].addressable_data(0))
+print("W", weights.tobytes().hex(), result.train["loss"], flush=True)
 """
 
 
