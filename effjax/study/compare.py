@@ -125,6 +125,11 @@ class _Comparison:
         path = self.work / "cost.json"
         config = self.study.config
         by_seconds = config.budget.unit == "device_seconds"
+        if by_seconds and jax.process_count() > 1:
+            raise ValueError(
+                f"budget.unit='device_seconds' is one process's clock, and there are {jax.process_count()} processes. "
+                "Use steps or examples."
+            )
         provisional = dataclasses.replace(config, budget=Budget(1000.0)) if by_seconds else config
         programs = {}
         for name, arm in self.study.arms(provisional).items():
