@@ -274,6 +274,7 @@ def _program(config: SamuelStudy, task_name: str, setting: Setting, form: _Rival
         example_inputs=task.test["image"][: config.batch_size],
         total_steps=steps,
         batch_size=config.batch_size,
+        source=f"{task.name}: {task.source}",
         step_period=parts.step_period,
         sharding=parts.sharding,
         train_metrics=lambda means: {"online_loss": means["loss"]},

@@ -135,8 +135,10 @@ class _Comparison:
         for name, arm in self.study.arms(provisional).items():
             self.progress.say(f"preparing {name}")
             programs[name] = arm.build()
+        self.sources = sorted({program.source for program in programs.values()})
         if path.exists():
             costs = json.loads(path.read_text())
+            self._check_sources()
         else:
             costs = {}
             for group in dict.fromkeys(arm.group for arm in self.arms.values()):
@@ -146,10 +148,19 @@ class _Comparison:
                 costs |= measured
                 self.prepared |= {} if by_seconds else prepared
             if self.first:
+                write_json(self.work / "sources.json", self.sources)
                 write_json(path, costs)
         if by_seconds:
             programs = {name: self._within_seconds(name, costs[name]).build() for name in programs}
         return costs, programs
+
+    def _check_sources(self) -> None:
+        begun = json.loads((self.work / "sources.json").read_text())
+        if begun != self.sources:
+            raise ValueError(
+                f"out={str(self.out)!r} was begun on other data:\n  there {begun}\n  here  {self.sources}\n"
+                "Set EFFJAX_DATA as it was, or choose another --out."
+            )
 
     def _within_seconds(self, name: str, cost: Mapping[str, Any]) -> Arm:
         steps = max(1.0, self.study.config.budget.amount * 1e3 // cost["step_ms"])
@@ -225,7 +236,7 @@ class _Comparison:
             "config": study.config_dict,
             "arms": arms,
             "claims": decide(study.claims, arms, "cost" if self.cost_only else "metrics"),
-            "environment": environment(),
+            "environment": environment() | {"data": self.sources},
         }
 
     def _curves(self) -> dict[str, dict[str, Any]]:

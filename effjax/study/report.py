@@ -71,8 +71,9 @@ def _where(results: Mapping[str, Any]) -> str:
     return (
         f"Budget {budget['amount']:g} {budget['unit']} a run, seeds {', '.join(map(str, results['seeds']))}. "
         f"{hardware_name(hardware)}; jax {packages['jax']}, optax {packages['optax']}, Python {packages['python']}; "
-        f"commit {environment['commit']}; {environment['date']}."
-    )
+        f"commit {environment['commit']}; {environment['date']}. "
+        f"{'; '.join(environment.get('data', []))}"
+    ).strip()
 
 
 def hardware_name(hardware: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ class Task(NamedTuple):
 
     Attributes:
       name: ``data/model``.
+      source: where the data came from, and how many rows.
       classes: number of labels.
       train: columns ``image`` [rows, height, width, channels] and ``label`` int32 [rows].
       test: the same, held out.
@@ -57,6 +58,7 @@ class Task(NamedTuple):
     """
 
     name: str
+    source: str
     classes: int
     train: Columns
     test: Columns
@@ -149,6 +151,7 @@ def image_task(
 
     return Task(
         name=f"{dataset.name}/{model if isinstance(model, str) else type(model).__name__}",
+        source=dataset.source,
         classes=classes,
         train=train,
         test=test,

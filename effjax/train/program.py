@@ -31,6 +31,7 @@ class Program(NamedTuple):
       example_inputs: inputs for ``infer``, with the batch axis leading.
       total_steps: steps of one run.
       batch_size: examples consumed by one step, over all processes.
+      source: where the data came from, for the record; a run is not continued on other data.
       compiles: executables of ``step`` that a run may need.
       step_period: steps after which the cost of a step repeats (some work is done every n steps only).
       between: host work after a step, ``(state, steps_done) -> state``; returns the very same object
@@ -51,6 +52,7 @@ class Program(NamedTuple):
     example_inputs: PyTree
     total_steps: int
     batch_size: int
+    source: str = ""
     compiles: int = 1
     step_period: int = 1
     between: Callable[[State, int], State] | None = None
