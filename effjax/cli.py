@@ -10,6 +10,7 @@ from pathlib import Path
 import effjax
 
 USER_ERRORS = (ValueError, FileNotFoundError)
+STUDY_EXTRA = ("tyro", "rich", "grain", "PIL", "matplotlib", "sklearn")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +41,9 @@ def _expected(error: Exception) -> int:
     if isinstance(error, Preempted):
         print(f"effjax: {error}", file=sys.stderr)
         return RESUME_EXIT_CODE
+    if isinstance(error, ModuleNotFoundError) and error.name in STUDY_EXTRA:
+        print(f'effjax: {error.name} is not installed. pip install "effjax[study]"', file=sys.stderr)
+        return 2
     if isinstance(error, CheckpointError | NonFiniteError):
         print(f"effjax: {error}", file=sys.stderr)
         return 2

@@ -172,7 +172,7 @@ class _Run:
         if self.done < total:
             self._resume_clock()
         while self.done < total:
-            self.state, metrics = self.step(self.state, next(self.batches), self.aux)
+            self.state, metrics = self.step(self.state, self._next_batch(), self.aux)
             self.done += 1
             self.books.push(self.done, metrics)
             if self.program.between is not None:
@@ -185,7 +185,6 @@ class _Run:
                 self._stop()
             if self._save_due():
                 self._save()
-        jax.block_until_ready(self.state)
         self._pause_clock()
 
     def finish(self) -> FitResult:
@@ -205,6 +204,15 @@ class _Run:
         if self.checkpoints is not None:
             self.checkpoints.close()
 
+    def _next_batch(self) -> PyTree:
+        try:
+            return next(self.batches)
+        except StopIteration:
+            raise ValueError(
+                f"the batches ended after {self.done} of total_steps={self.program.total_steps}. "
+                "Let them repeat (epochs=None), or lower total_steps."
+            ) from None
+
     def _between(self) -> None:
         new = self.program.between(self.state, self.done)
         if new is not self.state:
@@ -218,13 +226,13 @@ class _Run:
             raise NonFiniteError(self._explain(bad))
 
     def _explain(self, step: int) -> str:
-        norms = {"parameters": float(_norm(self.program.params(self.state)))}
+        norm = float(_norm(self.program.params(self.state)))
         last = ", ".join(f"{name}={value:.4g}" for name, value in self.books.last.items())
         since = self.books.last_finite
         saved = self.checkpoints.latest() if self.checkpoints is not None else None
         return (
             f"the loss is not finite at step {step} (last finite at step {since}). Metrics there: {last}; "
-            f"norm of the parameters now: {norms['parameters']:.4g}. Newest good checkpoint: {saved}. "
+            f"norm of the parameters now: {norm:.4g}. Newest good checkpoint: {saved}. "
             "Lower the learning rate, or set train.nonfinite=skip to drop such updates and count them."
         )
 
@@ -287,6 +295,7 @@ class _Run:
 
     def _pause_clock(self) -> None:
         if self._started is not None:
+            jax.block_until_ready(self.state)
             compiling = self.step.compile_s - self._compiled_before
             self.train_s += max(0.0, time.perf_counter() - self._started - compiling)
             self._started = None

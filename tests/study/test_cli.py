@@ -45,6 +45,14 @@ def test_bad_input_is_one_readable_message(words, message, capsys, tmp_path, mon
     assert "Traceback" not in error
 
 
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert main(["compare", "samuel:smoke", "--seeds", "3"]) == 2
+    assert 'tyro is not installed. pip install "effjax[study]"' in capsys.readouterr().err
+
+
 def test_compare_twice_only_writes_the_report_again(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["compare", "samuel:smoke", *TINY, "--out", str(out)]) == 0

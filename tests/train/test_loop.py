@@ -12,6 +12,7 @@ import pytest
 from toy import BATCH, toy
 
 from effjax.core.cost import count_compiles
+from effjax.data.pipeline import batches
 from effjax.train.checkpoint import CheckpointError
 from effjax.train.logging import read_jsonl
 from effjax.train.loop import NonFiniteError, Preempted, Prepared, fit
@@ -113,6 +114,13 @@ def test_non_finite_loss_can_be_skipped_and_is_counted():
     assert result.skipped == 1
     assert np.isfinite(result.state["params"]["w"]).all()
     assert np.isfinite(result.train["loss"])
+
+
+def test_batches_that_end_early_are_named():
+    rows = {"x": np.ones((16, 5), np.float32), "y": np.ones(16, np.float32)}
+    program = toy(10, batches=lambda seed: batches(rows, BATCH, seed=seed, epochs=2))
+    with pytest.raises(ValueError, match="ended after 4 of total_steps=10"):
+        fit(program, 0)
 
 
 def test_between_and_derive_run_on_the_host():
