@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from effjax.core.errors import NoEffectWarning, check_choice, check_number
 from effjax.core.loops import LOOPS, fastest_loop, stacked_map
 from effjax.core.tree import wide
+from effjax.optim.expert_weights import WeightRule, check_concrete, check_rates, draw, log_probabilities, raw_key
 
 PyTree = Any
 Base = Callable[[Any], optax.GradientTransformation]
@@ -177,7 +177,7 @@ def samuel(
         logits = rule.logits(state.log_weights, losses)
         drawn = jnp.argmax(logits)
         if select == "sample":
-            drawn = jnp.where(last, drawn, _draw(draw_key, logits))
+            drawn = jnp.where(last, drawn, draw(draw_key, logits))
         drawn = jnp.asarray(drawn if sampled is None else sampled, jnp.int32)
         played = jax.nn.softmax(logits) if select == "average" else jnp.arange(size) == drawn
         log_weights, spread = rule.update(state.log_weights, state.spread, state.count, losses, played)
@@ -384,75 +384,6 @@ def samuel_value_and_grad(
     return losses_and_grads
 
 
-class WeightRule(NamedTuple):
-    """How losses move the experts' log-weights; shared by ``samuel`` and ``samuel_one_gradient``."""
-
-    meta_rates: tuple[float, ...]
-    eta_scale: Any
-    normalize: bool
-    spread_decay: Any
-    loss_clip: Any
-
-    @classmethod
-    def make(cls, meta_rates: Sequence[float], *others: Any) -> "WeightRule":
-        rule = cls(tuple(meta_rates), *others)
-        if not rule.meta_rates:
-            raise ValueError("meta_rates=() holds no rate. Give at least one, such as (0.5,).")
-        for rate in rule.meta_rates:
-            check_number("meta_rates", rate, low=0.0, open_low=True, hint="eta_scale=0 switches the weights off.")
-        check_concrete("eta_scale", rule.eta_scale, low=0.0)
-        check_concrete("spread_decay", rule.spread_decay, low=0.0, high=1.0, open_high=True)
-        if rule.loss_clip is not None:
-            check_concrete("loss_clip", rule.loss_clip, low=0.0, open_low=True)
-        return rule
-
-    def births(self, size: int) -> Float[Array, "rates experts"]:
-        """Log-weights of a new segment: a row starts at the logarithm of its meta rate."""
-        return jnp.repeat(jnp.log(jnp.asarray(self.meta_rates, float))[:, None], size, axis=1)
-
-    def rebirths(self, log_weights: Float[Array, "rates experts"], odds: Any) -> Float[Array, "rates experts"]:
-        """Log-weights after a sync: each row's own, relative to its best and at most ``log odds`` below it."""
-        best = log_weights.max(axis=1, keepdims=True)
-        behind = jnp.where(jnp.isfinite(log_weights), log_weights - best, -jnp.inf)
-        return self.births(log_weights.shape[1]) + jnp.maximum(behind, -jnp.log(wide(odds))).astype(log_weights.dtype)
-
-    def logits(self, log_weights: Float[Array, "rates experts"], losses: Float[Array, "experts"]) -> Array:
-        """Unnormalised log-probabilities, without the experts whose loss is not finite while another's is."""
-        finite = jnp.isfinite(losses)
-        return jnp.where(finite | ~finite.any(), log_probabilities(log_weights), -jnp.inf)
-
-    def update(
-        self,
-        log_weights: Float[Array, "rates experts"],
-        spread: Float[Array, ""],
-        count: Int[Array, ""],
-        losses: Float[Array, "experts"],
-        played: Array,
-    ) -> tuple[Array, Array]:
-        """One multiplicative update; ``played`` says whose loss, or which mixture's, is the reference.
-
-        An expert whose loss is not finite dies; if no loss is, the weights stay as they were.
-        """
-        finite = jnp.isfinite(losses)
-        excess = jnp.where(finite, losses - jnp.min(losses, where=finite, initial=jnp.inf), 0.0)
-        scale = jnp.ones((), losses.dtype)
-        if self.normalize:
-            # The median of the finite ones.
-            ordered, number = jnp.sort(jnp.where(finite, excess, jnp.inf)), finite.sum()
-            now = (0.5 * (ordered[(number - 1) // 2] + ordered[number // 2])) ** 2
-            now = self.spread_decay * spread + (1 - self.spread_decay) * now
-            spread = jnp.where(finite.any(), now, spread).astype(spread.dtype)
-            root = jnp.sqrt(spread / (1 - self.spread_decay ** (count + 1.0)))
-            scale = jnp.where(root > 0, root, 1.0).astype(scale.dtype)
-        if self.loss_clip is not None:
-            excess = jnp.minimum(excess, self.loss_clip * scale)
-        excess = jnp.where(finite, excess, excess.max())
-        gap = (jnp.sum(played * excess) - excess) / scale
-        etas = self.eta_scale * jnp.asarray(self.meta_rates, losses.dtype)
-        moved = jnp.where(finite, log_weights + etas[:, None] * gap, -jnp.inf).astype(log_weights.dtype)
-        return jnp.where(finite.any(), moved, log_weights), spread
-
-
 class _Experts(NamedTuple):
     """The base optimizers behind one interface: a factory traced once over the rates, or a sequence."""
 
@@ -526,30 +457,6 @@ def _schedule(period: int | Sequence[int]) -> Callable[[Array], Array]:
     return lambda count: jax.lax.rem(count + 1, period) == 0
 
 
-def check_rates(argument: str, rates: Any) -> Any:
-    if isinstance(rates, jax.core.Tracer):
-        return rates
-    rates = np.atleast_1d(np.asarray(rates, np.float64)).tolist()
-    for rate in rates:
-        check_number(argument, rate, low=0.0, open_low=True)
-    if repeated := sorted({rate for rate in rates if rates.count(rate) > 1}):
-        raise ValueError(
-            f"{argument}={rates!r} repeats {repeated}: two equal experts do the same work twice. Drop one."
-        )
-    return rates
-
-
-def raw_key(seed: int | Array) -> UInt[Array, "words"]:
-    """A PRNG key as plain words, which every checkpoint format can hold; always a new buffer."""
-    key = jax.random.key(seed) if isinstance(seed, int) else jnp.asarray(seed)
-    return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jnp.array(key)
-
-
-def check_concrete(argument: str, value: Any, **limits: Any) -> None:
-    if not isinstance(value, jax.core.Tracer):  # injected hyperparameters arrive traced
-        check_number(argument, value, **limits)
-
-
 def _check_stacked(argument: str, tree: PyTree, size: int) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
     for path, leaf in leaves:
@@ -599,12 +506,6 @@ def _find(state: PyTree) -> SamuelState:
     return found[0]
 
 
-def log_probabilities(log_weights: Float[Array, "rates experts"]) -> Float[Array, "experts"]:
-    """Unnormalised; uniform when all experts are dead."""
-    log_p = jax.nn.logsumexp(log_weights, axis=0)
-    return jnp.where(jnp.isneginf(log_p).all(), 0.0, log_p)
-
-
 def _gather(
     updates: PyTree, params: PyTree, drawn: Array, logits: Array, *, average: bool
 ) -> tuple[PyTree, PyTree, Array]:
@@ -625,17 +526,6 @@ def _gather(
         lambda t, p, o, u: jnp.where(_column(leads, u), o, (t - p).astype(u.dtype)), target, params, own, updates
     )
     return moves, target, chosen
-
-
-def _draw(key: Array, logits: Float[Array, "experts"]) -> Int[Array, ""]:
-    """An index with probability softmax(logits), by inverting the cumulative sum at one uniform number.
-
-    The key's own words are the uniform bits: hashing them again, as ``jax.random.categorical`` does, would double the
-    number of operations in a step that for a small model is made of little else.
-    """
-    uniform = (jax.random.key_data(key)[0] >> 8).astype(logits.dtype) * 2.0**-24
-    cumulative = jnp.cumsum(jnp.exp(logits - logits.max()))
-    return jnp.sum(cumulative <= uniform * cumulative[-1])
 
 
 def _column(values: Array, like: Array) -> Array:

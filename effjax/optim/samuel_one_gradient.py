@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, UInt
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import wide
-from effjax.optim.samuel import WeightRule, check_concrete, check_rates, log_probabilities, raw_key
+from effjax.optim.expert_weights import WeightRule, check_concrete, check_rates, log_probabilities, raw_key
 
 PyTree = Any
 

@@ -501,10 +501,10 @@ def test_experts_on_a_mesh_axis():
 
 
 def test_draws_follow_the_probabilities_and_never_hit_a_dead_expert():
-    from effjax.optim.samuel import _draw
+    from effjax.optim.expert_weights import draw
 
     logits = jnp.log(jnp.array([0.0, 0.5, 0.2, 0.0, 0.3, 0.0]))
     keys = jax.random.split(jax.random.key(0), 40_000)
-    counts = np.bincount(jax.vmap(lambda key: _draw(key, logits))(keys), minlength=6) / 40_000
+    counts = np.bincount(jax.vmap(lambda key: draw(key, logits))(keys), minlength=6) / 40_000
     np.testing.assert_allclose(counts, [0, 0.5, 0.2, 0, 0.3, 0], atol=0.01)
     assert (counts[[0, 3, 5]] == 0).all()
