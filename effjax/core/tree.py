@@ -1,7 +1,7 @@
 """Paths of pytree leaves, selection by regular expression, and dtype-safe scalars."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -96,11 +96,6 @@ def _no_match(argument: str, pattern: str, rule: re.Pattern[str], names: list[st
     )
 
 
-def tree_scale(scale: Any, tree: PyTree) -> PyTree:
-    """``scale * leaf`` computed in float32 at least, each leaf returned in its own dtype."""
-    return jax.tree.map(lambda leaf: (wide(scale) * wide(leaf)).astype(leaf.dtype), tree)
-
-
 def wide(value: Any) -> jax.Array:
     """``value`` as an array of float32, or float64 where it is that already.
 
@@ -114,12 +109,3 @@ def wide(value: Any) -> jax.Array:
 def tree_where(condition: Any, on_true: PyTree, on_false: PyTree) -> PyTree:
     """Leafwise ``where`` with one scalar condition; typed PRNG keys are allowed."""
     return jax.tree.map(lambda a, b: jax.lax.select(jnp.broadcast_to(condition, jnp.shape(a)), a, b), on_true, on_false)
-
-
-def map_floating(function: Callable[[jax.Array], jax.Array], tree: PyTree) -> PyTree:
-    """Apply ``function`` to the floating-point leaves and leave the rest alone."""
-
-    def apply(leaf: Any) -> Any:
-        return function(leaf) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
-
-    return jax.tree.map(apply, tree)

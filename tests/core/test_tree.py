@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effjax.core.tree import leaf_paths, map_floating, select, tree_scale, tree_where, wide
+from effjax.core.tree import leaf_paths, select, tree_where, wide
 
 
 class Pair(NamedTuple):
@@ -97,15 +97,6 @@ def test_wide_is_float32_at_least():
         assert wide(np.float64(0.1)) == 0.1
 
 
-def test_tree_scale_multiplies_wide_and_keeps_dtypes():
-    # 1.0035 rounds to 1 in bfloat16, where nothing would change; in float32 the product rounds up to 2.
-    tree = {"half": jnp.full(2, 1.9921875, jnp.bfloat16), "full": jnp.ones(2)}
-    scaled = tree_scale(1.0035, tree)
-    assert scaled["half"].dtype == jnp.bfloat16
-    assert scaled["full"].dtype == jnp.float32
-    np.testing.assert_array_equal(scaled["half"], jnp.full(2, 2.0, jnp.bfloat16))
-
-
 def test_tree_where_selects_whole_trees_with_keys_under_jit():
     first = {"x": jnp.ones(3), "key": jax.random.key(1), "n": np.int32(4)}
     second = {"x": jnp.zeros(3), "key": jax.random.key(2), "n": np.int32(5)}
@@ -123,13 +114,3 @@ def test_tree_where_maps_over_conditions_and_over_stacks_of_keys():
     assert jnp.array_equal(jax.random.key_data(chosen), jax.random.key_data(keys[::-1]))
     rows = jax.vmap(tree_where)(jnp.asarray([True, False]), jnp.ones((2, 3)), jnp.zeros((2, 3)))
     np.testing.assert_array_equal(rows, [[1, 1, 1], [0, 0, 0]])
-
-
-def test_map_floating_leaves_integers_and_keys_alone():
-    tree = {"w": jnp.ones(2, jnp.bfloat16), "n": jnp.arange(2), "key": jax.random.key(0), "x": 1.5, "mask": True}
-    out = map_floating(lambda leaf: leaf * 2, tree)
-    assert out["n"] is tree["n"]
-    assert out["key"] is tree["key"]
-    assert out["mask"] is True
-    assert out["x"] == 3.0
-    np.testing.assert_array_equal(out["w"], jnp.full(2, 2, jnp.bfloat16))
