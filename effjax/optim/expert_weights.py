@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Int, UInt
 from effjax.core.errors import check_number
 from effjax.core.tree import wide
 
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
 
 class WeightRule(NamedTuple):
     """How losses move the experts' log-weights; shared by ``samuel`` and ``samuel_one_gradient``."""
@@ -111,12 +113,31 @@ def log_probabilities(log_weights: Float[Array, "rates experts"]) -> Float[Array
     return jnp.where(jnp.isneginf(log_p).all(), 0.0, log_p)
 
 
-def draw(key: Array, logits: Float[Array, "experts"]) -> Int[Array, ""]:
+def draw(key: UInt[Array, "words"], count: Int[Array, ""], logits: Float[Array, "experts"]) -> Int[Array, ""]:
     """An index with probability softmax(logits), by inverting the cumulative sum at one uniform number.
 
-    The key's own words are the uniform bits: hashing them again, as ``jax.random.categorical`` does, would double the
-    number of operations in a step that for a small model is made of little else.
+    The number comes from the bits of ``jax.random.fold_in(key, count)``, so the key itself never changes.
     """
-    uniform = (jax.random.key_data(key)[0] >> 8).astype(logits.dtype) * 2.0**-24
+    uniform = (fold_in_bits(key, count) >> 8).astype(logits.dtype) * 2.0**-24
     cumulative = jnp.cumsum(jnp.exp(logits - logits.max()))
     return jnp.sum(cumulative <= uniform * cumulative[-1])
+
+
+def fold_in_bits(key: UInt[Array, "words"], count: Int[Array, ""]) -> UInt[Array, ""]:
+    """The first word of ``jax.random.fold_in(key, count)``, of a Threefry key.
+
+    Threefry-2x32 (Salmon et al. 2011) in straight-line code. JAX's own is a loop on CPU, and one loop keeps XLA's CPU
+    runtime from running a step's operations in order: a step of a small network, made of a hundred of them, then takes
+    half as long again.
+    """
+    key = key.astype(jnp.uint32)
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
+    left, right = schedule[0], count.astype(jnp.uint32) + schedule[1]
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            left = left + right
+            right = (right << rotation) | (right >> (32 - rotation))
+            right = left ^ right
+        left = left + schedule[(group + 1) % 3]
+        right = right + schedule[(group + 2) % 3] + jnp.uint32(group + 1)
+    return left

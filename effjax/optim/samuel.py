@@ -29,7 +29,7 @@ class SamuelState(NamedTuple):
 
     Attributes:
       count: int32, steps taken.
-      key: raw PRNG key of the draws; runs on through the syncs.
+      key: raw PRNG key of the draws; never changes, as draw t comes from the key and t.
       log_weights: one row per meta rate, one column per expert.
       current_expert: int32, the expert drawn in the last step.
       learning_rate: its rate; None where the experts are transformations.
@@ -126,8 +126,8 @@ def samuel(
 
     The paper's box multiplies by :math:`1 + \eta r` and the authors' program (google/init2winit) by the exponential,
     as here. That program is ``eta_scale=1, normalize=False, loss_clip=None, prior_odds=1``, except that it restarts the
-    key at every sync, so that each segment repeats the draws of the one before; here the key runs on. Normalising,
-    clipping and inherited odds are not in the paper.
+    key at every sync, so that each segment repeats the draws of the one before; here a draw comes from the key and the
+    step of the whole run. Normalising, clipping and inherited odds are not in the paper.
     """
     experts = _Experts.make(base, learning_rates)
     rule = WeightRule.make(meta_rates, eta_scale, normalize, spread_decay, loss_clip)
@@ -172,12 +172,11 @@ def samuel(
     ) -> tuple[PyTree, SamuelState]:
         losses = _check_losses(value, params, updates, size).astype(state.log_weights.dtype)
         last = False if total_steps is None else state.count == total_steps - 1
-        key, draw_key = jax.random.split(jax.random.wrap_key_data(state.key))
 
         logits = rule.logits(state.log_weights, losses)
         drawn = jnp.argmax(logits)
         if select == "sample":
-            drawn = jnp.where(last, drawn, draw(draw_key, logits))
+            drawn = jnp.where(last, drawn, draw(state.key, state.count, logits))
         drawn = jnp.asarray(drawn if sampled is None else sampled, jnp.int32)
         played = jax.nn.softmax(logits) if select == "average" else jnp.arange(size) == drawn
         log_weights, spread = rule.update(state.log_weights, state.spread, state.count, losses, played)
@@ -194,7 +193,7 @@ def samuel(
         updates, inner, log_weights, current = jax.lax.cond(ending, sync, lambda: (updates, inner, log_weights, drawn))
         return updates, SamuelState(
             count=optax.safe_increment(state.count),
-            key=jax.random.key_data(key),
+            key=state.key,
             log_weights=log_weights,
             current_expert=current,
             learning_rate=experts.rate(current),

@@ -11,14 +11,14 @@ from jaxtyping import Array, Float, Int, UInt
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import wide
-from effjax.optim.expert_weights import WeightRule, check_concrete, check_rates, log_probabilities, raw_key
+from effjax.optim.expert_weights import WeightRule, check_concrete, check_rates, draw, log_probabilities, raw_key
 
 PyTree = Any
 
 # Log-weights stay this close to the best one, so that a rate that lost, or diverged, can come back.
 _FLOOR = 30.0
 # What an evaluation changes.
-_CHOICE = ("evaluations", "key", "log_weights", "learning_rate", "spread")
+_CHOICE = ("evaluations", "log_weights", "learning_rate", "spread")
 
 
 class SamuelOneGradientState(NamedTuple):
@@ -27,7 +27,7 @@ class SamuelOneGradientState(NamedTuple):
     Attributes:
       count: int32, steps taken.
       evaluations: int32, how often the candidates were scored.
-      key: raw PRNG key of the draws.
+      key: raw PRNG key of the draws; never changes, as a draw comes from the key and ``evaluations``.
       log_weights: one row per meta rate, one column per candidate.
       learning_rate: the rate in use.
       spread: running mean square of the losses' spread, see ``samuel``.
@@ -157,12 +157,10 @@ def samuel_one_gradient(
         best = jnp.arange(len(rates)) == jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
         log_weights, spread = rule.update(faded, state.spread, state.evaluations, losses, best)
         log_weights = jnp.maximum(log_weights, log_weights.max() - _FLOOR).astype(state.log_weights.dtype)
-        key, draw_key = jax.random.split(jax.random.wrap_key_data(state.key))
         logits = log_probabilities(log_weights)
-        chosen = jnp.argmax(logits) if select == "argmax" else jax.random.categorical(draw_key, logits)
+        chosen = jnp.argmax(logits) if select == "argmax" else draw(state.key, state.evaluations, logits)
         return {
             "evaluations": optax.safe_increment(state.evaluations),
-            "key": jax.random.key_data(key),
             "log_weights": log_weights,
             "learning_rate": candidates[chosen],
             "spread": spread,
@@ -191,7 +189,7 @@ def samuel_one_gradient(
         small = jax.lax.cond(due, lambda: evaluate(state, params, value_fn), lambda: small)
         steps, inner = direction.update(updates, state.inner, params, value_fn=value_fn, **extra_args)
         rate = small["learning_rate"]
-        return jax.tree.map(lambda d, p: (rate * wide(d)).astype(p.dtype), steps, params), SamuelOneGradientState(
+        return jax.tree.map(lambda d, p: (rate * wide(d)).astype(p.dtype), steps, params), state._replace(
             count=optax.safe_increment(count),
             displacement=jax.tree.map(lambda b, d: jnp.where(due, d, b + d).astype(b.dtype), state.displacement, steps),
             inner=inner,

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from effjax.core.errors import NoEffectWarning
+from effjax.optim.expert_weights import draw, fold_in_bits
 from effjax.optim.samuel import (
     SamuelState,
     samuel,
@@ -127,7 +128,7 @@ def test_sync_makes_all_experts_one_and_starts_afresh(base, select):
             # Anchors such as schedule_free's are taken at the new parameters.
             assert_same(state.inner, tx.init(params).inner)
             np.testing.assert_allclose(samuel_probabilities(state), 1 / 3, rtol=1e-6)
-    assert not np.array_equal(history[3][1].key, tx.init(history[3][2]).key)
+    np.testing.assert_array_equal(history[3][1].key, tx.init(history[3][2]).key)
 
 
 def test_dead_expert_begins_again_after_a_sync():
@@ -501,10 +502,15 @@ def test_experts_on_a_mesh_axis():
 
 
 def test_draws_follow_the_probabilities_and_never_hit_a_dead_expert():
-    from effjax.optim.expert_weights import draw
-
     logits = jnp.log(jnp.array([0.0, 0.5, 0.2, 0.0, 0.3, 0.0]))
-    keys = jax.random.split(jax.random.key(0), 40_000)
-    counts = np.bincount(jax.vmap(lambda key: draw(key, logits))(keys), minlength=6) / 40_000
+    key, steps = jax.random.key_data(jax.random.key(0)), jnp.arange(40_000)
+    counts = np.bincount(jax.vmap(lambda step: draw(key, step, logits))(steps), minlength=6) / 40_000
     np.testing.assert_allclose(counts, [0, 0.5, 0.2, 0, 0.3, 0], atol=0.01)
     assert (counts[[0, 3, 5]] == 0).all()
+
+
+def test_bits_of_a_draw_are_those_of_fold_in():
+    for seed, count in itertools.product((0, 7, 2**31), (0, 1, 12_345)):
+        key = jax.random.key(seed)
+        wanted = jax.random.key_data(jax.random.fold_in(key, count))[0]
+        assert fold_in_bits(jax.random.key_data(key), jnp.int32(count)) == wanted
