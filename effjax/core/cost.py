@@ -111,8 +111,7 @@ class Executables:
         return len(self._compiled)
 
     def __call__(self, *args: Any) -> Any:
-        leaves, structure = jax.tree.flatten(args[1:])
-        shapes = (structure, *[(getattr(x, "shape", ()), getattr(x, "dtype", type(x))) for x in leaves])
+        shapes = _shapes(args)
         executable = self._by_shapes.get(shapes)
         if executable is not None:
             try:
@@ -135,26 +134,45 @@ class Executables:
         Returns:
           The compiled function.
         """
-        leaves, structure = jax.tree.flatten(args)
-        signature = (structure, *map(_signature, leaves))
+        signature = _whole_signature(args)
         if signature not in self._compiled:
             start = time.perf_counter()
             traced = self._jitted.trace(*args)
             compiled = traced.lower().compile()
             self.compile_s += time.perf_counter() - start
             self._compiled[signature] = compiled, holds_loop(traced.jaxpr)
+            self._by_shapes.setdefault(_shapes(args), compiled)
         return self._compiled[signature][0]
 
-    def analysis(self) -> StepAnalysis:
-        """Cost and memory of the largest executable, by peak memory.
+    def analysis(self, *args: Any) -> StepAnalysis:
+        """Cost and memory of the executable for these arguments; without any, of the one with the largest peak memory.
+
+        Args:
+          *args: as for ``compile``.
+
+        Returns:
+          A ``StepAnalysis``.
 
         Raises:
           RuntimeError: nothing is compiled yet.
         """
+        if args:
+            self.compile(*args)
+            return _analyse(*self._compiled[_whole_signature(args)])
         if not self._compiled:
             raise RuntimeError("Nothing is compiled yet: call the function or its compile(*args) first.")
         analyses = [_analyse(compiled, loop) for compiled, loop in self._compiled.values()]
         return max(analyses, key=lambda analysis: analysis.peak_bytes or 0)
+
+
+def _shapes(args: tuple[Any, ...]) -> Any:
+    leaves, structure = jax.tree.flatten(args[1:])
+    return (structure, *[(getattr(x, "shape", ()), getattr(x, "dtype", type(x))) for x in leaves])
+
+
+def _whole_signature(args: tuple[Any, ...]) -> Any:
+    leaves, structure = jax.tree.flatten(args)
+    return (structure, *map(_signature, leaves))
 
 
 def _signature(leaf: Any) -> Any:

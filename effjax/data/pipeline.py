@@ -378,7 +378,7 @@ class Prefetch(Iterator[Any]):
         self._iterator = iterator
         self._size = size
         # A thread does not see the `with jax.default_device(...)` of the thread that made it.
-        self._put = functools.partial(_put, sharding=sharding, device=jax.config.jax_default_device)
+        self._put = functools.partial(put_batch, sharding=sharding, device=jax.config.jax_default_device)
         self._state = iterator.get_state()
         self._worker: _Worker | None = None
         self._stop: Callable[[], object] = lambda: None
@@ -429,9 +429,19 @@ class Prefetch(Iterator[Any]):
         self._worker = None
 
 
-def _put(batch: Any, *, sharding: Any, device: Any) -> Any:
+def put_batch(batch: Any, *, sharding: Any = None, device: Any = None) -> Any:
+    """Start copying one batch to the device.
+
+    Args:
+      batch: a pytree of arrays, of a global batch the rows of this process.
+      sharding: where it goes; ``None`` is one device.
+      device: that device; ``None`` is the default one.
+
+    Returns:
+      The batch on the device, with several processes as global arrays.
+    """
     if sharding is None:
-        with jax.default_device(device):
+        with jax.default_device(device or jax.config.jax_default_device):
             return jax.device_put(batch)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)

@@ -255,8 +255,8 @@ def _plateau(base: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 def _program(config: SamuelStudy, task_name: str, setting: Setting, form: _Rival | _Experts) -> Program:
-    steps = config.budget.steps(config.batch_size)
     task, phases = _task(config, task_name, setting)
+    steps = config.budget.steps(config.batch_size, lambda epoch: len(task.train["label"]) // config.batch_size)
     parts = (_expert_parts if isinstance(form, _Experts) else _rival_parts)(config, task, form, steps)
 
     def shift(batch, index, rng):

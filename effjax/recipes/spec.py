@@ -1,8 +1,9 @@
 """The words of a study: budget, arm, sweep, claim."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from effjax.core.errors import check_choice, check_number
 from effjax.train.options import TrainOptions
@@ -18,15 +19,30 @@ class Budget:
 
     amount: float
     """how much"""
-    unit: Literal["steps", "examples", "device_seconds"] = "steps"
+    unit: Literal["steps", "examples", "epochs", "device_seconds"] = "steps"
     """of what; device seconds are turned into steps by each arm's measured step time"""
 
     def __post_init__(self):
         check_number("budget.amount", self.amount, low=0, open_low=True)
-        check_choice("budget.unit", self.unit, ("steps", "examples", "device_seconds"))
+        check_choice("budget.unit", self.unit, ("steps", "examples", "epochs", "device_seconds"))
 
-    def steps(self, batch_size: int) -> int:
-        """Steps of one run; device seconds must have been resolved before."""
+    def steps(self, batch_size: int, epoch_steps: Callable[[int], int] | None = None) -> int:
+        """Steps of one run; device seconds must have been resolved before.
+
+        Args:
+          batch_size: examples of one step, for a budget in examples.
+          epoch_steps: the steps of epoch 0, 1, ..., for a budget in epochs; it may have a fraction.
+
+        Example:
+          >>> Budget(2.5, "epochs").steps(32, lambda epoch: (10, 6, 4)[epoch])
+          18
+        """
+        if self.unit == "epochs":
+            if epoch_steps is None:
+                raise ValueError("a budget in epochs needs the data's rows, which this study does not use. Use steps.")
+            whole, part = divmod(self.amount, 1)
+            steps = sum(epoch_steps(epoch) for epoch in range(int(whole)))
+            return max(1, steps + (round(part * epoch_steps(int(whole))) if part else 0))
         if self.unit == "device_seconds":
             raise ValueError("a budget in device seconds has no number of steps before the step time is measured.")
         return max(1, int(self.amount // batch_size if self.unit == "examples" else self.amount))
@@ -74,7 +90,8 @@ class Claim(NamedTuple):
       left: number from the results.
       op: '<=' or '>='.
       right: number from the results.
-      of: 'metrics' (decided by what was learned, reproducible) or 'cost' (decided by the clock).
+      of: 'metrics' (decided by what was learned, reproducible) or 'cost' (decided by the clock; the
+        numbers are the costs, the metrics and, for ``time_to``, the curve).
     """
 
     text: str
@@ -82,6 +99,29 @@ class Claim(NamedTuple):
     op: Literal["<=", ">="]
     right: Callable[[Metrics], float]
     of: Literal["metrics", "cost"] = "metrics"
+
+
+def time_to(arm: Mapping[str, Any], metric: str, target: float, goal: Literal["min", "max"] = "max") -> float:
+    """Training seconds until an evaluation first reaches ``target``, mean over seeds; NaN if one never does.
+
+    Args:
+      arm: what a claim of costs sees of an arm that was evaluated during training (``train.evaluate_steps``).
+      metric: of the evaluation.
+      target: the value to reach.
+      goal: whether it is reached from below ('max') or above ('min').
+
+    Example:
+      >>> curves = [{"train_s": [1.0, 2.0], "accuracy": [0.5, 0.9]}, {"train_s": [1.0, 4.0], "accuracy": [0.6, 0.8]}]
+      >>> time_to({"curve": curves}, "accuracy", 0.8)
+      3.0
+    """
+    sign = 1 if goal == "max" else -1
+    first = []
+    for curve in arm["curve"]:
+        points = zip(curve["train_s"], curve[metric], strict=True) if curve else ()
+        reached = (seconds for seconds, value in points if value is not None and sign * value >= sign * target)
+        first.append(next(reached, math.nan))
+    return sum(first) / len(first) if first else math.nan
 
 
 class Axis(NamedTuple):

@@ -17,7 +17,7 @@ from effjax.study.resolve import Study, resolve
 from effjax.study.results import SCHEMA, arm_result, decide, environment, sweep_result
 from effjax.train.checkpoint import describe_difference
 from effjax.train.logging import read_jsonl, write_json
-from effjax.train.loop import NonFiniteError, Prepared, fit
+from effjax.train.loop import FitResult, NonFiniteError, Prepared, fit
 from effjax.train.mesh import start_distributed
 from effjax.train.program import Program
 
@@ -144,7 +144,7 @@ class _Comparison:
             for group in dict.fromkeys(arm.group for arm in self.arms.values()):
                 self.progress.say(f"measuring the cost of {group}")
                 members = {name: programs[name] for name, arm in self.arms.items() if arm.group == group}
-                measured, prepared = measure(members, config.train)
+                measured, prepared = measure(members, config.train, say=self.progress.say)
                 costs |= measured
                 self.prepared |= {} if by_seconds else prepared
             if self.first:
@@ -193,7 +193,8 @@ class _Comparison:
 
     def _run(self, name: str, seed: int, program: Program, done: float, step_ms: float) -> dict[str, Any]:
         folder = self._folder(name, seed)
-        self.progress.say(f"{name}, seed {seed}")
+        label = f"{name}, seed {seed}"
+        self.progress.say(label)
         options = self.study.config.train
         if name not in self.prepared:
             self.prepared[name] = Prepared(program, options)
@@ -207,12 +208,16 @@ class _Comparison:
                 directory=folder,
                 identity={"arm": name, **self._identity()},
                 on_steps=lambda steps: self.progress.reach(done + steps * step_ms),
+                on_compile=self.progress.compiling(label),
             )
         except NonFiniteError as error:
             run = {"status": "diverged", "metrics": {}, "train_s": error.train_s, "why": str(error)}
         else:
-            metrics = {**result.train, **{key: float(value) for key, value in program.evaluate(result.state).items()}}
-            run = {"status": "ok", "metrics": metrics, "train_s": result.train_s, "skipped": result.skipped}
+            metrics = {key: float(value) for key, value in program.evaluate(result.state).items()}
+            run = {"status": "ok", "train_s": result.train_s, "skipped": result.skipped}
+            run |= {"metrics": {**result.train, **metrics}}
+            if options.evaluate_steps:
+                run["curve"] = _curve(result, {"step": program.total_steps, "train_s": result.train_s, **metrics})
         run["compiles"] = prepared.step.compiles
         if self.first:
             write_json(folder / "done.json", run)
@@ -252,3 +257,9 @@ class _Comparison:
                         "loss": [r["loss"] for r in thin],
                     }
         return curves
+
+
+def _curve(result: FitResult, last: dict[str, float]) -> dict[str, list[float]]:
+    """The evaluations of one run by column, its end included."""
+    records = [record for record in result.curve if record["step"] < last["step"]] + [last]
+    return {name: [record[name] for record in records] for name in last}

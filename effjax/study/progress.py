@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 
@@ -57,6 +58,12 @@ class Progress:
             print(f"{self._left()}{what}", file=sys.stderr, flush=True)
             self._printed = time.monotonic()
         self._what = what
+
+    def compiling(self, label: str) -> Callable[[int, int], None]:
+        """A function for ``fit`` to tell which executable it compiles; the last call names ``label`` again."""
+        return lambda done, total: self.say(
+            label if done == total else f"{label}: compiling batch shape {done + 1} of {total}"
+        )
 
     def reach(self, done: float) -> None:
         """Set the work done so far."""

@@ -57,7 +57,8 @@ def render(results: Mapping[str, Any], axes: Mapping[str, Axis], cost_claims: Se
     lines += [
         "`step` is the steady-state median with all arms of the group interleaved; `peak` is XLA's arguments + outputs "
         "- aliased + temporaries of the step; `train` is seconds of stepping for one seed without compiling, "
-        "evaluating and saving; for a sweep it is the sum over its members.",
+        "evaluating and saving; for a sweep it is the sum over its members. Of an arm whose batches differ in shape, "
+        "`step` is the mean over the steps of a run; `tokens` are the positions processed in a run, padding included.",
         "",
     ]
     return "\n".join(lines)
@@ -117,6 +118,8 @@ def group_table(arms: Mapping[str, Mapping[str, Any]], axis: Axis) -> list[str]:
     frontier = set(pareto(points, axis.goal))
     arrow = "lower is better" if axis.goal == "min" else "higher is better"
     head = ["arm", f"{axis.label} ({arrow})", *others, "train s", "step ms", "peak MB", "examples/s", "M MACs/example"]
+    tokens = any("tokens" in arm["cost"] for arm in arms.values())
+    head += ["M tokens"] if tokens else []
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, arm in sorted(arms.items(), key=lambda item: rank(item[1])):
         cost = arm["cost"]
@@ -126,6 +129,7 @@ def group_table(arms: Mapping[str, Mapping[str, Any]], axis: Axis) -> list[str]:
         cells = [label, spread(arm, axis.metric), *(spread(arm, metric) for metric in others)]
         cells += [number(cost["train_s"]), number(cost["step_ms"]), number(_scaled(cost["peak_bytes"], 1e-6))]
         cells += [number(cost["examples_per_s"]), number(_scaled(cost["macs_per_example"], 1e-6))]
+        cells += [number(_scaled(cost.get("tokens"), 1e-6))] if tokens else []
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, "", "\\* on the frontier of quality against training seconds."]
 

@@ -30,6 +30,9 @@ COST_FIELDS = (
     "train_s",
 )
 
+OPTIONAL_COST_FIELDS = ("tokens",)
+"""Positions processed in one run, padding included, where the arm's Program tells."""
+
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """``{"mean", "std", "values"}`` over seeds; the sample standard deviation, 0 for one seed."""
@@ -42,22 +45,26 @@ def arm_result(runs: Sequence[Mapping[str, Any]], cost: Mapping[str, Any]) -> di
     """One entry of ``arms`` from the runs of its seeds.
 
     Args:
-      runs: per seed ``{"status", "metrics", "train_s", "compiles"}``; empty when only cost was measured.
+      runs: per seed ``{"status", "metrics", "train_s", "compiles"}``, with ``"curve"`` where there were
+        evaluations during training; empty when only cost was measured.
       cost: what the cost meter measured once for the arm.
     """
     diverged = [run for run in runs if run["status"] == "diverged"]
     names = sorted({name for run in runs for name in run["metrics"]})
     metrics = {name: summary([run["metrics"].get(name, math.nan) for run in runs]) for name in names}
     merged = {name: cost.get(name) for name in COST_FIELDS}
+    merged |= {name: cost[name] for name in OPTIONAL_COST_FIELDS if name in cost}
     if runs:
         merged["train_s"] = statistics.fmean(run["train_s"] for run in runs)
         merged["compiles"] = max(run["compiles"] for run in runs)
-    return {
+    result = {
         "status": "diverged" if diverged else "ok",
         "metrics": metrics,
         "cost": merged,
         "inference": dict(cost.get("inference", {})),
     }
+    curves = [run.get("curve") for run in runs]
+    return result | ({"curve": curves} if any(curves) else {})
 
 
 def sweep_result(sweep: Sweep, arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -87,7 +94,9 @@ def decide(claims: Sequence[Claim], arms: Mapping[str, Mapping[str, Any]], of: s
         numbers = {name: {metric: mean(arm, metric) for metric in arm["metrics"]} for name, arm in arms.items()}
     else:
         numbers = {
-            name: {key: math.nan if value is None else value for key, value in arm["cost"].items()}
+            name: {metric: mean(arm, metric) for metric in arm["metrics"]}
+            | {key: math.nan if value is None else value for key, value in arm["cost"].items()}
+            | {"curve": arm.get("curve", [])}
             for name, arm in arms.items()
         }
     decided = []

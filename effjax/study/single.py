@@ -36,7 +36,8 @@ def train_arm(study: Study, arm: str | None, seed: int, out: Path | None) -> dic
     program = arms[arm].build()
     with Progress(quiet=jax.process_index() > 0) as progress:
         progress.plan(program.total_steps)
-        progress.say(f"{arm}, seed {seed}")
+        label = f"{arm}, seed {seed}"
+        progress.say(label)
         if jax.process_index() == 0:
             _mark(out, {**identity, "seed": seed})
         result = fit(
@@ -46,6 +47,7 @@ def train_arm(study: Study, arm: str | None, seed: int, out: Path | None) -> dic
             directory=out,
             identity=identity,
             on_steps=progress.reach,
+            on_compile=progress.compiling(label),
         )
     metrics = {**result.train, **program.evaluate(result.state), "train_s": result.train_s, "skipped": result.skipped}
     if jax.process_index() == 0:

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.core.cost import Executables
-from effjax.core.tree import tree_where
-from effjax.data.pipeline import prefetch_to_device
+from effjax.core.cost import Executables, count_compiles
+from effjax.core.tree import leaf_paths, tree_where
+from effjax.data.pipeline import prefetch_to_device, put_batch
 from effjax.train.checkpoint import Checkpoints
-from effjax.train.logging import JsonlLog
+from effjax.train.logging import JsonlLog, jsonable
 from effjax.train.mesh import batch_sharding, make_mesh, state_shardings
 from effjax.train.options import TrainOptions
 from effjax.train.program import Program
@@ -49,12 +49,14 @@ class FitResult(NamedTuple):
       train: means over all steps of the step metrics, through ``Program.train_metrics``.
       train_s: seconds spent stepping, over all interruptions, without compiling, evaluating and saving.
       skipped: updates dropped because their loss was not finite.
+      curve: one record an evaluation during training, ``{"step", "train_s", metric: value, ...}``.
     """
 
     state: PyTree
     train: dict[str, float]
     train_s: float
     skipped: int
+    curve: list[dict[str, float]]
 
 
 class Prepared:
@@ -70,7 +72,8 @@ class Prepared:
     def __init__(self, program: Program, options: TrainOptions):
         if options.compile_cache:
             jax.config.update("jax_compilation_cache_dir", options.compile_cache)
-        mesh = make_mesh(options.mesh)
+        self._mesh = mesh = make_mesh(options.mesh)
+        self._warm = False
         shapes = jax.eval_shape(program.init, jax.random.key(0))
         shardings = state_shardings(mesh, shapes, program.sharding)
         self.abstract = jax.tree.map(
@@ -85,6 +88,31 @@ class Prepared:
             out_shardings=None if mesh is None else (shardings, None),
         )
 
+    def put(self, batch: PyTree) -> PyTree:
+        """A batch of any size, placed as the loop places its batches."""
+        rows = np.shape(jax.tree.leaves(batch)[0])[0] * jax.process_count()
+        return put_batch(batch, sharding=batch_sharding(self._mesh, rows))
+
+    def warm_up(self, program: Program, state: PyTree, aux: PyTree, on_compile: Callable[[int, int], None]) -> None:
+        """Compile the step for every shape the program declares; nothing to do the second time.
+
+        Raises:
+          ValueError: the shapes need more executables than ``program.compiles``.
+        """
+        if self._warm or program.shapes is None:
+            return
+        shapes = program.shapes()
+        for index, shape in enumerate(shapes):
+            on_compile(index, len(shapes))
+            self.step.compile(state, self.put(shape.batch), aux)
+        if self.step.compiles > program.compiles:
+            raise ValueError(
+                f"compiles={program.compiles}, but the {len(shapes)} batch shapes of Program.shapes needed "
+                f"{self.step.compiles} executables. Declare as many, or use fewer shapes."
+            )
+        on_compile(len(shapes), len(shapes))
+        self._warm = True
+
 
 def fit(
     program: Program,
@@ -95,6 +123,7 @@ def fit(
     directory: Path | None = None,
     identity: Mapping[str, Any] | None = None,
     on_steps: Callable[[int], None] = lambda done: None,
+    on_compile: Callable[[int, int], None] = lambda done, total: None,
 ) -> FitResult:
     """Train ``program`` from ``seed`` to its last step, continuing from the newest checkpoint in ``directory``.
 
@@ -108,11 +137,14 @@ def fit(
       directory: of checkpoints and ``log.jsonl``; None keeps nothing.
       identity: JSON-able description of the run, checked on resume.
       on_steps: called now and then with the number of steps done.
+      on_compile: called with (done, total) before each executable of a program with several batch shapes is
+        compiled, and when all are; all of it happens before the first step, also when a run continues.
 
     Returns:
       A ``FitResult``.
 
     Raises:
+      ValueError: the batches end early, or have a shape that ``Program.shapes`` does not declare.
       NonFiniteError: and ``options.nonfinite == 'stop'``; the newest checkpoint is still good.
       Preempted: after saving, when SIGTERM arrived.
       CheckpointError: the newest checkpoint is damaged or foreign.
@@ -122,7 +154,7 @@ def fit(
     run = _Run(program, seed, options, prepared, directory, dict(identity or {}, seed=seed))
     with _StopSignal() as stop:
         try:
-            run.start()
+            run.start(on_compile)
             run.train(stop, on_steps)
             return run.finish()
         except NonFiniteError as error:
@@ -149,9 +181,10 @@ class _Run:
         self.done = 0
         self.train_s = 0.0
         self._started: float | None = None
+        self._between_compile_s = 0.0
         self.saved_at = time.monotonic()
 
-    def start(self) -> None:
+    def start(self, on_compile: Callable[[int, int], None]) -> None:
         source = self.program.batches(self.seed)
         books = None
         if self.checkpoints is not None and self.checkpoints.latest() is not None:
@@ -166,14 +199,22 @@ class _Run:
         self.books = _Books(self.options, self.log, books)
         self.batches = prefetch_to_device(source, size=self.options.prefetch, sharding=self.prepared.batch_sharding)
         self.aux = self.program.derive(self.state) if self.program.derive else None
+        self.prepared.warm_up(self.program, self.state, self.aux, on_compile)
 
     def train(self, stop: "_StopSignal", on_steps: Callable[[int], None]) -> None:
         total, lag = self.program.total_steps, self.options.read_lag
+        declared = np.inf if self.program.shapes is None else self.step.compiles
         if self.done < total:
             self._resume_clock()
         while self.done < total:
-            self.state, metrics = self.step(self.state, self._next_batch(), self.aux)
+            batch = self._next_batch()
+            self.state, metrics = self.step(self.state, batch, self.aux)
             self.done += 1
+            if self.step.compiles > declared:
+                raise ValueError(
+                    f"step {self.done} compiled an executable after the warm-up, for the batch "
+                    f"{_shapes(batch)}. Program.shapes must declare it."
+                )
             self.books.push(self.done, metrics)
             if self.program.between is not None:
                 self._between()
@@ -193,7 +234,11 @@ class _Run:
         if self.checkpoints is not None:
             self._write_checkpoint(None)
         return FitResult(
-            self.state, dict(self.program.train_metrics(self.books.means())), self.train_s, self.books.skipped
+            self.state,
+            dict(self.program.train_metrics(self.books.means())),
+            self.train_s,
+            self.books.skipped,
+            self.books.curve,
         )
 
     def close(self) -> None:
@@ -214,10 +259,12 @@ class _Run:
             ) from None
 
     def _between(self) -> None:
-        new = self.program.between(self.state, self.done)
-        if new is not self.state:
-            self.state = new
-            self.aux = self.program.derive(new) if self.program.derive else None
+        with count_compiles() as log:
+            new = self.program.between(self.state, self.done)
+            if new is not self.state:
+                self.state = new
+                self.aux = self.program.derive(new) if self.program.derive else None
+        self._between_compile_s += log.seconds
 
     def _check_books(self, everything: bool = False) -> None:
         bad = self.books.read(0 if everything else self.options.read_lag)
@@ -242,6 +289,7 @@ class _Run:
             return
         self._pause_clock()
         metrics = {name: float(value) for name, value in self.program.evaluate(self.state).items()}
+        self.books.curve.append(jsonable({"step": self.done, "train_s": self.train_s, **metrics}))
         if self.log is not None:
             self.log.write(step=self.done, evaluation=metrics)
         if self.checkpoints is not None:
@@ -291,12 +339,15 @@ class _Run:
         self.saved_at = time.monotonic()
 
     def _resume_clock(self) -> None:
-        self._started, self._compiled_before = time.perf_counter(), self.step.compile_s
+        self._started, self._compiled_before = time.perf_counter(), self._compile_s()
+
+    def _compile_s(self) -> float:
+        return self.step.compile_s + self._between_compile_s
 
     def _pause_clock(self) -> None:
         if self._started is not None:
             jax.block_until_ready(self.state)
-            compiling = self.step.compile_s - self._compiled_before
+            compiling = self._compile_s() - self._compiled_before
             self.train_s += max(0.0, time.perf_counter() - self._started - compiling)
             self._started = None
 
@@ -314,6 +365,7 @@ class _Books:
         self._window_count = saved.get("window_count", 0)
         self.skipped = saved.get("skipped", 0)
         self.last_finite = saved.get("last_finite", 0)
+        self.curve: list[dict[str, float]] = list(saved.get("curve", ()))
         self.last: dict[str, float] = {}
 
     def push(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
@@ -356,13 +408,15 @@ class _Books:
         return {name: total / self._count for name, total in self._sums.items()}
 
     def snapshot(self) -> dict:
+        """Copies, as the checkpoint is written while the run goes on."""
         return {
-            "sums": self._sums,
+            "sums": dict(self._sums),
             "count": self._count,
-            "window": self._window,
+            "window": dict(self._window),
             "window_count": self._window_count,
             "skipped": self.skipped,
             "last_finite": self.last_finite,
+            "curve": list(self.curve),
         }
 
 
@@ -387,6 +441,10 @@ class _StopSignal:
         if self.requested and number == signal.SIGINT:  # a second Ctrl-C means now
             raise KeyboardInterrupt
         self.requested = True
+
+
+def _shapes(batch: PyTree) -> dict[str, tuple[int, ...]]:
+    return {name: np.shape(leaf) for name, leaf in zip(leaf_paths(batch), jax.tree.leaves(batch), strict=True)}
 
 
 def _copied(init: Callable) -> Callable:

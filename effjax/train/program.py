@@ -14,6 +14,23 @@ Batch = PyTree
 Aux = PyTree
 
 
+class BatchShape(NamedTuple):
+    """One of the batch shapes that a run uses.
+
+    Attributes:
+      batch: an example, as ``Program.batches`` gives it.
+      steps: how many steps of a run have this shape; where seeds differ, of seed 0.
+      examples: real examples in such a batch, on average over those steps.
+      tokens: positions that one such batch makes the model process, padding included; 0 where the data
+        are no tokens.
+    """
+
+    batch: Batch
+    steps: float
+    examples: float
+    tokens: int = 0
+
+
 class Program(NamedTuple):
     """One trainable thing as pure functions. The loop, the checkpoint, the cost meter and the report know no more.
 
@@ -29,10 +46,13 @@ class Program(NamedTuple):
       infer: ``(params, inputs) -> outputs``; traceable.
       params: ``state -> params`` used by ``infer`` and export.
       example_inputs: inputs for ``infer``, with the batch axis leading.
-      total_steps: steps of one run.
-      batch_size: examples consumed by one step, over all processes.
+      total_steps: steps of one run, the same for all seeds.
+      batch_size: examples consumed by one step, over all processes; where batches differ in size, that of
+        the batches the learning rate is meant for.
       source: where the data came from, for the record; a run is not continued on other data.
       compiles: executables of ``step`` that a run may need.
+      shapes: every batch shape of every seed, for runs that have several: all are compiled before the
+        first step, and a batch of another shape is an error. None where all batches are alike.
       step_period: steps after which the cost of a step repeats (some work is done every n steps only).
       between: host work after a step, ``(state, steps_done) -> state``; returns the very same object
         when it did nothing.
@@ -54,6 +74,7 @@ class Program(NamedTuple):
     batch_size: int
     source: str = ""
     compiles: int = 1
+    shapes: Callable[[], Sequence[BatchShape]] | None = None
     step_period: int = 1
     between: Callable[[State, int], State] | None = None
     derive: Callable[[State], Aux] | None = None

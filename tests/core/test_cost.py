@@ -136,6 +136,7 @@ def test_analysis_reports_flops_but_not_of_loops_and_takes_the_largest():
     plain(jnp.ones((64, 32)))
     plain(jnp.ones((8, 32)))
     assert plain.analysis().flops == 2 * 64 * 32 * 32
+    assert plain.analysis(jnp.ones((8, 32))).flops == 2 * 8 * 32 * 32
     assert plain.analysis().output_bytes == 64 * 32 * 4
     looped = Executables(lambda x: jax.lax.fori_loop(0, 3, lambda _, x: x @ w, x), donate_argnums=())
     looped(jnp.ones((8, 32)))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from effjax.recipes.spec import Axis, Budget, Claim, Sweep
+from effjax.recipes.spec import Axis, Budget, Claim, Sweep, time_to
 from effjax.study.frontier import pareto
 from effjax.study.plots import draw
 from effjax.study.report import number, read_results, render
@@ -45,6 +45,22 @@ def test_a_sweep_costs_all_its_runs_and_never_picks_a_diverged_one():
     assert found["best"] == "b"
     assert found["cost"]["train_s"] == 3.0
     assert found["metrics"]["loss"]["mean"] == pytest.approx(0.6)
+
+
+def test_a_curve_and_tokens_stand_beside_the_cost_only_where_they_are():
+    plain = arm_result([run(1.0)], COST)
+    assert "curve" not in plain
+    assert "tokens" not in plain["cost"]
+    curve = {"step": [1, 2], "train_s": [0.5, 1.0], "loss": [3.0, 1.0]}
+    arm = arm_result([run(1.0) | {"curve": curve}, run(0, status="diverged")], {**COST, "tokens": 5})
+    assert arm["curve"] == [curve, None]
+    assert arm["cost"]["tokens"] == 5
+    both = arm_result([run(1.0) | {"curve": curve}] * 2, COST)
+    claims = [
+        Claim("in time", lambda c: time_to(c["a"], "loss", c["a"]["loss"], "min"), "<=", lambda c: 1.0, of="cost"),
+        Claim("a run that fails has no time", lambda c: time_to(c["b"], "loss", 3.0), "<=", lambda c: 9.0, of="cost"),
+    ]
+    assert [claim["holds"] for claim in decide(claims, {"a": both, "b": arm}, "cost")] == [True, False]
 
 
 def test_claims_are_decided_by_numbers_and_nan_never_holds():
@@ -123,5 +139,9 @@ def test_numbers_are_short():
 def test_budget_counts_steps():
     assert Budget(1000, "examples").steps(64) == 15
     assert Budget(7).steps(64) == 7
+    assert Budget(2.5, "epochs").steps(64, [4, 3, 2].__getitem__) == 8
+    assert Budget(0.1, "epochs").steps(64, lambda epoch: 3) == 1
+    with pytest.raises(ValueError, match="epochs needs the data's rows"):
+        Budget(3, "epochs").steps(64)
     with pytest.raises(ValueError, match="before the step time is measured"):
         Budget(1.0, "device_seconds").steps(64)

@@ -1,15 +1,18 @@
 """The generic loop: exact resume, signals, non-finite losses, compile counts, the hooks."""
 
+import dataclasses
+import functools
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import BATCH, toy
+from toy import BATCH, toy, uneven, uneven_shapes
 
 from effjax.core.cost import count_compiles
 from effjax.data.pipeline import batches
@@ -94,6 +97,52 @@ def test_the_step_compiles_once_for_all_seeds_and_never_after_warm_up():
     assert "step" not in log.names
 
 
+def test_all_batch_shapes_are_compiled_before_the_first_step_also_on_resume(tmp_path):
+    program = uneven()
+    whole, told = fit(program, 0, directory=tmp_path / "whole"), []
+    with pytest.raises(Preempted):
+        fit(program, 0, options=EVERY, directory=tmp_path / "cut", on_steps=_StopAt(5))
+    prepared = Prepared(program, EVERY)
+    resumed = fit(
+        program,
+        0,
+        options=EVERY,
+        prepared=prepared,
+        directory=tmp_path / "cut",
+        on_compile=lambda done, total: told.append((done, total, prepared.step.compiles)),
+        on_steps=lambda done: told.append(done),
+    )
+    assert told[:3] == [(0, 2, 0), (1, 2, 1), (2, 2, 2)]
+    assert prepared.step.compiles == program.compiles == 2
+    assert_same(resumed.state, whole.state)
+    with count_compiles() as log:  # another seed, the same executables, told of no compilation
+        fit(program, 1, options=EVERY, prepared=prepared, on_compile=lambda done, total: told.append("again"))
+    assert "step" not in log.names
+    assert "again" not in told
+
+
+def test_a_batch_shape_that_was_not_declared_is_an_error():
+    with pytest.raises(ValueError, match=r"step 3 compiled .*'x': \(4, 5\).*Program.shapes must declare it"):
+        fit(uneven(shapes=lambda: uneven_shapes()[:1]), 0)
+    with pytest.raises(ValueError, match=r"compiles=1, but the 2 batch shapes .* 2 executables"):
+        fit(uneven(compiles=1), 0)
+
+
+def test_training_seconds_hold_no_compilation():
+    spent = []
+
+    def between(state, done):
+        start = time.perf_counter()
+        jax.jit(lambda x: functools.reduce(lambda x, _: jnp.cumsum(jnp.sin(x)), range(40), x)).lower(
+            state["params"]["w"]
+        ).compile()
+        spent.append(time.perf_counter() - start)
+        return state
+
+    result = fit(toy(3, between=between), 0)
+    assert result.train_s < 0.7 * sum(spent)
+
+
 def test_donation_gives_the_same_numbers():
     assert_same(
         fit(toy(), 0, options=TrainOptions(donate=True)).state, fit(toy(), 0, options=TrainOptions(donate=False)).state
@@ -152,6 +201,21 @@ def test_evaluation_during_training_keeps_the_best_checkpoint(tmp_path):
     assert evaluations == [3.0, 1.0, 2.0, 5.0, 4.0]
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert kept == [16, 40]
+
+
+def test_the_curve_of_evaluations_continues_with_the_run(tmp_path):
+    options = dataclasses.replace(EVERY, evaluate_steps=8)
+    whole = fit(toy(), 0, options=options).curve
+    with pytest.raises(Preempted):
+        fit(toy(), 0, options=options, directory=tmp_path / "cut", on_steps=_StopAt(20))
+    cut = fit(toy(), 0, options=options, directory=tmp_path / "cut")
+    assert [(point["step"], point["w0"]) for point in cut.curve] == [(point["step"], point["w0"]) for point in whole]
+    assert [point["step"] for point in whole] == [8, 16, 24, 32, 40]
+    seconds = [point["train_s"] for point in cut.curve]
+    assert seconds[0] > 0
+    assert seconds == sorted(seconds)
+    assert seconds[-1] <= cut.train_s
+    assert fit(toy(), 0).curve == []
 
 
 def test_a_run_of_another_identity_is_refused(tmp_path):

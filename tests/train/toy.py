@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from effjax.train.program import Program
+from effjax.train.program import BatchShape, Program
 
 ROWS, WIDTH, BATCH = 64, 5, 8
 
@@ -37,6 +37,27 @@ class ToyBatches:
 
     def set_state(self, state):
         self._given = state["given"]
+
+
+class UnevenBatches(ToyBatches):
+    """Every third batch is half as large."""
+
+    def __next__(self):
+        batch = super().__next__()
+        rows = BATCH // 2 if self._given % 3 == 0 else BATCH
+        return {name: column[:rows] for name, column in batch.items()}
+
+
+def uneven_shapes(steps: int = 40) -> list[BatchShape]:
+    batch = {"x": np.ones((BATCH, WIDTH), np.float32), "y": np.ones(BATCH, np.float32)}
+    half = {name: column[: BATCH // 2] for name, column in batch.items()}
+    small = steps // 3
+    return [BatchShape(batch, steps - small, BATCH, 10 * BATCH), BatchShape(half, small, BATCH // 2, 10 * BATCH // 2)]
+
+
+def uneven(steps: int = 40, **fields) -> Program:
+    values = {"batches": UnevenBatches, "shapes": lambda: uneven_shapes(steps), "compiles": 2}
+    return toy(steps, **values | fields)
 
 
 def toy(steps: int = 40, *, rate: float = 0.05, poison: int | None = None, **fields) -> Program:

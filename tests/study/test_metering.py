@@ -1,0 +1,43 @@
+"""The cost meter: one batch shape, and the mean over several."""
+
+import jax
+import pytest
+from toy import BATCH, toy, uneven, uneven_shapes
+
+from effjax.core.macs import count_macs
+from effjax.study.compare import _curve
+from effjax.study.metering import measure
+from effjax.study.results import COST_FIELDS
+from effjax.train.loop import FitResult
+from effjax.train.options import TrainOptions
+
+
+def test_costs_of_several_shapes_are_means_over_the_run():
+    said = []
+    costs, prepared = measure({"one": toy(), "two": uneven()}, TrainOptions(), rounds=3, say=said.append)
+    one, two = costs["one"], costs["two"]
+    assert set(COST_FIELDS) - set(one) == {"train_s"}
+    assert "tokens" not in one
+    assert one["examples_per_s"] == 1e3 * BATCH / one["step_ms"]
+    assert (one["compiles"], two["compiles"], prepared["two"].step.compiles) == (1, 2, 2)
+    assert said == ["compiling two, shape 1 of 2", "compiling two, shape 2 of 2"]
+
+    program = uneven()
+    state = program.init(jax.random.key(0))
+    macs = [count_macs(program.step, state, shape.batch, None).expected for shape in uneven_shapes()]
+    examples = 27 * BATCH + 13 * BATCH // 2
+    assert two["macs_per_example"] == pytest.approx((27 * macs[0] + 13 * macs[1]) / examples)
+    assert macs[0] / BATCH == one["macs_per_example"]
+    assert two["examples_per_s"] == pytest.approx(1e3 * examples / 40 / two["step_ms"])
+    assert two["tokens"] == 10 * examples
+    assert two["xla_flops_per_step"] < one["xla_flops_per_step"]
+    assert two["peak_bytes"] == one["peak_bytes"]
+    assert two["step_ms_quartiles"][0] <= two["step_ms"] <= two["step_ms_quartiles"][1]
+
+
+def test_a_curve_ends_with_the_run():
+    points = [{"step": 2, "train_s": 0.1, "accuracy": 0.5}, {"step": 4, "train_s": 0.3, "accuracy": 0.7}]
+    result = FitResult(None, {}, 0.5, 0, points)
+    last = {"step": 5, "train_s": 0.5, "accuracy": 0.8}
+    assert _curve(result, last) == {"step": [2, 4, 5], "train_s": [0.1, 0.3, 0.5], "accuracy": [0.5, 0.7, 0.8]}
+    assert _curve(result, {**last, "step": 4})["step"] == [2, 4]
