@@ -3,9 +3,10 @@
 A model's layout is a table of ``Rule``s; nothing here knows a particular architecture.
 """
 
+import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.errors import near
+from effjax.core.folders import PACKAGED
 from effjax.core.tree import path_name
 
 PyTree = Any
 Kind = Literal["none", "dense", "conv"]
 
-_PACKAGED = Path(__file__).parent / "weights"
 _LISTED = 8
+_INDEX = "model.safetensors.index.json"
 
 
 class _Layout(NamedTuple):
@@ -40,7 +42,9 @@ class Rule(NamedTuple):
     """Where one family of tensors goes.
 
     Both sides are names with ``{field}`` placeholders, which stand for a run of letters and digits
-    and appear on both sides, so that the rule reads in either direction.
+    and appear on both sides, so that the rule reads in either direction. One number that stands in
+    the source only, ``{layer}`` say, is the index on the leading axis of a target that stacks layers.
+    Where several rules name one target, the first is the one written.
 
     Attributes:
       source: name in the file, ``layer{stage}.{block}.conv{i}.weight``.
@@ -55,7 +59,12 @@ class Rule(NamedTuple):
 
 
 def import_weights(
-    tensors: Mapping[str, np.ndarray], target: PyTree, rules: Sequence[Rule] | None = None, *, origin: str = "tensors"
+    tensors: Mapping[str, np.ndarray],
+    target: PyTree,
+    rules: Sequence[Rule] | None = None,
+    *,
+    origin: str = "tensors",
+    optional: Collection[str] = (),
 ) -> PyTree:
     """Arrange named tensors as the variables of a model.
 
@@ -64,6 +73,7 @@ def import_weights(
       target: variables of the model: arrays, or the shapes of ``jax.eval_shape(model.init, ...)``.
       rules: the layout table, first match wins; None for files that hold our own paths and layouts.
       origin: where the tensors came from, for the message.
+      optional: paths that keep ``target``'s leaf where the tensors lack them: new heads.
 
     Returns:
       A tree like ``target`` with its shapes and dtypes (float16 kernels become float32).
@@ -80,25 +90,36 @@ def import_weights(
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(target)
     wanted = {path_name(path): leaf for path, leaf in leaves}
-    found, unexpected, misfits = {}, [], []
+    found: dict[str, dict[int | None, np.ndarray]] = {}
+    unexpected, misfits = [], []
     for name, tensor in tensors.items():
-        rule = _target_of(name, rules)
-        if rule is None or rule.target not in (None, *wanted):
+        match = _target_of(name, rules)
+        if match is not None and match.path is None:
+            continue
+        if match is None or match.path not in wanted or not _has_layer(wanted[match.path], match.layer):
             unexpected.append(name)
-        elif rule.target in found:
-            misfits.append(f"{name} -> {rule.target}: filled by another tensor before")
-        elif rule.target is not None:
-            problem = _misfit(tensor, wanted[rule.target], rule.kind)
-            misfits += [f"{name} -> {rule.target}: {problem}"] if problem else []
-            found[rule.target] = tensor if problem else _turn(tensor, _LAYOUTS[rule.kind].to_flax)
-    missing = [f"{_source_name(path, rules)} -> {path}" for path in wanted if path not in found]
+            continue
+        leaf, layers = wanted[match.path], found.setdefault(match.path, {})
+        problem = _misfit(tensor, leaf.shape if match.layer is None else leaf.shape[1:], leaf.dtype, match.kind)
+        if match.layer in layers:
+            problem = "filled by another tensor before"
+        misfits += [f"{name} -> {match.path}: {problem}"] if problem else []
+        layers.setdefault(match.layer, _turn(tensor, _LAYOUTS[match.kind].to_flax) if not problem else tensor)
+    absent = [path for path in wanted if path not in found and path in optional]
+    missing = [
+        f"{name} -> {path}"
+        for path, leaf in wanted.items()
+        if path not in absent
+        for name, _, layer in _sources_of(path, leaf, rules) or [("no rule", "none", None)]
+        if layer not in found.get(path, {})
+    ]
     problems = {"missing": missing, "unexpected": unexpected, "misfitting": misfits}
     if any(problems.values()):
         listed = "".join(f"\n  {what}: {_listed(names)}" for what, names in problems.items() if names)
         raise ValueError(
             f"{origin} does not hold the weights of this model.{listed}\nBuild the model with the sizes of the file."
         )
-    arrays = [jnp.asarray(found[path], leaf.dtype) for path, leaf in wanted.items()]
+    arrays = [leaf if path in absent else _joined(found[path], leaf.dtype) for path, leaf in wanted.items()]
     return jax.tree.unflatten(structure, arrays)
 
 
@@ -121,15 +142,17 @@ def export_weights(variables: PyTree, rules: Sequence[Rule] | None = None) -> di
       (3, 2)
     """
     tensors, unnamed = {}, []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        rule = _source_of(path_name(path), rules)
-        if rule is None:
-            unnamed.append(path_name(path))
-        elif rule.source in tensors:
-            raise ValueError(f"rules: {path_name(path)} and another leaf are both named {rule.source!r}.")
-        else:
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        path = path_name(key_path)
+        sources = _sources_of(path, leaf, rules)
+        if not sources:
+            unnamed.append(path)
+        for name, kind, layer in sources:
+            if name in tensors:
+                raise ValueError(f"rules: {path} and another leaf are both named {name!r}.")
+            tensor = np.asarray(leaf) if layer is None else np.asarray(leaf)[layer]
             # safetensors writes the buffer as it lies in memory, whatever the strides say.
-            tensors[rule.source] = np.ascontiguousarray(_turn(np.asarray(leaf), _LAYOUTS[rule.kind].to_source))
+            tensors[name] = np.ascontiguousarray(_turn(tensor, _LAYOUTS[kind].to_source))
     if unnamed:
         raise ValueError(f"rules: no rule names {_listed(unnamed)}. Add one for each, or save with rules=None.")
     return tensors
@@ -139,7 +162,8 @@ def load_weights(source: str | os.PathLike[str], target: PyTree, rules: Sequence
     """Read a safetensors file into the variables of a model.
 
     Args:
-      source: a file, a folder that holds one safetensors file (or ``model.safetensors``), or a name
+      source: a file, a folder that holds one safetensors file (or ``model.safetensors``, or its
+        ``model.safetensors.index.json``), or a name
         such as ``resnet_cifar10/resnet20`` inside the folder ``EFFJAX_MODELS`` or the package.
       target: as for ``import_weights``.
       rules: as for ``import_weights``.
@@ -159,18 +183,55 @@ def load_weights(source: str | os.PathLike[str], target: PyTree, rules: Sequence
       ...     load_weights(folder, variables)["params"]["kernel"].shape
       (2, 3)
     """
+    path = find_weights(source)
+    return import_weights(read_tensors(path), target, rules, origin=str(path))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, or of all the files that an index names.
+
+    Args:
+      path: ``*.safetensors``, or ``*.safetensors.index.json`` with its files beside it.
+
+    Returns:
+      Name -> array.
+
+    Raises:
+      FileNotFoundError: a file that the index names is not there.
+      ValueError: a damaged or foreign file, by its name.
+
+    Example:
+      >>> read_tensors(find_weights("stories260k"))["norm.weight"].shape
+      (64,)
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    path = find_weights(source)
+    path = Path(path)
+    if path.name.endswith(".index.json"):
+        return {name: tensor for part in _shards(path) for name, tensor in read_tensors(part).items()}
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise ValueError(
             f"{path} is damaged or no safetensors file ({error}). Fetch it again; "
             "PyTorch files must first be converted with safetensors.torch.save_file."
         ) from None
-    return import_weights(tensors, target, rules, origin=str(path))
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged or no safetensors index ({error!r}). Fetch it again.") from None
+    # Names are plain: an index must not reach outside its folder.
+    foreign = [name for name in names if Path(name).name != name]
+    absent = [name for name in names if name not in foreign and not (index.parent / name).is_file()]
+    if foreign:
+        raise ValueError(f"{index} names files outside its folder: {_listed(foreign)}.")
+    if absent:
+        raise FileNotFoundError(f"{index} names {_listed(absent)}, which is not beside it. Fetch all the files.")
+    return [index.parent / name for name in names]
 
 
 def save_weights(path: str | os.PathLike[str], variables: PyTree, rules: Sequence[Rule] | None = None) -> None:
@@ -185,15 +246,25 @@ def save_weights(path: str | os.PathLike[str], variables: PyTree, rules: Sequenc
       FileNotFoundError: the folder does not exist.
       ValueError: as for ``export_weights``.
     """
-    from safetensors.numpy import save_file
-
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path={str(path)!r}: the folder {path.parent} does not exist. Create it first.")
+    write_tensors(path, export_weights(variables, rules))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+      path: the file, in a folder that exists.
+      tensors: name -> contiguous array.
+    """
+    from safetensors.numpy import save_file
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         # Hugging Face's loaders refuse a file without this entry.
-        save_file(export_weights(variables, rules), temporary, metadata={"format": "pt"})
+        save_file(dict(tensors), temporary, metadata={"format": "pt"})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -216,16 +287,17 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
       'resnet20.safetensors'
     """
     roots = [Path(os.environ["EFFJAX_MODELS"])] if os.environ.get("EFFJAX_MODELS") else []
-    places = [Path(source), *(root / source for root in (*roots, _PACKAGED))]
+    places = [Path(source), *(root / source for root in (*roots, PACKAGED))]
     for place in places:
-        for path in (place, place.with_name(f"{place.name}.safetensors"), place / "model.safetensors"):
+        files = (place, place.with_name(f"{place.name}.safetensors"), place / "model.safetensors", place / _INDEX)
+        for path in files:
             if path.is_file():
                 return path
         if place.is_dir():
             return _only_file(place)
     known = [
         str(path.relative_to(root).with_suffix(""))
-        for root in (*roots, _PACKAGED)
+        for root in (*roots, PACKAGED)
         for path in root.glob("**/*.safetensors")
     ]
     raise FileNotFoundError(
@@ -242,31 +314,120 @@ def _only_file(folder: Path) -> Path:
     return files[0]
 
 
-def _target_of(name: str, rules: Sequence[Rule] | None) -> Rule | None:
-    """The rule for a tensor of the file with its placeholders filled in."""
+def module_name(path: str, rules: Sequence[Rule], layer: int | None = None) -> str:
+    """The source's name of the module that holds a kernel, as in the folders of PEFT.
+
+    Args:
+      path: the kernel's path in the params; a leading ``encoder/`` that the rules lack is passed over.
+      rules: the layout table.
+      layer: index on the leading axis of a kernel that stacks layers; else None.
+
+    Returns:
+      The name without ``.weight``.
+
+    Raises:
+      ValueError: no rule names the path, or ``layer`` is missing or superfluous.
+
+    Example:
+      >>> rules = (Rule("layer.{layer}.query.weight", "layers/query/kernel", "dense"),)
+      >>> module_name("encoder/layers/query/kernel", rules, layer=3)
+      'layer.3.query'
+    """
+    for candidate in (path, path.removeprefix("encoder/")):
+        rule = _source_of(candidate, rules)
+        if rule is not None:
+            break
+    else:
+        raise ValueError(f"path={path!r}: no rule names it.{near(path, [rule.target or '' for rule in rules])}")
+    stacked = _placeholders(rule.source)
+    if bool(stacked) != (layer is not None):
+        raise ValueError(f"layer={layer}: {path} {'stacks layers, give one' if stacked else 'is no stack, drop it'}.")
+    return _fill(rule.source, dict.fromkeys(stacked, layer)).removesuffix(".weight")
+
+
+def kernel_path(module: str, rules: Sequence[Rule]) -> tuple[str, int | None]:
+    """The inverse of ``module_name``.
+
+    Args:
+      module: the source's name of a module with a weight.
+      rules: the layout table.
+
+    Returns:
+      The kernel's path in the params, and its index on the leading axis of a stack or None.
+
+    Raises:
+      ValueError: no rule reads ``module`` + ``.weight``.
+
+    Example:
+      >>> rules = (Rule("layer.{layer}.query.weight", "layers/query/kernel", "dense"),)
+      >>> kernel_path("layer.3.query", rules)
+      ('layers/query/kernel', 3)
+    """
+    match = _target_of(f"{module}.weight", rules)
+    if match is None or match.path is None:
+        raise ValueError(f"module={module!r}: no rule reads it.{near(module, [rule.source for rule in rules])}")
+    return match.path, match.layer
+
+
+class _Match(NamedTuple):
+    """Where a tensor of the file goes; ``layer`` is the index in a stack."""
+
+    path: str | None
+    kind: Kind
+    layer: int | None
+
+
+def _target_of(name: str, rules: Sequence[Rule] | None) -> _Match | None:
     if rules is None:
-        return Rule(name, name)
+        return _Match(name, "none", None)
     for rule in rules:
         fields = _fields(rule.source, name)
-        if fields is not None:
-            return Rule(name, rule.target and rule.target.format(**fields), rule.kind)
+        if fields is None:
+            continue
+        if rule.target is None:
+            return _Match(None, rule.kind, None)
+        stacked = [value for field, value in fields.items() if field not in _placeholders(rule.target)]
+        return _Match(_fill(rule.target, fields), rule.kind, int(stacked[0]) if stacked else None)
     return None
 
 
 def _source_of(path: str, rules: Sequence[Rule] | None) -> Rule | None:
-    """The rule for a leaf of the variables with its placeholders filled in."""
+    """The rule for a leaf of the variables, its placeholders filled in but that of a stack."""
     if rules is None:
         return Rule(path, path)
     for rule in rules:
         fields = None if rule.target is None else _fields(rule.target, path)
         if fields is not None:
-            return Rule(rule.source.format(**fields), path, rule.kind)
+            return Rule(_fill(rule.source, fields), path, rule.kind)
     return None
 
 
-def _source_name(path: str, rules: Sequence[Rule] | None) -> str:
+def _sources_of(path: str, leaf: Any, rules: Sequence[Rule] | None) -> list[tuple[str, Kind, int | None]]:
+    """Name, kind and layer of every tensor that makes up a leaf; empty where no rule names it."""
     rule = _source_of(path, rules)
-    return "no rule" if rule is None else rule.source
+    if rule is None:
+        return []
+    if rules is None or not (stacked := _placeholders(rule.source)):
+        return [(rule.source, rule.kind, None)]
+    return [(_fill(rule.source, dict.fromkeys(stacked, i)), rule.kind, i) for i in range(leaf.shape[0])]
+
+
+def _has_layer(leaf: Any, layer: int | None) -> bool:
+    return layer is None or (leaf.ndim > 0 and layer < leaf.shape[0])
+
+
+def _joined(layers: Mapping[int | None, np.ndarray], dtype: Any) -> jax.Array:
+    if None in layers:
+        return jnp.asarray(layers[None], dtype)
+    return jnp.asarray(np.stack([layers[index] for index in range(len(layers))]), dtype)
+
+
+def _placeholders(template: str) -> list[str]:
+    return re.findall(r"\{(\w+)\}", template)
+
+
+def _fill(template: str, fields: Mapping[str, Any]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda match: str(fields.get(match[1], match[0])), template)
 
 
 def _fields(template: str, name: str) -> dict[str, str] | None:
@@ -279,15 +440,15 @@ def _turn(tensor: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
     return tensor if axes is None else tensor.transpose(axes)
 
 
-def _misfit(tensor: np.ndarray, leaf: Any, kind: str) -> str:
+def _misfit(tensor: np.ndarray, shape: tuple[int, ...], dtype: Any, kind: Kind) -> str:
     layout = _LAYOUTS[kind]
     if layout.rank not in (None, tensor.ndim):
         return f"shape {tensor.shape} has not the {layout.rank} axes of a {kind!r} tensor"
-    shape = _turn(tensor, layout.to_flax).shape
-    if shape != leaf.shape:
-        return f"shape {shape} in our layout, but the model has {leaf.shape}"
-    if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(leaf.dtype, jnp.floating):
-        return f"dtype {tensor.dtype}, but the model has {leaf.dtype}"
+    given = _turn(tensor, layout.to_flax).shape
+    if given != shape:
+        return f"shape {given} in our layout, but the model has {shape}"
+    if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(dtype, jnp.floating):
+        return f"dtype {tensor.dtype}, but the model has {dtype}"
     return ""
 
 

@@ -8,7 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from effjax.models.bert import Bert, BertClassifier
 from effjax.models.cnn import CNN
+from effjax.models.decoder import Decoder
 from effjax.models.mlp import MLP
 from effjax.models.resnet import BasicBlock, ResNet
 
@@ -39,6 +41,20 @@ def images(batch: int, size: int = 16, channels: int = 3) -> tuple[jax.Array]:
     return (jax.random.normal(jax.random.key(7), (batch, size, size, channels)),)
 
 
+def tokens(batch: int, length: int = 6, vocab_size: int = 30) -> tuple[jax.Array, jax.Array]:
+    """Ids, and a mask that leaves each row another number of real tokens."""
+    ids = jax.random.randint(jax.random.key(7), (batch, length), 0, vocab_size)
+    return ids, jnp.arange(length) < length - jnp.arange(batch)[:, None] % 4
+
+
+_bert = {
+    "vocab_size": 30,
+    "hidden_size": 8,
+    "num_layers": 1,
+    "num_heads": 2,
+    "intermediate_size": 12,
+    "max_positions": 6,
+}
 _small = {"stages": (1, 2), "widths": (8, 16), "classes": 5}
 
 CASES: dict[str, ModuleCase] = {
@@ -58,6 +74,21 @@ CASES: dict[str, ModuleCase] = {
         ),
         functools.partial(images, size=32),
     ),
+    "bert": ModuleCase("bert", lambda dtype: BertClassifier(Bert(**_bert, dtype=dtype), 3, pool="cls"), tokens),
+    "bert-scan": ModuleCase(
+        "bert",
+        lambda dtype: Bert(
+            **{**_bert, "num_layers": 2},
+            embedding_size=4,
+            dropout=0.0,
+            attention_dropout=0.0,
+            scan_layers=True,
+            remat=True,
+            dtype=dtype,
+        ),
+        tokens,
+    ),
+    "decoder": ModuleCase("decoder", lambda dtype: Decoder(**_bert, num_kv_heads=1, dtype=dtype), tokens),
 }
 
 

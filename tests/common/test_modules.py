@@ -104,7 +104,7 @@ def test_every_parameter_gets_a_finite_gradient(name):
             {"params": params, **state},
             *case.inputs(BATCH),
             **case.train,
-            rngs={"dropout": jax.random.key(1)},
+            rngs={"dropout": jax.random.key(1, impl="rbg")},
             mutable=list(state),
         )
         return sum(

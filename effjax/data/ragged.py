@@ -1,0 +1,136 @@
+"""Sequences of unequal length as two flat arrays."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int, Integer
+
+from effjax.core.errors import check_number
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """Sequence ``i`` is ``values[offsets[i]:offsets[i + 1]]``.
+
+    Two arrays instead of a list of arrays: every operation on a whole data set is one NumPy call.
+
+    Attributes:
+      values: int32 ``[total]``, all sequences end to end.
+      offsets: int64 ``[n + 1]``, from 0 to ``total``.
+
+    Raises:
+      ValueError: arrays of other kinds, or offsets that do not climb from 0 to ``len(values)``.
+
+    Example:
+      >>> tokens = Ragged.of([[5, 6, 7], [], [8]])
+      >>> len(tokens), tokens.lengths.tolist(), tokens[0].tolist()
+      (3, [3, 0, 1], [5, 6, 7])
+      >>> tokens.pad([0, 2], 4)
+      array([[5, 6, 7, 0],
+             [8, 0, 0, 0]], dtype=int32)
+    """
+
+    values: Int[np.ndarray, "total"]
+    offsets: Int[np.ndarray, "n_plus_1"]
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("values", np.int32), ("offsets", np.int64)):
+            array = np.asarray(getattr(self, name))
+            if array.ndim != 1 or array.dtype.kind not in "iu":
+                raise ValueError(f"{name} is {array.dtype}{list(array.shape)}; it must be one axis of integers.")
+            object.__setattr__(self, name, narrow_integers(name, array, dtype))
+        if len(self.offsets) < 1 or self.offsets[0] != 0 or (np.diff(self.offsets) < 0).any():
+            raise ValueError(f"offsets={self.offsets[:5].tolist()}... must begin with 0 and never fall.")
+        if self.offsets[-1] != len(self.values):
+            raise ValueError(
+                f"offsets end at {self.offsets[-1]}, but values holds {len(self.values)}. They must agree."
+            )
+
+    @classmethod
+    def of(cls, sequences: Iterable[Sequence[int] | np.ndarray]) -> "Ragged":
+        """From lists, arrays, or a column of lists (of a Hugging Face ``Dataset``, say)."""
+        rows = [np.asarray(sequence) for sequence in sequences]
+        for i, row in enumerate(rows):
+            if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
+                raise ValueError(
+                    f"sequences[{i}] is {row.dtype}{list(row.shape)}; it must be one axis of integers. Tokenise first."
+                )
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
+        full = [row for row in rows if row.size]
+        return cls(np.concatenate(full) if full else np.zeros(0, np.int32), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Int[np.ndarray, "length"]:
+        """A view of one sequence."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index={index} is outside [0, {len(self) - 1}].")
+        index %= len(self)
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> Int[np.ndarray, "n"]:
+        """Int32 ``[n]``."""
+        return np.diff(self.offsets).astype(np.int32)
+
+    @property
+    def rows(self) -> Int[np.ndarray, "total"]:
+        """Int64 ``[total]``: which sequence each value belongs to."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    @property
+    def positions(self) -> Int[np.ndarray, "total"]:
+        """Int64 ``[total]``: where each value stands in its sequence."""
+        return np.arange(len(self.values)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
+
+    def take(self, rows: Sequence[int] | Integer[np.ndarray, "m"]) -> "Ragged":
+        """The sequences of these rows, in this order; a row may come twice."""
+        rows = np.asarray(rows, np.int64)
+        sizes = np.diff(self.offsets)[rows]
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        moved = np.repeat(self.offsets[:-1][rows] - offsets[:-1], sizes)
+        return Ragged(self.values[moved + np.arange(offsets[-1])], offsets)
+
+    def keep(self, kept: np.ndarray) -> "Ragged":
+        """Without the values where ``kept`` (bool ``[total]``) is False; as many sequences as before."""
+        counts = np.concatenate([[0], np.cumsum(kept)])
+        return Ragged(self.values[kept], counts[self.offsets])
+
+    def pad(
+        self, rows: Sequence[int] | Integer[np.ndarray, "m"], length: int, value: int = 0
+    ) -> Int[np.ndarray, "m length"]:
+        """The sequences of these rows, filled up at the end.
+
+        Args:
+          rows: which, in this order.
+          length: of every row afterwards.
+          value: what to fill with.
+
+        Returns:
+          Int32 ``[len(rows), length]``.
+
+        Raises:
+          ValueError: a sequence is longer than ``length``.
+        """
+        check_number("length", length, low=0, integer=True)
+        taken = self.take(rows)
+        lengths = taken.lengths
+        if (lengths > length).any():
+            first = int(np.argmax(lengths > length))
+            raise ValueError(
+                f"length={length}: {int((lengths > length).sum())} of {len(taken)} rows are longer, the first is row "
+                f"{int(np.asarray(rows)[first])} with {lengths[first]}. Choose length >= {lengths.max()} or truncate."
+            )
+        out = np.full((len(taken), length), value, np.int32)
+        out[np.arange(length) < lengths[:, None]] = taken.values
+        return out
+
+
+def narrow_integers(name: str, array: np.ndarray, dtype: type) -> np.ndarray:
+    """``array`` in ``dtype``, refused where a value would wrap around."""
+    limits = np.iinfo(dtype)
+    if array.size and (array.min() < limits.min or array.max() > limits.max):
+        raise ValueError(f"{name} runs from {array.min()} to {array.max()}, which does not fit {np.dtype(dtype)}.")
+    return array.astype(dtype, copy=False)
