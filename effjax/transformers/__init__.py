@@ -1,0 +1,1 @@
+"""Fewer tokens and smaller elements for transformers."""
