@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from effjax.finetune.cola import ColaConfig, cola, cola_init
+from effjax.finetune.lora import LoraRule, lora_merge
 from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
 from effjax.optim.samuel_one_gradient import samuel_one_gradient
+from effjax.optim.scale_by_batch_size import scale_by_batch_size
 
 PyTree = Any
 Loss = Callable[[PyTree], jax.Array]
@@ -68,6 +71,40 @@ def _one_gradient(base: Any, **keywords: Any) -> OptimizerCase:
     )
 
 
+def _batch_sized(**keywords: Any) -> OptimizerCase:
+    return OptimizerCase(
+        "bucket_sampler",
+        lambda **overrides: optax.chain(
+            optax.scale_by_adam(),
+            scale_by_batch_size(**{"base": 64, **keywords, **overrides}),
+            optax.scale_by_learning_rate(0.1),
+        ),
+        ("base", 32.0),
+        call=lambda loss, params: (jax.grad(loss)(params), {"batch_size": 96}),
+        learning_rate=False,
+    )
+
+
+_COLA = ColaConfig(LoraRule("kernel", rank=3, alpha=3.0), knots=(100,))
+
+
+def _cola_start(params: PyTree) -> PyTree:
+    kernel = jnp.concatenate([params["w"], params["b"][:, None]], axis=1)
+    state = cola_init(jax.random.key(1), {"kernel": kernel, "bias": jnp.zeros(3, kernel.dtype)}, _COLA)
+    return {"base": state.base, "lora": state.lora}
+
+
+def _cola_network(base: PyTree, lora: PyTree) -> PyTree:
+    merged = lora_merge(base, lora, 1.0)
+    rows = merged["kernel"] + merged["bias"]
+    return {"w": rows[:, :2], "b": rows[:, 2]}
+
+
+def _cola_call(loss: Loss, params: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    grads = jax.grad(lambda lora: loss(_cola_network(params["base"], lora)))(params["lora"])
+    return {"base": jax.tree.map(jnp.zeros_like, params["base"]), "lora": grads}, {}
+
+
 _RATES = (0.3, 0.1, 0.03, 0.01)
 
 CASES: dict[str, OptimizerCase] = {
@@ -77,6 +114,16 @@ CASES: dict[str, OptimizerCase] = {
     "samuel-mixed": _samuel((optax.sgd(0.1), optax.adam(0.1)), experts=2),
     "samuel-one-gradient": _one_gradient(lambda lr: optax.sgd(lr, 0.5)),
     "samuel-one-gradient-adam-sample": _one_gradient(optax.adam, select="sample"),
+    "scale-by-batch-size": _batch_sized(),
+    "cola": OptimizerCase(
+        "cola",
+        lambda **overrides: cola(optax.adam(**{"learning_rate": 0.1, **overrides}), _COLA),
+        ("learning_rate", 0.05),
+        _cola_start,
+        _cola_call,
+        evaluate=lambda state, params: _cola_network(params["base"], params["lora"]),
+        learning_rate=False,
+    ),
 }
 
 # (case, combination) -> words of the error that says why it cannot work.
@@ -84,8 +131,11 @@ REFUSALS: dict[tuple[str, str], str] = {
     **{
         (name, combination): "cannot sit inside optax.partition or optax.masked"
         for name in CASES
+        if name.startswith("samuel")
         for combination in ("partition", "masked")
     },
+    # Its parameters have other names than the labels.
+    **{("cola", combination): "cannot sit inside|pytree structure" for combination in ("partition", "masked")},
     **{(name, "vmap"): "cannot run under vmap" for name in CASES if "one-gradient" in name},
 }
 

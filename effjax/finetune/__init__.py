@@ -1,0 +1,1 @@
+"""Fine-tuning: low-rank adapters and chains of them."""
