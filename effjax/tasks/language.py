@@ -1,0 +1,207 @@
+"""Causal language modelling on fixed windows of text."""
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from effjax.core.errors import check_choice, check_number
+from effjax.core.shapes import pad_to
+from effjax.core.tree import wide
+from effjax.data.sets import DataSet, load
+from effjax.data.tokens import Tokenizer, load_tokenizer
+from effjax.models.decoder import Decoder
+from effjax.models.pretrained import load_pretrained
+
+PyTree = Any
+Variables = Mapping[str, PyTree]
+Batch = Mapping[str, Array | np.ndarray]
+
+
+class LanguageTask(NamedTuple):
+    """A language modelling problem.
+
+    Attributes:
+      name: ``data/model``.
+      source: where the data came from, and how many rows.
+      train: the column ``input_ids``, int32 [windows, length].
+      test: the same, held out.
+      tokenizer: what made the tokens.
+      model: the Flax module.
+      example_inputs: one window, with the batch axis leading.
+      init: ``key -> {"params": ...}``, the pretrained parameters whatever the key; fresh ones of a module.
+      infer: ``(variables, inputs) -> logits`` float32 [batch, length, vocabulary] in evaluation mode;
+        traceable.
+      loss: ``(variables, batch, key=None, *, train=True) -> (loss, (state, metrics))``; traceable. A batch
+        holds ``input_ids`` and optionally ``mask`` (True at real tokens) and ``weight`` [batch]. ``state``
+        is empty, ``metrics`` holds ``loss``.
+      evaluate: ``variables -> {"nll"}`` over ``test``, nats a token.
+    """
+
+    name: str
+    source: str
+    train: dict[str, np.ndarray]
+    test: dict[str, np.ndarray]
+    tokenizer: Tokenizer
+    model: nn.Module
+    example_inputs: dict[str, np.ndarray]
+    init: Callable[[jax.Array], Variables]
+    infer: Callable[[Variables, Batch], jax.Array]
+    loss: Callable[..., tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]]
+    evaluate: Callable[[Variables], dict[str, float]]
+
+
+def lm_task(
+    data: str | DataSet = "tiny_shakespeare",
+    model: str | nn.Module = "stories260k",
+    *,
+    tokenizer: Tokenizer | None = None,
+    length: int = 128,
+    train_rows: int | None = None,
+    test_rows: int | None = None,
+    dtype: str = "float32",
+    remat: bool = False,
+    scan_layers: bool = False,
+    eval_batch: int = 32,
+) -> LanguageTask:
+    """Bundle a text with a causal language model.
+
+    Paragraphs are tokenised one by one (each with the tokenizer's beginning token), joined, and cut into
+    windows of ``length`` tokens; the rest is left out. The loss is the mean of ``-log p(t_i | t_1 .. t_{i-1})``
+    over the tokens 2 to ``length`` of all real rows, in float32 whatever the model computes in.
+
+    Args:
+      data: name of a data set with the column ``text``, or a ``DataSet``; held out is the split ``test``, else
+        ``validation``.
+      model: a pretrained decoder by name or folder, or a Linen module called like ``Decoder``.
+      tokenizer: of a model given as a module.
+      length: tokens of a window.
+      train_rows: use that many training windows, a fixed random choice; None for all.
+      test_rows: the same for the test windows.
+      dtype: compute dtype of a model given by name, ``"float32"`` or ``"bfloat16"``.
+      remat: recompute the layers' activations of a model given by name in the backward pass.
+      scan_layers: one scanned layer instead of a module a layer, for a model given by name.
+      eval_batch: windows of one evaluation batch; the last one is padded.
+
+    Returns:
+      A ``LanguageTask``.
+
+    Raises:
+      ValueError: no text or held-out split, fewer tokens than one window, more rows than there are,
+        ``length`` above the model's positions, or settings of named models together with a module.
+
+    Example:
+      >>> task = lm_task(length=64, train_rows=8, test_rows=8)
+      >>> task.train["input_ids"].shape, 4 < task.evaluate(task.init(jax.random.key(0)))["nll"] < 6
+      ((8, 64), True)
+    """
+    check_number("eval_batch", eval_batch, low=1, integer=True)
+    check_number("length", length, low=2, integer=True)
+    dataset = load(data) if isinstance(data, str) else data
+    held_out = "test" if "test" in dataset.splits else "validation"
+    for split in ("train", held_out):
+        if "text" not in dataset.splits.get(split, {}):
+            held = {name: list(columns) for name, columns in dataset.splits.items()}
+            raise ValueError(f"data={dataset.name!r} holds {held}; a language task needs 'text' in {split!r}.")
+    params = None
+    if isinstance(model, str):
+        if tokenizer is not None:
+            raise ValueError(f"tokenizer is given, but model={model!r} has its own. Give the model as a module.")
+        fields = {"dtype": jnp.dtype(check_choice("dtype", dtype, ("float32", "bfloat16"))), "remat": remat}
+        loaded = load_pretrained(model, scan_layers=scan_layers, **fields)
+        if not isinstance(loaded.module, Decoder):
+            raise ValueError(f"model={model!r} is a {type(loaded.module).__name__}; a language task needs a decoder.")
+        module, params, tokenizer = loaded.module, loaded.params, load_tokenizer(model)
+    else:
+        module = model
+        if tokenizer is None or dtype != "float32" or remat or scan_layers:
+            raise ValueError(
+                f"model={type(module).__name__} is a module: give its tokenizer, and set dtype, remat and scan_layers "
+                "on it."
+            )
+    positions = getattr(module, "max_positions", length)
+    check_number("length", length, high=positions, integer=True, hint=f"The model has {positions} positions.")
+    columns = {
+        split: {
+            "input_ids": _windows(f"{dataset.name}[{source}]", split, dataset.splits[source], tokenizer, length, rows)
+        }
+        for split, source, rows in (("train", "train", train_rows), ("test", held_out, test_rows))
+    }
+    example = {"input_ids": columns["test"]["input_ids"][:1]}
+
+    def logits(variables: Variables, batch: Batch, train: bool, key: jax.Array | None) -> jax.Array:
+        rngs = None if key is None else {"dropout": key}
+        return wide(module.apply(variables, batch["input_ids"], batch.get("mask"), train=train, rngs=rngs))
+
+    def init(key: jax.Array) -> Variables:
+        return {"params": params} if params is not None else module.init(key, example["input_ids"])
+
+    def infer(variables: Variables, inputs: Batch) -> Float[Array, "batch length vocabulary"]:
+        return logits(variables, inputs, False, None)
+
+    def loss(
+        variables: Variables, batch: Batch, key: jax.Array | None = None, *, train: bool = True
+    ) -> tuple[Float[Array, ""], tuple[Variables, dict[str, jax.Array]]]:
+        nll = _nll(logits(variables, batch, train, key), batch["input_ids"])
+        weight = jnp.ones(nll.shape) * wide(batch.get("weight", jnp.ones(len(nll))))[:, None]
+        if "mask" in batch:
+            weight *= batch["mask"][:, 1:]
+        value = (weight * nll).sum() / jnp.maximum(weight.sum(), 1)
+        return value, ({}, {"loss": value})
+
+    return LanguageTask(
+        name=f"{dataset.name}/{Path(model).name if isinstance(model, str) else type(model).__name__}",
+        source=dataset.source,
+        train=columns["train"],
+        test=columns["test"],
+        tokenizer=tokenizer,
+        model=module,
+        example_inputs=example,
+        init=init,
+        infer=infer,
+        loss=loss,
+        evaluate=_evaluator(infer, columns["test"]["input_ids"], eval_batch),
+    )
+
+
+def _windows(
+    where: str, split: str, columns: Mapping[str, Any], tokenizer: Tokenizer, length: int, rows: int | None
+) -> np.ndarray:
+    paragraphs = [part for text in columns["text"] for part in re.split(r"\n{2,}", text) if part.strip()]
+    stream = tokenizer.encode(paragraphs, max_length=sys.maxsize, truncate=False).input_ids.values
+    windows = stream[: len(stream) // length * length].reshape(-1, length)
+    if not len(windows):
+        raise ValueError(f"{where} has {len(stream)} tokens, fewer than one window of length={length}.")
+    if rows is not None:
+        check_number(f"{split}_rows", rows, low=1, high=len(windows), integer=True, hint="None takes all.")
+        windows = windows[np.sort(np.random.default_rng(0).permutation(len(windows))[:rows])]
+    return windows
+
+
+def _nll(logits: jax.Array, ids: jax.Array) -> Float[Array, "batch length-1"]:
+    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
+
+
+def _evaluator(
+    infer: Callable[[Variables, Batch], jax.Array], windows: np.ndarray, size: int
+) -> Callable[[Variables], dict[str, float]]:
+    size = min(size, len(windows))
+
+    @jax.jit
+    def scores(variables: Variables, ids: jax.Array) -> jax.Array:
+        return _nll(infer(variables, {"input_ids": ids}), ids).mean(1)
+
+    def evaluate(variables: Variables) -> dict[str, float]:
+        batches = (windows[start : start + size] for start in range(0, len(windows), size))
+        parts = jax.device_get([scores(variables, pad_to(batch, size)) for batch in batches])
+        return {"nll": float(np.concatenate(parts)[: len(windows)].mean(dtype=np.float64))}
+
+    return evaluate

@@ -1,0 +1,491 @@
+"""Text classification, pairs of texts, multiple choice and similarity scores: data, tokens, model, loss, evaluation."""
+
+import re
+import string
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from effjax.core.errors import check_choice, check_number
+from effjax.core.shapes import fit_ladder, pad_to, smallest_fit
+from effjax.core.tree import leaf_paths, wide
+from effjax.data.ragged import Ragged
+from effjax.data.sets import DataSet, load
+from effjax.data.tokens import Tokenizer, load_tokenizer, train_tokenizer
+from effjax.models.bert import Bert, BertClassifier
+from effjax.models.pretrained import load_pretrained
+
+PyTree = Any
+Variables = Mapping[str, PyTree]
+Batch = Mapping[str, Array | np.ndarray]
+Columns = dict[str, Any]
+
+# How the columns of a set become a first and a second text, as format strings; the first row whose columns are all
+# there counts. Two texts in a tuple are choices: each makes a row of its own.
+_FORMS: tuple[tuple[str, str | tuple[str, str] | None], ...] = (
+    ("{premise} What was the {question}?", ("{choice1}", "{choice2}")),  # COPA
+    ("{word}: {sentence1}", "{sentence2}"),  # WiC
+    ("{text}", "{span2_text} means {span1_text}"),  # WSC
+    ("{sentence1}", "{sentence2}"),  # RTE, MRPC, STS-B, WNLI
+    ("{premise}", "{hypothesis}"),  # CB
+    ("{question}", "{passage}"),  # BoolQ
+    ("{question}", "{sentence}"),  # QNLI
+    ("{sentence}", None),  # SST-2, CoLA
+    ("{text}", None),  # SMS spam, AG News, TREC, IMDB
+)
+_ENCODER = re.compile(r"encoder-(\d+)x(\d+)")
+_VOCABULARY = 8192
+_EVALUATION_LENGTHS = 4
+
+
+class TextTask(NamedTuple):
+    """A text classification (or score) problem.
+
+    Attributes:
+      name: ``data/model``.
+      source: where the data came from, and how many rows.
+      classes: number of labels; 1 for scores.
+      choices: rows that belong to one question, of which one is right; 1 where every row is its own.
+      train: columns ``input_ids`` (``Ragged``), ``token_type_ids`` (``Ragged``, for pairs, where the
+        tokenizer makes them) and ``label``, int32 [rows] or for scores float32 [rows].
+      test: the same, held out.
+      tokenizer: what made the tokens.
+      model: the Flax module.
+      example_inputs: a batch of test rows for ``infer``.
+      init: ``key -> {"params": ...}``: a pretrained encoder under a fresh head, or all fresh.
+      infer: ``(variables, inputs) -> logits`` float32 [batch, classes] in evaluation mode; traceable.
+        ``inputs`` holds ``input_ids`` int32 [batch, length] and optionally ``mask`` bool and
+        ``token_type_ids``.
+      loss: ``(variables, batch, key=None, *, train=True) -> (loss, (state, metrics))``; traceable. ``key``
+        feeds dropout and is needed where the model has some, ``state`` is empty, ``metrics`` holds ``loss``
+        and, for classes, ``accuracy``.
+      evaluate: ``variables -> metrics`` over ``test``: ``accuracy`` and ``nll`` (nats), for two classes
+        ``f1`` of label 1; for scores ``spearman`` (0 if all predictions are equal) and ``mse``.
+    """
+
+    name: str
+    source: str
+    classes: int
+    choices: int
+    train: Columns
+    test: Columns
+    tokenizer: Tokenizer
+    model: nn.Module
+    example_inputs: dict[str, np.ndarray]
+    init: Callable[[jax.Array], Variables]
+    infer: Callable[[Variables, Batch], jax.Array]
+    loss: Callable[..., tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]]
+    evaluate: Callable[[Variables], dict[str, float]]
+
+
+def text_task(
+    data: str | DataSet,
+    model: str | nn.Module,
+    *,
+    tokenizer: Tokenizer | None = None,
+    pretrained: PyTree | None = None,
+    max_length: int = 128,
+    train_rows: int | None = None,
+    test_rows: int | None = None,
+    dtype: str = "float32",
+    remat: bool = False,
+    scan_layers: bool = False,
+    dropout: float | None = None,
+    eval_batch: int = 64,
+) -> TextTask:
+    """Bundle a text data set with a classifier.
+
+    With logits ``z`` and weights ``w`` (1, or 0 for a dummy row) the loss is
+    ``sum_i w_i (-log softmax(z_i)[y_i]) / max(sum_i w_i, 1)``, for scores ``sum_i w_i (z_i - y_i)^2 / ...``,
+    in float32 whatever the model computes in. Padding and dummy rows change neither it nor its gradient.
+    A batch holds ``input_ids`` and optionally ``mask``, ``token_type_ids``, ``weight``; a packed one has
+    ``segment_ids``, ``position_ids`` and ``label``, ``weight`` [batch, segments].
+
+    A question with two choices (COPA) is two rows, each right or wrong, told apart in training like any
+    two classes; in evaluation the choice with the larger ``z_1 - z_0`` is taken, and ``nll`` is that of the
+    softmax over the choices.
+
+    The held-out rows are the split ``test`` where it has labels, else ``validation``; a set with only a
+    ``validation`` split gives its first 70 % for training and the rest for the test.
+
+    Args:
+      data: name of a text data set of ``effjax.data.sets``, or a ``DataSet``. Its text is the column ``text`` or
+        ``sentence``, or a pair such as ``sentence1`` and ``sentence2``; its target ``label`` or ``score``.
+      model: ``"encoder-2x64"`` (2 layers of width 64, 4 heads, from scratch, with a WordPiece vocabulary
+        trained on the training texts), a pretrained encoder by name or folder (``"minilm"``), or a
+        Linen module called like ``BertClassifier``.
+      tokenizer: of a model given as a module; those given by name have their own.
+      pretrained: parameters of the encoder, ``params["encoder"]``, to start from instead of fresh ones.
+      max_length: tokens of a sequence, special ones included; longer texts are truncated.
+      train_rows: use that many training rows (questions), a fixed random choice; None for all.
+      test_rows: the same for the test rows.
+      dtype: compute dtype of a model given by name, ``"float32"`` or ``"bfloat16"``.
+      remat: recompute the layers' activations of a model given by name in the backward pass.
+      scan_layers: one scanned layer instead of a module a layer, for a model given by name.
+      dropout: every dropout rate of a model given by name; None for 0.1.
+      eval_batch: rows of one evaluation batch. Batches have at most four lengths; the last is filled up.
+
+    Returns:
+      A ``TextTask``.
+
+    Raises:
+      ValueError: unknown names, missing columns or splits, empty texts, labels out of range, more rows
+        than there are, ``max_length`` above the model's positions, a module whose output is not
+        [batch, classes], or settings of named models together with a module.
+
+    Example:
+      >>> task = text_task("sms_spam", "encoder-1x8", max_length=16, train_rows=200, test_rows=50)
+      >>> int(task.train["input_ids"].lengths.max()), task.classes
+      (16, 2)
+      >>> sorted(task.evaluate(task.init(jax.random.key(0))))
+      ['accuracy', 'f1', 'nll']
+    """
+    check_number("eval_batch", eval_batch, low=1, integer=True)
+    check_number("max_length", max_length, low=3, integer=True)
+    dataset = load(data) if isinstance(data, str) else data
+    form, target = _form(dataset), _target(dataset)
+    classes = len(dataset.classes) if target == "label" else 1
+    train_split, test_split = _splits(dataset)
+    train = _texts(dataset.name, "train", train_split, form, target, classes, train_rows)
+    test = _texts(dataset.name, "test", test_split, form, target, classes, test_rows)
+    choices = 2 if isinstance(form[1], tuple) else 1
+    outputs = 2 if choices > 1 else classes
+    if isinstance(model, str):
+        if tokenizer is not None:
+            raise ValueError(f"tokenizer is given, but model={model!r} has its own. Give the model as a module.")
+        module, tokenizer, pretrained = _named(
+            model,
+            outputs,
+            train,
+            max_length,
+            pretrained,
+            {"dtype": jnp.dtype(check_choice("dtype", dtype, ("float32", "bfloat16"))), "remat": remat},
+            scan_layers,
+            0.1 if dropout is None else check_number("dropout", dropout, low=0, high=1, open_high=True),
+        )
+    else:
+        module = model
+        _check_module_settings(module, tokenizer, dtype, remat, scan_layers, dropout)
+    _check_positions(module, max_length)
+    columns = {name: _tokens(rows, tokenizer, max_length) for name, rows in (("train", train), ("test", test))}
+    evaluation = _batches(columns["test"], tokenizer.pad_id, min(eval_batch, len(test.target)))
+    example = evaluation[len(evaluation) // 2][1]
+
+    def logits(variables: Variables, batch: Batch, train: bool, key: jax.Array | None) -> jax.Array:
+        packed = (
+            {name: batch[name] for name in ("segment_ids", "position_ids")} | {"segments": batch["label"].shape[1]}
+            if "segment_ids" in batch
+            else {}
+        )
+        rngs = None if key is None else {"dropout": key}
+        inputs = (batch["input_ids"], batch.get("mask"), batch.get("token_type_ids"))
+        return wide(module.apply(variables, *inputs, train=train, rngs=rngs, **packed))
+
+    one = {name: column[:1] for name, column in example.items()}
+    arguments = (one["input_ids"], one["mask"], one.get("token_type_ids"))
+    fresh = jax.eval_shape(module.init, jax.random.key(0), *arguments)
+    if pretrained is not None:
+        _check_pretrained(pretrained, fresh["params"])
+
+    def init(key: jax.Array) -> Variables:
+        if pretrained is None:
+            return module.init(key, *arguments)
+        # Flax draws the parameters that are missing.
+        given = {"params": {"encoder": pretrained}}
+        return module.apply(given, *arguments, rngs={"params": key}, mutable=["params"])[1]
+
+    def infer(variables: Variables, inputs: Batch) -> Float[Array, "batch classes"]:
+        return logits(variables, inputs, False, None)
+
+    def loss(
+        variables: Variables, batch: Batch, key: jax.Array | None = None, *, train: bool = True
+    ) -> tuple[Float[Array, ""], tuple[Variables, dict[str, jax.Array]]]:
+        scores, labels = logits(variables, batch, train, key), batch["label"]
+        weight = wide(batch.get("weight", jnp.ones(labels.shape)))
+        mean = lambda each: jnp.where(weight > 0, weight * each, 0).sum() / jnp.maximum(weight.sum(), 1)
+        if target == "score":
+            value = mean(jnp.square(scores[..., 0] - labels))
+            return value, ({}, {"loss": value})
+        value = mean(optax.softmax_cross_entropy_with_integer_labels(scores, labels))
+        return value, ({}, {"loss": value, "accuracy": mean(scores.argmax(-1) == labels)})
+
+    shape = jax.eval_shape(infer, fresh, one).shape
+    if shape != (1, outputs):
+        raise ValueError(
+            f"model={type(module).__name__} returns shape {shape} for one row; the data set needs {outputs} outputs. "
+            f"Build it with classes={outputs}."
+        )
+    return TextTask(
+        name=f"{dataset.name}/{Path(model).name if isinstance(model, str) else type(model).__name__}",
+        source=dataset.source,
+        classes=classes,
+        choices=choices,
+        train=columns["train"],
+        test=columns["test"],
+        tokenizer=tokenizer,
+        model=module,
+        example_inputs=example,
+        init=init,
+        infer=infer,
+        loss=loss,
+        evaluate=_evaluator(infer, evaluation, columns["test"]["label"], target, choices),
+    )
+
+
+class _Texts(NamedTuple):
+    """Rows as texts, the choices of a question one after another."""
+
+    first: list[str]
+    second: list[str] | None
+    target: np.ndarray
+
+
+def _form(dataset: DataSet) -> tuple[str, str | tuple[str, str] | None]:
+    columns = next(iter(dataset.splits.values())).keys()
+    for form in _FORMS:
+        if _fields(form) <= columns:
+            return form
+    known = "; ".join(", ".join(sorted(_fields(form))) for form in _FORMS)
+    raise ValueError(
+        f"data={dataset.name!r} has the columns {sorted(columns)}; a text task needs one of these groups of columns: "
+        f"{known}. Rename yours."
+    )
+
+
+def _fields(form: tuple[str, str | tuple[str, str] | None]) -> set[str]:
+    texts = [form[0], *([form[1]] if isinstance(form[1], str) else form[1] or ())]
+    return {name for text in texts for _, name, _, _ in string.Formatter().parse(text) if name}
+
+
+def _target(dataset: DataSet) -> str:
+    columns = next(iter(dataset.splits.values())).keys()
+    for name in ("label", "score"):
+        if name in columns:
+            return name
+    raise ValueError(f"data={dataset.name!r} has the columns {sorted(columns)}; a text task needs 'label' or 'score'.")
+
+
+def _splits(dataset: DataSet) -> tuple[Columns, Columns]:
+    splits = dataset.splits
+    held_out = splits.get("test", splits.get("validation"))
+    if held_out is None:
+        raise ValueError(
+            f"data={dataset.name!r} has only the splits {list(splits)}; nothing is held out to test on. "
+            "Add a 'test' or 'validation' split."
+        )
+    if "train" in splits:
+        return splits["train"], held_out
+    cut = round(0.7 * len(next(iter(held_out.values()))))
+    return (
+        {name: column[:cut] for name, column in held_out.items()},
+        {name: column[cut:] for name, column in held_out.items()},
+    )
+
+
+def _texts(
+    name: str,
+    split: str,
+    columns: Columns,
+    form: tuple[str, str | tuple[str, str] | None],
+    target: str,
+    classes: int,
+    rows: int | None,
+) -> _Texts:
+    where = f"data={name!r}, {split} rows"
+    if missing := (_fields(form) | {target}) - columns.keys():
+        raise ValueError(f"{where}: lack the columns {sorted(missing)}, which other splits have.")
+    values = np.asarray(columns[target])
+    _check_target(where, target, values, classes)
+    chosen = np.arange(len(values))
+    if rows is not None:
+        check_number(f"{split}_rows", rows, low=1, high=len(values), integer=True, hint="None takes all.")
+        chosen = np.sort(np.random.default_rng(0).permutation(len(values))[:rows])
+    records = [{field: columns[field][row] for field in _fields(form)} for row in chosen]
+    for row, record in zip(chosen, records, strict=True):
+        if empty := [field for field, text in record.items() if not str(text).strip()]:
+            raise ValueError(f"{where}: row {row} has an empty text in {empty}. Remove or fill such rows.")
+    first, second = form
+    firsts = [first.format_map(record) for record in records]
+    if isinstance(second, tuple):
+        seconds = [text.format_map(record) for record in records for text in second]
+        right = values[chosen][:, None] == np.arange(len(second))
+        return _Texts([text for text in firsts for _ in second], seconds, right.reshape(-1).astype(np.int32))
+    seconds = [second.format_map(record) for record in records] if second else None
+    return _Texts(firsts, seconds, values[chosen].astype(np.int32 if target == "label" else np.float32))
+
+
+def _check_target(where: str, target: str, values: np.ndarray, classes: int) -> None:
+    if not len(values):
+        raise ValueError(f"{where}: there are none.")
+    if target == "score":
+        if values.dtype.kind != "f" or not np.isfinite(values).all():
+            raise ValueError(f"{where}: score ({values.dtype}) must be finite floating-point numbers.")
+    elif values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= classes:
+        raise ValueError(
+            f"{where}: labels ({values.dtype}, {values.min()} to {values.max()}) must be integers in "
+            f"[0, {classes - 1}], the {classes} classes."
+        )
+
+
+def _named(
+    model: str,
+    outputs: int,
+    train: _Texts,
+    max_length: int,
+    pretrained: PyTree | None,
+    fields: dict[str, Any],
+    scan_layers: bool,
+    dropout: float,
+) -> tuple[nn.Module, Tokenizer, PyTree | None]:
+    """The module, the tokenizer and the encoder's parameters (None for fresh ones) of a model by name."""
+    rates = {"dropout": dropout, "attention_dropout": dropout}
+    if scratch := _ENCODER.fullmatch(model):
+        layers, width = int(scratch[1]), int(scratch[2])
+        if width % 4 or not layers:
+            raise ValueError(f"model={model!r}: needs a layer at least, and a width that its 4 heads divide.")
+        tokenizer = train_tokenizer([*train.first, *(train.second or ())], _VOCABULARY)
+        encoder = Bert(
+            tokenizer.vocab_size,
+            width,
+            layers,
+            num_heads=4,
+            intermediate_size=4 * width,
+            max_positions=max(128, max_length),
+            scan_layers=scan_layers,
+            **rates,
+            **fields,
+        )
+    else:
+        try:
+            loaded = load_pretrained(model, scan_layers=scan_layers, **rates, **fields)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"model={model!r} is not like 'encoder-2x64', and {error}") from None
+        if not isinstance(loaded.module, Bert):
+            raise ValueError(f"model={model!r} is a {type(loaded.module).__name__}; a text task needs an encoder.")
+        tokenizer = load_tokenizer(model)
+        encoder = loaded.module
+        pretrained = loaded.params if pretrained is None else pretrained
+    return BertClassifier(encoder, outputs, dropout=dropout), tokenizer, pretrained
+
+
+def _check_module_settings(
+    module: nn.Module, tokenizer: Tokenizer | None, dtype: str, remat: bool, scan_layers: bool, dropout: float | None
+) -> None:
+    if tokenizer is None:
+        raise ValueError(f"model={type(module).__name__} is a module, whose tokens are not known. Give its tokenizer.")
+    if dtype != "float32" or remat or scan_layers or dropout is not None:
+        raise ValueError(
+            f"dtype={dtype!r}, remat={remat!r}, scan_layers={scan_layers!r} and dropout={dropout!r} apply to models "
+            f"given by name. Set them on the module: {type(module).__name__}(...)."
+        )
+
+
+def _check_pretrained(pretrained: PyTree, fresh: PyTree) -> None:
+    def layout(tree):
+        return {name: np.shape(leaf) for name, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True)}
+
+    given, wanted = layout(pretrained), layout(fresh.get("encoder", {}))
+    if wrong := sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name)):
+        raise ValueError(
+            f"pretrained: {len(wrong)} leaves differ from the model's 'encoder', first {wrong[0]!r}: "
+            f"{given.get(wrong[0])} given, {wanted.get(wrong[0])} wanted. Load them with its sizes and scan_layers."
+        )
+
+
+def _check_positions(module: nn.Module, max_length: int) -> None:
+    positions = getattr(getattr(module, "encoder", module), "max_positions", max_length)
+    check_number(
+        "max_length", max_length, high=positions, integer=True, hint=f"The model has {positions} positions; truncate."
+    )
+
+
+def _tokens(texts: _Texts, tokenizer: Tokenizer, max_length: int) -> Columns:
+    tokens = tokenizer.encode(texts.first, texts.second, max_length=max_length)
+    types = {} if tokens.token_type_ids is None else {"token_type_ids": tokens.token_type_ids}
+    return {"input_ids": tokens.input_ids, **types, "label": texts.target}
+
+
+def _batches(columns: Columns, pad_id: int, size: int) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Batches of ``size`` rows in the order of their lengths, padded to few lengths; with their rows."""
+    lengths = columns["input_ids"].lengths
+    distinct = len(np.unique(-(-lengths // 8)))
+    ladder = fit_ladder(lengths, min(_EVALUATION_LENGTHS, distinct))
+    order = np.argsort(lengths, kind="stable")
+    found = []
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        length = smallest_fit(int(lengths[rows[-1]]), ladder)
+        batch = {"mask": np.arange(length) < lengths[rows][:, None]}
+        for name, column in columns.items():
+            if isinstance(column, Ragged):
+                batch[name] = column.pad(rows, length, pad_id if name == "input_ids" else 0)
+        found.append((rows, {name: pad_to(array, size) for name, array in batch.items()}))
+    return found
+
+
+def _evaluator(
+    infer: Callable[[Variables, Batch], jax.Array],
+    batches: list[tuple[np.ndarray, dict[str, np.ndarray]]],
+    labels: np.ndarray,
+    target: str,
+    choices: int,
+) -> Callable[[Variables], dict[str, float]]:
+    run = jax.jit(infer)
+
+    def evaluate(variables: Variables) -> dict[str, float]:
+        # All batches are on their way before the first is read.
+        scores = jax.device_get([run(variables, batch) for _, batch in batches])
+        logits = np.empty((len(labels), scores[0].shape[1]), np.float64)
+        for (rows, _), part in zip(batches, scores, strict=True):
+            logits[rows] = part[: len(rows)]
+        if target == "score":
+            return score_metrics(logits[:, 0], labels)
+        if choices > 1:
+            margins = (logits[:, 1] - logits[:, 0]).reshape(-1, choices)
+            return class_metrics(margins, labels.reshape(-1, choices).argmax(1), f1=False)
+        return class_metrics(logits, labels, f1=logits.shape[1] == 2)
+
+    return evaluate
+
+
+def class_metrics(logits: Float[np.ndarray, "rows classes"], labels: np.ndarray, *, f1: bool) -> dict[str, float]:
+    """Accuracy and mean negative log-likelihood in nats; with ``f1``, that of label 1 (0 if it is never right).
+
+    Example:
+      >>> class_metrics(np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([1, 1]), f1=True)["f1"]
+      0.6666666666666666
+    """
+    chosen = logits.argmax(1)
+    shifted = logits - logits.max(1, keepdims=True)
+    nll = np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(labels)), labels]
+    metrics = {"accuracy": float((chosen == labels).mean()), "nll": float(nll.mean())}
+    if f1:
+        found, right = int((chosen == 1).sum() + (labels == 1).sum()), int(((chosen == 1) & (labels == 1)).sum())
+        metrics["f1"] = 2 * right / found if found else 0.0
+    return metrics
+
+
+def score_metrics(scores: Float[np.ndarray, "rows"], labels: np.ndarray) -> dict[str, float]:
+    """Spearman's rank correlation (ties share their mean rank; 0 if all scores are equal) and mean squared error.
+
+    Example:
+      >>> round(score_metrics(np.array([1.0, 2.0, 9.0]), np.array([0.0, 1.0, 2.0]))["spearman"], 6)
+      1.0
+    """
+    ranks = np.stack([_ranks(scores), _ranks(labels)])
+    ranks -= ranks.mean(1, keepdims=True)
+    norms = np.sqrt(np.square(ranks).sum(1)).prod()
+    spearman = float(np.clip(ranks[0] @ ranks[1] / norms, -1, 1)) if norms else 0.0
+    return {"spearman": spearman, "mse": float(np.square(scores - labels).mean(dtype=np.float64))}
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[places]
