@@ -263,8 +263,11 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         # Hugging Face's loaders refuse a file without this entry.
         save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)  # the library leaves a file that only its owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

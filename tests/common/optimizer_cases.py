@@ -131,11 +131,9 @@ REFUSALS: dict[tuple[str, str], str] = {
     **{
         (name, combination): "cannot sit inside optax.partition or optax.masked"
         for name in CASES
-        if name.startswith("samuel")
+        if name.startswith(("samuel", "cola"))
         for combination in ("partition", "masked")
     },
-    # Its parameters have other names than the labels.
-    **{("cola", combination): "cannot sit inside|pytree structure" for combination in ("partition", "masked")},
     **{(name, "vmap"): "cannot run under vmap" for name in CASES if "one-gradient" in name},
 }
 

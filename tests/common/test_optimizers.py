@@ -191,11 +191,17 @@ def test_inside_inject_hyperparams(name):
     assert_refused(name, "inject_hyperparams", run)
 
 
+def every_second(params):
+    structure = jax.tree.structure(params)
+    return jax.tree.unflatten(structure, [bool(i % 2) for i in range(structure.num_leaves)])
+
+
 def test_inside_partition(name):
     case = CASES[name]
 
     def run():
-        tx = optax.partition({"ours": case.make(), "other": optax.sgd(0.1)}, {"w": "ours", "b": "other"})
+        labels = lambda params: jax.tree.map({True: "ours", False: "other"}.get, every_second(params))
+        tx = optax.partition({"ours": case.make(), "other": optax.sgd(0.1)}, labels)
         _, params, state, step = begin_with(name, tx)
         step(params, state)
 
@@ -206,7 +212,7 @@ def test_inside_masked(name):
     case = CASES[name]
 
     def run():
-        _, params, state, step = begin_with(name, optax.masked(case.make(), {"w": True, "b": False}))
+        _, params, state, step = begin_with(name, optax.masked(case.make(), every_second))
         step(params, state)
 
     assert_refused(name, "masked", run)

@@ -49,6 +49,8 @@ def test_round_trip_is_exact(tmp_path, variables, rules):
     assert jax.tree.structure(loaded) == jax.tree.structure(variables)
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    (tmp_path / "ordinary").touch()
+    assert path.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
 def test_narrow_files_become_the_models_dtype(tmp_path, variables, tensors):
