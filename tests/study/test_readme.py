@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import effjax
-from effjax.study.readme import BEGIN, END, replace_table, results_table
+from effjax.study.readme import BEGIN, END, replace_card_tables, replace_table, results_table
 from effjax.study.report import read_results
 from effjax.study.resolve import configs_folder, resolve_saved
 from effjax.study.results import decide
@@ -37,6 +37,22 @@ def test_committed_results_say_where_they_come_from_and_decide_their_claims(path
 
 
 CARDS = [ROOT / "configs" / stem / "README.md" for stem in effjax.METHODS]
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.parent.name)
+def test_the_tables_of_a_card_are_generated_from_its_results(path):
+    card = path.read_text()
+    assert "<!-- table " in card
+    assert replace_card_tables(card, path.parent / "results") == card
+
+
+def test_a_tables_marker_must_make_sense():
+    results = ROOT / "configs" / "samuel" / "results"
+    marker = "<!-- table cpu-amd-epyc-2-cores\n{}\n-->\n<!-- end of table -->"
+    with pytest.raises(ValueError, match="rows: arm"):
+        replace_card_tables(marker.format("accuracy = digits-mlp-64-offline accuracy"), results)
+    with pytest.raises(ValueError, match="'nobody' is in none"):
+        replace_card_tables(marker.format("rows: nobody\naccuracy = digits-mlp-64-offline accuracy"), results)
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *CARDS], ids=lambda path: path.parent.name)
