@@ -13,6 +13,9 @@ from effjax.models.cnn import CNN
 from effjax.models.decoder import Decoder
 from effjax.models.mlp import MLP
 from effjax.models.resnet import BasicBlock, ResNet
+from effjax.models.sequence import LRU
+from effjax.recurrent.irnn import EquilibriumRNN, IncrementalRNN
+from effjax.recurrent.tarnn import TARNNCell
 
 
 class ModuleCase(NamedTuple):
@@ -45,6 +48,10 @@ def tokens(batch: int, length: int = 6, vocab_size: int = 30) -> tuple[jax.Array
     """Ids, and a mask that leaves each row another number of real tokens."""
     ids = jax.random.randint(jax.random.key(7), (batch, length), 0, vocab_size)
     return ids, jnp.arange(length) < length - jnp.arange(batch)[:, None] % 4
+
+
+def sequences(batch: int, length: int = 5, features: int = 3) -> tuple[jax.Array]:
+    return (jax.random.normal(jax.random.key(7), (batch, length, features)),)
 
 
 _bert = {
@@ -89,6 +96,16 @@ CASES: dict[str, ModuleCase] = {
         tokens,
     ),
     "decoder": ModuleCase("decoder", lambda dtype: Decoder(**_bert, num_kv_heads=1, dtype=dtype), tokens),
+    "irnn": ModuleCase(
+        "irnn", lambda dtype: IncrementalRNN(4, K=2, length=5, chunk=2, dtype=dtype), sequences, evaluate={}, train={}
+    ),
+    "irnn-equilibrium": ModuleCase(
+        "irnn", lambda dtype: EquilibriumRNN(4, iterations=20, dtype=dtype), sequences, evaluate={}, train={}
+    ),
+    "tarnn": ModuleCase(
+        "tarnn", lambda dtype: nn.RNN(TARNNCell(4, length=5, dtype=dtype)), sequences, evaluate={}, train={}
+    ),
+    "lru": ModuleCase("sequence", lambda dtype: LRU(4, dtype=dtype), sequences, evaluate={}, train={}),
 }
 
 

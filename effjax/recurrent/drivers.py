@@ -1,0 +1,580 @@
+"""Training steps over long sequences: FPTT, BPTT and truncated BPTT behind one signature."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from effjax.core.errors import NoEffectWarning, check_number
+from effjax.core.tree import path_name, wide
+
+PyTree = Any
+Cell = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+Loss = Callable[[PyTree, PyTree, PyTree, "SequencePart"], Any]
+Encode = Callable[[PyTree, PyTree], PyTree]
+Train = Callable[[PyTree, PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree, PyTree, "PartMetrics"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SequencePart:
+    """Which part of the sequence a loss is asked for.
+
+    Attributes:
+      index: from 0; may be traced.
+      count: all parts of the sequence, a short last one included.
+      whole: those of full length.
+    """
+
+    index: Int[Array, ""] | int = 0
+    count: int = dataclasses.field(default=1, metadata={"static": True})
+    whole: int = dataclasses.field(default=1, metadata={"static": True})
+
+    @property
+    def progress(self) -> Float[Array, ""]:
+        """``(index + 1) / count``, 1 in the last part."""
+        return jnp.asarray(self.index + 1, float) / self.count
+
+
+class PartMetrics(NamedTuple):
+    """What a training step over a sequence reports, one row a part.
+
+    Attributes:
+      loss: the parts' losses, each at the parameters that it was computed with.
+      aux: what the loss returned besides, stacked; None without ``has_aux``.
+      skipped: with ``skip_nonfinite``, the parts (of ``bptt_step`` and ``tbptt_step``: the sequence) that were left
+        out; else None.
+    """
+
+    loss: Float[Array, "parts"]
+    aux: PyTree = None
+    skipped: Bool[Array, "parts"] | None = None
+
+
+def fptt_step(
+    cell: Cell,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    parts: int | None = None,
+    part_length: int | None = None,
+    terminal: bool = False,
+    encode: Encode | None = None,
+    has_aux: bool = False,
+    recompute_state: bool = False,
+    skip_nonfinite: bool = False,
+    unroll: int = 1,
+) -> Train:
+    r"""A training step over a sequence that updates the parameters in every part of it: FPTT(K).
+
+    For each part p, in order, from the carry :math:`h` that the part before left behind (as a constant):
+
+    .. math::
+        g = \nabla_W\, \ell_p(W; h), \qquad W \leftarrow W + u(g), \qquad h \leftarrow h_p(W_{old})
+
+    so that backpropagation reaches to the start of the part only, and memory grows with the length of a part, not with
+    that of the sequence. With ``tx = effjax.fptt(base)`` this is FPTT; with a plain optimizer it is truncated BPTT with
+    an update in every part, which on many tasks does as well. Dependencies longer than a part are learnt as far as the
+    carry happens to hold them.
+
+    The work is that of BPTT plus an optimizer update per part; what it saves is memory. Jit the result, and donate
+    ``params``, ``opt_state`` and ``carry``::
+
+        train = jax.jit(fptt_step(cell, loss, tx, parts=10), donate_argnums=(0, 1, 2))
+        params, opt_state, carry, metrics = train(params, opt_state, carry, xs, targets)
+
+    Args:
+      cell: ``(params, carry, x) -> (carry, out)``, one step in time; pure, for a whole batch.
+      loss: ``(params, outs, targets, part) -> scalar``, or ``(scalar, aux)``, of one part. Without ``terminal``,
+        ``outs`` and ``targets`` are stacked over the part's steps; with it, ``outs`` is the last step's and ``targets``
+        come whole. ``part`` is a ``SequencePart``. A read-out is best computed here, from ``params``, for all steps at
+        once.
+      tx: the optimizer; ``update`` receives the loss as ``value``.
+      parts: K; short for ``part_length=T // K``.
+      part_length: steps in a part. What is left of T is one more, shorter part, as in the authors' program: 784 steps
+        in 10 parts are ten of 78 and one of 4. Nothing is padded or left out.
+      terminal: the sequence has one target, and each part is asked for it: see ``fptt_terminal_loss``.
+      encode: ``(params, xs) -> xs``, for all steps of a part at once before the cell runs: an embedding, or the input's
+        matrix products.
+      has_aux: whether the loss returns ``aux``; the same shapes in every part.
+      recompute_state: return the carry of one more pass over the whole sequence with the final parameters, as the
+        authors' language models do, instead of the last part's. Forward only, in the memory of one part.
+      skip_nonfinite: leave parameters, optimizer and carry as they were before a part whose loss, gradient or carry
+        is not finite. Otherwise a NaN spreads to all that follows, and shows in the metrics.
+      unroll: steps of the inner loop per iteration, see ``jax.lax.scan``.
+
+    Returns:
+      ``(params, opt_state, carry, xs, targets) -> (params, opt_state, carry, metrics)``. The leading axis of ``xs``
+      (and of ``targets`` without ``terminal``) is time; ``metrics`` is a ``PartMetrics``.
+
+    Raises:
+      ValueError: none or both of ``parts`` and ``part_length``, or below 1; when called, more parts than steps, time
+        axes of unlike length, a carry of another structure, shape or dtype than the cell's, a loss that is no scalar.
+
+    Warns:
+      NoEffectWarning: ``part_length`` holds the whole sequence.
+
+    Example:
+      >>> cell = lambda w, h, x: (jnp.tanh(w * h + x),) * 2
+      >>> loss = lambda w, out, y, part: part.progress * jnp.mean((out - y) ** 2)
+      >>> train = fptt_step(cell, loss, optax.sgd(0.1), parts=2, terminal=True)
+      >>> w, h, xs, y = jnp.asarray(0.5), jnp.zeros(3), jnp.ones((5, 3)), jnp.zeros(3)
+      >>> w, _, h, metrics = train(w, optax.sgd(0.1).init(w), h, xs, y)
+      >>> metrics.loss.shape  # 2 + 2 + 1 steps
+      (3,)
+
+    Kag, Saligrama 2021 (ICML, PMLR 139:5189-5200); with ``part_length=1`` the form of Yin, Corradi, Bohte 2023
+    (arXiv 2112.11231) for spiking cells. Not copied from the authors' programs: the add task's weight
+    ``p + 1/K`` (meant is ``part.progress``) and its untrained last part, and a hidden state advanced several times on
+    one part where an update is repeated.
+    """
+    setup = _Setup(cell, loss, parts, part_length, terminal, encode, has_aux, recompute_state, skip_nonfinite, unroll)
+    learn = _learner(setup.check(), tx)
+
+    def train(
+        params: PyTree, opt_state: PyTree, carry: PyTree, xs: PyTree, targets: PyTree
+    ) -> tuple[PyTree, PyTree, PyTree, PartMetrics]:
+        plan = _plan(setup, xs, targets)
+        _check_carry(setup, params, carry, xs)
+        body = lambda state, part, *data: learn(*state, *data, part)
+        (new, opt_state, last), metrics = _over_parts(body, (params, opt_state, carry), xs, targets, plan)
+        if recompute_state:
+            again = _rerun(setup, new, carry, xs, targets, plan)
+            last = _choose(_all_finite(again), again, last) if skip_nonfinite else again
+        return new, opt_state, last, metrics
+
+    return train
+
+
+def fptt_online(
+    cell: Cell,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    terminal: bool = False,
+    encode: Encode | None = None,
+    has_aux: bool = False,
+    skip_nonfinite: bool = False,
+    unroll: int = 1,
+) -> Callable[..., tuple[PyTree, PyTree, PyTree, PartMetrics]]:
+    """A training step over one part of a stream: ``fptt_step`` for data that arrive while the model learns.
+
+    The caller keeps the carry from call to call and nothing else; parts may differ in length, each length compiles
+    once. Calling it on the parts of a sequence gives what ``fptt_step`` gives on the whole.
+
+    Args:
+      cell: as in ``fptt_step``, like all that follow.
+      loss: see there.
+      tx: see there.
+      terminal: see there.
+      encode: see there.
+      has_aux: see there.
+      skip_nonfinite: see there.
+      unroll: see there.
+
+    Returns:
+      ``(params, opt_state, carry, xs, targets, part=SequencePart()) -> (params, opt_state, carry, metrics)``, with
+      scalars in ``metrics``. ``part`` goes to the loss; by default there is but one.
+
+    Raises:
+      ValueError: as in ``fptt_step``.
+
+    Example:
+      >>> cell = lambda w, h, x: (jnp.tanh(w * h + x),) * 2
+      >>> loss = lambda w, outs, targets, part: jnp.mean((outs - targets) ** 2)
+      >>> learn = fptt_online(cell, loss, optax.sgd(0.1))
+      >>> w, h = jnp.asarray(0.5), jnp.zeros(3)
+      >>> state = optax.sgd(0.1).init(w)
+      >>> for _ in range(4):
+      ...     w, state, h, metrics = learn(w, state, h, jnp.ones((2, 3)), jnp.zeros((2, 3)))
+      >>> metrics.loss.shape
+      ()
+    """
+    setup = _Setup(cell, loss, 1, None, terminal, encode, has_aux, False, skip_nonfinite, unroll)
+    learn = _learner(setup.check(), tx)
+
+    def train(
+        params: PyTree, opt_state: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, part: SequencePart | None = None
+    ) -> tuple[PyTree, PyTree, PyTree, PartMetrics]:
+        _plan(setup, xs, targets)
+        _check_carry(setup, params, carry, xs)
+        state, metrics = learn(params, opt_state, carry, xs, targets, SequencePart() if part is None else part)
+        return *state, metrics
+
+    return train
+
+
+def bptt_step(
+    cell: Cell,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    parts: int | None = None,
+    part_length: int | None = None,
+    terminal: bool = False,
+    encode: Encode | None = None,
+    has_aux: bool = False,
+    recompute_state: bool = False,
+    skip_nonfinite: bool = False,
+    unroll: int = 1,
+    remat: bool = False,
+) -> Train:
+    r"""A training step by backpropagation through the whole sequence, with one update: the baseline of ``fptt_step``.
+
+    .. math:: g = \nabla_W \textstyle\sum_p (n_p / T)\, \ell_p(W)
+
+    with :math:`n_p` the steps of part p, so that a loss that averages over steps is averaged over all T.
+
+    Args:
+      cell: as in ``fptt_step``, like all that follow but the last.
+      loss: see there.
+      tx: see there.
+      parts: losses per sequence; by default 1, at its end. More are FPTT's intermediate losses without its updates.
+      part_length: see ``fptt_step``.
+      terminal: see there.
+      encode: see there.
+      has_aux: see there.
+      recompute_state: see there.
+      skip_nonfinite: leave all as it was where a loss, the gradient or the carry is not finite.
+      unroll: see ``fptt_step``.
+      remat: keep only the carries between parts and compute each part twice: the exact gradient in memory that grows
+        with T / K + K, least at K near the root of T.
+
+    Returns:
+      A function like that of ``fptt_step``.
+
+    Raises:
+      ValueError: as in ``fptt_step``; ``remat`` with one part.
+
+    Example:
+      >>> cell = lambda w, h, x: (jnp.tanh(w * h + x),) * 2
+      >>> loss = lambda w, out, y, part: jnp.mean((out - y) ** 2)
+      >>> train = bptt_step(cell, loss, optax.sgd(0.1), terminal=True)
+      >>> w, h, xs, y = jnp.asarray(0.5), jnp.zeros(3), jnp.ones((5, 3)), jnp.zeros(3)
+      >>> train(w, optax.sgd(0.1).init(w), h, xs, y)[3].loss.shape
+      (1,)
+    """
+    parts = 1 if parts is part_length is None else parts
+    setup = _Setup(cell, loss, parts, part_length, terminal, encode, has_aux, recompute_state, skip_nonfinite, unroll)
+    objective = setup.check().objective
+    if remat and parts == 1:
+        raise ValueError("remat=True with one part would save nothing. Give parts near the root of the length.")
+
+    def gradient(params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, plan: _Plan) -> tuple[Any, ...]:
+        def total(params: PyTree) -> tuple[Array, Any]:
+            def one(carry: PyTree, part: SequencePart, *data: PyTree) -> tuple[PyTree, PartMetrics]:
+                value, (carry, aux) = objective(params, carry, *data, part)
+                return carry, PartMetrics(value, aux)
+
+            last, metrics = _over_parts(one, carry, xs, targets, plan, remat=remat)
+            return plan.mean(metrics.loss), (last, metrics)
+
+        (_, (last, metrics)), grads = jax.value_and_grad(total, has_aux=True)(params)
+        return grads, last, metrics
+
+    return _one_update(gradient, setup, tx)
+
+
+def tbptt_step(
+    cell: Cell,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    parts: int | None = None,
+    part_length: int | None = None,
+    terminal: bool = False,
+    encode: Encode | None = None,
+    has_aux: bool = False,
+    recompute_state: bool = False,
+    skip_nonfinite: bool = False,
+    unroll: int = 1,
+) -> Train:
+    r"""A training step by truncated backpropagation through time, with one update per sequence.
+
+    .. math:: g = \textstyle\sum_p (n_p / T)\, \nabla_W\, \ell_p(W; h_{p-1})
+
+    with the carries between parts as constants. It stands between its neighbours: ``bptt_step`` has the exact gradient
+    of the same losses, ``fptt_step`` an update for each part's. Memory is that of ``fptt_step``.
+
+    Args:
+      cell: as in ``fptt_step``, like all that follow.
+      loss: see there.
+      tx: see there.
+      parts: see there.
+      part_length: see there.
+      terminal: see there.
+      encode: see there.
+      has_aux: see there.
+      recompute_state: see there.
+      skip_nonfinite: leave all as it was where a loss, the gradient or the carry is not finite.
+      unroll: see ``fptt_step``.
+
+    Returns:
+      A function like that of ``fptt_step``.
+
+    Raises:
+      ValueError: as in ``fptt_step``.
+
+    Example:
+      >>> cell = lambda w, h, x: (jnp.tanh(w * h + x),) * 2
+      >>> loss = lambda w, outs, targets, part: jnp.mean((outs - targets) ** 2)
+      >>> train = tbptt_step(cell, loss, optax.sgd(0.1), part_length=2)
+      >>> w, h, xs = jnp.asarray(0.5), jnp.zeros(3), jnp.ones((5, 3))
+      >>> train(w, optax.sgd(0.1).init(w), h, xs, xs)[3].loss.shape
+      (3,)
+    """
+    setup = _Setup(cell, loss, parts, part_length, terminal, encode, has_aux, recompute_state, skip_nonfinite, unroll)
+    part_gradient = jax.value_and_grad(setup.check().objective, has_aux=True)
+
+    def gradient(params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, plan: _Plan) -> tuple[Any, ...]:
+        weights = jnp.asarray(plan.weights)
+
+        def one(
+            state: tuple[PyTree, PyTree], part: SequencePart, *data: PyTree
+        ) -> tuple[tuple[PyTree, PyTree], PartMetrics]:
+            total, carry = state
+            (value, (carry, aux)), grads = part_gradient(params, carry, *data, part)
+            total = jax.tree.map(lambda t, g: t + weights[part.index].astype(t.dtype) * g, total, grads)
+            return (total, carry), PartMetrics(value, aux)
+
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(wide(p)), params)
+        (total, last), metrics = _over_parts(one, (zeros, carry), xs, targets, plan)
+        return jax.tree.map(lambda t, p: t.astype(p.dtype), total, params), last, metrics
+
+    return _one_update(gradient, setup, tx)
+
+
+class _Setup(NamedTuple):
+    """The arguments that the drivers share."""
+
+    cell: Cell
+    loss: Loss
+    parts: int | None
+    part_length: int | None
+    terminal: bool
+    encode: Encode | None
+    has_aux: bool
+    recompute_state: bool
+    skip_nonfinite: bool
+    unroll: int
+
+    def check(self) -> "_Setup":
+        if (self.parts is None) == (self.part_length is None):
+            raise ValueError(
+                f"parts={self.parts!r} and part_length={self.part_length!r}: give one of the two, the number of parts "
+                "of a sequence or the steps in each."
+            )
+        if self.parts is not None:
+            check_number("parts", self.parts, low=1, integer=True, hint="1 is the whole sequence at once.")
+        else:
+            check_number("part_length", self.part_length, low=1, integer=True)
+        check_number("unroll", self.unroll, low=1, integer=True)
+        return self
+
+    def inputs(self, params: PyTree, xs: PyTree) -> PyTree:
+        return xs if self.encode is None else self.encode(params, xs)
+
+    def objective(
+        self, params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, part: SequencePart
+    ) -> tuple[Array, tuple[PyTree, PyTree]]:
+        """The loss of one part, the carry at its end, and aux."""
+        one = lambda carry, x: self.cell(params, carry, x)
+        carry, outs = jax.lax.scan(one, carry, self.inputs(params, xs), unroll=self.unroll)
+        if self.terminal:
+            outs = jax.tree.map(lambda leaf: leaf[-1], outs)
+        value = self.loss(params, outs, targets, part)
+        value, aux = value if self.has_aux else (value, None)
+        if jnp.shape(value) != ():
+            raise ValueError(f"loss returned shape {jnp.shape(value)}; it must be one number, such as a mean.")
+        return wide(value), (carry, aux)
+
+
+class _Plan(NamedTuple):
+    """``whole`` parts of ``length`` steps, then one of ``rest`` steps where that is not 0."""
+
+    length: int
+    whole: int
+    rest: int
+    terminal: bool
+
+    @property
+    def count(self) -> int:
+        return self.whole + bool(self.rest)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """The share of each part in the steps."""
+        steps = np.asarray([self.length] * self.whole + [self.rest] * bool(self.rest))
+        return steps / steps.sum()
+
+    def mean(self, losses: Float[Array, "parts"]) -> Float[Array, ""]:
+        return jnp.sum(losses * jnp.asarray(self.weights, losses.dtype))
+
+
+def _plan(setup: _Setup, xs: PyTree, targets: PyTree) -> _Plan:
+    parts, part_length, terminal = setup.parts, setup.part_length, setup.terminal
+    timed = [("xs", xs)] if terminal else [("xs", xs), ("targets", targets)]
+    lengths = {
+        "/".join(filter(None, (name, path_name(path)))): jnp.shape(leaf)[:1]
+        for name, tree in timed
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    total = next(iter(lengths.values()), ())
+    if total in ((), (0,)) or any(other != total for other in lengths.values()):
+        shown = ", ".join(f"{name} {size[0] if size else 'none'}" for name, size in lengths.items())
+        raise ValueError(
+            f"The leading axis must be time, of one length and at least one step, in every array; got {shown or '{}'}. "
+            "Time comes first: xs [T, batch, ...]; a target for the whole sequence needs terminal=True."
+        )
+    steps = total[0]
+    if parts is not None:
+        check_number("parts", parts, low=1, high=steps, integer=True, hint=f"The sequence has {steps} steps.")
+        part_length = steps // parts
+    elif part_length >= steps:
+        warnings.warn(
+            f"part_length={part_length}, but the sequence has {steps} steps: one part holds it all, and there is one "
+            f"update. Choose part_length in [1, {steps - 1}].",
+            NoEffectWarning,
+            stacklevel=3,
+        )
+        part_length = steps
+    return _Plan(part_length, *divmod(steps, part_length), terminal)
+
+
+def _over_parts(
+    body: Callable[..., tuple[PyTree, PyTree]],
+    state: PyTree,
+    xs: PyTree,
+    targets: PyTree,
+    plan: _Plan,
+    *,
+    remat: bool = False,
+) -> tuple[PyTree, PyTree]:
+    """``state, row = body(state, part, xs, targets)`` for all parts; the rows come back stacked."""
+
+    def one(state: PyTree, index: Array, length: int) -> tuple[PyTree, PyTree]:
+        # Slices of the whole: reshaping it into parts would copy it where a rest is cut off.
+        cut = lambda leaf: jax.lax.dynamic_slice_in_dim(jnp.asarray(leaf), index * plan.length, length)
+        own = targets if plan.terminal else jax.tree.map(cut, targets)
+        return body(state, SequencePart(index, plan.count, plan.whole), jax.tree.map(cut, xs), own)
+
+    if remat:
+        one = jax.checkpoint(one, static_argnums=2)
+    state, rows = jax.lax.scan(
+        lambda state, index: one(state, index, plan.length), state, jnp.arange(plan.whole), unroll=plan.whole == 1
+    )
+    if plan.rest:
+        state, row = one(state, jnp.asarray(plan.whole), plan.rest)
+        rows = jax.tree_util.tree_map_with_path(_append, rows, row)
+    return state, rows
+
+
+def _append(path: tuple[Any, ...], rows: Array, row: Array) -> Array:
+    if rows.shape[1:] != row.shape:
+        raise ValueError(
+            f"{path_name(path)} has shape {rows.shape[1:]} in a full part and {row.shape} in the short last one. What "
+            "the loss returns besides must not depend on the number of steps: reduce it over time."
+        )
+    return jnp.concatenate([rows, row[None]])
+
+
+def _learner(setup: _Setup, tx: optax.GradientTransformation) -> Callable[..., Any]:
+    """``(params, opt_state, carry, xs, targets, part) -> ((params, opt_state, carry), metrics)``: one update."""
+    tx = optax.with_extra_args_support(tx)
+    gradient = jax.value_and_grad(setup.objective, has_aux=True)
+
+    def learn(params: PyTree, opt_state: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, part: SequencePart) -> Any:
+        (value, (end, aux)), grads = gradient(params, carry, xs, targets, part)
+        new = _updated(tx, params, opt_state, grads, value, end)
+        if not setup.skip_nonfinite:
+            return new, PartMetrics(value, aux)
+        sound = _all_finite((value, grads, end))
+        return _choose(sound, new, (params, opt_state, carry)), PartMetrics(value, aux, ~sound)
+
+    return learn
+
+
+def _one_update(gradient: Callable[..., Any], setup: _Setup, tx: optax.GradientTransformation) -> Train:
+    tx = optax.with_extra_args_support(tx)
+
+    def train(
+        params: PyTree, opt_state: PyTree, carry: PyTree, xs: PyTree, targets: PyTree
+    ) -> tuple[PyTree, PyTree, PyTree, PartMetrics]:
+        plan = _plan(setup, xs, targets)
+        _check_carry(setup, params, carry, xs)
+        grads, end, metrics = gradient(params, carry, xs, targets, plan)
+        value = plan.mean(metrics.loss)
+        new = _updated(tx, params, opt_state, grads, value, end)
+        if setup.recompute_state:
+            new = (*new[:2], _rerun(setup, new[0], carry, xs, targets, plan))
+        if setup.skip_nonfinite:
+            sound = _all_finite((value, grads, end))
+            new = _choose(sound, new, (params, opt_state, carry))
+            metrics = metrics._replace(skipped=~sound)
+        return *new, metrics
+
+    return train
+
+
+def _updated(
+    tx: optax.GradientTransformationExtraArgs,
+    params: PyTree,
+    opt_state: PyTree,
+    grads: PyTree,
+    value: Array,
+    end: PyTree,
+) -> tuple[PyTree, PyTree, PyTree]:
+    updates, opt_state = tx.update(grads, opt_state, params, value=value)
+    return optax.apply_updates(params, updates), opt_state, end
+
+
+def _all_finite(tree: PyTree) -> Bool[Array, ""]:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    return jnp.stack([jnp.asarray(True), *(jnp.isfinite(leaf).all() for leaf in leaves)]).all()
+
+
+def _choose(condition: Bool[Array, ""], on_true: PyTree, on_false: PyTree) -> PyTree:
+    # A scalar condition, never broadcast, goes with every sharding.
+    return jax.tree.map(lambda a, b: jax.lax.select(condition, a, b), on_true, on_false)
+
+
+def _rerun(setup: _Setup, params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, plan: _Plan) -> PyTree:
+    """The carry after the whole sequence, part by part so that ``encode`` never sees all of it."""
+
+    def forward(carry: PyTree, part: SequencePart, xs: PyTree, targets: PyTree) -> tuple[PyTree, None]:
+        del part, targets
+        return jax.lax.scan(lambda carry, x: (setup.cell(params, carry, x)[0], None), carry, setup.inputs(params, xs))
+
+    return _over_parts(forward, carry, xs, targets, plan)[0]
+
+
+def _check_carry(setup: _Setup, params: PyTree, carry: PyTree, xs: PyTree) -> None:
+    """The cell must hand on what it was given, or the next step, part or batch could not go on from it."""
+
+    def once(params: PyTree, carry: PyTree, xs: PyTree) -> PyTree:
+        first = jax.tree.map(lambda leaf: leaf[0], setup.inputs(params, xs))
+        return setup.cell(params, carry, first)[0]
+
+    try:
+        after = jax.eval_shape(once, params, carry, xs)
+    except Exception as error:
+        error.add_note(f"This is the first step of the sequence, with carry {_kinds(carry)} and xs {_kinds(xs)}.")
+        raise
+    if _kinds(after) != _kinds(carry):
+        raise ValueError(
+            f"carry is {_kinds(carry)}, but the cell returns {_kinds(after)}. Start from a carry of the cell's own "
+            "hidden size, batch and dtype."
+        )
+
+
+def _kinds(tree: PyTree) -> Any:
+    def kind(leaf: Any) -> str:
+        return f"{jnp.result_type(leaf).name}{list(jnp.shape(leaf))}"
+
+    return jax.tree.map(kind, tree)

@@ -1,0 +1,527 @@
+"""TARNN: a recurrent ODE whose time constant depends on input and state (Kag, Saligrama, CVPR 2021).
+
+Layout and dtypes are those of ``effjax.recurrent.irnn``.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from effjax.core.errors import check_choice, check_number
+from effjax.core.tree import wide
+from effjax.recurrent.irnn import (
+    Activation,
+    Hidden,
+    Params,
+    Sequence,
+    check_finite,
+    check_hidden,
+    dot,
+    eta_shape,
+    first_hidden,
+    fused_dot,
+    kernel_params,
+    scan_time,
+    steps_at,
+    steps_over_time,
+)
+
+_VARIANTS = ("euler", "convex")
+_FIRST = ("repeat", "zero")
+
+
+def tarnn(
+    params: Params,
+    xs: Sequence,
+    h0: Hidden | None = None,
+    *,
+    variant: str = "convex",
+    K: int = 1,
+    first_prev: str | Float[Array, "*batch inputs"] = "repeat",
+    activation: Activation = nn.relu,
+    chunk: int | None = None,
+    unroll: int = 1,
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    r"""Time-adaptive RNN: K steps of an ODE at every input, gated by a learned time constant.
+
+    With :math:`s = h_{t-1}`, :math:`z_0 = s` and
+
+    .. math::
+        g &= \sigma(s U_g + x_t W_g + b_g) \\
+        F(z) &= \phi(z U_1 + s U_2 + x_t W_1 + x_{t-1} W_2 + b_1) - z - s + s B_2 + x_t B_1
+
+    the gate scales every step ("euler"), or holds the state after them ("convex"):
+
+    .. math::
+        z_{i+1} &= z_i + \eta_{t,i}\, g \odot F(z_i), & h_t &= z_K \\
+        z_{i+1} &= (1 - \eta_{t,i}) z_i + \eta_{t,i} F(z_i), & h_t &= (1 - g) \odot s + g \odot z_K
+
+    The two have different fixed points, as "convex" subtracts z twice. Where g is 0 both keep the state exactly. All
+    input products are two matrix products before the loop, and a time step with K = 1 is one product with a
+    ``[hidden, 4 * hidden]`` kernel.
+
+    Args:
+      params: ``W1``, ``W2``, ``B1``, ``Wg`` ``[features, hidden]``; ``U1``, ``U2``, ``B2``, ``Ug``
+        ``[hidden, hidden]``; ``b1``, ``bg`` ``[hidden]``; and the step sizes: ``eta`` ``[time, K]``, of which the first
+        T rows count, or ``[K]``, shared by all time steps, or in place of ``eta`` the ``Ue`` ``[hidden, hidden]``,
+        ``We`` ``[features, hidden]``, ``be`` ``[hidden]`` of :math:`\eta_t = \sigma(s U_e + x_{t-1} W_e + b_e)`, one
+        for every unit.
+      xs: inputs.
+      h0: first state, zeros by default.
+      variant: ``"convex"`` (the default of the authors' PyTorch code, B-TARNN in their TensorFlow code) or ``"euler"``.
+      K: inner steps, read where the step sizes depend on the input; else ``eta`` tells.
+      first_prev: the input before the first one: ``"repeat"`` the first (PyTorch), ``"zero"`` (TensorFlow), or an array
+        ``[*batch, features]``, to carry on with a sequence.
+      activation: :math:`\phi`.
+      chunk: as in ``scan_time``.
+      unroll: as in ``scan_time``.
+      dtype: of the matrix products' operands, by default their own; they accumulate in float32 at least.
+
+    Returns:
+      The last state ``[*batch, hidden]`` and all states ``[time, *batch, hidden]``, float32 at least.
+
+    Raises:
+      ValueError: per-time ``eta`` with fewer rows than steps, K < 1, an ``h0`` or ``first_prev`` of another shape, NaN
+        in inputs that are not traced, an unknown choice.
+
+    Example:
+      >>> variables = jax.jit(TARNN(features=8, length=6).init)(jax.random.key(0), jnp.ones((2, 6, 3)))
+      >>> last, states = tarnn(variables["params"], jnp.ones((6, 2, 3)))
+      >>> last.shape, states.shape
+      ((2, 8), (6, 2, 8))
+
+    Reference: Kag, Saligrama, "Time Adaptive Recurrent Neural Network", CVPR 2021; the equations are those of the
+    authors' code (anilkagak2/TARNN), without its unused parameter b2. Input-dependent step sizes are in the code's
+    ``oldB_TARNN``. The trained step size of every time step is positional: the length is bound by it, and most of the
+    gain on noise-padded tasks is lost without it.
+    """
+    check_choice("variant", variant, _VARIANTS)
+    check_finite("xs", xs)
+    projected = tarnn_project(params, xs, first_prev=first_prev, dtype=dtype)
+    h0 = first_hidden(h0, projected["gate"])
+    step = functools.partial(_step, variant=variant, K=K, activation=activation, dtype=dtype)
+    return scan_time(step, _fuse(params), h0, projected, chunk=chunk, unroll=unroll)
+
+
+def tarnn_project(
+    params: Params,
+    xs: Sequence,
+    *,
+    first_prev: str | Float[Array, "*batch inputs"] = "repeat",
+    dtype: DTypeLike | None = None,
+) -> dict[str, jax.Array]:
+    """What ``tarnn_step`` takes at every time step: the products with the inputs, and eta ``[time, K]`` if given."""
+    projected = _products(params, xs, _before(xs, first_prev), dtype)
+    if "eta" in params:
+        projected["eta"] = steps_over_time(params["eta"], len(xs))
+    return projected
+
+
+def _before(xs: jax.Array, first: str | jax.Array) -> jax.Array:
+    if isinstance(first, str):
+        check_choice("first_prev", first, _FIRST)
+        first = xs[0] if first == "repeat" else jnp.zeros_like(xs[0])
+    elif jnp.shape(first) != xs.shape[1:]:
+        raise ValueError(
+            f"first_prev has shape {jnp.shape(first)}, but one time step of the inputs has {xs.shape[1:]}."
+        )
+    return jnp.concatenate([jnp.asarray(first, xs.dtype)[None], xs[:-1]])
+
+
+def _products(params: Params, xs: jax.Array, before: jax.Array, dtype: DTypeLike | None) -> dict[str, jax.Array]:
+    now = {"pre": (params["W1"], params["b1"]), "drive": (params["B1"], None), "gate": (params["Wg"], params["bg"])}
+    then = {"pre": (params["W2"], None)}
+    if "eta" not in params:
+        then["step"] = (params["We"], params["be"])
+    now, then = fused_dot(xs, now, dtype), fused_dot(before, then, dtype)
+    return {**now, **then, "pre": now["pre"] + then["pre"]}
+
+
+def tarnn_step(
+    params: Params,
+    h: Hidden,
+    projected: Mapping[str, jax.Array],
+    *,
+    variant: str = "convex",
+    K: int = 1,
+    activation: Activation = nn.relu,
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """One time step of ``tarnn``: the new state, twice.
+
+    Args:
+      params: as in ``tarnn``.
+      h: state.
+      projected: one time step of ``tarnn_project``.
+      variant: as in ``tarnn``.
+      K: as in ``tarnn``.
+      activation: as in ``tarnn``.
+      dtype: as in ``tarnn``.
+
+    Raises:
+      ValueError: ``h`` has another shape than the projected input, or as ``tarnn``.
+    """
+    check_choice("variant", variant, _VARIANTS)
+    return _step(_fuse(params), h, projected, variant=variant, K=K, activation=activation, dtype=dtype)
+
+
+def _fuse(params: Params) -> tuple[jax.Array, jax.Array]:
+    """All that multiplies the old state, and U1, which multiplies it in the first inner step."""
+    names = ("Ug", "U2", "B2", "U1") + (() if "eta" in params else ("Ue",))
+    return jnp.concatenate([params[name] for name in names], -1), params["U1"]
+
+
+def _step(
+    kernels: tuple[jax.Array, jax.Array],
+    h: jax.Array,
+    projected: Mapping[str, jax.Array],
+    *,
+    variant: str,
+    K: int,
+    activation: Activation,
+    dtype: DTypeLike | None,
+) -> tuple[jax.Array, jax.Array]:
+    check_hidden("h", h, projected["gate"].shape)
+    h = wide(h)
+    recurrent, U1 = kernels
+    gate, state, drive, inner, *step = jnp.split(dot(h, recurrent, dtype), recurrent.shape[-1] // U1.shape[-1], -1)
+    gate = nn.sigmoid(gate + projected["gate"])
+    fixed, rest = state + projected["pre"], drive + projected["drive"] - h
+    if step:
+        check_number("K", K, low=1, integer=True, hint="Each input needs at least one inner step.")
+        eta = [nn.sigmoid(step[0] + projected["step"])] * K
+    else:
+        eta = list(projected["eta"])
+    z = h
+    for index, size in enumerate(eta):
+        field = activation((dot(z, U1, dtype) if index else inner) + fixed) - z + rest
+        z = z + size * gate * field if variant == "euler" else (1 - size) * z + size * field
+    if variant == "convex":
+        z = (1 - gate) * h + gate * z
+    return z, z
+
+
+def b_tarnn_lstm(
+    params: Params,
+    xs: Sequence,
+    carry: tuple[Hidden, Hidden] | None = None,
+    *,
+    first_prev: str | Float[Array, "*batch inputs"] = "repeat",
+    chunk: int | None = None,
+    unroll: int = 1,
+    dtype: DTypeLike | None = None,
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    r"""The authors' language-model cell: an LSTM's gates around an increment of the joint state H = (h, c).
+
+    .. math::
+        (i, f, g, o) &= x_t W + x_{t-1} W_p + H U + b \\
+        H' &= \sigma(f) \odot H + \sigma(i) \odot \left( \tanh(g) + x_t B_x + H B_h \right) \\
+        H &\leftarrow \sigma(o) \odot \tanh(H')
+
+    Args:
+      params: ``W``, ``Wp`` ``[features, 8 * hidden]``, ``U`` ``[2 * hidden, 8 * hidden]``, ``b`` ``[8 * hidden]``,
+        ``Bx`` ``[features, 2 * hidden]``, ``Bh`` ``[2 * hidden, 2 * hidden]``.
+      xs: inputs.
+      carry: first h and c, ``[*batch, hidden]`` each, zeros by default.
+      first_prev: as in ``tarnn``.
+      chunk: as in ``scan_time``.
+      unroll: as in ``scan_time``.
+      dtype: of the matrix products' operands.
+
+    Returns:
+      The last (h, c), and h at all times, ``[time, *batch, hidden]``.
+
+    Raises:
+      ValueError: as ``tarnn``.
+
+    Example:
+      >>> sizes = {"W": (3, 32), "Wp": (3, 32), "U": (8, 32), "b": (32,), "Bx": (3, 8), "Bh": (8, 8)}
+      >>> params = {name: jnp.zeros(size) for name, size in sizes.items()}
+      >>> (h, c), outputs = b_tarnn_lstm(params, jnp.ones((6, 2, 3)))
+      >>> h.shape, outputs.shape
+      ((2, 4), (6, 2, 4))
+
+    Reference: class ``B_TARNN_LSTM`` of the authors' code (anilkagak2/TARNN, ``pytorch/tarnn.py``), whose two biases
+    are one here. Its cell is twice as wide as its output.
+    """
+    check_finite("xs", xs)
+    projected = b_tarnn_lstm_project(params, xs, first_prev=first_prev, dtype=dtype)
+    half = jnp.split(projected["drive"], 2, -1)
+    h0, c0 = (None, None) if carry is None else carry
+    carry = first_hidden(h0, half[0], "carry[0]"), first_hidden(c0, half[1], "carry[1]")
+    step = functools.partial(b_tarnn_lstm_step, dtype=dtype)
+    return scan_time(step, params, carry, projected, chunk=chunk, unroll=unroll)
+
+
+def b_tarnn_lstm_project(
+    params: Params,
+    xs: Sequence,
+    *,
+    first_prev: str | Float[Array, "*batch inputs"] = "repeat",
+    dtype: DTypeLike | None = None,
+) -> dict[str, jax.Array]:
+    """What ``b_tarnn_lstm_step`` takes at every time step: the products with the inputs."""
+    now = fused_dot(xs, {"gates": (params["W"], params["b"]), "drive": (params["Bx"], None)}, dtype)
+    return now | {"gates": now["gates"] + dot(_before(xs, first_prev), params["Wp"], dtype)}
+
+
+def b_tarnn_lstm_step(
+    params: Params,
+    carry: tuple[Hidden, Hidden],
+    projected: Mapping[str, jax.Array],
+    *,
+    dtype: DTypeLike | None = None,
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """One time step of ``b_tarnn_lstm``: (h, c) and a time step of ``b_tarnn_lstm_project`` to (h, c), and h."""
+    drive = projected["drive"]
+    for index, part in enumerate(carry):
+        check_hidden(f"carry[{index}]", part, (*drive.shape[:-1], drive.shape[-1] // 2))
+    state = wide(jnp.concatenate(carry, -1))
+    i, f, g, o = jnp.split(dot(state, params["U"], dtype) + projected["gates"], 4, -1)
+    increment = jnp.tanh(g) + drive + dot(state, params["Bh"], dtype)
+    state = nn.sigmoid(o) * jnp.tanh(nn.sigmoid(f) * state + nn.sigmoid(i) * increment)
+    h, c = jnp.split(state, 2, -1)
+    return (h, c), h
+
+
+def old_b_tarnn(
+    params: Params,
+    xs: Sequence,
+    h0: Hidden | None = None,
+    *,
+    first_prev: str | Float[Array, "*batch inputs"] = "repeat",
+    chunk: int | None = None,
+    unroll: int = 1,
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    r"""The authors' earlier B-TARNN, of one inner step whose size depends on the input.
+
+    .. math::
+        \eta &= \sigma(s U_2 + x_{t-1} B_p + b_2), \qquad g = \sigma(s U_g + x_t W_g + b_g) \\
+        F &= \tanh(s U_1 + s U_3 + x_t W_1 + x_{t-1} W_2 + b_1) - 2 s + x_t B_x + s B_h \\
+        h &= (1 - g) \odot \tanh(s) + g \odot \tanh((1 - \eta) \odot s + \eta \odot F) \\
+        o &= \sigma(s U_o + x_t W_o + x_{t-1} W_p + b_o) \odot h
+
+    Args:
+      params: ``W1``, ``W2``, ``Bp``, ``Wg``, ``Bx``, ``Wo``, ``Wp`` ``[features, hidden]``; ``U1``, ``U2``, ``U3``,
+        ``Ug``, ``Bh``, ``Uo`` ``[hidden, hidden]``; ``b1``, ``b2``, ``bg``, ``bo`` ``[hidden]``.
+      xs: inputs.
+      h0: first state, zeros by default.
+      first_prev: as in ``tarnn``.
+      chunk: as in ``scan_time``.
+      unroll: as in ``scan_time``.
+      dtype: of the matrix products' operands.
+
+    Returns:
+      The last state h ``[*batch, hidden]``, and o at all times, ``[time, *batch, hidden]``.
+
+    Raises:
+      ValueError: as ``tarnn``.
+
+    Example:
+      >>> inputs = dict.fromkeys(("W1", "W2", "Bp", "Wg", "Bx", "Wo", "Wp"), jnp.zeros((3, 4)))
+      >>> recurrent = dict.fromkeys(("U1", "U2", "U3", "Ug", "Bh", "Uo"), jnp.zeros((4, 4)))
+      >>> biases = dict.fromkeys(("b1", "b2", "bg", "bo"), jnp.zeros(4))
+      >>> h, outputs = old_b_tarnn({**inputs, **recurrent, **biases}, jnp.ones((6, 2, 3)))
+      >>> h.shape, outputs.shape
+      ((2, 4), (6, 2, 4))
+
+    Reference: class ``oldB_TARNN`` of the authors' code (anilkagak2/TARNN, ``pytorch/tarnn.py``).
+    """
+    check_finite("xs", xs)
+    projected = old_b_tarnn_project(params, xs, first_prev=first_prev, dtype=dtype)
+    h0 = first_hidden(h0, projected["gate"])
+    step = functools.partial(old_b_tarnn_step, dtype=dtype)
+    return scan_time(step, params, h0, projected, chunk=chunk, unroll=unroll)
+
+
+def old_b_tarnn_project(
+    params: Params,
+    xs: Sequence,
+    *,
+    first_prev: str | Float[Array, "*batch inputs"] = "repeat",
+    dtype: DTypeLike | None = None,
+) -> dict[str, jax.Array]:
+    """What ``old_b_tarnn_step`` takes at every time step: the products with the inputs."""
+    kernels = {"pre": ("W1", "b1"), "gate": ("Wg", "bg"), "drive": ("Bx", None), "out": ("Wo", "bo")}
+    now = fused_dot(xs, {part: (params[w], b and params[b]) for part, (w, b) in kernels.items()}, dtype)
+    then = {"pre": (params["W2"], None), "step": (params["Bp"], params["b2"]), "out": (params["Wp"], None)}
+    then = fused_dot(_before(xs, first_prev), then, dtype)
+    return {**now, **then, "pre": now["pre"] + then["pre"], "out": now["out"] + then["out"]}
+
+
+def old_b_tarnn_step(
+    params: Params, h: Hidden, projected: Mapping[str, jax.Array], *, dtype: DTypeLike | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """One time step of ``old_b_tarnn``: h and a time step of ``old_b_tarnn_project`` to the new h and the output o."""
+    check_hidden("h", h, projected["gate"].shape)
+    h = wide(h)
+    kernels = {"step": params["U2"], "gate": params["Ug"], "pre": params["U1"] + params["U3"], "out": params["Uo"]}
+    parts = fused_dot(h, {name: (kernel, None) for name, kernel in (kernels | {"drive": params["Bh"]}).items()}, dtype)
+    parts = {name: part + projected[name] for name, part in parts.items()}
+    eta, gate = nn.sigmoid(parts["step"]), nn.sigmoid(parts["gate"])
+    field = jnp.tanh(parts["pre"]) - 2 * h + parts["drive"]
+    new = (1 - gate) * jnp.tanh(h) + gate * jnp.tanh((1 - eta) * h + eta * field)
+    return new, nn.sigmoid(parts["out"]) * new
+
+
+class _TimeAdaptive(nn.Module):
+    """What ``TARNNCell`` and ``TARNN`` share."""
+
+    features: int
+    K: int = 1
+    variant: str = "convex"
+    eta_mode: str = "per_time"
+    length: int | None = None
+    first_prev: str = "repeat"
+    activation: Activation = nn.relu
+    eta: float = 0.01
+    dtype: DTypeLike | None = None
+
+    def _params(self, inputs: int) -> dict[str, jax.Array]:
+        check_choice("variant", self.variant, _VARIANTS)
+        check_choice("first_prev", self.first_prev, _FIRST)
+        check_choice("eta_mode", self.eta_mode, ("per_time", "shared", "input"))
+        constant = nn.initializers.constant
+        steps = eta_shape(self.K, self.eta_mode, self.length)
+        shapes = dict.fromkeys(("W1", "W2", "B1", "Wg"), (inputs, self.features))
+        shapes |= dict.fromkeys(("U1", "U2", "B2", "Ug"), (self.features, self.features))
+        hold = -3.0 if self.variant == "convex" else 0.0
+        params = {
+            "b1": self.param("b1", constant(0.0), (self.features,)),
+            "bg": self.param("bg", constant(hold), (self.features,)),
+        }
+        if self.eta_mode == "input":
+            check_number("eta", self.eta, low=0.0, high=1.0, open_low=True, open_high=True)
+            shapes |= {"We": (inputs, self.features), "Ue": (self.features, self.features)}
+            params["be"] = self.param("be", constant(math.log(self.eta / (1 - self.eta))), (self.features,))
+        else:
+            params["eta"] = self.param("eta", constant(self.eta), steps)
+        return params | kernel_params(self, shapes)
+
+
+class TARNNCell(_TimeAdaptive, nn.RNNCellBase):
+    r"""Time-adaptive RNN cell for ``nn.RNN``; the equations are those of ``tarnn``.
+
+    The carry is the state, the input before, and the number of steps done, which finds the row of ``eta``. Beyond
+    ``length`` the state is NaN, as there are no step sizes for it.
+
+    Args:
+      features: width D of the state.
+      K: inner steps at every input.
+      variant: ``"convex"`` (gate after the inner steps, its bias from -3: hold) or ``"euler"`` (gate inside, bias 0).
+      eta_mode: ``"per_time"``, one trained step size for each inner and each time step; ``"shared"``, one for each
+        inner step; or ``"input"``, a function of state and input for every unit, which needs no length and no fixed
+        position of the signal.
+      length: longest sequence, for ``eta_mode="per_time"``.
+      first_prev: the input before the first one: ``"repeat"`` it or ``"zero"``.
+      activation: :math:`\phi`.
+      eta: step size to start from; trained.
+      dtype: of the matrix products' operands, by default their own.
+
+    Returns:
+      When called as ``cell(carry, x)`` with x ``[*batch, features_in]``: the new carry and the state
+      ``[*batch, features]``.
+
+    Raises:
+      ValueError: K < 1, an unknown choice, a ``length`` that is missing or would do nothing, a carry of another size.
+
+    Example:
+      >>> rnn = nn.RNN(TARNNCell(features=8, eta_mode="input"))
+      >>> states, _ = jax.eval_shape(rnn.init_with_output, jax.random.key(0), jnp.ones((4, 20, 3)))
+      >>> states.shape
+      (4, 20, 8)
+
+    Reference: as for ``tarnn``. Weights start from N(0, 0.1^2) and steps from 0.01, as in the authors' code.
+    """
+
+    @nn.compact
+    def __call__(self, carry: tuple[jax.Array, jax.Array, jax.Array], x: jax.Array) -> tuple[Any, jax.Array]:
+        h, before, time = carry
+        params = self._params(x.shape[-1])
+        check_hidden("carry[1]", before, x.shape)
+        if self.first_prev == "repeat":
+            before = jnp.where(time[..., None] == 0, x, before)
+        projected = _products(params, x, before, self.dtype)
+        if "eta" in params:
+            projected["eta"] = steps_at(params["eta"], time)
+        h, y = _step(
+            _fuse(params),
+            h,
+            projected,
+            variant=self.variant,
+            K=self.K,
+            activation=self.activation,
+            dtype=self.dtype,
+        )
+        return (h, jnp.asarray(x, before.dtype), time + 1), y
+
+    @nn.nowrap
+    def initialize_carry(self, rng: jax.Array, input_shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        del rng
+        batch = input_shape[:-1]
+        return jnp.zeros((*batch, self.features)), jnp.zeros(input_shape), jnp.zeros(batch, jnp.int32)
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
+class TARNN(_TimeAdaptive):
+    """Time-adaptive RNN over whole sequences, the input products hoisted out of the loop.
+
+    Equal to ``nn.RNN(TARNNCell(...))`` and faster; the parameters are those of the cell.
+
+    Args:
+      features: width D of the state.
+      K: as in ``TARNNCell``.
+      variant: as in ``TARNNCell``.
+      eta_mode: as in ``TARNNCell``.
+      length: as in ``TARNNCell``.
+      first_prev: as in ``TARNNCell``.
+      activation: as in ``TARNNCell``.
+      eta: as in ``TARNNCell``.
+      dtype: as in ``TARNNCell``.
+      chunk: as in ``scan_time``.
+      unroll: as in ``scan_time``.
+
+    Returns:
+      When called with x ``[batch, time, features_in]`` and, if wanted, a first state ``[batch, features]``: all states
+      ``[batch, time, features]``, float32 at least.
+
+    Raises:
+      ValueError: as ``TARNNCell``, and for sequences longer than ``length``.
+
+    Example:
+      >>> layer = TARNN(features=8, length=20, variant="euler", chunk=5)
+      >>> states, _ = jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.ones((4, 20, 3)))
+      >>> states.shape
+      (4, 20, 8)
+    """
+
+    chunk: int | None = None
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
+        _, states = tarnn(
+            self._params(x.shape[-1]),
+            jnp.swapaxes(x, 0, 1),
+            h0,
+            variant=self.variant,
+            K=self.K,
+            first_prev=self.first_prev,
+            activation=self.activation,
+            chunk=self.chunk,
+            unroll=self.unroll,
+            dtype=self.dtype,
+        )
+        return jnp.swapaxes(states, 0, 1)

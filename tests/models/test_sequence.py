@@ -1,0 +1,236 @@
+"""Recurrent baselines: parity, parallel scans equal their steps, Chrono biases, bad input."""
+
+import functools
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.models.sequence import (
+    LRU,
+    AntisymmetricRNNCell,
+    CoRNNCell,
+    FastGRNNCell,
+    LRUCell,
+    LSTMCell,
+    MinGRU,
+    MinGRUCell,
+    antisymmetric_step,
+    chrono_bias,
+    cornn_step,
+    fastgrnn_step,
+    linear_scan,
+    lru,
+    lstm_step,
+    min_gru,
+    project_inputs,
+)
+
+REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "irnn" / "baseline_cells.npz"
+KEY = jax.random.key(0, impl="rbg")  # quicker to compile than the default
+X = np.random.default_rng(0).normal(size=(4, 10, 3)).astype(np.float32)  # batch, time, features
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """Tiny programs: compiling takes longer than running them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def stored():
+    return dict(np.load(REFERENCE))
+
+
+def group(prefix):
+    return {key.removeprefix(prefix): value for key, value in stored().items() if key.startswith(prefix)}
+
+
+def filled(module, seed=1):
+    """Variables of a module, all random, without compiling its initialisation."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(module.init, KEY, X)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.4, leaf.shape), jnp.float32), shapes)
+
+
+def assert_close(left, right, atol=1e-12):
+    np.testing.assert_allclose(left, right, rtol=0, atol=atol)
+
+
+def fastgrnn_params(tree):
+    shape = lambda name, leaf: leaf.shape if name in "WU" else (5,) if "bias" in name else ()
+    return {name: leaf.reshape(shape(name, leaf)) for name, leaf in tree.items()}
+
+
+def cornn_params(tree):
+    W, U = np.split(tree["i2h.weight"].T, [4])
+    return {"W": W, "U": U, "b": tree["i2h.bias"]}
+
+
+def antisymmetric_params(tree):
+    pairs = [("V", "b"), ("Vz", "bz")][: 2 if "Vz" in tree else 1]
+    return {
+        "U": tree["Wh"],
+        "W": np.concatenate([tree[kernel].T for kernel, _ in pairs], -1),
+        "b": np.concatenate([tree[bias] for _, bias in pairs]),
+    }
+
+
+PARITY = {
+    "fastgrnn": (fastgrnn_step, fastgrnn_params, {}),
+    "cornn": (cornn_step, cornn_params, {"dt": "dt", "gamma": "gamma", "epsilon": "epsilon"}),
+    "antisym": (antisymmetric_step, antisymmetric_params, {"epsilon": "eps", "gamma": "gamma"}),
+    "antisym_gated": (antisymmetric_step, antisymmetric_params, {"epsilon": "eps", "gamma": "gamma"}),
+}
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_parity(name):
+    step, convert, constants = PARITY[name]
+    data = group(f"{name}/")
+    step = functools.partial(step, **{argument: float(data[key]) for argument, key in constants.items()})
+    carry = data["h0"] if "h0" in data else (data["s0_0"], data["s1_0"])
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def loss(params, x):
+        def body(carry, projected):
+            carry, _ = step(params, carry, projected)
+            return carry, jnp.concatenate(jax.tree.leaves(carry), -1)
+
+        _, outputs = jax.lax.scan(body, jax.tree.map(jnp.asarray, carry), project_inputs(params, x))
+        return jnp.sum(outputs * data["cotangent"]), outputs
+
+    with jax.enable_x64(True):
+        (_, outputs), (gradients, grad_x) = loss(convert(group(f"{name}/param/")), data["x"])
+        assert_close(outputs, data["outputs"])
+        jax.tree.map(functools.partial(assert_close, atol=1e-11), gradients, convert(group(f"{name}/grad/")))
+        assert_close(grad_x, data["grad_x"], 1e-11)
+
+
+def test_linear_scan_parity():
+    data = group("linear_scan/")
+    with jax.enable_x64(True):
+        a, u = (jnp.asarray(data[name].swapaxes(0, 1)) for name in "au")
+        assert_close(linear_scan(a, u), data["outputs"].swapaxes(0, 1))
+        whole, half = linear_scan(a, u), linear_scan(a[:3], u[:3])
+        assert_close(linear_scan(a[3:], u[3:], half[-1]), whole[3:])
+
+
+def test_lstm_equals_flax():
+    cell, theirs = LSTMCell(5), nn.OptimizedLSTMCell(5)
+    params = jax.jit(cell.init)(KEY, cell.initialize_carry(KEY, (4, 3)), X[:, 0])["params"]
+    parts = {name: np.split(np.asarray(leaf), 4, -1) for name, leaf in params.items()}
+    flax = {f"i{gate}": {"kernel": kernel} for gate, kernel in zip("ifgo", parts["W"], strict=True)}
+    for gate, kernel, bias in zip("ifgo", parts["U"], parts["b"], strict=True):
+        flax[f"h{gate}"] = {"kernel": kernel, "bias": bias}
+    carry = tuple(np.random.default_rng(1).normal(size=(2, 4, 5)).astype(np.float32))
+    ours, expected = cell.apply({"params": params}, carry, X[:, 0]), theirs.apply({"params": flax}, carry, X[:, 0])
+    jax.tree.map(functools.partial(assert_close, atol=1e-6), ours, expected)
+    for block in parts["U"]:
+        assert_close(block @ block.T, np.eye(5), 1e-5)
+
+
+def test_chrono_biases_cover_the_times():
+    bias = np.asarray(chrono_bias(KEY, 20000, 100))
+    times = np.exp(bias)
+    assert 1 <= times.min() <= 1.1
+    assert 98 <= times.max() <= 99.001
+    np.testing.assert_allclose(times.mean(), 50, rtol=0.02)
+    cell = LSTMCell(6, chrono_length=50)
+    i, f, g, o = np.split(jax.jit(cell.init)(KEY, cell.initialize_carry(KEY, (1, 3)), X[:1, 0])["params"]["b"], 4)
+    np.testing.assert_array_equal(i, -f)
+    assert (f >= 0).all()
+    assert f.std() > 0
+    assert not np.any([g, o])
+    one, *_ = np.split(jax.jit(MinGRU(6, chrono_length=50).init)(KEY, X)["params"]["b"], 2)
+    assert (one <= 0).all()
+    assert one.std() > 0
+
+
+def test_lru_starts_on_the_ring():
+    params = jax.jit(LRU(2, state=4000, r_min=0.5, r_max=0.9, max_phase=1.0).init)(KEY, X[:, :2])["params"]
+    modulus = np.exp(-np.exp(params["nu"]))
+    assert modulus.min() >= 0.5 - 1e-6
+    assert modulus.max() <= 0.9 + 1e-6
+    np.testing.assert_allclose(np.mean(modulus**2), (0.5**2 + 0.9**2) / 2, rtol=0.02)  # uniform over the area
+    phase = np.exp(params["theta"])
+    assert phase.max() <= 1
+    np.testing.assert_allclose(phase.mean(), 0.5, rtol=0.05)
+
+
+@pytest.mark.parametrize(("layer", "cell"), [(LRU, LRUCell), (MinGRU, MinGRUCell)])
+def test_parallel_layer_equals_cell_in_nn_rnn(layer, cell):
+    options = {"state": 7} if layer is LRU else {"chrono_length": 9}
+    rnn = nn.RNN(cell(5, **options), return_carry=True)
+    variables = filled(rnn)
+    carry, states = jax.jit(rnn.apply)(variables, X)
+    inner = {"params": variables["params"]["cell"]}
+    assert_close(jax.jit(layer(5, **options).apply)(inner, X), states, 1e-5)
+    half, _ = jax.jit(rnn.apply)(variables, X[:, :4])
+    assert_close(jax.jit(layer(5, **options).apply)(inner, X[:, 4:], half), states[:, 4:], 1e-5)
+    whole = {LRU: lru, MinGRU: min_gru}[layer]
+    assert_close(whole(inner["params"], X.swapaxes(0, 1))[0], carry, 1e-5)
+
+
+def test_parallel_layers_have_no_loop():
+    for layer in (LRU(5), MinGRU(5)):
+        variables = jax.eval_shape(layer.init, KEY, X)
+        text = str(jax.make_jaxpr(layer.apply)(variables, X))
+        assert "scan[" not in text
+        assert "while[" not in text
+
+
+CELLS = {
+    "lstm": LSTMCell(5),
+    "fastgrnn": FastGRNNCell(5),
+    "antisymmetric": AntisymmetricRNNCell(5),
+    "cornn": CoRNNCell(5),
+    "lru": LRUCell(5),
+    "min_gru": MinGRUCell(5),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_carry_of_another_size_is_refused(name):
+    cell = CELLS[name]
+    carry = cell.initialize_carry(KEY, (4, 3))
+    variables = jax.eval_shape(cell.init, KEY, carry, X[:, 0])
+    step = lambda carry: jax.eval_shape(cell.apply, variables, carry, X[:, 0])
+    same, _ = step(carry)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), same) == jax.tree.map(lambda a: (a.shape, a.dtype), carry)
+    for other in ((3, 3), (1, 3)):
+        with pytest.raises(ValueError, match=r"carry.*has shape.*another batch size"):
+            step(cell.initialize_carry(KEY, other))
+    with pytest.raises(ValueError, match=r"carry.*has shape.*another width"):
+        step(jax.tree.map(lambda leaf: leaf[..., :4], carry))
+
+
+BAD = {
+    "chrono": (lambda: chrono_bias(KEY, 4, 2), r"length=2 must be an integer in \[3"),
+    "scan": (lambda: linear_scan(jnp.ones(3), jnp.ones(4)), r"a holds 3 time steps and u 4"),
+    "ring": (lambda: LRU(5, r_min=0.9, r_max=0.8).init(KEY, X), r"r_max=0.8 must be a number in \(0.9"),
+    "h0": (lambda: min_gru({"W": jnp.ones((3, 4)), "b": jnp.ones(4)}, X, jnp.ones((10, 3))), r"\(10, 2\)"),
+    "dt": (lambda: nn.RNN(CoRNNCell(5, dt=0.0)).init(KEY, X), r"dt=0.0 must be a number in \(0"),
+    "epsilon": (lambda: nn.RNN(AntisymmetricRNNCell(5, epsilon=-1.0)).init(KEY, X), r"epsilon=-1.0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_lstm_step_alone():
+    params = {"W": jnp.zeros((3, 8)), "U": jnp.zeros((2, 8)), "b": jnp.zeros(8)}
+    (c, h), y = lstm_step(params, (jnp.ones((1, 2)), jnp.zeros((1, 2))), project_inputs(params, jnp.ones((1, 3))))
+    assert_close(c, 0.5, 1e-6)
+    assert_close(h, 0.5 * np.tanh(0.5), 1e-6)
+    np.testing.assert_array_equal(h, y)

@@ -1,0 +1,763 @@
+"""FPTT: parity with the authors' programs, the facts of the method, the drivers and their memory, bad input."""
+
+import functools
+import math
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from effjax.core.errors import NoEffectWarning
+from effjax.recurrent.drivers import SequencePart, bptt_step, fptt_online, fptt_step, tbptt_step
+from effjax.recurrent.fptt import (
+    FpttState,
+    fptt,
+    fptt_epoch_end,
+    fptt_eval_params,
+    fptt_terminal_loss,
+    qbar_first_errors,
+    qbar_init,
+    qbar_means,
+    qbar_sums,
+)
+
+REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "fptt"
+
+
+class Vectors:
+    """One reference file."""
+
+    def __init__(self, name):
+        with np.load(REFERENCE / f"{name}.npz") as file:
+            self.arrays = dict(file)
+
+    def __getitem__(self, key):
+        value = self.arrays[key]
+        return value if value.ndim else value.item()
+
+    def tree(self, prefix):
+        return {k.removeprefix(prefix): jnp.asarray(v) for k, v in self.arrays.items() if k.startswith(prefix)}
+
+
+def record():
+    """Passes gradients on; its state is the last one."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, state, params=None: (grads, grads)
+    )
+
+
+def torch_clip(threshold):
+    def clip(grads, params=None):
+        return jax.tree.map(lambda g: g * jnp.minimum(1, threshold / (optax.tree.norm(grads) + 1e-6)), grads)
+
+    return optax.stateless(clip)
+
+
+def torch_lstm(prefix):
+    def cell(params, carry, x):
+        h, c = carry
+        gates = x @ params[f"{prefix}weight_ih_l0"].T + params[f"{prefix}bias_ih_l0"]
+        gates += h @ params[f"{prefix}weight_hh_l0"].T + params[f"{prefix}bias_hh_l0"]
+        i, f, g, o = jnp.split(gates, 4, axis=-1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (h, c), h
+
+    return cell
+
+
+def assert_near(got, want, atol):
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=0, atol=atol, err_msg=name)
+
+
+def assert_state(vectors, key, params, state, atol):
+    assert_near(params, vectors.tree(f"{key}/w/"), atol)
+    assert_near(state.wbar, vectors.tree(f"{key}/wbar/"), atol)
+    assert_near(state.lam, vectors.tree(f"{key}/lam/"), atol)
+
+
+@pytest.mark.parametrize(("name", "atol"), [("quadratic_sgd", 1e-12), ("quadratic_adam_lmbda2", 1e-10)])
+def test_parity_of_the_transformation(name, atol):
+    v = Vectors(name)
+    base = {"sgd": optax.sgd, "adam": optax.adam}[v["opt"]](v["lr"])
+    with jax.enable_x64(True):
+        tx = fptt(optax.chain(record(), base), v["alpha"], beta=v["beta"], lmbda=v["lmbda"])
+        params = v.tree("init/w/")
+        state = jax.jit(tx.init)(params)
+        step = jax.jit(tx.update)
+        for t in range(len(v["H"])):
+            at = jnp.concatenate([params["a"], params["b"].ravel()]) - v["C"][t]
+            g = v["H"][t] @ at
+            updates, state = step({"a": g[:3], "b": g[3:].reshape(2, 2)}, state, params)
+            params = optax.apply_updates(params, updates)
+            assert_near(state.inner[0], v.tree(f"s{t}/grad/"), atol)
+            assert_state(v, f"s{t}", params, state, atol)
+        params, state = fptt_epoch_end(params, state)
+        assert_state(v, "after_reset", params, state, atol)
+
+
+def terminal_setup(v):
+    def loss(params, h, targets, part):
+        hidden = h @ params["linear1.weight"].T + params["linear1.bias"]
+        logits = hidden @ params["linear2.weight"].T + params["linear2.bias"]
+        keywords = {} if v["epoch"] < 20 else {"auxiliary": "qbar", "qbar": targets["qbar"]}
+        return fptt_terminal_loss(logits, targets["y"], part, **keywords), logits
+
+    base = {"Adam": optax.adam, "SGD": optax.sgd}[v["opt"]](v["lr"])
+    base = optax.chain(record(), torch_clip(v["clip"]), base)
+    return torch_lstm("network.0.rnn."), loss, fptt(base, v["alpha"], beta=v["beta"])
+
+
+def terminal_batch(v, batch):
+    zeros = np.zeros_like(v["c0/h"])
+    return (zeros, zeros), np.moveaxis(v[f"b{batch}/x"], 2, 0), v[f"b{batch}/y"]
+
+
+def test_parity_of_the_terminal_program_part_by_part():
+    v = Vectors("terminal_lstm_adam")
+    with jax.enable_x64(True):
+        close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-10)
+        cell, loss, tx = terminal_setup(v)
+        learn = jax.jit(fptt_online(cell, loss, tx, terminal=True, has_aux=True))
+        count, whole = math.ceil(v["T"] / v["step"]), v["parts"]
+        params, qbar = v.tree("init/w/"), jnp.asarray(v["class_dist_init"])
+        state = jax.jit(tx.init)(params)
+        for batch in range(v["n_chunks"] // count):
+            carry, xs, y = terminal_batch(v, batch)
+            logits = []
+            for p in range(count):
+                key = f"c{batch * count + p}"
+                start, end = v[f"{key}/start_end"]
+                part = SequencePart(jnp.asarray(p), count, whole)
+                params, state, carry, metrics = learn(params, state, carry, xs[start:end], {"y": y}, part)
+                close(metrics.loss, v[f"{key}/clf"] + v[f"{key}/oracle"])
+                close(metrics.aux, v[f"{key}/logits"])
+                close(carry[0], v[f"{key}/h"])
+                close(carry[1], v[f"{key}/cell"])
+                assert_near(state.inner[0], v.tree(f"{key}/grad/"), 1e-10)
+                assert_state(v, key, params, state, 1e-10)
+                logits.append(metrics.aux)
+            qbar = jax.jit(qbar_first_errors)(qbar, np.stack(logits), y)
+        close(qbar, v["class_dist_final"])
+        assert_state(v, "after_reset", *jax.jit(fptt_epoch_end)(params, state), 1e-10)
+
+
+def test_parity_of_the_terminal_program_in_one_scan():
+    v = Vectors("terminal_lstm_oracle_sgd")
+    with jax.enable_x64(True):
+        close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
+        cell, loss, tx = terminal_setup(v)
+        train = jax.jit(fptt_step(cell, loss, tx, parts=v["parts"], terminal=True, has_aux=True))
+        params, qbar = v.tree("init/w/"), jnp.asarray(v["class_dist_init"])
+        state = jax.jit(tx.init)(params)
+        for batch in range(2):
+            carry, xs, y = terminal_batch(v, batch)
+            params, state, carry, metrics = train(params, state, carry, xs, {"y": y, "qbar": qbar})
+            keys = [f"c{batch * 4 + p}" for p in range(4)]
+            close(metrics.loss, [v[f"{key}/clf"] + v[f"{key}/oracle"] for key in keys])
+            close(metrics.aux, [v[f"{key}/logits"] for key in keys])
+            close(carry[0], v[f"{keys[-1]}/h"])
+            assert_state(v, keys[-1], params, state, 1e-12)
+            qbar = jax.jit(qbar_first_errors)(qbar, metrics.aux, y)
+        close(qbar, v["class_dist_final"])
+
+
+def test_parity_of_the_language_program():
+    v = Vectors("seq2seq_lstm_sgdm")
+    atol = 1e-12
+    with jax.enable_x64(True):
+
+        def loss(params, outs, targets, part):
+            logits = outs @ params["decoder.weight"].T + params["decoder.bias"]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+        tx = fptt(optax.sgd(v["lr"], v["momentum"]), v["alpha"], beta=v["beta"], lmbda=v["lmbda"])
+        train = jax.jit(
+            fptt_step(
+                torch_lstm("rnn."),
+                loss,
+                tx,
+                parts=v["parts"],
+                encode=lambda params, tokens: params["encoder.weight"][tokens],
+                recompute_state=True,
+            )
+        )
+        params = v.tree("init/w/")
+        state = jax.jit(tx.init)(params)
+        zeros = np.zeros_like(v["w0/h_next"])
+        carry, count = (zeros, zeros), 4
+        for window in range(2):
+            tokens = v["tokens"][14 * window : 14 * window + 15]
+            params, state, carry, metrics = train(params, state, carry, tokens[:-1], tokens[1:])
+            keys = [f"c{window * count + p}" for p in range(count)]
+            np.testing.assert_allclose(metrics.loss, [v[f"{key}/loss"] for key in keys], rtol=0, atol=atol)
+            assert_state(v, keys[-1], params, state, atol)
+            np.testing.assert_allclose(carry[0], v[f"w{window}/h_next"], rtol=0, atol=atol)
+            np.testing.assert_allclose(carry[1], v[f"w{window}/c_next"], rtol=0, atol=atol)
+        assert_state(v, "after_reset", *fptt_epoch_end(params, state, reset_lam=False), atol)
+
+
+@pytest.mark.parametrize("name", ["addtask_as_shipped", "addtask_with_regulariser"])
+def test_parity_of_the_add_task(name):
+    v = Vectors(name)
+    atol = 1e-10
+    with jax.enable_x64(True):
+
+        def loss(params, h, y, part):
+            mse = jnp.mean((h @ params["lin.weight"].T + params["lin.bias"] - y) ** 2)
+            return (part.index + 1 / v["parts"]) * mse, mse  # the authors' slip, meant is part.progress
+
+        base = optax.chain(record(), torch_clip(v["clip"]), optax.adam(v["lr"]))
+        tx = fptt(base, v["alpha"], beta=v["beta"]) if v["with_reg"] else base
+        length = v["T"] // v["parts"]
+        train = jax.jit(fptt_step(torch_lstm("rnn."), loss, tx, part_length=length, terminal=True, has_aux=True))
+        params = v.tree("init/w/")
+        state = jax.jit(tx.init)(params)
+        for i in range(2):
+            xs = np.moveaxis(v[f"i{i}/x"], 1, 0)[:-length]  # nor do they train the last part
+            zeros = np.zeros((xs.shape[1], 6))
+            params, state, _, metrics = train(params, state, (zeros, zeros), xs, jnp.asarray(v[f"i{i}/y"]))
+            last = 4 * i + 3
+            np.testing.assert_allclose(metrics.aux, [v[f"c{c}/mse"] for c in range(4 * i, last + 1)], atol=atol)
+            assert_near((state.inner if v["with_reg"] else state)[0], v.tree(f"c{last}/grad/"), atol)
+            assert_near(params, v.tree(f"c{last}/w/"), atol)
+            if v["with_reg"]:
+                assert_state(v, f"c{last}", params, state, atol)
+
+
+@jax.custom_jvp
+def spike(v):
+    return (v > 0).astype(v.dtype)
+
+
+@spike.defjvp
+def _(primals, tangents):
+    (v,) = primals
+    normal = lambda mean, std: jnp.exp(-0.5 * ((v - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
+    slope = 0.5 * (1.15 * normal(0, 0.3) - 0.15 * normal(0.3, 1.8) - 0.15 * normal(-0.3, 1.8))
+    return spike(v), slope * tangents[0]
+
+
+def ltc_cell(p, carry, x):
+    """Liquid time-constant spiking layer and its read-out, with the batch's own statistics."""
+    u, s, a, o = carry
+    dense = lambda name, value: value @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+    gate = lambda act, name, *inputs: jax.nn.sigmoid(p[f"{act}.alpha"] * dense(name, jnp.concatenate(inputs, -1)))
+
+    def norm(name, value):
+        scale = jax.lax.rsqrt(value.var(0) + 1e-5) * p[f"{name}.weight"]
+        return (value - value.mean(0)) * scale + p[f"{name}.bias"]
+
+    d = norm("bn1a", dense("layer1_x", x)) + norm("bn1b", dense("layer1_r", s))
+    tau_m, tau_a = gate("act1", "layer1_tauM", d, u), gate("act2", "layer1_tauAdp", d, a)
+    a = tau_a * a + (1 - tau_a) * s
+    u = u + tau_m * (d - u)
+    s = spike(u - 0.1 - 1.8 * a)
+    u = (1 - s) * u
+    e = norm("bn2", dense("layer3_x", s))
+    tau_o = gate("act3", "layer3_tauM", e, o)
+    o = (1 - tau_o) * o + tau_o * e
+    return (u, s, a, o), o
+
+
+def test_parity_of_a_spiking_cell():
+    v = Vectors("sfptt_ltc_cell")
+    with jax.enable_x64(True):
+        table = jax.vmap(jax.grad(spike))(jnp.asarray(v["surrogate/v"]))
+        np.testing.assert_allclose(table, v["surrogate/dspike_dv"], rtol=0, atol=1e-12)
+
+        def loss(params, o, y, part):
+            return part.progress * optax.softmax_cross_entropy_with_integer_labels(o, y).mean()
+
+        frozen = optax.chain(record(), optax.set_to_zero())
+        learn = jax.jit(fptt_online(ltc_cell, loss, frozen, terminal=True))
+        params = v.tree("param/")
+        state = frozen.init(params)
+        carry = tuple(jnp.asarray(v[f"state0/{i}"]) for i in range(4))
+        for t in range(v["T"]):
+            part = SequencePart(t, v["T"], v["T"])
+            x, y = jnp.asarray(v["x"][None, :, :, t]), jnp.asarray(v["y"])
+            params, state, carry, metrics = learn(params, state, carry, x, y, part)
+            np.testing.assert_allclose(metrics.loss, v[f"t{t}/loss"], rtol=0, atol=1e-12)
+            for i, value in enumerate(carry):
+                np.testing.assert_allclose(value, v[f"t{t}/state/{i}"], rtol=0, atol=1e-12)
+            assert_near(state[0], v.tree(f"t{t}/grad/"), 1e-12)
+
+
+# The facts of the method.
+
+
+def linear_map(tx, curvature, size):
+    """The matrix of one update on (w, wbar, lam) for the loss curvature w^2 / 2."""
+
+    def once(vector):
+        w, wbar, lam = vector
+        updates, state = tx.update(curvature * w, tx.init(w)._replace(wbar=wbar, lam=lam), w)
+        return jnp.stack([optax.apply_updates(w, updates), state.wbar, state.lam])
+
+    return np.asarray(jax.vmap(once, out_axes=1)(jnp.eye(3)))[-size:, -size:]
+
+
+def radius(matrix):
+    return np.abs(np.linalg.eigvals(matrix)).max()
+
+
+def test_fixed_points():
+    tx = fptt(optax.sgd(0.3), 0.5)
+    with jax.enable_x64(True):
+        # Nothing but (w, w, 0) at a point without gradient comes back to itself.
+        kernel = np.linalg.svd(linear_map(tx, 0.0, 3) - np.eye(3))
+        assert (kernel.S > 1e-6).sum() == 2
+        np.testing.assert_allclose(kernel.Vh[-1] / kernel.Vh[-1, 0], [1, 1, 0], atol=1e-12)
+        assert (np.linalg.svd(linear_map(tx, 1.0, 3) - np.eye(3)).S > 1e-6).all()
+
+
+def test_lambda_is_the_gradient_where_each_part_is_minimised_exactly():
+    alpha, rng = 0.5, np.random.default_rng(0)
+    with jax.enable_x64(True):
+        hessian = np.zeros((3, 3))  # of the part at hand
+        exact = optax.stateless(lambda g, _: jnp.asarray(-np.linalg.solve(hessian + alpha * np.eye(3), g)))
+        tx = fptt(exact, alpha)
+        w = jnp.ones(3)
+        state = tx.init(w)
+        for _ in range(4):
+            root, centre = rng.normal(size=(3, 3)), rng.normal(size=3)
+            hessian = root @ root.T
+            updates, state = tx.update(jnp.asarray(hessian @ (w - centre)), state, w)
+            w = optax.apply_updates(w, updates)
+            np.testing.assert_allclose(state.lam, hessian @ (w - centre), atol=1e-10)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.1, 0.5), (2.0, 0.5), (0.2, 0.7)])
+def test_averages_forget_at_a_rate_that_beta_alone_decides(alpha, beta):
+    with jax.enable_x64(True):
+        still = fptt(optax.set_to_zero(), alpha, beta=beta)
+        assert radius(linear_map(still, 0.0, 2)) == pytest.approx(math.sqrt(1 - beta), rel=1e-9)
+
+
+@pytest.mark.parametrize(("lmbda", "beta"), [(1.0, 0.5), (2.0, 0.5), (1.0, 0.7)])
+def test_velocity_under_a_constant_gradient(lmbda, beta):
+    eta, alpha, g = 0.4, 0.5, 3.0
+    with jax.enable_x64(True):
+        tx = fptt(optax.sgd(eta), alpha, beta=beta, lmbda=lmbda)
+        w = jnp.zeros(())
+        state = tx.init(w)
+        for _ in range(120):
+            before, average = w, state.wbar
+            updates, state = tx.update(jnp.asarray(g), state, w)
+            w = optax.apply_updates(w, updates)
+        velocity = -eta * g / (1 + eta * alpha * (1 / beta - lmbda))
+        np.testing.assert_allclose(w - before, velocity, rtol=1e-9)
+        np.testing.assert_allclose(state.lam, -(alpha / beta) * velocity, rtol=1e-9)
+        if lmbda == 1 and beta == 0.5:
+            np.testing.assert_allclose(average, w, rtol=1e-9)  # one step ahead
+
+
+def test_small_steps_are_plain_sgd_to_first_order():
+    def end(tx):
+        w, state = jnp.ones(2), tx.init(jnp.ones(2))
+        for t in range(200):
+            updates, state = tx.update(jnp.asarray([1.0, 0.2]) * (w - (-1.0) ** t), state, w)
+            w = optax.apply_updates(w, updates)
+        return np.asarray(w)
+
+    gaps = [np.abs(end(fptt(optax.sgd(1e-2), alpha)) - end(optax.sgd(1e-2))).max() for alpha in (0.2, 0.1)]
+    assert gaps[0] < 0.2 * 1e-2
+    assert 1.8 < gaps[0] / gaps[1] < 2.2
+
+
+@pytest.mark.parametrize("g", [0.01, 1.0])
+def test_lambda_under_adam_ignores_the_gradient(g):
+    lr, alpha = 1e-3, 0.1
+    tx = fptt(optax.adam(lr), alpha)
+    w = jnp.zeros(())
+    state = tx.init(w)
+    for _ in range(40):
+        updates, state = tx.update(jnp.asarray(g), state, w)
+        w = optax.apply_updates(w, updates)
+    np.testing.assert_allclose(state.lam, 2 * alpha * lr, rtol=0.02)
+
+
+@pytest.mark.parametrize(("alpha", "curvature", "limit"), [(0.5, 1.0, 1.25), (0.1, 1.0, 1.79), (0.01, 1.0, 1.98)])
+def test_stability_limit(alpha, curvature, limit):
+    with jax.enable_x64(True):
+        inside, outside = (
+            radius(linear_map(fptt(optax.sgd(limit / curvature + d), alpha), curvature, 3)) for d in (-0.03, 0.03)
+        )
+    assert inside < 1 < outside
+
+
+def test_correction_of_the_papers_formula():
+    w = jnp.asarray([1.0, 2.0])
+    state = FpttState(wbar=jnp.zeros(2), lam=jnp.asarray([0.4, -0.2]), inner=(jnp.zeros(2), optax.EmptyState()))
+    for correction in (1.0, 0.5):
+        base = optax.chain(record(), optax.set_to_zero())
+        _, new = fptt(base, 0.3, lmbda=2.0, correction=correction).update(jnp.zeros(2), state, w)
+
+        def penalty(w, correction=correction):
+            return -correction * w @ state.lam + 2.0 * 0.15 * jnp.sum((w - state.wbar) ** 2)
+
+        np.testing.assert_allclose(new.inner[0], jax.grad(penalty)(w), rtol=1e-6)
+
+
+def test_weights_of_the_state_wherever_it_sits():
+    w = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(3)}
+    labels = {"a": "ours", "b": "other"}
+    tx = optax.MultiSteps(optax.partition({"ours": fptt(optax.sgd(0.1), 0.5), "other": optax.sgd(0.1)}, labels), 1)
+    updates, state = tx.update(jax.tree.map(jnp.ones_like, w), tx.init(w), w)
+    moved = optax.apply_updates(w, updates)
+    shown = fptt_eval_params(state, moved)
+    assert shown["a"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(shown["b"], moved["b"])  # not FPTT's
+    np.testing.assert_allclose(np.float32(shown["a"]), 0.9, atol=0.01)
+    for reset_lam in (True, False):
+        _, after = fptt_epoch_end(moved, state, reset_lam=reset_lam)
+        assert (np.abs(optax.tree.get(after, "lam")["a"]).max() == 0) == reset_lam
+    with pytest.raises(ValueError, match="holds 0 FpttState"):
+        fptt_eval_params(optax.sgd(0.1).init(w), w)
+
+
+def test_buffers_may_be_donated_after_an_epoch_ends():
+    tx = fptt(optax.adam(0.1))
+    w = jnp.ones(3)
+    w, state = fptt_epoch_end(w, tx.init(w))
+    jax.jit(tx.update, donate_argnums=(1, 2))(jnp.ones(3), state, w)
+
+
+# The auxiliary loss.
+
+
+def test_terminal_loss_sums_to_one():
+    logits, labels = jax.random.normal(jax.random.key(0), (4, 3)), jnp.asarray([0, 1, 2, 1])
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    ce, uniform = -log_p[np.arange(4), labels].mean(), -log_p.mean()
+    variants = ({"auxiliary": "none"}, {}, {"auxiliary": "qbar", "qbar": qbar_init(3, 4)}, {"class_mean": False})
+    losses = jax.jit(lambda part: [fptt_terminal_loss(logits, labels, part, **keywords) for keywords in variants])
+    for p in range(5):
+        none, code, qbar, paper = losses(SequencePart(jnp.asarray(p), 5, 4))
+        b = (p + 1) / 5
+        second = uniform if p < 3 else ce
+        np.testing.assert_allclose(none, b * ce, rtol=1e-6)
+        np.testing.assert_allclose(paper, b * ce + (1 - b) * second, rtol=1e-6)
+        np.testing.assert_allclose([code, qbar], b * ce + (1 - b) * second / 3, rtol=1e-6)
+
+
+def test_qbar_of_the_paper_is_the_epochs_mean():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 8, 4)).astype(np.float32)  # a short last part beyond the two full ones
+    labels = np.asarray([0, 1, 1, 2, 0, 1, 2, 2])
+    add = jax.jit(qbar_sums)
+    sums = add(add(np.zeros((4, 2, 4), np.float32), logits[:, :4], labels[:4]), logits[:, 4:], labels[4:])
+    means = np.asarray(jax.jit(qbar_means)(sums, qbar_init(4, 2)))
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    for c in range(3):
+        np.testing.assert_allclose(means[c], p[:2, labels == c].mean(1), rtol=1e-5)
+    np.testing.assert_array_equal(means[3], 0.25)  # does not occur
+
+
+# The drivers.
+
+T, B, D, H = 5, 3, 2, 4
+
+
+def plain_cell(params, h, x):
+    h = jnp.tanh(h @ params["u"] + x @ params["w"])
+    return h, h
+
+
+def per_step_loss(params, outs, targets, part):
+    return jnp.mean((outs @ params["v"] - targets) ** 2)
+
+
+def terminal_loss(params, h, y, part):
+    return part.progress * jnp.mean((h @ params["v"] - y) ** 2)
+
+
+@functools.cache
+def problem():
+    keys = jax.random.split(jax.random.key(1), 5)
+    params = {
+        "w": jax.random.normal(keys[0], (D, H)),
+        "u": 0.5 * jax.random.normal(keys[1], (H, H)),
+        "v": jax.random.normal(keys[2], (H, D)),
+    }
+    return params, jnp.zeros((B, H)), jax.random.normal(keys[3], (T, B, D)), jax.random.normal(keys[4], (T, B, D))
+
+
+def by_hand(params, h, xs, targets, length, terminal, detach):
+    """Sum of the weighted losses of all parts, in Python loops."""
+    total, count = 0.0, math.ceil(T / length)
+    for p in range(count):
+        outs = []
+        h = jax.lax.stop_gradient(h) if detach else h
+        for t in range(p * length, min((p + 1) * length, T)):
+            h, out = plain_cell(params, h, xs[t])
+            outs.append(out)
+        part = SequencePart(p, count, T // length)
+        if terminal:
+            value = terminal_loss(params, outs[-1], targets, part)
+        else:
+            value = per_step_loss(params, jnp.stack(outs), targets[p * length : p * length + len(outs)], part)
+        total += len(outs) / T * value
+    return total
+
+
+@pytest.mark.parametrize(
+    ("makes", "terminal"),
+    [((bptt_step, functools.partial(bptt_step, remat=True)), False), ((tbptt_step,), True)],
+)
+def test_gradients_of_bptt_and_truncated_bptt(makes, terminal):
+    params, h, xs, targets = problem()
+    loss, targets = (terminal_loss, targets[0]) if terminal else (per_step_loss, targets)
+    hand = lambda w: by_hand(w, h, xs, targets, 2, terminal, detach=makes == (tbptt_step,))
+    value, want = jax.jit(jax.value_and_grad(hand))(params)
+    for make in makes:
+        step = jax.jit(make(plain_cell, loss, record(), terminal=terminal, part_length=2))
+        _, got, _, metrics = step(params, params, h, xs, targets)
+        assert_near(got, want, 1e-5)
+        np.testing.assert_allclose(np.dot([0.4, 0.4, 0.2], metrics.loss), value, rtol=1e-5)
+
+
+def test_truncation_is_real():
+    # The input speaks in the first part only, the loss in the last one only.
+    cell = lambda w, h, x: (h + w * x, h + w * x)
+    loss = lambda w, h, y, part: jnp.where(part.index == 2, h.sum(), 0.0)
+    xs = jnp.asarray([1.0, 0, 0, 0, 0, 0])
+    for make, want in ((bptt_step, 1 / 3), (tbptt_step, 0.0), (fptt_step, 0.0)):
+        step = make(cell, loss, record(), parts=3, terminal=True)
+        grad = step(jnp.ones(()), jnp.zeros(()), jnp.zeros(()), xs, None)[1]
+        np.testing.assert_allclose(grad, want, rtol=1e-6)
+
+
+def test_one_part_of_fptt_is_bptt():
+    params, h, xs, targets = problem()
+    ends = []
+    for make, tx in ((fptt_step, fptt(optax.sgd(0.1))), (bptt_step, optax.sgd(0.1))):
+        ends.append(jax.jit(make(plain_cell, per_step_loss, tx, parts=1))(params, tx.init(params), h, xs, targets)[0])
+    assert_near(*ends, 1e-6)
+
+
+def test_every_step_its_own_part_and_state_kept_from_old_parameters():
+    params, h, xs, targets = problem()
+    tx = fptt(optax.sgd(0.05))
+    train = jax.jit(fptt_step(plain_cell, per_step_loss, tx, part_length=1))
+    *got, _ = train(params, tx.init(params), h, xs, targets)
+    state = tx.init(params)
+
+    @jax.jit
+    def once(params, state, h, x, y):
+        def loss(params):
+            new, out = plain_cell(params, h, x)
+            return per_step_loss(params, out, y, None), new
+
+        grads, new = jax.grad(loss, has_aux=True)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, new
+
+    for x, y in zip(xs, targets, strict=True):
+        params, state, h = once(params, state, h, x, y)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves([params, state, h]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_recomputed_state_is_that_of_the_final_parameters():
+    params, h, xs, targets = problem()
+    tx = optax.sgd(0.1)
+    step = tbptt_step(plain_cell, per_step_loss, tx, part_length=2, recompute_state=True)
+    new, _, last, _ = jax.jit(step)(params, tx.init(params), h, xs, targets)
+    want = h
+    for x in xs:
+        want, _ = plain_cell(new, want, x)
+    np.testing.assert_allclose(last, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_linen_cell_in_bfloat16():
+    cell = nn.GRUCell(H, dtype=jnp.bfloat16, recurrent_kernel_init=nn.initializers.lecun_normal())
+    _, _, xs, targets = problem()
+    h = jnp.zeros((B, H), jnp.bfloat16)
+    params = optax.tree.cast(jax.jit(cell.init)(jax.random.key(0), h, xs[0]), jnp.bfloat16)
+    tx = fptt(optax.sgd(0.1))
+    loss = lambda params, outs, targets, part: jnp.mean((outs[..., :D] - targets) ** 2)
+    train = jax.jit(fptt_step(cell.apply, loss, tx, parts=2, unroll=2), donate_argnums=(0, 1, 2))
+    params, state, h, metrics = train(params, tx.init(params), h, xs, targets)
+    assert metrics.loss.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.wbar, state.lam))} == {jnp.dtype(jnp.float32)}
+    assert np.isfinite(metrics.loss).all()
+
+
+def temporary_bytes(make, length, **split):
+    cell = lambda params, h, x: (jnp.tanh(h @ params["u"] + x @ params["w"]),) * 2
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    params = {"w": shape(D, 32), "u": shape(32, 32), "v": shape(32, D)}
+    tx = fptt(optax.adam(1e-3))
+    arguments = params, jax.eval_shape(tx.init, params), shape(8, 32), shape(length, 8, D), shape(length, 8, D)
+    step = jax.jit(make(cell, per_step_loss, tx, **split))
+    return step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_does_not_grow_with_time():
+    assert temporary_bytes(fptt_step, 10_000, part_length=20) <= 1.05 * temporary_bytes(fptt_step, 100, part_length=20)
+    exact = temporary_bytes(bptt_step, 10_000)
+    assert exact >= 10_000 * 8 * 32 * 4  # every hidden state
+    assert temporary_bytes(bptt_step, 10_000, parts=100, remat=True) <= 0.1 * exact
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_time_where_a_rest_is_left():
+    for make in (fptt_step, tbptt_step):
+        of = functools.partial(temporary_bytes, make, part_length=20)
+        assert of(10_013) <= 1.05 * of(113)
+
+
+# Bad input.
+
+
+def poisoned():
+    params, h, xs, targets = problem()
+    return params, h, xs[:4].at[0].set(jnp.nan), targets[:4]  # in the first of two parts
+
+
+def test_a_nan_spreads_by_default_and_shows():
+    params, h, xs, targets = poisoned()
+    tx = fptt(optax.sgd(0.05))
+    train = jax.jit(fptt_step(plain_cell, per_step_loss, tx, parts=2))
+    end, _, _, metrics = train(params, tx.init(params), h, xs, targets)
+    assert np.isnan(metrics.loss).all()
+    assert np.isnan(end["w"]).all()
+    assert metrics.skipped is None
+
+
+def test_a_part_with_a_nan_may_be_skipped():
+    params, h, xs, targets = poisoned()
+    tx = fptt(optax.adam(0.05))
+    # The recomputed state, not finite either, gives way to the last part's.
+    step = fptt_step(plain_cell, per_step_loss, tx, parts=2, skip_nonfinite=True, recompute_state=True)
+    *got, metrics = jax.jit(step)(params, tx.init(params), h, xs, targets)
+    np.testing.assert_array_equal(metrics.skipped, [True, False])
+    # As if that part had never been.
+    learn = jax.jit(fptt_online(plain_cell, per_step_loss, tx))
+    *want, _ = learn(params, tx.init(params), h, xs[2:], targets[2:])
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sequence_with_a_nan_may_be_skipped():
+    params, h, xs, targets = poisoned()
+    step = bptt_step(plain_cell, per_step_loss, optax.sgd(0.1), skip_nonfinite=True)
+    *end, metrics = jax.jit(step)(params, optax.sgd(0.1).init(params), h, xs, targets)
+    assert metrics.skipped
+    assert_near(end[0], params, 0)
+    np.testing.assert_array_equal(end[2], h)
+
+
+def test_an_optimizer_that_skips_leaves_the_averages_sound():
+    w = jnp.ones(2)
+    tx = optax.apply_if_finite(fptt(optax.adam(0.1)), 3)
+    _, state = tx.update(jnp.full(2, jnp.nan), tx.init(w), w)
+    np.testing.assert_array_equal(optax.tree.get(state, "wbar"), w)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({}, "give one of the two"),
+        ({"parts": 2, "part_length": 3}, "parts=2 and part_length=3: give one of the two"),
+        ({"parts": 0}, "parts=0 must be an integer in"),
+        ({"part_length": 0}, "part_length=0 must be an integer in"),
+        ({"parts": 2, "unroll": 0}, "unroll=0"),
+    ],
+)
+def test_bad_arguments_of_the_drivers(keywords, words):
+    for make in (fptt_step, tbptt_step):
+        with pytest.raises(ValueError, match=words):
+            make(plain_cell, per_step_loss, optax.sgd(0.1), **keywords)
+    with pytest.raises(TypeError, match="must be an integer"):
+        fptt_step(plain_cell, per_step_loss, optax.sgd(0.1), parts=2.5)
+    with pytest.raises(ValueError, match="save nothing"):
+        bptt_step(plain_cell, per_step_loss, optax.sgd(0.1), remat=True)
+
+
+def call(make=fptt_step, cell=plain_cell, loss=per_step_loss, carry=None, xs=None, targets=None, **keywords):
+    params, h, inputs, outputs = problem()
+    carry, xs, targets = (
+        given if given is not None else default for given, default in ((carry, h), (xs, inputs), (targets, outputs))
+    )
+    tx = record()
+    keywords = keywords or {"parts": 2}
+    return make(cell, loss, tx, **keywords)(params, tx.init(params), carry, xs, targets)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"parts": 6}, r"parts=6 must be an integer in \[1, 5\]"),
+        ({"xs": np.zeros((0, B, D))}, "at least one step"),
+        ({"targets": np.zeros((7, B, D))}, "xs 5, targets 7"),
+        ({"targets": np.zeros(())}, "terminal=True"),
+        ({"carry": jnp.zeros((1, H))}, r"carry is float32\[1, 4\], but the cell returns float32\[3, 4\]"),
+        ({"carry": jnp.zeros((B, H), jnp.bfloat16)}, "dtype"),
+        ({"carry": {"h": jnp.zeros((B, H))}}, "carry"),
+        ({"loss": lambda params, outs, targets, part: outs}, "must be one number"),
+    ],
+)
+def test_bad_calls_of_the_drivers(keywords, words):
+    for make in (fptt_step, tbptt_step, bptt_step):
+        with pytest.raises((ValueError, TypeError), match=words):
+            call(make, **keywords)
+
+
+def test_a_carry_of_another_hidden_size_is_named():
+    with pytest.raises(TypeError) as caught:
+        call(carry=jnp.zeros((B, H + 1)))
+    assert "with carry float32[3, 5] and xs float32[5, 3, 2]" in "".join(caught.value.__notes__)
+
+
+def test_one_part_by_length_is_warned_about():
+    with pytest.warns(NoEffectWarning, match=r"Choose part_length in \[1, 4\]"):
+        call(part_length=T)
+
+
+def test_aux_must_not_depend_on_the_number_of_steps():
+    loss = lambda params, outs, targets, part: (outs.sum(), {"outs": outs})
+    with pytest.raises(ValueError, match="aux/outs has shape"):
+        call(loss=loss, has_aux=True, part_length=2)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"alpha": 0.0}, "use the base optimizer alone"),
+        ({"alpha": float("nan")}, "alpha=nan"),
+        ({"beta": 0.0}, r"beta=0.0 must be a number in \(0.0, 1.0\]"),
+        ({"beta": 1.5}, "beta=1.5"),
+        ({"lmbda": -1.0}, "lmbda=-1.0"),
+        ({"correction": -0.5}, "correction=-0.5"),
+    ],
+)
+def test_bad_arguments_of_the_transformation(keywords, words):
+    with pytest.raises(ValueError, match=words):
+        fptt(optax.sgd(0.1), **keywords)
+
+
+def test_misuse_of_the_transformation():
+    with pytest.raises(TypeError, match="must be an optax transformation"):
+        fptt(0.1)
+    tx = fptt(optax.sgd(0.1))
+    with pytest.raises(ValueError, match="needs the parameters"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+    logits, labels = jnp.zeros((2, 3)), jnp.zeros(2, int)
+    with pytest.raises(ValueError, match="qbar missing"):
+        fptt_terminal_loss(logits, labels, SequencePart(), auxiliary="qbar")
+    with pytest.raises(ValueError, match="qbar given"):
+        fptt_terminal_loss(logits, labels, SequencePart(), qbar=qbar_init(3, 1))
+    with pytest.raises(ValueError, match=r"qbar has shape \(3, 2, 3\)"):
+        fptt_terminal_loss(logits, labels, SequencePart(), auxiliary="qbar", qbar=qbar_init(3, 2))
+    with pytest.raises(ValueError, match="not one of"):
+        fptt_terminal_loss(logits, labels, SequencePart(), auxiliary="unifrom")
