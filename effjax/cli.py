@@ -79,9 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("pattern", nargs="?", default="*", help="shell pattern on the stem or family/stem")
     verb.set_defaults(run=_methods)
 
-    verb = verbs.add_parser("export", help="weights of a trained arm as safetensors")
+    verb = verbs.add_parser("export", help="weights or adapters of a trained arm as safetensors")
     verb.add_argument("folder", type=Path, metavar="DIR", help="folder written by `effjax train`")
-    verb.add_argument("--out", type=Path, required=True, help="file to write, NAME.safetensors")
+    verb.add_argument("--out", type=Path, required=True, help="NAME.safetensors, or a folder for PEFT")
+    verb.add_argument("--merged", action="store_true", help="in that folder the network, adapters merged")
     verb.set_defaults(run=_export)
     return parser
 
@@ -137,8 +138,8 @@ def _methods(options: argparse.Namespace, rest: list[str]) -> None:
 def _export(options: argparse.Namespace, rest: list[str]) -> None:
     from effjax.study.single import export_arm
 
-    count = export_arm(options.folder, options.out)
-    print(json.dumps({"file": str(options.out), "tensors": count}))
+    count = export_arm(options.folder, options.out, options.merged)
+    print(json.dumps({"out": str(options.out), "tensors": count}))
 
 
 if __name__ == "__main__":

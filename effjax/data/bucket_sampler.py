@@ -311,6 +311,15 @@ class PlannedBatches(Iterator[Batch]):
         return tuple(sorted({(batch.size, batch.length) for batch in self._batches}, key=lambda shape: shape[::-1]))
 
     @property
+    def use_of_shapes(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Steps and examples of the run in each of ``shapes``."""
+        found = dict.fromkeys(self.shapes, (0, 0))
+        for batch in self._batches:
+            steps, examples = found[batch.size, batch.length]
+            found[batch.size, batch.length] = (steps + 1, examples + len(batch.rows))
+        return found
+
+    @property
     def real_tokens(self) -> int:
         """Tokens of the run, padding left out."""
         sums = [int(lengths.sum()) for lengths in self._lengths]

@@ -83,7 +83,7 @@ class PackedBatches(PlannedBatches):
     r"""Batches of one shape whose rows hold several texts each, by best fit in random order.
 
     A model needs the batch's ``segment_ids`` (attention within a segment only), its ``position_ids`` (from 0 in every
-    segment) and a head for each segment. With S the most texts in any row of the run, a batch holds ``input_ids``,
+    segment) and a head for each segment. With S texts in a row at most (``segments``), a batch holds ``input_ids``,
     ``segment_ids`` (0 at padding, 1, 2, ... in a row) and ``position_ids`` int32 [B, L], ``mask`` bool [B, L],
     ``weight`` float32 [B, S] (0 where there is no text) and the other columns [B, S].
 
@@ -93,7 +93,7 @@ class PackedBatches(PlannedBatches):
       epochs: passes over the data.
       length: tokens of a row; by default those of the longest text.
       batch_size: rows of a batch; the last of an epoch is filled up with empty rows.
-      max_segments: most texts in a row; None for no limit.
+      max_segments: most texts in a row, and then S whatever the seed; None for no limit.
       **options: ``pad_id``, ``process_index`` and ``process_count`` of ``PlannedBatches``.
 
     Raises:
@@ -139,11 +139,11 @@ class PackedBatches(PlannedBatches):
             return [PackPlan(length, batch_size, texts, places) for texts, places in parts]
 
         self._set_plan(plan, length=length, batch_size=batch_size, max_segments=max_segments)
-        self._segments = max(int(np.bincount(batch.places).max()) for batch in self._batches)
+        self._segments = max_segments or max(int(np.bincount(batch.places).max()) for batch in self._batches)
 
     @property
     def segments(self) -> int:
-        """S, the most texts in any row of the run."""
+        """S: ``max_segments``, which no seed changes, or the most texts in any row of the run."""
         return self._segments
 
     def _gather(self, columns: Mapping[str, Any], plan: PackPlan) -> Batch:

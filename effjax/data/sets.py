@@ -115,6 +115,7 @@ _SPECS: dict[str, _Spec] = {
     "superglue/boolq": _text("question passage label", 2),
     "superglue/cb": _text("premise hypothesis label", 3),
     "superglue/copa": _text("premise choice1 choice2 question label", 2),
+    "superglue/multirc": _text("paragraph question answer label", 2),
     "superglue/wic": _text("word sentence1 sentence2 label", 2),
     "superglue/wsc": _text("text span1_text span1_index span2_text span2_index label", 2),
     "ag_news": _text("text label", 4, hub="fancyzhx/ag_news"),

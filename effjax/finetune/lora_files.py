@@ -70,7 +70,7 @@ def save_lora(
         was concatenated.
       names: kernel path -> name of the module in the base model (``encoder.layer.0.attention.self.query``): a table,
         with one name per layer for a stack, or a function of the path and the layer (None where there is no stack),
-        such as ``lambda path, layer: module_name(path, rules, layer)``.
+        such as ``module_name`` of ``load_pretrained``'s result.
       base_model: where PEFT finds the base model: a name on the hub or a folder.
       task_type: as in PEFT, such as ``"SEQ_CLS"`` or ``"CAUSAL_LM"``.
 

@@ -1,5 +1,6 @@
 """What each arm costs: counted, compiled and timed, arms interleaved."""
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ class _Ready(NamedTuple):
     aux: Any
     params: Any
     shapes: list["_Shape"]
+    extra: dict[str, float]
 
 
 class _Shape(NamedTuple):
@@ -87,7 +89,7 @@ def measure(
             "inference": inference[name],
         }
         tokens = sum(shape.declared.steps * shape.declared.tokens for shape in arm.shapes)
-        costs[name] |= {"tokens": tokens} if tokens else {}
+        costs[name] |= arm.extra | ({"tokens": tokens} if tokens else {})
     return costs, {name: arm.prepared for name, arm in ready.items()}
 
 
@@ -104,7 +106,29 @@ def _prepare(name: str, program: Program, options: TrainOptions, say: Callable[[
         macs = count_macs(program.step, state, batches[0], aux, branch_probabilities=program.branch_probabilities)
         shapes.append(_Shape(batches, declared, macs, prepared.step.analysis(state, batches[0], aux).flops))
     params = jax.tree.map(jnp.copy, program.params(state))  # the timing donates the state's own buffers
-    return _Ready(prepared, state, aux, params, shapes)
+    extra = {} if program.trained is None else {"trained_params": count_params(program.trained(state))}
+    between_ms = _between_ms(program, state)
+    extra |= {} if between_ms is None else {"between_ms": between_ms}
+    return _Ready(prepared, state, aux, params, shapes, extra)
+
+
+def _between_ms(program: Program, state: Any, repeats: int = 5) -> float | None:
+    """Median time of the first work between steps; None where there is none in the whole run."""
+    if program.between is None:
+        return None
+    copy = lambda: jax.block_until_ready(jax.tree.map(jnp.copy, state))
+    probe = copy()
+    first = (done for done in range(1, program.total_steps) if program.between(probe, done) is not probe)
+    done = next(first, None)  # this call has compiled it
+    if done is None:
+        return None
+    times = []
+    for _ in range(repeats):
+        fresh = copy()
+        start = time.perf_counter()
+        jax.block_until_ready(program.between(fresh, done))
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
 
 
 def _batches(program: Program, prepared: Prepared, some: int = 4) -> list[tuple[list[Any], BatchShape]]:

@@ -13,6 +13,9 @@ from effjax.study.resolve import Study
 from effjax.study.results import decide, mean
 from effjax.train.logging import write_text
 
+# Optional columns: cost -> heading, factor.
+_EXTRA = {"tokens": ("M tokens", 1e-6), "trained_params": ("trained", 1.0), "between_ms": ("between ms", 1.0)}
+
 
 def write_report(out: Path, study: Study) -> None:
     """Write ``report.md`` and ``report.png`` beside ``results.json``."""
@@ -58,7 +61,8 @@ def render(results: Mapping[str, Any], axes: Mapping[str, Axis], cost_claims: Se
         "`step` is the steady-state median with all arms of the group interleaved; `peak` is XLA's arguments + outputs "
         "- aliased + temporaries of the step; `train` is seconds of stepping for one seed without compiling, "
         "evaluating and saving; for a sweep it is the sum over its members. Of an arm whose batches differ in shape, "
-        "`step` is the mean over the steps of a run; `tokens` are the positions processed in a run, padding included.",
+        "`step` is the mean over the steps of a run; `tokens` are the positions processed in a run, padding included; "
+        "`trained` are the numbers that the optimizer moves, `between` is the first work between two steps (a knot).",
         "",
     ]
     return "\n".join(lines)
@@ -118,8 +122,8 @@ def group_table(arms: Mapping[str, Mapping[str, Any]], axis: Axis) -> list[str]:
     frontier = set(pareto(points, axis.goal))
     arrow = "lower is better" if axis.goal == "min" else "higher is better"
     head = ["arm", f"{axis.label} ({arrow})", *others, "train s", "step ms", "peak MB", "examples/s", "M MACs/example"]
-    tokens = any("tokens" in arm["cost"] for arm in arms.values())
-    head += ["M tokens"] if tokens else []
+    extra = [name for name in _EXTRA if any(name in arm["cost"] for arm in arms.values())]
+    head += [_EXTRA[name][0] for name in extra]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, arm in sorted(arms.items(), key=lambda item: rank(item[1])):
         cost = arm["cost"]
@@ -129,7 +133,7 @@ def group_table(arms: Mapping[str, Mapping[str, Any]], axis: Axis) -> list[str]:
         cells = [label, spread(arm, axis.metric), *(spread(arm, metric) for metric in others)]
         cells += [number(cost["train_s"]), number(cost["step_ms"]), number(_scaled(cost["peak_bytes"], 1e-6))]
         cells += [number(cost["examples_per_s"]), number(_scaled(cost["macs_per_example"], 1e-6))]
-        cells += [number(_scaled(cost.get("tokens"), 1e-6))] if tokens else []
+        cells += [number(_scaled(cost.get(name), _EXTRA[name][1])) for name in extra]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, "", "\\* on the frontier of quality against training seconds."]
 

@@ -30,8 +30,9 @@ COST_FIELDS = (
     "train_s",
 )
 
-OPTIONAL_COST_FIELDS = ("tokens",)
-"""Positions processed in one run, padding included, where the arm's Program tells."""
+OPTIONAL_COST_FIELDS = ("tokens", "trained_params", "between_ms")
+"""Where the arm's Program tells: positions processed in one run, padding included; numbers that the optimizer moves;
+the first work between two steps, such as a knot."""
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:

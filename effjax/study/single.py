@@ -16,6 +16,7 @@ from effjax.train.checkpoint import Checkpoints, describe_difference
 from effjax.train.logging import write_json
 from effjax.train.loop import fit
 from effjax.train.mesh import start_distributed
+from effjax.train.program import Program
 
 NOTE = "arm.json"
 
@@ -64,14 +65,21 @@ def _mark(out: Path, note: dict[str, Any]) -> None:
     write_json(path, note)
 
 
-def export_arm(folder: Path, out: Path) -> int:
-    """Write the newest checkpoint's parameters as safetensors, one tensor a leaf, named by its path.
+def export_arm(folder: Path, out: Path, merged: bool = False) -> int:
+    """Write what a trained arm learned, from its newest checkpoint.
+
+    Args:
+      folder: written by ``train_arm``.
+      out: ``NAME.safetensors`` for the network's parameters, one tensor a leaf, named by its path; else a folder that
+        other libraries read, if the arm has one: adapters in the format of PEFT, a whole chain as one.
+      merged: in that folder the network with its adapters merged, in Hugging Face's layout, in place of the adapters.
 
     Returns:
       The number of tensors.
-    """
-    from safetensors.numpy import save_file
 
+    Raises:
+      ValueError: an arm or a network that has no such folder.
+    """
     note_path = folder / NOTE
     if not note_path.exists():
         raise FileNotFoundError(f"{note_path} does not exist. Give a folder written by `effjax train`.")
@@ -86,6 +94,29 @@ def export_arm(folder: Path, out: Path) -> int:
     checkpoints = Checkpoints(folder / "checkpoints", note)
     _, state, _ = checkpoints.restore(abstract)
     checkpoints.close()
+    if out.suffix == ".safetensors":
+        if merged:
+            raise ValueError(f"--merged is for folders: the parameters in --out {out} are merged as they are.")
+        return _export_file(program, state, out, note)
+    if program.folder is None:
+        raise ValueError(
+            f"--out {out}: the arm {note['arm']!r} has no adapters to put in a folder. Name a .safetensors."
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    program.folder(state, out, merged=merged)
+    return sum(_count_tensors(path) for path in out.glob("*.safetensors"))
+
+
+def _count_tensors(path: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as tensors:
+        return len(tensors.keys())
+
+
+def _export_file(program: Program, state: Any, out: Path, note: dict[str, Any]) -> int:
+    from safetensors.numpy import save_file
+
     params = program.params(state)
     tensors = {name: np.asarray(leaf) for name, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True)}
     out.parent.mkdir(parents=True, exist_ok=True)

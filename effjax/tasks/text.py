@@ -152,7 +152,7 @@ def text_task(
     dataset = load(data) if isinstance(data, str) else data
     form, target = _form(dataset), _target(dataset)
     classes = len(dataset.classes) if target == "label" else 1
-    train_split, test_split = _splits(dataset)
+    train_split, test_split = train_and_test(dataset)
     train = _texts(dataset.name, "train", train_split, form, target, classes, train_rows)
     test = _texts(dataset.name, "test", test_split, form, target, classes, test_rows)
     choices = 2 if isinstance(form[1], tuple) else 1
@@ -272,7 +272,8 @@ def _target(dataset: DataSet) -> str:
     raise ValueError(f"data={dataset.name!r} has the columns {sorted(columns)}; a text task needs 'label' or 'score'.")
 
 
-def _splits(dataset: DataSet) -> tuple[Columns, Columns]:
+def train_and_test(dataset: DataSet) -> tuple[Columns, Columns]:
+    """The rows to train and to test on, as ``text_task`` describes them."""
     splits = dataset.splits
     held_out = splits.get("test", splits.get("validation"))
     if held_out is None:

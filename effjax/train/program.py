@@ -60,6 +60,9 @@ class Program(NamedTuple):
       sharding: ``(regex, axis names)`` rules over the state's paths, first match wins; the rest is
         replicated. Used only on a mesh of several devices.
       branch_probabilities: for the MAC counter, ``{scope regex: probabilities}`` of the ``cond``s in ``step``.
+      trained: ``state -> tree`` of what the optimizer moves, where that is not all of ``params``.
+      folder: ``(state, path, merged=False)``, writes a folder that other libraries read: adapters, or the merged
+        network.
       train_metrics: reduces the running means of the step metrics to what the report shows.
     """
 
@@ -80,4 +83,6 @@ class Program(NamedTuple):
     derive: Callable[[State], Aux] | None = None
     sharding: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
     branch_probabilities: Mapping[str, Sequence[float]] = MappingProxyType({})
+    trained: Callable[[State], PyTree] | None = None
+    folder: Callable[..., None] | None = None
     train_metrics: Callable[[Mapping[str, float]], Mapping[str, float]] = dict

@@ -15,6 +15,7 @@ from effjax.finetune.lora import LoraRule, lora_merge
 from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
 from effjax.optim.samuel_one_gradient import samuel_one_gradient
 from effjax.optim.scale_by_batch_size import scale_by_batch_size
+from effjax.recurrent.fptt import fptt, fptt_eval_params
 
 PyTree = Any
 Loss = Callable[[PyTree], jax.Array]
@@ -85,6 +86,16 @@ def _batch_sized(**keywords: Any) -> OptimizerCase:
     )
 
 
+def _fptt(base: optax.GradientTransformation, **keywords: Any) -> OptimizerCase:
+    return OptimizerCase(
+        "fptt",
+        lambda **overrides: fptt(base, **{"alpha": 0.1, **keywords, **overrides}),
+        ("alpha", 0.3),
+        evaluate=fptt_eval_params,
+        learning_rate=False,
+    )
+
+
 _COLA = ColaConfig(LoraRule("kernel", rank=3, alpha=3.0), knots=(100,))
 
 
@@ -115,6 +126,8 @@ CASES: dict[str, OptimizerCase] = {
     "samuel-one-gradient": _one_gradient(lambda lr: optax.sgd(lr, 0.5)),
     "samuel-one-gradient-adam-sample": _one_gradient(optax.adam, select="sample"),
     "scale-by-batch-size": _batch_sized(),
+    "fptt": _fptt(optax.sgd(0.1, 0.5)),
+    "fptt-adam-lmbda2": _fptt(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)), lmbda=2.0),
     "cola": OptimizerCase(
         "cola",
         lambda **overrides: cola(optax.adam(**{"learning_rate": 0.1, **overrides}), _COLA),

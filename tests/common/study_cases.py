@@ -1,8 +1,17 @@
 """Per stem, how to shrink its studies for the tests; every row of METHODS must be here."""
 
+_FEW_TEXTS = [
+    *("--tasks", "sms_spam/encoder-1x8", "--train-rows", "200", "--test-rows", "50", "--budget.amount", "2"),
+]
+
 # Words that make the smoke preset a few seconds' work without losing an arm kind.
 TINY = {
     "samuel": ["--budget.amount", "60", "--grid", "0.1", "--others", "schedule-free", "--seeds", "0", "1"],
+    "cola": [
+        *("--budget.amount", "60", "--links", "2", "--summed", "--others", "resets", "--seeds", "0", "1"),
+    ],
+    "bucket_sampler": [*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "2", "--seeds", "0", "1"],
+    "token_drop": [*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "2", "--seeds", "0", "1"],
 }
 
 # Words that let the paper preset take one step here: built-in data, few rows, a small batch.
@@ -11,7 +20,18 @@ PAPER = {
         *("--tasks", "fashion_mnist/resnet20", "--batch-size", "4", "--budget.amount", "4"),
         *("--train-rows", "64", "--test-rows", "32", "--experts", "0.1", "0.01", "--loop", "unroll"),
     ],
+    "cola": [
+        *("--tasks", "sms_spam/stories260k", "--batch-size", "2", "--budget.amount", "4", "--budget.unit", "steps"),
+        *("--train-rows", "16", "--test-rows", "8", "--max-length", "48"),
+    ],
+    "bucket_sampler": [*_FEW_TEXTS, "--seeds", "0"],
+    "token_drop": [*_FEW_TEXTS, "--seeds", "0"],
 }
 
 # One arm of each kind in the paper preset.
-PAPER_ARMS = {"samuel": ["fashion_mnist-resnet20-offline/sgd-0.1", "fashion_mnist-resnet20-offline/samuel"]}
+PAPER_ARMS = {
+    "samuel": ["fashion_mnist-resnet20-offline/sgd-0.1", "fashion_mnist-resnet20-offline/samuel"],
+    "cola": ["sms_spam-stories260k/cola-3", "sms_spam-stories260k/full"],
+    "bucket_sampler": ["sms_spam-encoder-1x8/static-3e-05", "sms_spam-encoder-1x8/growing-4e-05"],
+    "token_drop": ["sms_spam-encoder-1x8/buckets-3e-05", "sms_spam-encoder-1x8/token-drop-3e-05"],
+}

@@ -34,8 +34,9 @@ def test_method_has_all_its_rooms(method):
     for name in method.names:
         assert hasattr(effjax, name)
         assert f"`{name}`" in card
-    assert any(f"effjax.{method.stem}" in path.read_text() for path in (ROOT / "notebooks").glob("*.py"))
-    assert f"effjax.{method.stem}" in (ROOT / "CHANGELOG.md").read_text()
+    names = [f"effjax.{name}" for name in method.names]
+    for texts in ((ROOT / "notebooks").glob("*.py"), [ROOT / "CHANGELOG.md"]):
+        assert any(name in path.read_text() for path in texts for name in names)
     assert list((ROOT / "configs" / method.stem / "results").glob("*.json"))
 
 

@@ -23,6 +23,13 @@ EFFJAX = [sys.executable, "-m", "effjax.cli"]
 OFFLINE = {**os.environ, "JAX_PLATFORMS": "cpu"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compile_cache(tmp_path_factory):
+    """One folder of compiled programs for all the processes that a study is started in."""
+    OFFLINE["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    OFFLINE["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
 def start(*words):
     return subprocess.Popen(
         [*EFFJAX, "compare", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=OFFLINE

@@ -135,6 +135,8 @@ def test_invariants_of_a_run(n, max_shapes, cap, length_multiple, data):
     assert len(list(whole)) == whole.total_steps == sum(whole.steps_per_epoch) == len(whole)
     assert {whole[i]["input_ids"].shape for i in range(len(whole))} == set(whole.shapes)
     assert {batch["input_ids"].shape for batch in whole.example_batches()} == set(whole.shapes)
+    assert tuple(whole.use_of_shapes) == whole.shapes
+    assert tuple(map(sum, zip(*whole.use_of_shapes.values(), strict=True))) == (len(whole), 3 * n)
     assert (
         whole.real_tokens
         == 3 * columns["input_ids"].values.size

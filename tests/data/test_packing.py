@@ -73,6 +73,11 @@ def test_a_batch_holds_its_texts_apart(max_segments):
     assert seen[:120] != seen[120:]
 
 
+def test_a_limit_of_segments_fixes_the_shapes_whatever_the_seed():
+    one = PackedBatches({"input_ids": [[1, 2, 3]]}, seed=0, epochs=1, length=8, batch_size=1, max_segments=5)
+    assert next(one)["weight"].tolist() == [[1, 0, 0, 0, 0]]
+
+
 def test_packing_leaves_little_padding():
     data = PackedBatches(texts(2000), seed=0, epochs=1, length=64, batch_size=8)
     assert data.processed_tokens < 1.03 * data.real_tokens

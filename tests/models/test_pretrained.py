@@ -68,9 +68,9 @@ def test_layers_unrolled_and_stacked_hold_the_same_weights():
     assert_equal(stacked.params["layers"], jax.tree.map(lambda *leaves: np.stack(leaves), *layers))
     assert_equal(stacked.params["embeddings"], whole.params["embeddings"])
     for model, path, layer in ((whole, "layer_1/mlp/up/kernel", None), (stacked, "layers/mlp/up/kernel", 1)):
-        name = module_name(path, model.rules, layer)
+        name = model.module_name(path, layer)
         assert name == "encoder.layer.1.intermediate.dense"
-        assert module_name(f"encoder/{path}", model.rules, layer) == name
+        assert module_name(path, model.rules, layer) == module_name(f"encoder/{path}", model.rules, layer) == name
         assert kernel_path(name, model.rules) == (path, layer)
         with pytest.raises(ValueError, match="layer="):
             module_name(path, model.rules, None if layer else 1)

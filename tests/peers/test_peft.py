@@ -40,12 +40,10 @@ def theirs(base, adapter):
 
 
 def ours(base, scan_layers):
-    from effjax.models.convert import module_name
     from effjax.models.pretrained import load_pretrained
 
     model = load_pretrained(base, scan_layers=scan_layers)
-    names = lambda path, layer: module_name(path, model.rules, layer)
-    return model, names
+    return model, model.module_name
 
 
 def outputs(model, lora, scales):

@@ -1,0 +1,203 @@
+"""Classification by prompts: a causal language model scores label words after a template."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from effjax.core.errors import check_choice, check_number
+from effjax.core.shapes import pad_to
+from effjax.core.tree import wide
+from effjax.data.sets import DataSet, load
+from effjax.data.tokens import Tokenizer, load_tokenizer
+from effjax.models.decoder import Decoder
+from effjax.models.pretrained import load_pretrained
+from effjax.tasks.text import class_metrics, train_and_test
+
+PyTree = Any
+Variables = Mapping[str, PyTree]
+Batch = Mapping[str, Array | np.ndarray]
+
+# Templates and label words (in the order of the labels) of MeZO, Malladi et al. 2023, and one of ours for SMS.
+_PROMPTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "sst2": ("{sentence} It was", ("terrible", "great")),
+    "sms_spam": ("{text}\nIs this message spam? Yes or No?\n", ("No", "Yes")),
+    "glue/rte": ('{sentence1}\nDoes this mean that "{sentence2}" is true? Yes or No?\n', ("Yes", "No")),
+    "superglue/cb": (
+        'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n',
+        ("Yes", "No", "Maybe"),
+    ),
+    "superglue/boolq": ("{passage} {question}?\n", ("No", "Yes")),
+    "superglue/wsc": (
+        '{text}\nIn the previous sentence, does the pronoun "{span2_text}" refer to {span1_text}? Yes or No?\n',
+        ("No", "Yes"),
+    ),
+    "superglue/wic": (
+        'Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n{sentence1}\n{sentence2}\n',
+        ("No", "Yes"),
+    ),
+    "superglue/multirc": (
+        '{paragraph}\nQuestion: {question}\nI found this answer "{answer}". Is that correct? Yes or No?\n',
+        ("No", "Yes"),
+    ),
+}
+
+
+class PromptTask(NamedTuple):
+    """A classification problem for a causal language model.
+
+    Attributes:
+      name: ``data/model``.
+      source: where the data came from, and how many rows.
+      train: columns ``input_ids`` int32 [rows, classes, length] (the prompt with each label word),
+        ``scored`` bool of that shape (True at the label word's tokens) and ``label`` int32 [rows].
+      test: the same, held out.
+      tokenizer: what made the tokens.
+      model: the Flax module.
+      example_inputs: one row, with the batch axis leading.
+      init: ``key -> {"params": ...}``, the pretrained parameters whatever the key.
+      infer: ``(variables, inputs) -> scores`` float32 [batch, classes] in evaluation mode, the mean log-likelihood of
+        each label word's tokens; traceable.
+      loss: ``(variables, batch, key=None, *, train=True) -> (loss, (state, metrics))``: the cross-entropy
+        of the softmax over the scores; traceable.
+      evaluate: ``variables -> metrics`` over ``test``: ``accuracy``, ``nll``, for two classes ``f1``.
+    """
+
+    name: str
+    source: str
+    train: dict[str, np.ndarray]
+    test: dict[str, np.ndarray]
+    tokenizer: Tokenizer
+    model: nn.Module
+    example_inputs: dict[str, np.ndarray]
+    init: Callable[[jax.Array], Variables]
+    infer: Callable[[Variables, Batch], jax.Array]
+    loss: Callable[..., tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]]
+    evaluate: Callable[[Variables], dict[str, float]]
+
+
+def prompt_task(
+    data: str | DataSet,
+    model: str = "stories260k",
+    *,
+    max_length: int = 256,
+    dtype: str = "float32",
+    remat: bool = False,
+    scan_layers: bool = False,
+    eval_batch: int = 8,
+) -> PromptTask:
+    """Bundle a labelled text data set with a pretrained decoder, as MeZO does ("train as classification").
+
+    Args:
+      data: name of a data set that has a template here, or a ``DataSet`` of that name.
+      model: a pretrained decoder by name or folder.
+      max_length: tokens of a prompt with its label word; longer ones lose their beginning.
+      dtype: compute dtype, ``"float32"`` or ``"bfloat16"``.
+      remat: recompute the layers' activations in the backward pass.
+      scan_layers: one scanned layer instead of a module a layer.
+      eval_batch: rows of one evaluation batch; the last one is padded.
+
+    Returns:
+      A ``PromptTask``.
+
+    Raises:
+      ValueError: a data set without template or held-out rows, a model that is no decoder, ``max_length`` above its
+        positions or below a label word.
+
+    Example:
+      >>> task = prompt_task("sms_spam", max_length=32)
+      >>> task.train["input_ids"].shape[1:]
+      (2, 32)
+
+    Malladi et al. 2023, "Fine-Tuning Language Models with Just Forward Passes" (arXiv 2305.17333).
+    """
+    dataset = load(data) if isinstance(data, str) else data
+    check_choice("data", dataset.name, tuple(_PROMPTS))
+    fields = {"dtype": jnp.dtype(check_choice("dtype", dtype, ("float32", "bfloat16"))), "remat": remat}
+    loaded = load_pretrained(model, scan_layers=scan_layers, **fields)
+    if not isinstance(loaded.module, Decoder):
+        raise ValueError(f"model={model!r} is a {type(loaded.module).__name__}; prompts need a decoder.")
+    positions = loaded.module.max_positions
+    hint = f"The model has {positions} positions."
+    check_number("max_length", max_length, low=8, high=positions, integer=True, hint=hint)
+    tokenizer = load_tokenizer(model)
+    train, test = (_rows(dataset.name, split, tokenizer, max_length) for split in train_and_test(dataset))
+
+    def scores(variables: Variables, batch: Batch, train: bool, key: jax.Array | None) -> jax.Array:
+        rows, classes, length = batch["input_ids"].shape
+        ids = batch["input_ids"].reshape(rows * classes, length)
+        rngs = None if key is None else {"dropout": key}
+        logits = wide(loaded.module.apply(variables, ids, None, train=train, rngs=rngs))
+        likelihood = -optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
+        scored = batch["scored"].reshape(rows * classes, length)[:, 1:]
+        mean = jnp.where(scored, likelihood, 0).sum(-1) / jnp.maximum(scored.sum(-1), 1)
+        return mean.reshape(rows, classes)
+
+    def infer(variables: Variables, inputs: Batch) -> Float[Array, "batch classes"]:
+        return scores(variables, inputs, False, None)
+
+    def loss(
+        variables: Variables, batch: Batch, key: jax.Array | None = None, *, train: bool = True
+    ) -> tuple[Float[Array, ""], tuple[Variables, dict[str, jax.Array]]]:
+        found = scores(variables, batch, train, key)
+        value = optax.softmax_cross_entropy_with_integer_labels(found, batch["label"]).mean()
+        return value, ({}, {"loss": value, "accuracy": (found.argmax(-1) == batch["label"]).mean()})
+
+    return PromptTask(
+        name=f"{dataset.name}/{Path(model).name}",
+        source=dataset.source,
+        train=train,
+        test=test,
+        tokenizer=tokenizer,
+        model=loaded.module,
+        example_inputs={name: test[name][:1] for name in ("input_ids", "scored")},
+        init=lambda key: {"params": loaded.params},
+        infer=infer,
+        loss=loss,
+        evaluate=_evaluator(infer, test, min(eval_batch, len(test["label"]))),
+    )
+
+
+def _rows(name: str, columns: Mapping[str, Any], tokenizer: Tokenizer, max_length: int) -> dict[str, np.ndarray]:
+    template, words = _PROMPTS[name]
+    labels = np.asarray(columns["label"], np.int32)
+    fields = [field for field in columns if f"{{{field}}}" in template]
+    prompts = [template.format_map({field: columns[field][row] for field in fields}) for row in range(len(labels))]
+    encode = lambda texts: tokenizer.encode(texts, max_length=1 << 20, truncate=False).input_ids
+    heads = encode(prompts)
+    # A space joins a word to a sentence; after a line break there is none.
+    joint = "" if template.endswith("\n") else " "
+    input_ids = np.full((len(labels), len(words), max_length), tokenizer.pad_id, np.int32)
+    scored = np.zeros(input_ids.shape, bool)
+    for choice, word in enumerate(words):
+        whole = encode([prompt + joint + word for prompt in prompts])
+        for row in range(len(labels)):
+            ids, before = whole[row], len(heads[row])
+            if len(ids) > max_length:  # keep the first token, which opens every sequence
+                cut = len(ids) - max_length
+                ids, before = np.concatenate([ids[:1], ids[1 + cut :]]), before - cut
+            input_ids[row, choice, : len(ids)] = ids
+            scored[row, choice, max(1, before) : len(ids)] = True
+    return {"input_ids": input_ids, "scored": scored, "label": labels}
+
+
+def _evaluator(
+    infer: Callable[[Variables, Batch], jax.Array], columns: dict[str, np.ndarray], size: int
+) -> Callable[[Variables], dict[str, float]]:
+    run, rows = jax.jit(infer), len(columns["label"])
+
+    def evaluate(variables: Variables) -> dict[str, float]:
+        parts = []
+        for start in range(0, rows, size):
+            batch = {name: pad_to(columns[name][start : start + size], size) for name in ("input_ids", "scored")}
+            parts.append(run(variables, batch))
+        logits = np.concatenate(jax.device_get(parts))[:rows].astype(np.float64)
+        return class_metrics(logits, columns["label"], f1=logits.shape[1] == 2)
+
+    return evaluate
