@@ -87,8 +87,6 @@ METHODS: dict[str, Method] = {
                 "scale_lora_b",
                 "lora_kernels",
                 "lora_hooks",
-                "save_lora",
-                "load_lora",
             ),
         ),
         Method(

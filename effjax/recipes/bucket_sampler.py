@@ -237,9 +237,7 @@ def text_program(config: TextStudy, task: TextTask, plan: Plan, rate: float) -> 
     )
 
 
-def planned_run(
-    plan: Plan, config: StudyConfig
-) -> tuple[int, Callable[[int], PlannedBatches], list[BatchShape]]:
+def planned_run(plan: Plan, config: StudyConfig) -> tuple[int, Callable[[int], PlannedBatches], list[BatchShape]]:
     """``total_steps``, ``batches`` and ``shapes`` of a Program, the same for all seeds of a study in epochs."""
     epochs = int(config.budget.amount)
     plans = [plan(seed, epochs) for seed in config.seeds]

@@ -24,8 +24,8 @@ PAPER = {
         *("--tasks", "sms_spam/stories260k", "--batch-size", "2", "--budget.amount", "4", "--budget.unit", "steps"),
         *("--train-rows", "16", "--test-rows", "8", "--max-length", "48"),
     ],
-    "bucket_sampler": [*_FEW_TEXTS, "--seeds", "0"],
-    "token_drop": [*_FEW_TEXTS, "--seeds", "0"],
+    "bucket_sampler": [*_FEW_TEXTS, "--seeds", "0", "--dropout", "0"],
+    "token_drop": [*_FEW_TEXTS, "--seeds", "0", "--dropout", "0", "--low-dropout", "0"],
 }
 
 # One arm of each kind in the paper preset.

@@ -41,3 +41,20 @@ def test_a_curve_ends_with_the_run():
     last = {"step": 5, "train_s": 0.5, "accuracy": 0.8}
     assert _curve(result, last) == {"step": [2, 4, 5], "train_s": [0.1, 0.3, 0.5], "accuracy": [0.5, 0.7, 0.8]}
     assert _curve(result, {**last, "step": 4})["step"] == [2, 4]
+
+
+def test_work_between_steps_and_what_is_trained_are_told():
+    calls = []
+
+    def between(state, done):
+        if done != 3:
+            return state
+        calls.append(done)
+        return {**state, "key": state["key"]}
+
+    program = toy(5, between=between, trained=lambda state: state["params"]["w"][:2])
+    costs, _ = measure({"acts": program, "plain": toy(5)}, TrainOptions(), rounds=1)
+    assert len(calls) == 6  # one to find and compile it
+    assert costs["acts"]["between_ms"] > 0
+    assert costs["acts"]["trained_params"] == 2
+    assert not {"between_ms", "trained_params"} & set(costs["plain"])
