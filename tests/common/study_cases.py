@@ -10,8 +10,8 @@ TINY = {
     "cola": [
         *("--budget.amount", "60", "--links", "2", "--summed", "--others", "resets", "--seeds", "0", "1"),
     ],
-    "bucket_sampler": [*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "2", "--seeds", "0", "1"],
-    "token_drop": [*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "2", "--seeds", "0", "1"],
+    "bucket_sampler": [*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "2", "--others", "--seeds", "0", "1"],
+    "token_drop": [*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "2", "--others", "random", "--seeds", "0", "1"],
 }
 
 # Words that let the paper preset take one step here: built-in data, few rows, a small batch.

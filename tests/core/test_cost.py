@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +178,7 @@ def run_python(script, **environment):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow  # timed: it wants the machine for itself
 def test_a_call_costs_little_more_than_jit():
     state = {f"layer{i}": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)} for i in range(10)}
 
@@ -239,25 +240,37 @@ def test_time_interleaved_alternates_and_threads_the_state():
     assert times["thunk"].n == times["step"].n == 4
 
 
-def test_time_interleaved_measures_milliseconds():
-    times = time_interleaved({"fast": lambda: time.sleep(0.002), "slow": lambda: time.sleep(0.01)}, rounds=5, warmup=1)
-    for name, least in (("fast", 2.0), ("slow", 10.0)):
-        assert least <= times[name].q25_ms <= times[name].median_ms <= times[name].q75_ms
-        assert times[name].q25_ms < 10 * least
-    assert paired_ratio(times["slow"], times["fast"]) > 1.5
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still but for ``clock(seconds)``."""
+    now = 0.0
+
+    def advance(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr("effjax.core.timing.time", SimpleNamespace(perf_counter=lambda: now))
+    return advance
 
 
-def test_time_interleaved_repeats_short_calls():
+def test_time_interleaved_measures_milliseconds(clock):
+    times = time_interleaved({"fast": lambda: clock(0.002), "slow": lambda: clock(0.01)}, rounds=5, warmup=1)
+    for name, milliseconds in (("fast", 2.0), ("slow", 10.0)):
+        np.testing.assert_allclose(times[name][:3], milliseconds)
+    np.testing.assert_allclose(paired_ratio(times["slow"], times["fast"]), 5.0)
+
+
+def test_time_interleaved_repeats_short_calls(clock):
     calls = 0
 
     def thunk():
         nonlocal calls
         calls += 1
-        time.sleep(0.001)
+        clock(2**-10)
 
-    times = time_interleaved({"thunk": thunk}, rounds=2, warmup=1, min_time=0.01)
-    assert calls >= 2 + 2 * 5
-    assert times["thunk"].median_ms < 10
+    times = time_interleaved({"thunk": thunk}, rounds=2, warmup=1, min_time=2**-7)
+    assert calls == 1 + 1 + 2 * 8
+    assert times["thunk"].median_ms == 1e3 * 2**-10
 
 
 def test_time_interleaved_threads_donated_states():
