@@ -207,7 +207,8 @@ def test_a_transform_that_changes_the_rows_cannot_be_shared():
 
 
 def test_a_hugging_face_dataset_gives_the_same_batches():
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     arrays = {"x": np.arange(10), "y": np.arange(20.0, dtype=np.float32).reshape(10, 2)}
     table = datasets.Dataset.from_dict({"x": arrays["x"], "y": arrays["y"].tolist()})
     ours, theirs = Batches(arrays, 4, seed=0), Batches(table, 4, seed=0)
@@ -216,7 +217,8 @@ def test_a_hugging_face_dataset_gives_the_same_batches():
 
 
 def test_grain_examples_give_the_same_batches():
-    grain = pytest.importorskip("grain")
+    import grain
+
     examples = grain.MapDataset.range(10).map(lambda i: {"x": np.int32(i)})
     ours, theirs = Batches({"x": np.arange(10, dtype=np.int32)}, 4, seed=0), Batches(examples, 4, seed=0)
     for _ in range(5):
@@ -230,7 +232,8 @@ def test_lazy_sources_are_checked_when_read():
 
 
 def test_batches_are_a_grain_source():
-    grain = pytest.importorskip("grain")
+    import grain
+
     ours = Batches(rows(20), 4, seed=5)
     piped = iter(grain.MapDataset.source(ours).map(lambda batch: batch).to_iter_dataset())
     visited = [next(piped) for _ in range(12)]
@@ -243,7 +246,8 @@ def test_batches_are_a_grain_source():
 
 
 def test_a_grain_pipeline_is_shared_and_resumed():
-    grain = pytest.importorskip("grain")
+    import grain
+
     pipeline = grain.MapDataset.range(40).shuffle(seed=1).map(lambda i: {"x": np.int32(i)}).repeat().batch(4)
     whole = wrap_grain(pipeline)
     shares = [wrap_grain(pipeline, process_index=p, process_count=2) for p in range(2)]
@@ -260,7 +264,8 @@ def test_a_grain_pipeline_is_shared_and_resumed():
 
 
 def test_grain_refusals():
-    grain = pytest.importorskip("grain")
+    import grain
+
     with pytest.raises(TypeError, match="dataset is a dict; expected a grain MapDataset"):
         wrap_grain({"x": np.zeros(3)})
     with pytest.raises(ValueError, match="batch of 3 rows does not divide among 2"):
