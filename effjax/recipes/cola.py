@@ -16,7 +16,7 @@ from effjax.recipes import cola_arms as ways
 from effjax.recipes.bucket_sampler import bucketed, planned_run
 from effjax.recipes.cola_arms import Ground, Run, Settings, Way
 from effjax.recipes.cola_tasks import LANGUAGE, Options, adaptation, axis
-from effjax.recipes.spec import Arm, Axis, Claim, StudyConfig, Sweep, time_to
+from effjax.recipes.spec import Arm, Axis, Budget, Claim, StudyConfig, Sweep, time_to
 from effjax.recipes.token_drop import task_stop_ids
 from effjax.tasks.text import TextTask
 from effjax.train.program import Program
@@ -77,6 +77,8 @@ class ColaStudy(StudyConfig):
     """compile one layer instead of all of them"""
     max_shapes: int = 6
     """compile budget of BucketSampler, in the stack"""
+    bucket_passes: int = 2
+    """passes of the arms with BucketSampler for one of the others, in the stack: theirs are several times shorter"""
     tokens: int = 8192
     """padded tokens of one of BucketSampler's batches, at most"""
     others: tuple[str, ...] = OTHERS
@@ -84,7 +86,7 @@ class ColaStudy(StudyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("rank", "batch_size"):
+        for name in ("rank", "batch_size", "bucket_passes"):
             check_number(name, getattr(self, name), low=1, integer=True)
         for name in ("links", "summed"):
             for value in getattr(self, name):
@@ -110,6 +112,7 @@ class _Form(NamedTuple):
     role: Literal["baseline", "method", "control", "alternative"]
     way: Callable[[Ground], Way]
     plan: Callable[[TextTask, int, int], PlannedBatches] | None = None
+    passes: int = 1
 
 
 def arms(config: ColaStudy) -> dict[str, Arm]:
@@ -201,12 +204,14 @@ def _stack(config: ColaStudy, plain: _Form, chain: _Form) -> dict[str, _Form]:
         return bucketed(config, token_drop_columns(task.train, task_stop_ids(task), seed=seed), task, seed, epochs)
 
     static = functools.partial(padded, length=config.max_length)
-    added = lambda form, label, role, plan: _Form(f"{form.label}, {label}", role, form.way, plan)
+    passes = config.bucket_passes
+    quick = f"BucketSampler, {passes} x the epochs"
+    added = lambda form, label, role, plan, passes=1: _Form(f"{form.label}, {label}", role, form.way, plan, passes)
     return {
         "lora": added(plain, f"padded to {config.max_length}", "baseline", static),
         "lora-dynamic": added(plain, "dynamic padding", "baseline", padded),
-        "lora-buckets": added(plain, "BucketSampler", "alternative", buckets),
-        "stacked": added(chain, "BucketSampler, TokenDrop", "method", dropped),
+        "lora-buckets": added(plain, quick, "alternative", buckets, passes),
+        "stacked": added(chain, f"TokenDrop, {quick}", "method", dropped, passes),
     }
 
 
@@ -235,7 +240,9 @@ def _build(config: ColaStudy, task_name: str, form: _Form, size: int) -> Program
         config.train.accumulate,
     )
     if form.plan is not None:
-        run = Run(*planned_run(functools.partial(form.plan, task.text), config))
+        budget = Budget(config.budget.amount * form.passes, config.budget.unit)
+        plan = functools.partial(form.plan, task.text)
+        run = Run(*planned_run(plan, dataclasses.replace(config, budget=budget)))
     else:
         rows = len(next(iter(task.columns.values())))
         steps = config.budget.steps(size, lambda epoch: rows // size)
