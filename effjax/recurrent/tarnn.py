@@ -1,6 +1,6 @@
 """TARNN: a recurrent ODE whose time constant depends on input and state (Kag, Saligrama, CVPR 2021).
 
-Layout and dtypes are those of ``effjax.recurrent.irnn``.
+Layout and dtypes are those of ``effjax.recurrent.cells``.
 """
 
 import functools
@@ -15,20 +15,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice, check_number
+from effjax.core.products import dot
+from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
-from effjax.recurrent.irnn import (
+from effjax.recurrent.cells import (
     Activation,
     Hidden,
     Params,
     Sequence,
     check_finite,
     check_hidden,
-    dot,
     eta_shape,
     first_hidden,
     fused_dot,
     kernel_params,
-    scan_time,
     steps_at,
     steps_over_time,
 )

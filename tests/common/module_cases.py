@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from effjax.models.bert import Bert, BertClassifier
 from effjax.models.cnn import CNN
 from effjax.models.decoder import Decoder
+from effjax.models.linear_recurrence import LRU
 from effjax.models.mlp import MLP
 from effjax.models.resnet import BasicBlock, ResNet
-from effjax.models.sequence import LRU
-from effjax.recurrent.irnn import EquilibriumRNN, IncrementalRNN
+from effjax.recurrent.equilibrium import EquilibriumRNN
+from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNNCell
 
 

@@ -9,24 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effjax.models.linear_recurrence import LRU, LRUCell, MinGRU, MinGRUCell, linear_scan, lru, min_gru
 from effjax.models.sequence import (
-    LRU,
     AntisymmetricRNNCell,
     CoRNNCell,
     FastGRNNCell,
-    LRUCell,
+    GRUCell,
     LSTMCell,
-    MinGRU,
-    MinGRUCell,
+    Recurrent,
+    RNNCell,
     antisymmetric_step,
     chrono_bias,
     cornn_step,
     fastgrnn_step,
-    linear_scan,
-    lru,
     lstm_step,
-    min_gru,
     project_inputs,
+    rnn_step,
 )
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "irnn" / "baseline_cells.npz"
@@ -136,6 +134,27 @@ def test_lstm_equals_flax():
         assert_close(block @ block.T, np.eye(5), 1e-5)
 
 
+def test_gru_and_plain_rnn_equal_flax():
+    h = jnp.asarray(np.random.default_rng(1).normal(size=(4, 5)), jnp.float32)
+    params = filled(nn.RNN(GRUCell(5)))["params"]["cell"]
+    parts = {name: np.split(np.asarray(leaf), 3, -1) for name, leaf in params.items() if name != "c"}
+    flax = {f"i{gate}": {"kernel": w, "bias": b} for gate, w, b in zip("rzn", parts["W"], parts["b"], strict=True)}
+    flax |= {f"h{gate}": {"kernel": kernel} for gate, kernel in zip("rzn", parts["U"], strict=True)}
+    flax["hn"]["bias"] = params["c"]
+    ours, expected = (c.apply({"params": p}, h, X[:, 0])[1] for c, p in ((GRUCell(5), params), (nn.GRUCell(5), flax)))
+    assert_close(ours, expected, 1e-6)
+    params = filled(nn.RNN(RNNCell(5)))["params"]["cell"]
+    flax = {"i": {"kernel": params["W"], "bias": params["b"]}, "h": {"kernel": params["U"]}}
+    assert_close(
+        RNNCell(5).apply({"params": params}, h, X[:, 0])[1],
+        nn.SimpleCell(5).apply({"params": flax}, h, X[:, 0])[1],
+        1e-6,
+    )
+    assert_close(
+        rnn_step(params, h, project_inputs(params, X[:, 0]))[1], RNNCell(5).apply({"params": params}, h, X[:, 0])[1]
+    )
+
+
 def test_chrono_biases_cover_the_times():
     bias = np.asarray(chrono_bias(KEY, 20000, 100))
     times = np.exp(bias)
@@ -187,7 +206,9 @@ def test_parallel_layers_have_no_loop():
 
 
 CELLS = {
+    "rnn": RNNCell(5),
     "lstm": LSTMCell(5),
+    "gru": GRUCell(5),
     "fastgrnn": FastGRNNCell(5),
     "antisymmetric": AntisymmetricRNNCell(5),
     "cornn": CoRNNCell(5),
@@ -209,6 +230,32 @@ def test_carry_of_another_size_is_refused(name):
             step(cell.initialize_carry(KEY, other))
     with pytest.raises(ValueError, match=r"carry.*has shape.*another width"):
         step(jax.tree.map(lambda leaf: leaf[..., :4], carry))
+
+
+def products_in_loop(layer, variables):
+    equations = jax.make_jaxpr(layer.apply)(variables, X).eqns
+    (loop,) = [equation for equation in equations if equation.primitive.name == "scan"]
+    return str(loop.params["jaxpr"]).count("dot_general")
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_recurrent_equals_nn_rnn_and_hoists_the_inputs(name):
+    cell = CELLS[name]
+    variables = filled(nn.RNN(cell))
+    layer = Recurrent(cell, chunk=4, unroll=2)
+    states = jax.jit(layer.apply)(variables, X)
+    assert_close(states, jax.jit(nn.RNN(cell).apply)(variables, X), 1e-5)
+    assert jax.tree.structure(jax.eval_shape(layer.init, KEY, X)) == jax.tree.structure(variables)
+    assert products_in_loop(Recurrent(cell), variables) < products_in_loop(nn.RNN(cell), variables)
+
+
+def test_recurrent_carries_on_and_refuses_other_cells():
+    layer = Recurrent(GRUCell(5))
+    variables = filled(layer)
+    states = layer.apply(variables, X)
+    assert_close(layer.apply(variables, X[:, 4:], states[:, 3]), states[:, 4:], 1e-6)
+    with pytest.raises(TypeError, match=r"cell=GRUCell cannot be taken apart. Use nn.RNN"):
+        Recurrent(nn.GRUCell(5)).init(KEY, X)
 
 
 BAD = {

@@ -13,19 +13,10 @@ import numpy as np
 import pytest
 
 from effjax.core.errors import NoEffectWarning
-from effjax.recurrent.irnn import (
-    DualODE,
-    EquilibriumRNN,
-    IncrementalRNN,
-    IncrementalRNNCell,
-    dual_ode,
-    equilibrium,
-    irnn,
-    irnn_equilibrium,
-    irnn_step,
-    limit_norm,
-    scan_time,
-)
+from effjax.core.time_scan import scan_time
+from effjax.recurrent.dual_ode import DualODE, dual_ode
+from effjax.recurrent.equilibrium import EquilibriumRNN, equilibrium, irnn_equilibrium, limit_norm
+from effjax.recurrent.irnn import IncrementalRNN, IncrementalRNNCell, irnn, irnn_step
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "irnn"
 ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh}
@@ -317,7 +308,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from effjax.recurrent.irnn import EquilibriumRNN, IncrementalRNN
+from effjax.recurrent.equilibrium import EquilibriumRNN
+from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNN
 
 x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6, 3)), jnp.float32)
