@@ -10,13 +10,13 @@ from effjax.core.tree import wide
 
 
 class SequenceNetwork(nn.Module):
-    """Embedding (of ids), a layer of states over time, and a linear head on the last state or on all.
+    """Embedding (of ids), a layer of states over time, and a linear head on the last state, their mean, or all.
 
     Args:
-      layer: from ``[batch, time, features]`` to states ``[batch, time, hidden]``: ``IncrementalRNN``, ``TARNN``, ``LRU``,
-        ``Recurrent(LSTMCell(64))``, ``nn.RNN(nn.GRUCell(64))``, an ``nn.Sequential`` of several, ...
+      layer: from ``[batch, time, features]`` to states ``[batch, time, hidden]``: ``IncrementalRNN``, ``TARNN``,
+        ``LRU``, ``Recurrent(LSTMCell(64))``, ``nn.RNN(nn.GRUCell(64))``, an ``nn.Sequential`` of several, ...
       outputs: classes, numbers to predict, or words of the output vocabulary.
-      read: ``"last"`` for one answer a sequence, ``"all"`` for one a time step.
+      read: ``"last"`` or ``"mean"``, of the states over time, for one answer a sequence; ``"all"`` for one a time step.
       vocabulary: of ids to embed; None where inputs are vectors.
       embedding: width of the embedding.
       dropout: rate on the states that the head reads, and on embeddings.
@@ -47,7 +47,7 @@ class SequenceNetwork(nn.Module):
     def __call__(
         self, x: Float[Array, "batch time features"] | Int[Array, "batch time"], train: bool = False
     ) -> jax.Array:
-        check_choice("read", self.read, ("last", "all"))
+        check_choice("read", self.read, ("last", "mean", "all"))
         if (self.vocabulary is None) != (self.embedding is None):
             raise ValueError(
                 f"vocabulary={self.vocabulary} and embedding={self.embedding}: ids need both, vectors neither."
@@ -61,4 +61,6 @@ class SequenceNetwork(nn.Module):
             check_number("embedding", self.embedding, low=1, integer=True)
             x = drop(nn.Embed(self.vocabulary, self.embedding, name="embed")(x))
         states = self.layer(x)
-        return wide(nn.Dense(self.outputs, name="head")(drop(states[:, -1] if self.read == "last" else states)))
+        if self.read != "all":
+            states = states[:, -1] if self.read == "last" else states.mean(1)
+        return wide(nn.Dense(self.outputs, name="head")(drop(states)))

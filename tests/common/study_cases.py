@@ -3,6 +3,9 @@
 _FEW_TEXTS = [
     *("--tasks", "sms_spam/encoder-1x8", "--train-rows", "200", "--test-rows", "50", "--budget.amount", "2"),
 ]
+_FEW_SEQUENCES = [
+    *("--tasks", "noisy-digits-12", "--hidden", "8", "--batch-size", "8", "--train-rows", "64", "--test-rows", "40"),
+]
 
 # Words that make the smoke preset a few seconds' work without losing an arm kind.
 TINY = {
@@ -12,6 +15,8 @@ TINY = {
     ],
     "bucket_sampler": [*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "2", "--others", "--seeds", "0", "1"],
     "token_drop": [*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "2", "--others", "random", "--seeds", "0", "1"],
+    "irnn": [*_FEW_SEQUENCES, "--cells", "lstm", "irnn", "irnn-shared", "--budget.amount", "40", "--seeds", "0", "1"],
+    "tarnn": [*_FEW_SEQUENCES, "--cells", "lstm", "tarnn-euler", "--budget.amount", "40", "--seeds", "0", "1"],
 }
 
 # Words that let the paper preset take one step here: built-in data, few rows, a small batch.
@@ -26,6 +31,8 @@ PAPER = {
     ],
     "bucket_sampler": [*_FEW_TEXTS, "--seeds", "0", "--dropout", "0"],
     "token_drop": [*_FEW_TEXTS, "--seeds", "0", "--dropout", "0", "--low-dropout", "0"],
+    "irnn": [*_FEW_SEQUENCES, "--budget.amount", "1"],
+    "tarnn": [*_FEW_SEQUENCES, "--budget.amount", "1"],
 }
 
 # One arm of each kind in the paper preset.
@@ -34,4 +41,6 @@ PAPER_ARMS = {
     "cola": ["sms_spam-stories260k/cola-3", "sms_spam-stories260k/full"],
     "bucket_sampler": ["sms_spam-encoder-1x8/static-3e-05", "sms_spam-encoder-1x8/growing-4e-05"],
     "token_drop": ["sms_spam-encoder-1x8/buckets-3e-05", "sms_spam-encoder-1x8/token-drop-3e-05"],
+    "irnn": ["noisy-digits-12/irnn-3", "noisy-digits-12/chrono-lstm"],
+    "tarnn": ["noisy-digits-12/tarnn-convex", "noisy-digits-12/lru-4"],
 }

@@ -13,13 +13,14 @@ X = np.random.default_rng(0).normal(size=(4, 6, 3)).astype(np.float32)
 LAYER = Recurrent(LSTMCell(5))
 
 
-def test_the_head_reads_the_last_state_or_all():
-    last, every = SequenceNetwork(LAYER, 2), SequenceNetwork(LAYER, 2, read="all")
+def test_what_the_head_reads():
+    last, every, mean = (SequenceNetwork(LAYER, 2, read=read) for read in ("last", "all", "mean"))
     variables = jax.jit(last.init)(KEY, X)
     outputs = every.apply(variables, X)
     assert outputs.shape == (4, 6, 2)
     np.testing.assert_allclose(last.apply(variables, X), outputs[:, -1], rtol=0, atol=1e-6)
     np.testing.assert_allclose(last.apply(variables, X[:, :3]), outputs[:, 2], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(mean.apply(variables, X), outputs.mean(1), rtol=0, atol=1e-6)
 
 
 def test_ids_are_embedded():

@@ -1,0 +1,281 @@
+"""Sequence problems: data, model, loss and evaluation as pure functions."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Shaped
+
+from effjax.core.errors import check_choice, check_number
+from effjax.core.shapes import pad_to
+from effjax.core.tree import wide
+from effjax.data.sequences import Kind, SequenceData, sequence_data
+
+PyTree = Any
+Variables = Mapping[str, PyTree]
+Batch = Mapping[str, Shaped[Array | np.ndarray, "batch ..."]]
+Infer = Callable[[Variables, jax.Array], jax.Array]
+
+KINDS = get_args(Kind)
+
+
+class SequenceTask(NamedTuple):
+    """A sequence problem with a model.
+
+    Attributes:
+      name: ``data/model``.
+      source: where the data came from.
+      data: the problem; train on ``effjax.data.pipeline.batches(data.train, ..., transform=data.draw)``.
+      model: the Flax module.
+      example_inputs: one sequence, with the batch axis leading.
+      init: ``key -> variables``; traceable.
+      infer: ``(variables, inputs) -> outputs`` float32 [batch, outputs] (class, value) or
+        [batch, time, outputs] (tokens) in evaluation mode; traceable.
+      loss: ``(variables, batch, key=None, *, train=True) -> (loss, (state, metrics))``; traceable. ``loss`` is
+        ``sequence_loss``, ``state`` holds the collections other than ``params``, ``metrics`` the scalar
+        ``loss`` and, but for values, ``accuracy``; ``key`` feeds dropout in models that have it.
+      evaluate: ``sequence_evaluator(data, infer)``.
+    """
+
+    name: str
+    source: str
+    data: SequenceData
+    model: nn.Module
+    example_inputs: np.ndarray
+    init: Callable[[jax.Array], Variables]
+    infer: Infer
+    loss: Callable[..., tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]]
+    evaluate: Callable[[Variables], dict[str, float]]
+
+
+def sequence_task(data: str | SequenceData, model: nn.Module, *, eval_batch: int = 256) -> SequenceTask:
+    """Bundle a sequence problem with a model.
+
+    Args:
+      data: a name of ``effjax.data.sequences``, or a ``SequenceData``.
+      model: a Linen module called as ``module(inputs)``, or ``module(inputs, train=...)`` if it takes ``train``,
+        that returns [batch, outputs] (class, value) or [batch, time, outputs] (tokens).
+      eval_batch: sequences of one evaluation batch; the last one is padded.
+
+    Returns:
+      A ``SequenceTask``.
+
+    Raises:
+      ValueError: an unknown name, columns of another shape, dtype or range, NaN in the test data, or a
+        module whose outputs have another shape.
+
+    Example:
+      >>> class Mean(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         return nn.Dense(10)(x.mean(1))
+      >>> task = sequence_task("digits-pixels", Mean())
+      >>> batch = {name: column[:4] for name, column in task.data.train.items()}
+      >>> loss, (state, metrics) = task.loss(task.init(jax.random.key(0)), batch)
+      >>> loss.shape, state, sorted(metrics)
+      ((), {}, ['accuracy', 'loss'])
+    """
+    problem = sequence_data(data) if isinstance(data, str) else data
+    takes_train = "train" in inspect.signature(model.__call__).parameters
+    example = problem.test["inputs"][:1]
+
+    def mode(train: bool) -> dict[str, Any]:
+        return {"train": train} if takes_train else {}
+
+    def init(key: jax.Array) -> Variables:
+        return model.init(key, example, **mode(False))
+
+    def infer(variables: Variables, inputs: jax.Array) -> Float[Array, "batch ..."]:
+        return wide(model.apply(variables, inputs, **mode(False)))
+
+    evaluate = sequence_evaluator(problem, infer, eval_batch)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    state_names = [name for name in shapes if name != "params"]
+    _check_outputs(problem, model, jax.eval_shape(infer, shapes, example).shape)
+
+    def loss(
+        variables: Variables, batch: Batch, key: jax.Array | None = None, *, train: bool = True
+    ) -> tuple[Float[Array, ""], tuple[Variables, dict[str, jax.Array]]]:
+        rngs = None if key is None else {"dropout": key}
+        outputs, state = model.apply(variables, batch["inputs"], rngs=rngs, mutable=state_names, **mode(train))
+        scores = _scores(problem.kind, outputs, batch["targets"])
+        value = _mean(scores.loss, scores.asked)
+        metrics = {"loss": value}
+        if problem.kind != "value":
+            metrics["accuracy"] = _mean(scores.correct, scores.asked)
+        return value, (state, metrics)
+
+    return SequenceTask(
+        name=f"{problem.name}/{type(model).__name__}",
+        source=problem.source,
+        data=problem,
+        model=model,
+        example_inputs=example,
+        init=init,
+        infer=infer,
+        loss=loss,
+        evaluate=evaluate,
+    )
+
+
+def sequence_loss(
+    kind: Kind,
+    outputs: Float[Array, "*batch outputs"],
+    targets: Float[Array, "*batch"] | Int[Array, "*batch"],
+) -> Float[Array, ""]:
+    r"""The mean loss over what is asked, in float32.
+
+    .. math:: \frac{1}{|A|} \sum_{i \in A} -\log \mathrm{softmax}(o_i)_{y_i}
+              \quad\text{or}\quad \frac{1}{|A|} \sum_{i \in A} (o_i - y_i)^2
+
+    Args:
+      kind: ``"class"`` or ``"tokens"`` for the cross-entropy in nats, ``"value"`` for the squared error.
+      outputs: [batch, classes] (class), [batch, 1] (value) or [batch, time, vocabulary] (tokens).
+      targets: int [batch] (class), float [batch] (value) or int [batch, time] (tokens), where a negative
+        number asks for nothing.
+
+    Returns:
+      A scalar; 0 where nothing is asked.
+
+    Raises:
+      ValueError: an unknown kind, or shapes that do not belong together.
+
+    Example:
+      >>> float(sequence_loss("value", jnp.array([[1.0], [3.0]]), jnp.array([1.0, 1.0])))
+      2.0
+    """
+    scores = _scores(kind, outputs, targets)
+    return _mean(scores.loss, scores.asked)
+
+
+def sequence_evaluator(
+    data: SequenceData, infer: Infer, eval_batch: int = 256
+) -> Callable[[Variables], dict[str, float]]:
+    """A function that scores a model on ``data.test``, in batches of one size.
+
+    Args:
+      data: the problem.
+      infer: ``(variables, inputs) -> outputs``, shaped as in ``sequence_loss``; traceable.
+      eval_batch: sequences of one batch; the last one is padded, and the padding not scored.
+
+    Returns:
+      ``variables -> {"accuracy", "nll"}`` with ``nll`` in nats a sequence (class) or a token asked for (tokens);
+      ``variables -> {"mse"}`` (value).
+
+    Raises:
+      ValueError: columns of another shape, dtype or range, or NaN in the test data.
+
+    Example:
+      >>> data = sequence_data("add-20")
+      >>> evaluate = sequence_evaluator(data, lambda variables, inputs: jnp.ones((len(inputs), 1)))
+      >>> round(evaluate({})["mse"], 2)  # 1/6, but for the choice of 1,000 examples
+      0.17
+    """
+    check_number("eval_batch", eval_batch, low=1, integer=True)
+    for split in ("train", "test"):
+        _check_columns(data, split)
+    inputs, targets = data.test["inputs"], data.test["targets"]
+    rows = len(targets)
+    size = min(eval_batch, rows)
+
+    @jax.jit
+    def scores(variables: Variables, inputs: jax.Array, targets: jax.Array) -> _Scores:
+        return _scores(data.kind, infer(variables, inputs), targets)
+
+    def evaluate(variables: Variables) -> dict[str, float]:
+        parts = []
+        for start in range(0, rows, size):
+            batch = (column[start : start + size] for column in (inputs, targets))
+            parts.append(scores(variables, *(pad_to(column, size) for column in batch)))
+        # Sums of each sequence, so that the padding is cut off before anything is averaged.
+        sums = _Scores(
+            *(np.concatenate(part)[:rows].sum(dtype=np.float64) for part in zip(*jax.device_get(parts), strict=True))
+        )
+        if data.kind == "value":
+            return {"mse": float(sums.loss / sums.asked)}
+        return {"accuracy": float(sums.correct / sums.asked), "nll": float(sums.loss / sums.asked)}
+
+    return evaluate
+
+
+class _Scores(NamedTuple):
+    """Sums over the answers of each sequence, float32 [batch]."""
+
+    loss: jax.Array
+    correct: jax.Array
+    asked: jax.Array
+
+
+def _scores(kind: Kind, outputs: jax.Array, targets: jax.Array | np.ndarray) -> _Scores:
+    check_choice("kind", kind, KINDS)
+    axes = 2 if kind == "tokens" else 1
+    wrong_size = kind == "value" and outputs.shape[-1:] != (1,)
+    if targets.ndim != axes or outputs.shape[:-1] != targets.shape or wrong_size:
+        form = {"class": "[batch, classes] and [batch]", "value": "[batch, 1] and [batch]"}
+        raise ValueError(
+            f"outputs {outputs.shape} and targets {targets.shape} of kind {kind!r} must be "
+            f"{form.get(kind, '[batch, time, vocabulary] and [batch, time]')}."
+        )
+    outputs = wide(outputs)
+    if kind == "value":
+        loss = (outputs[:, 0] - wide(targets)) ** 2
+        return _Scores(loss, jnp.zeros_like(loss), jnp.ones_like(loss))
+    asked = targets >= 0
+    labels = jnp.maximum(targets, 0)
+    nll = jnp.where(asked, optax.softmax_cross_entropy_with_integer_labels(outputs, labels), 0)
+    correct = asked & (outputs.argmax(-1) == labels)
+    return _Scores(*(wide(part).reshape(len(targets), -1).sum(1) for part in (nll, correct, asked)))
+
+
+def _mean(sums: jax.Array, asked: jax.Array) -> jax.Array:
+    return sums.sum() / jnp.maximum(asked.sum(), 1)
+
+
+def _check_columns(data: SequenceData, split: str) -> None:
+    """Refuse columns that are not as ``SequenceData`` says."""
+    check_choice("data.kind", data.kind, KINDS)
+    inputs, targets = (getattr(data, split)[name] for name in ("inputs", "targets"))
+    where = f"data={data.name!r}, split {split!r}"
+    if not len(targets) or len(inputs) != len(targets):
+        raise ValueError(f"{where}: {len(inputs)} inputs and {len(targets)} targets must be as many, and not none.")
+    shape, tail = inputs.shape[1:], (data.features,) if data.features else ()
+    if shape[1:] != tail or (shape[0] != data.length and (split == "test" or data.draw is None)):
+        raise ValueError(f"{where}: inputs have shape {inputs.shape}; expected {('rows', data.length, *tail)}.")
+    if not data.features:
+        _check_range(f"{where}: inputs", inputs, 0, data.vocabulary)
+    elif split == "test":  # ``Batches`` checks what is trained on
+        _check_finite(f"{where}: inputs", inputs)
+    if data.kind != "value":
+        _check_range(f"{where}: targets", targets, -1 if data.kind == "tokens" else 0, data.outputs)
+    elif split == "test":
+        _check_finite(f"{where}: targets", targets)
+
+
+def _check_finite(what: str, array: np.ndarray) -> None:
+    if array.dtype.kind != "f":
+        raise ValueError(f"{what} have dtype {array.dtype}; expected float32.")
+    bad = sum(not np.isfinite(row).all() for row in array)  # row by row: a mask of all would be large
+    if bad:
+        raise ValueError(f"{what} hold NaN or infinity in {bad} of {len(array)} rows. Drop or repair those rows.")
+
+
+def _check_range(what: str, array: np.ndarray, low: int, size: int) -> None:
+    if array.dtype.kind not in "iu" or array.min() < low or array.max() >= size:
+        raise ValueError(
+            f"{what} ({array.dtype}, {array.min()} to {array.max()}) must be integers in [{low}, {size - 1}]."
+        )
+
+
+def _check_outputs(data: SequenceData, model: nn.Module, shape: tuple[int, ...]) -> None:
+    expected = (1, data.length, data.outputs) if data.kind == "tokens" else (1, data.outputs)
+    if shape != expected:
+        read = "one answer a step" if data.kind == "tokens" else "one answer a sequence"
+        raise ValueError(
+            f"model={type(model).__name__} maps a sequence of {data.name!r} to shape {shape}; expected {expected}. "
+            f"Build it for {read} and {data.outputs} outputs."
+        )
