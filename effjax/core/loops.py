@@ -3,8 +3,8 @@
 import math
 import time
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from effjax.core.errors import check_choice, check_number
 
 PyTree = Any
+Name = TypeVar("Name")
 
 LOOPS = ("auto", "vmap", "map", "unroll")
 
@@ -96,19 +97,46 @@ def fastest_loop(fn: Callable[..., PyTree], stacked: PyTree, *shared: PyTree, si
 
 
 def _measure(fn: Callable[..., PyTree], avals: tuple[PyTree, tuple[PyTree, ...]], size: int) -> str:
+    forms = {name: lambda xs, shared, form=form: form(fn, xs, shared, size) for name, form in _FORMS.items()}
+    return fastest_form(forms, *avals, way_out="name the loop: 'vmap', 'map' or 'unroll'")
+
+
+def fastest_form(forms: Mapping[Name, Callable[..., PyTree]], *args: PyTree, way_out: str) -> Name:
+    """The name of the function that is fastest on the default device, of several that compute the same.
+
+    Each is compiled and run on zeros of the arguments' shapes, in turns; one that falls far behind is dropped after
+    one run.
+
+    Args:
+      forms: functions of ``args`` by name; those that may be hopeless last.
+      *args: pytrees of arrays or ``jax.ShapeDtypeStruct``, of which only shapes and dtypes are read.
+      way_out: for the error message, how to do without a measurement.
+
+    Returns:
+      A key of ``forms``.
+
+    Raises:
+      ValueError: a form closes over values of an enclosing ``jit``, ``grad`` or ``vmap``.
+
+    Example:
+      >>> x = jax.ShapeDtypeStruct((8,), jnp.float32)
+      >>> fastest_form({"a": lambda x: 2 * x, "b": lambda x: x + x}, x, way_out="choose a") in ("a", "b")
+      True
+    """
+    avals = jax.tree.map(_aval, args)
     # Evaluated at once even inside a trace, where it would otherwise become part of the program.
     with jax.ensure_compile_time_eval():
         zeros = jax.tree.map(lambda aval: jnp.zeros(aval.shape, aval.dtype), avals)
-    best: dict[str, float] = {}
+    best: dict[Name, float] = {}
     programs = {}
-    for name, form in _FORMS.items():
-        program = jax.jit(lambda xs, shared, form=form: form(fn, xs, shared, size)).lower(*avals).compile()
+    for name, form in forms.items():
+        program = jax.jit(form).lower(*avals).compile()
         try:
             first = _seconds(program, zeros)
         except TypeError as error:  # enclosing tracers were hoisted into extra inputs
             raise ValueError(
-                "loop='auto' cannot measure a function that closes over values of an enclosing jit, grad or vmap. "
-                "Pass them as arguments, or name the loop: 'vmap', 'map' or 'unroll'."
+                "A function that closes over values of an enclosing jit, grad or vmap cannot be measured. "
+                f"Pass them as arguments, or {way_out}."
             ) from error
         if first <= _HOPELESS * min(best.values(), default=math.inf):
             best[name], programs[name] = first, program
