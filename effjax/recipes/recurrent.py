@@ -181,8 +181,13 @@ LAYERS: dict[str, Layer] = {
     "tarnn-convex-shared": Layer(
         "TARNN, convex, one eta for all times", _stepped(TARNN, variant="convex", eta_mode="shared")
     ),
-    "tarnn-euler-input": Layer("TARNN, Euler, eta of the input", _stepped(TARNN, variant="euler", eta_mode="input")),
-    "tarnn-convex-input": Layer("TARNN, convex, eta of the input", _stepped(TARNN, variant="convex", eta_mode="input")),
+    "tarnn-euler-input": Layer(
+        "TARNN, Euler, tanh, eta of the input", _stepped(TARNN, variant="euler", eta_mode="input", activation=jnp.tanh)
+    ),
+    "tarnn-convex-input": Layer(
+        "TARNN, convex, tanh, eta of the input",
+        _stepped(TARNN, variant="convex", eta_mode="input", activation=jnp.tanh),
+    ),
 }
 
 

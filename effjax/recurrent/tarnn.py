@@ -35,6 +35,8 @@ from effjax.recurrent.cells import (
 
 _VARIANTS = ("euler", "convex")
 _FIRST = ("repeat", "zero")
+# Step sizes of the input stay below these, where a held state would start to oscillate and grow.
+_LARGEST = {"euler": 1.0, "convex": 2 / 3}
 
 
 def tarnn(
@@ -72,8 +74,10 @@ def tarnn(
       params: ``W1``, ``W2``, ``B1``, ``Wg`` ``[features, hidden]``; ``U1``, ``U2``, ``B2``, ``Ug``
         ``[hidden, hidden]``; ``b1``, ``bg`` ``[hidden]``; and the step sizes: ``eta`` ``[time, K]``, of which the first
         T rows count, or ``[K]``, shared by all time steps, or in place of ``eta`` the ``Ue`` ``[hidden, hidden]``,
-        ``We`` ``[features, hidden]``, ``be`` ``[hidden]`` of :math:`\eta_t = \sigma(s U_e + x_{t-1} W_e + b_e)`, one
-        for every unit.
+        ``We`` ``[features, hidden]``, ``be`` ``[hidden]`` of
+        :math:`\eta_t = \eta_{max}\, \sigma(s U_e + x_{t-1} W_e + b_e)`, one for every unit, with :math:`\eta_{max}` 1
+        ("euler") or 2/3 ("convex"): beyond, the linear part of a step, :math:`1 - 2 \eta g` or
+        :math:`1 - 3 \eta g`, grows without bound. A bounded activation is safer with these.
       xs: inputs.
       h0: first state, zeros by default.
       variant: ``"convex"`` (the default of the authors' PyTorch code, B-TARNN in their TensorFlow code) or ``"euler"``.
@@ -197,7 +201,7 @@ def _step(
     fixed, rest = state + projected["pre"], drive + projected["drive"] - h
     if step:
         check_number("K", K, low=1, integer=True, hint="Each input needs at least one inner step.")
-        eta = [nn.sigmoid(step[0] + projected["step"])] * K
+        eta = [_LARGEST[variant] * nn.sigmoid(step[0] + projected["step"])] * K
     else:
         eta = list(projected["eta"])
     z = h
@@ -400,9 +404,10 @@ class _TimeAdaptive(nn.Module):
             "bg": self.param("bg", constant(hold), (self.features,)),
         }
         if self.eta_mode == "input":
-            check_number("eta", self.eta, low=0.0, high=1.0, open_low=True, open_high=True)
+            largest = _LARGEST[self.variant]
+            check_number("eta", self.eta, low=0.0, high=largest, open_low=True, open_high=True)
             shapes |= {"We": (inputs, self.features), "Ue": (self.features, self.features)}
-            params["be"] = self.param("be", constant(math.log(self.eta / (1 - self.eta))), (self.features,))
+            params["be"] = self.param("be", constant(math.log(self.eta / (largest - self.eta))), (self.features,))
         else:
             params["eta"] = self.param("eta", constant(self.eta), steps)
         return params | kernel_params(self, shapes)

@@ -178,7 +178,8 @@ def naive(params, xs, h, variant, K):
         if "eta" in params:
             eta = params["eta"][t] if params["eta"].ndim == 2 else params["eta"]
         else:
-            eta = [jax.nn.sigmoid(s @ params["Ue"] + before @ params["We"] + params["be"])] * K
+            largest = 1 if variant == "euler" else 2 / 3
+            eta = [largest * jax.nn.sigmoid(s @ params["Ue"] + before @ params["We"] + params["be"])] * K
         for a in eta:
             inner = z @ params["U1"] + s @ params["U2"] + x @ params["W1"] + before @ params["W2"] + params["b1"]
             F = jax.nn.relu(inner) - z - s + x @ params["B1"] + s @ params["B2"]
@@ -294,10 +295,15 @@ def test_layer_equals_cell_in_nn_rnn(options):
     assert np.isnan(beyond).all() == ("length" in options)
 
 
-def test_steps_from_the_input_start_at_eta():
-    params = jax.jit(TARNN(5, eta_mode="input", eta=0.2).init)(KEY, X)["params"]
-    np.testing.assert_allclose(jax.nn.sigmoid(params["be"]), 0.2, rtol=1e-6)
+@pytest.mark.parametrize(("variant", "largest"), [("euler", 1), ("convex", 2 / 3)])
+def test_steps_from_the_input_start_at_eta_and_stay_where_states_are_bounded(variant, largest):
+    layer = TARNN(5, variant=variant, eta_mode="input", eta=0.2, activation=jnp.tanh)
+    params = jax.jit(layer.init)(KEY, X)["params"]
+    np.testing.assert_allclose(largest * jax.nn.sigmoid(params["be"]), 0.2, rtol=1e-6)
     assert "eta" not in params
+    wild = {**params, "be": jnp.full(5, 60.0), "bg": jnp.full(5, 60.0), "B2": jnp.zeros((5, 5))}
+    states = layer.apply({"params": wild}, jnp.asarray(np.tile(X, (1, 40, 1))))
+    assert np.abs(states).max() < 240  # at most a step of 1 at each of 240 inputs; 2^240 with steps up to 1
 
 
 BAD = {
