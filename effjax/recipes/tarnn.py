@@ -7,14 +7,11 @@ from effjax.recipes.spec import Arm, Axis, Claim, Sweep
 
 CELLS = (
     "lstm",
-    "gru",
     "lru-4",
     "chrono-lstm",
-    "cornn",
     "irnn",
     "tarnn-euler",
     "tarnn-convex",
-    "tarnn-euler-3",
     "tarnn-euler-shared",
     "tarnn-convex-shared",
     "tarnn-euler-input",
