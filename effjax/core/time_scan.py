@@ -27,7 +27,7 @@ def scan_time(
 
     With chunks of c steps the backward pass stores T / c carries and recomputes inside one chunk at a time: memory
     :math:`O(T / c + c)` states, least at :math:`c = \sqrt T`, for one more forward pass. ``chunk=1`` stores the carries
-    and none of what a step computes inside.
+    and none of what a step computes inside; on CPUs, where fresh memory is dear, that often trains faster than None.
 
     Args:
       step: ``(params, carry, x) -> (carry, y)``.
@@ -71,6 +71,9 @@ def scan_time(
             NoEffectWarning,
             stacklevel=2,
         )
+        return run(carry, xs)
+    if chunk == 1:
+        step = jax.checkpoint(step, prevent_cse=False)
         return run(carry, xs)
     run = jax.checkpoint(run, prevent_cse=False)
     whole = length // chunk * chunk

@@ -134,9 +134,11 @@ def lstm_step(
       ValueError: a carry of another shape.
     """
     c, h = check_carry(carry, projected.shape[:-1], params["U"].shape[0])
-    i, f, g, o = jnp.split(projected + dot(h, params["U"], dtype), 4, -1)
-    c = nn.sigmoid(f) * c + nn.sigmoid(i) * jnp.tanh(g)
-    h = nn.sigmoid(o) * jnp.tanh(c)
+    gates = projected + dot(h, params["U"], dtype)
+    # All four through one sigmoid: XLA CPU vectorises the whole array, but not expressions in its quarters.
+    i, f, _, o = jnp.split(nn.sigmoid(gates), 4, -1)
+    c = f * c + i * jnp.tanh(jnp.split(gates, 4, -1)[2])
+    h = o * jnp.tanh(c)
     return (c, h), h
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from effjax.core.errors import NoEffectWarning, check_number
+from effjax.core.errors import NoEffectWarning, check_choice, check_number
 from effjax.core.tree import path_name, wide
 
 PyTree = Any
@@ -70,6 +70,7 @@ def fptt_step(
     recompute_state: bool = False,
     skip_nonfinite: bool = False,
     unroll: int = 1,
+    time_axis: int = 0,
 ) -> Train:
     r"""A training step over a sequence that updates the parameters in every part of it: FPTT(K).
 
@@ -108,10 +109,12 @@ def fptt_step(
       skip_nonfinite: leave parameters, optimizer and carry as they were before a part whose loss, gradient or carry
         is not finite. Otherwise a NaN spreads to all that follows, and shows in the metrics.
       unroll: steps of the inner loop per iteration, see ``jax.lax.scan``.
+      time_axis: where time stands in ``xs`` (and in ``targets`` without ``terminal``): 0, or 1 for ``[batch, T, ...]``.
+        Such arrays are turned part by part, never as a whole; ``cell``, ``encode`` and ``loss`` see time first.
 
     Returns:
-      ``(params, opt_state, carry, xs, targets) -> (params, opt_state, carry, metrics)``. The leading axis of ``xs``
-      (and of ``targets`` without ``terminal``) is time; ``metrics`` is a ``PartMetrics``.
+      ``(params, opt_state, carry, xs, targets) -> (params, opt_state, carry, metrics)``. ``metrics`` is a
+      ``PartMetrics``.
 
     Raises:
       ValueError: none or both of ``parts`` and ``part_length``, or below 1; when called, more parts than steps, time
@@ -134,7 +137,9 @@ def fptt_step(
     ``p + 1/K`` (meant is ``part.progress``) and its untrained last part, and a hidden state advanced several times on
     one part where an update is repeated.
     """
-    setup = _Setup(cell, loss, parts, part_length, terminal, encode, has_aux, recompute_state, skip_nonfinite, unroll)
+    setup = _Setup(
+        cell, loss, parts, part_length, terminal, encode, has_aux, recompute_state, skip_nonfinite, unroll, time_axis
+    )
     learn = _learner(setup.check(), tx)
 
     def train(
@@ -162,6 +167,7 @@ def fptt_online(
     has_aux: bool = False,
     skip_nonfinite: bool = False,
     unroll: int = 1,
+    time_axis: int = 0,
 ) -> Callable[..., tuple[PyTree, PyTree, PyTree, PartMetrics]]:
     """A training step over one part of a stream: ``fptt_step`` for data that arrive while the model learns.
 
@@ -177,6 +183,7 @@ def fptt_online(
       has_aux: see there.
       skip_nonfinite: see there.
       unroll: see there.
+      time_axis: see there.
 
     Returns:
       ``(params, opt_state, carry, xs, targets, part=SequencePart()) -> (params, opt_state, carry, metrics)``, with
@@ -196,7 +203,7 @@ def fptt_online(
       >>> metrics.loss.shape
       ()
     """
-    setup = _Setup(cell, loss, 1, None, terminal, encode, has_aux, False, skip_nonfinite, unroll)
+    setup = _Setup(cell, loss, 1, None, terminal, encode, has_aux, False, skip_nonfinite, unroll, time_axis)
     learn = _learner(setup.check(), tx)
 
     def train(
@@ -204,6 +211,7 @@ def fptt_online(
     ) -> tuple[PyTree, PyTree, PyTree, PartMetrics]:
         _plan(setup, xs, targets)
         _check_carry(setup, params, carry, xs)
+        xs, targets = setup.time_first(xs), targets if terminal else setup.time_first(targets)
         state, metrics = learn(params, opt_state, carry, xs, targets, SequencePart() if part is None else part)
         return *state, metrics
 
@@ -223,6 +231,7 @@ def bptt_step(
     recompute_state: bool = False,
     skip_nonfinite: bool = False,
     unroll: int = 1,
+    time_axis: int = 0,
     remat: bool = False,
 ) -> Train:
     r"""A training step by backpropagation through the whole sequence, with one update: the baseline of ``fptt_step``.
@@ -243,6 +252,7 @@ def bptt_step(
       recompute_state: see there.
       skip_nonfinite: leave all as it was where a loss, the gradient or the carry is not finite.
       unroll: see ``fptt_step``.
+      time_axis: see ``fptt_step``.
       remat: keep only the carries between parts and compute each part twice: the exact gradient in memory that grows
         with T / K + K, least at K near the root of T.
 
@@ -261,7 +271,9 @@ def bptt_step(
       (1,)
     """
     parts = 1 if parts is part_length is None else parts
-    setup = _Setup(cell, loss, parts, part_length, terminal, encode, has_aux, recompute_state, skip_nonfinite, unroll)
+    setup = _Setup(
+        cell, loss, parts, part_length, terminal, encode, has_aux, recompute_state, skip_nonfinite, unroll, time_axis
+    )
     objective = setup.check().objective
     if remat and parts == 1:
         raise ValueError("remat=True with one part would save nothing. Give parts near the root of the length.")
@@ -294,6 +306,7 @@ def tbptt_step(
     recompute_state: bool = False,
     skip_nonfinite: bool = False,
     unroll: int = 1,
+    time_axis: int = 0,
 ) -> Train:
     r"""A training step by truncated backpropagation through time, with one update per sequence.
 
@@ -314,6 +327,7 @@ def tbptt_step(
       recompute_state: see there.
       skip_nonfinite: leave all as it was where a loss, the gradient or the carry is not finite.
       unroll: see ``fptt_step``.
+      time_axis: see ``fptt_step``.
 
     Returns:
       A function like that of ``fptt_step``.
@@ -329,7 +343,9 @@ def tbptt_step(
       >>> train(w, optax.sgd(0.1).init(w), h, xs, xs)[3].loss.shape
       (3,)
     """
-    setup = _Setup(cell, loss, parts, part_length, terminal, encode, has_aux, recompute_state, skip_nonfinite, unroll)
+    setup = _Setup(
+        cell, loss, parts, part_length, terminal, encode, has_aux, recompute_state, skip_nonfinite, unroll, time_axis
+    )
     part_gradient = jax.value_and_grad(setup.check().objective, has_aux=True)
 
     def gradient(params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, plan: _Plan) -> tuple[Any, ...]:
@@ -363,6 +379,7 @@ class _Setup(NamedTuple):
     recompute_state: bool
     skip_nonfinite: bool
     unroll: int
+    time_axis: int
 
     def check(self) -> "_Setup":
         if (self.parts is None) == (self.part_length is None):
@@ -375,7 +392,11 @@ class _Setup(NamedTuple):
         else:
             check_number("part_length", self.part_length, low=1, integer=True)
         check_number("unroll", self.unroll, low=1, integer=True)
+        check_choice("time_axis", self.time_axis, (0, 1))
         return self
+
+    def time_first(self, tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: jnp.moveaxis(jnp.asarray(leaf), self.time_axis, 0), tree)
 
     def inputs(self, params: PyTree, xs: PyTree) -> PyTree:
         return xs if self.encode is None else self.encode(params, xs)
@@ -402,6 +423,7 @@ class _Plan(NamedTuple):
     whole: int
     rest: int
     terminal: bool
+    time_axis: int
 
     @property
     def count(self) -> int:
@@ -418,10 +440,10 @@ class _Plan(NamedTuple):
 
 
 def _plan(setup: _Setup, xs: PyTree, targets: PyTree) -> _Plan:
-    parts, part_length, terminal = setup.parts, setup.part_length, setup.terminal
+    parts, part_length, terminal, axis = setup.parts, setup.part_length, setup.terminal, setup.time_axis
     timed = [("xs", xs)] if terminal else [("xs", xs), ("targets", targets)]
     lengths = {
-        "/".join(filter(None, (name, path_name(path)))): jnp.shape(leaf)[:1]
+        "/".join(filter(None, (name, path_name(path)))): jnp.shape(leaf)[axis : axis + 1]
         for name, tree in timed
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
@@ -429,8 +451,9 @@ def _plan(setup: _Setup, xs: PyTree, targets: PyTree) -> _Plan:
     if total in ((), (0,)) or any(other != total for other in lengths.values()):
         shown = ", ".join(f"{name} {size[0] if size else 'none'}" for name, size in lengths.items())
         raise ValueError(
-            f"The leading axis must be time, of one length and at least one step, in every array; got {shown or '{}'}. "
-            "Time comes first: xs [T, batch, ...]; a target for the whole sequence needs terminal=True."
+            f"Axis {axis} must be time, of one length and at least one step, in every array; got {shown or '{}'}. "
+            "By default time comes first: xs [T, batch, ...], and time_axis=1 takes [batch, T, ...]; a target for the "
+            "whole sequence needs terminal=True."
         )
     steps = total[0]
     if parts is not None:
@@ -444,7 +467,7 @@ def _plan(setup: _Setup, xs: PyTree, targets: PyTree) -> _Plan:
             stacklevel=3,
         )
         part_length = steps
-    return _Plan(part_length, *divmod(steps, part_length), terminal)
+    return _Plan(part_length, *divmod(steps, part_length), terminal, axis)
 
 
 def _over_parts(
@@ -459,8 +482,11 @@ def _over_parts(
     """``state, row = body(state, part, xs, targets)`` for all parts; the rows come back stacked."""
 
     def one(state: PyTree, index: Array, length: int) -> tuple[PyTree, PyTree]:
-        # Slices of the whole: reshaping it into parts would copy it where a rest is cut off.
-        cut = lambda leaf: jax.lax.dynamic_slice_in_dim(jnp.asarray(leaf), index * plan.length, length)
+        # Slices of the whole: turning or reshaping all of it would copy it.
+        def cut(leaf: Any) -> Array:
+            piece = jax.lax.dynamic_slice_in_dim(jnp.asarray(leaf), index * plan.length, length, plan.time_axis)
+            return jnp.moveaxis(piece, plan.time_axis, 0)
+
         own = targets if plan.terminal else jax.tree.map(cut, targets)
         return body(state, SequencePart(index, plan.count, plan.whole), jax.tree.map(cut, xs), own)
 
@@ -558,7 +584,7 @@ def _check_carry(setup: _Setup, params: PyTree, carry: PyTree, xs: PyTree) -> No
     """The cell must hand on what it was given, or the next step, part or batch could not go on from it."""
 
     def once(params: PyTree, carry: PyTree, xs: PyTree) -> PyTree:
-        first = jax.tree.map(lambda leaf: leaf[0], setup.inputs(params, xs))
+        first = jax.tree.map(lambda leaf: leaf[0], setup.inputs(params, setup.time_first(xs)))
         return setup.cell(params, carry, first)[0]
 
     try:

@@ -73,6 +73,7 @@ def measure(
             _mean_step(arm, [getattr(timing, q) / program.step_period for timing in timings[name]])
             for q in ("median_ms", "q25_ms", "q75_ms")
         )
+        analysis = step.analysis()
         examples = _mean_step(arm, [shape.declared.examples for shape in arm.shapes])
         costs[name] = {
             "params": count_params(arm.params),
@@ -80,7 +81,8 @@ def measure(
                 _mean_step(arm, [_expected(shape.macs) for shape in arm.shapes]), examples
             ),
             "xla_flops_per_step": _mean_step(arm, [shape.flops for shape in arm.shapes]),
-            "peak_bytes": step.analysis().peak_bytes,
+            "peak_bytes": analysis.peak_bytes,
+            "temp_bytes": analysis.temp_bytes,
             "step_ms": step_ms,
             "examples_per_s": 1e3 * examples / step_ms,
             "compile_s": step.compile_s,

@@ -14,7 +14,12 @@ from effjax.study.results import decide, mean
 from effjax.train.logging import write_text
 
 # Optional columns: cost -> heading, factor.
-_EXTRA = {"tokens": ("M tokens", 1e-6), "trained_params": ("trained", 1.0), "between_ms": ("between ms", 1.0)}
+_EXTRA = {
+    "temp_bytes": ("temp MB", 1e-6),
+    "tokens": ("M tokens", 1e-6),
+    "trained_params": ("trained", 1.0),
+    "between_ms": ("between ms", 1.0),
+}
 
 
 def write_report(out: Path, study: Study) -> None:
@@ -59,10 +64,11 @@ def render(results: Mapping[str, Any], axes: Mapping[str, Axis], cost_claims: Se
         lines += [f"Diverged (no finite loss in at least one seed): {', '.join(diverged)}.", ""]
     lines += [
         "`step` is the steady-state median with all arms of the group interleaved; `peak` is XLA's arguments + outputs "
-        "- aliased + temporaries of the step; `train` is seconds of stepping for one seed without compiling, "
-        "evaluating and saving; for a sweep it is the sum over its members. Of an arm whose batches differ in shape, "
-        "`step` is the mean over the steps of a run; `tokens` are the positions processed in a run, padding included; "
-        "`trained` are the numbers that the optimizer moves, `between` is the first work between two steps (a knot).",
+        "- aliased + temporaries of the step, `temp` these temporaries alone; `train` is seconds of stepping for one "
+        "seed without compiling, evaluating and saving; for a sweep it is the sum over its members. Of an arm whose "
+        "batches differ in shape, `step` is the mean over the steps of a run; `tokens` are the positions processed in "
+        "a run, padding included; `trained` are the numbers that the optimizer moves, `between` is the first work "
+        "between two steps (a knot).",
         "",
     ]
     return "\n".join(lines)

@@ -30,9 +30,10 @@ COST_FIELDS = (
     "train_s",
 )
 
-OPTIONAL_COST_FIELDS = ("tokens", "trained_params", "between_ms")
-"""Where the arm's Program tells: positions processed in one run, padding included; numbers that the optimizer moves;
-the first work between two steps, such as a knot."""
+OPTIONAL_COST_FIELDS = ("temp_bytes", "tokens", "trained_params", "between_ms")
+"""The part of ``peak_bytes`` that is scratch, which older results lack. And where the arm's Program tells: positions
+processed in one run, padding included; numbers that the optimizer moves; the first work between two steps, such as a
+knot."""
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ TINY = {
     ],
     "bucket_sampler": [*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "2", "--others", "--seeds", "0", "1"],
     "token_drop": [*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "2", "--others", "random", "--seeds", "0", "1"],
+    "fptt": ["--budget.amount", "60", "--alphas", "0.02", "--others", "tbptt", "fptt-epochs", "--seeds", "0", "1"],
     "irnn": [*_FEW_SEQUENCES, "--cells", "lstm", "irnn", "irnn-shared", "--budget.amount", "40", "--seeds", "0", "1"],
     "tarnn": [*_FEW_SEQUENCES, "--cells", "lstm", "tarnn-euler", "--budget.amount", "40", "--seeds", "0", "1"],
 }
@@ -31,6 +32,10 @@ PAPER = {
     ],
     "bucket_sampler": [*_FEW_TEXTS, "--seeds", "0", "--dropout", "0"],
     "token_drop": [*_FEW_TEXTS, "--seeds", "0", "--dropout", "0", "--low-dropout", "0"],
+    "fptt": [
+        *("--tasks", "digits-permuted", "tiny_shakespeare-chars-24", "--batch-size", "4", "--hidden", "8"),
+        *("--train-rows", "32", "--test-rows", "16", "--budget.amount", "4", "--budget.unit", "steps"),
+    ],
     "irnn": [*_FEW_SEQUENCES, "--budget.amount", "1"],
     "tarnn": [*_FEW_SEQUENCES, "--budget.amount", "1"],
 }
@@ -41,6 +46,7 @@ PAPER_ARMS = {
     "cola": ["sms_spam-stories260k/cola-3", "sms_spam-stories260k/full"],
     "bucket_sampler": ["sms_spam-encoder-1x8/static-3e-05", "sms_spam-encoder-1x8/growing-4e-05"],
     "token_drop": ["sms_spam-encoder-1x8/buckets-3e-05", "sms_spam-encoder-1x8/token-drop-3e-05"],
+    "fptt": ["digits-permuted-torch-lstm-8/bptt", "tiny_shakespeare-chars-24-torch-lstm-8/fptt-0.1"],
     "irnn": ["noisy-digits-12/irnn-3", "noisy-digits-12/chrono-lstm"],
     "tarnn": ["noisy-digits-12/tarnn-convex", "noisy-digits-12/lru-4"],
 }

@@ -24,6 +24,7 @@ from effjax.recurrent.fptt import (
     qbar_means,
     qbar_sums,
 )
+from effjax.recurrent.ltc_spiking import leaky_readout_step, ltc_spiking_step, surrogate_spike
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "fptt"
 
@@ -231,53 +232,47 @@ def test_parity_of_the_add_task(name):
                 assert_state(v, f"c{last}", params, state, atol)
 
 
-@jax.custom_jvp
-def spike(v):
-    return (v > 0).astype(v.dtype)
+SPIKING = {
+    "layer1_x": ("W", "b"),
+    "layer1_r": ("U", "c"),
+    "layer1_tauM": ("Wm", "bm"),
+    "layer1_tauAdp": ("Wa", "ba"),
+    "bn1a": ("scale_x", "shift_x"),
+    "bn1b": ("scale_s", "shift_s"),
+}
+READOUT = {"layer3_x": ("W", "b"), "layer3_tauM": ("Wo", "bo"), "bn2": ("scale", "shift")}
 
 
-@spike.defjvp
-def _(primals, tangents):
-    (v,) = primals
-    normal = lambda mean, std: jnp.exp(-0.5 * ((v - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
-    slope = 0.5 * (1.15 * normal(0, 0.3) - 0.15 * normal(0.3, 1.8) - 0.15 * normal(-0.3, 1.8))
-    return spike(v), slope * tangents[0]
+def spiking_params(tree):
+    """The authors' names and layout -> ours."""
+
+    def layer(names, slopes):
+        found = {ours: tree[f"{theirs}.alpha"].reshape(()) for ours, theirs in slopes.items()}
+        for theirs, (kernel, bias) in names.items():
+            found |= {kernel: tree[f"{theirs}.weight"].T, bias: tree[f"{theirs}.bias"]}
+        return found
+
+    return {"neurons": layer(SPIKING, {"km": "act1", "ka": "act2"}), "readout": layer(READOUT, {"ko": "act3"})}
 
 
-def ltc_cell(p, carry, x):
-    """Liquid time-constant spiking layer and its read-out, with the batch's own statistics."""
-    u, s, a, o = carry
-    dense = lambda name, value: value @ p[f"{name}.weight"].T + p[f"{name}.bias"]
-    gate = lambda act, name, *inputs: jax.nn.sigmoid(p[f"{act}.alpha"] * dense(name, jnp.concatenate(inputs, -1)))
-
-    def norm(name, value):
-        scale = jax.lax.rsqrt(value.var(0) + 1e-5) * p[f"{name}.weight"]
-        return (value - value.mean(0)) * scale + p[f"{name}.bias"]
-
-    d = norm("bn1a", dense("layer1_x", x)) + norm("bn1b", dense("layer1_r", s))
-    tau_m, tau_a = gate("act1", "layer1_tauM", d, u), gate("act2", "layer1_tauAdp", d, a)
-    a = tau_a * a + (1 - tau_a) * s
-    u = u + tau_m * (d - u)
-    s = spike(u - 0.1 - 1.8 * a)
-    u = (1 - s) * u
-    e = norm("bn2", dense("layer3_x", s))
-    tau_o = gate("act3", "layer3_tauM", e, o)
-    o = (1 - tau_o) * o + tau_o * e
-    return (u, s, a, o), o
+def spiking_cell(params, carry, x):
+    neurons, spikes = ltc_spiking_step(params["neurons"], carry[:3], x)
+    o, _ = leaky_readout_step(params["readout"], carry[3], spikes)
+    return (*neurons, o), o
 
 
 def test_parity_of_a_spiking_cell():
     v = Vectors("sfptt_ltc_cell")
     with jax.enable_x64(True):
-        table = jax.vmap(jax.grad(spike))(jnp.asarray(v["surrogate/v"]))
+        table = jax.vmap(jax.grad(surrogate_spike))(jnp.asarray(v["surrogate/v"]))
         np.testing.assert_allclose(table, v["surrogate/dspike_dv"], rtol=0, atol=1e-12)
 
         def loss(params, o, y, part):
             return part.progress * optax.softmax_cross_entropy_with_integer_labels(o, y).mean()
 
         frozen = optax.chain(record(), optax.set_to_zero())
-        learn = jax.jit(fptt_online(ltc_cell, loss, frozen, terminal=True))
-        params = v.tree("param/")
+        learn = jax.jit(fptt_online(spiking_cell, loss, frozen, terminal=True))
+        params = spiking_params(v.tree("param/"))
         state = frozen.init(params)
         carry = tuple(jnp.asarray(v[f"state0/{i}"]) for i in range(4))
         for t in range(v["T"]):
@@ -287,7 +282,9 @@ def test_parity_of_a_spiking_cell():
             np.testing.assert_allclose(metrics.loss, v[f"t{t}/loss"], rtol=0, atol=1e-12)
             for i, value in enumerate(carry):
                 np.testing.assert_allclose(value, v[f"t{t}/state/{i}"], rtol=0, atol=1e-12)
-            assert_near(state[0], v.tree(f"t{t}/grad/"), 1e-12)
+            want = spiking_params(v.tree(f"t{t}/grad/"))
+            for layer in want:
+                assert_near(state[0][layer], want[layer], 1e-12)
 
 
 # The facts of the method.
@@ -577,6 +574,31 @@ def test_recomputed_state_is_that_of_the_final_parameters():
     np.testing.assert_allclose(last, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("make", [fptt_step, bptt_step])
+def test_time_may_stand_behind_the_batch(make):
+    params, h, xs, targets = problem()
+    turned = [np.moveaxis(np.asarray(leaf), 0, 1) for leaf in (xs, targets)]
+    tx = optax.sgd(0.1)
+    ends = [
+        jax.jit(make(plain_cell, per_step_loss, tx, part_length=2, time_axis=axis))(params, tx.init(params), h, *data)
+        for axis, data in ((0, (xs, targets)), (1, turned))
+    ]
+    for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stream_may_stand_behind_the_batch():
+    params, h, xs, targets = problem()
+    tx = optax.sgd(0.1)
+    ends = [
+        jax.jit(fptt_online(plain_cell, terminal_loss, tx, terminal=True, time_axis=axis))(
+            params, tx.init(params), h, data, targets[0]
+        )
+        for axis, data in ((0, xs), (1, xs.swapaxes(0, 1)))
+    ]
+    assert_near(ends[0][0], ends[1][0], 1e-6)
+
+
 def test_a_linen_cell_in_bfloat16():
     cell = nn.GRUCell(H, dtype=jnp.bfloat16, recurrent_kernel_init=nn.initializers.lecun_normal())
     _, _, xs, targets = problem()
@@ -592,18 +614,22 @@ def test_a_linen_cell_in_bfloat16():
     assert np.isfinite(metrics.loss).all()
 
 
-def temporary_bytes(make, length, **split):
+def temporary_bytes(make, length, time_axis=0, **split):
     cell = lambda params, h, x: (jnp.tanh(h @ params["u"] + x @ params["w"]),) * 2
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
     params = {"w": shape(D, 32), "u": shape(32, 32), "v": shape(32, D)}
     tx = fptt(optax.adam(1e-3))
-    arguments = params, jax.eval_shape(tx.init, params), shape(8, 32), shape(length, 8, D), shape(length, 8, D)
-    step = jax.jit(make(cell, per_step_loss, tx, **split))
+    arguments = params, jax.eval_shape(tx.init, params), shape(8, 32), *[shape(length, 8, D)] * 2
+    if time_axis:
+        arguments = *arguments[:3], *[shape(8, length, D)] * 2
+    step = jax.jit(make(cell, per_step_loss, tx, time_axis=time_axis, **split))
     return step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_memory_does_not_grow_with_time():
-    assert temporary_bytes(fptt_step, 10_000, part_length=20) <= 1.05 * temporary_bytes(fptt_step, 100, part_length=20)
+    for axis in (0, 1):
+        long, short = (temporary_bytes(fptt_step, length, axis, part_length=20) for length in (10_000, 100))
+        assert long <= 1.05 * short
     exact = temporary_bytes(bptt_step, 10_000)
     assert exact >= 10_000 * 8 * 32 * 4  # every hidden state
     assert temporary_bytes(bptt_step, 10_000, parts=100, remat=True) <= 0.1 * exact
@@ -701,6 +727,8 @@ def call(make=fptt_step, cell=plain_cell, loss=per_step_loss, carry=None, xs=Non
         ({"xs": np.zeros((0, B, D))}, "at least one step"),
         ({"targets": np.zeros((7, B, D))}, "xs 5, targets 7"),
         ({"targets": np.zeros(())}, "terminal=True"),
+        ({"time_axis": 1, "part_length": 2, "targets": np.zeros((T, 4))}, "Axis 1 must be time.*xs 3, targets 4"),
+        ({"time_axis": 2, "part_length": 2}, "time_axis=2 is not one of 0, 1"),
         ({"carry": jnp.zeros((1, H))}, r"carry is float32\[1, 4\], but the cell returns float32\[3, 4\]"),
         ({"carry": jnp.zeros((B, H), jnp.bfloat16)}, "dtype"),
         ({"carry": {"h": jnp.zeros((B, H))}}, "carry"),

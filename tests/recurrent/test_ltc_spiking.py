@@ -1,0 +1,83 @@
+"""Spiking neurons: what a spike does, learning by FPTT, a stream of one, bad input. (Parity: ``test_fptt.py``.)"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from effjax.recurrent.drivers import fptt_step
+from effjax.recurrent.fptt import fptt
+from effjax.recurrent.ltc_spiking import LeakyReadoutCell, LTCSpikingCell, ltc_spiking_init, ltc_spiking_step
+
+B, T, D, H, C = 6, 12, 3, 16, 2
+NEURONS, READOUT = LTCSpikingCell(H), LeakyReadoutCell(C)
+
+
+def network_cell(params, carry, x):
+    neurons, spikes = NEURONS.apply(params["neurons"], carry[0], x)
+    o, logits = READOUT.apply(params["readout"], carry[1], spikes)
+    return (neurons, o), logits
+
+
+def started():
+    keys = jax.random.split(jax.random.key(0), 3)
+    carry = NEURONS.initialize_carry(keys[0], (B, D)), READOUT.initialize_carry(keys[0], (B, H))
+    params = {
+        "neurons": jax.jit(NEURONS.init)(keys[1], carry[0], jnp.zeros((B, D))),
+        "readout": jax.jit(READOUT.init)(keys[2], carry[1], jnp.zeros((B, H))),
+    }
+    return params, carry
+
+
+def test_a_spike_empties_the_membrane_and_raises_the_threshold():
+    params, (carry, _) = started()
+    x = jax.random.normal(jax.random.key(1), (B, D))
+    step = jax.jit(lambda carry, x: NEURONS.apply(params["neurons"], carry, x))
+    (u, s, a), out = step(carry, x)
+    np.testing.assert_array_equal(s, out)
+    assert set(np.unique(s)) == {0.0, 1.0}
+    assert (np.asarray(u)[np.asarray(s) == 1] == 0).all()
+    spiked, silent = (step((carry[0], jnp.full_like(u, value), carry[2]), x)[0][2] for value in (1.0, 0.0))
+    assert (spiked > silent).all()
+
+
+def test_fptt_with_an_update_at_every_step_learns():
+    params, carry = started()
+    labels = jnp.arange(B) % C
+    xs = jax.random.normal(jax.random.key(2), (T, B, D)) + 2.0 * labels[:, None]
+
+    def loss(params, logits, labels, part):
+        return part.progress * optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    tx = fptt(optax.chain(optax.clip_by_global_norm(1.0), optax.adamax(1e-2)))
+    train = jax.jit(fptt_step(network_cell, loss, tx, part_length=1, terminal=True))
+    state, losses = tx.init(params), []
+    for _ in range(12):
+        params, state, _, metrics = train(params, state, carry, xs, labels)
+        losses.append(float(metrics.loss[-1]))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_layer_norm_needs_no_batch():
+    layer = nn.RNN(LTCSpikingCell(H, norm="layer"))
+    xs = jax.random.normal(jax.random.key(3), (2, T, D))
+    carry = ltc_spiking_init(jax.random.key(0), (2,), H)
+    params = jax.jit(layer.init)(jax.random.key(4), xs, initial_carry=carry)
+    run = jax.jit(lambda carry, xs: layer.apply(params, xs, initial_carry=carry))
+    alone = run(jax.tree.map(lambda leaf: leaf[:1], carry), xs[:1])
+    np.testing.assert_array_equal(run(carry, xs)[:1], alone)
+
+
+def test_bad_input():
+    params, (carry, _) = started()
+    params, x = params["neurons"]["params"], jnp.zeros((B, D))
+    with pytest.raises(ValueError, match="norm='btach' is not one of"):
+        ltc_spiking_step(params, carry, x, norm="btach")
+    with pytest.raises(ValueError, match="norm='batch' with 1 example"):
+        ltc_spiking_step(params, jax.tree.map(lambda leaf: leaf[:1], carry), x[:1])
+    with pytest.raises(ValueError, match=r"carry s has shape \(6, 4\)"):
+        ltc_spiking_step(params, (carry[0], carry[1][:, :4], carry[2]), x)
+    with pytest.raises(ValueError, match="o has shape"):
+        READOUT.apply(started()[0]["readout"], jnp.zeros((B, C + 1)), jnp.zeros((B, H)))
