@@ -91,7 +91,9 @@ def fptt_step(
         params, opt_state, carry, metrics = train(params, opt_state, carry, xs, targets)
 
     Args:
-      cell: ``(params, carry, x) -> (carry, out)``, one step in time; pure, for a whole batch.
+      cell: ``(params, carry, x) -> (carry, out)``, one step in time; pure, for a whole batch. Of a Linen cell it is
+        ``lambda params, carry, x: cell.apply({"params": params}, carry, x)``, of ``effjax.LSTMCell(...)`` and its like
+        ``lstm.advance``, with ``encode=lstm.project``.
       loss: ``(params, outs, targets, part) -> scalar``, or ``(scalar, aux)``, of one part. Without ``terminal``,
         ``outs`` and ``targets`` are stacked over the part's steps; with it, ``outs`` is the last step's and ``targets``
         come whole. ``part`` is a ``SequencePart``. A read-out is best computed here, from ``params``, for all steps at
@@ -100,7 +102,9 @@ def fptt_step(
       parts: K; short for ``part_length=T // K``.
       part_length: steps in a part. What is left of T is one more, shorter part, as in the authors' program: 784 steps
         in 10 parts are ten of 78 and one of 4. Nothing is padded or left out.
-      terminal: the sequence has one target, and each part is asked for it: see ``fptt_terminal_loss``.
+      terminal: the sequence has one target, and each part is asked for it: see ``fptt_terminal_loss``; for a number to
+        predict, multiply its loss by ``part.progress``. Of such weighted losses only the last row of ``metrics``
+        compares with that of ``bptt_step``.
       encode: ``(params, xs) -> xs``, for all steps of a part at once before the cell runs: an embedding, or the input's
         matrix products.
       has_aux: whether the loss returns ``aux``; the same shapes in every part.
@@ -172,7 +176,8 @@ def fptt_online(
     """A training step over one part of a stream: ``fptt_step`` for data that arrive while the model learns.
 
     The caller keeps the carry from call to call and nothing else; parts may differ in length, each length compiles
-    once. Calling it on the parts of a sequence gives what ``fptt_step`` gives on the whole.
+    once. The loss is that before the part's update: tested, then trained on. Calling it on the parts of a sequence
+    gives what ``fptt_step`` gives on the whole.
 
     Args:
       cell: as in ``fptt_step``, like all that follow.
@@ -254,7 +259,7 @@ def bptt_step(
       unroll: see ``fptt_step``.
       time_axis: see ``fptt_step``.
       remat: keep only the carries between parts and compute each part twice: the exact gradient in memory that grows
-        with T / K + K, least at K near the root of T.
+        with T / K + K, least at K near the root of T. What to compare ``fptt_step`` with where a sequence fits so.
 
     Returns:
       A function like that of ``fptt_step``.

@@ -60,6 +60,9 @@ def fptt(
         tx = fptt(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)), alpha=0.02)
         step = fptt_step(cell, loss, tx, parts=10)
 
+    A schedule in ``base`` counts updates, so K a sequence; a constant rate may stall above what BPTT ends at. Evaluate
+    with ``fptt_eval_params``.
+
     Updating in every part does most of FPTT's work, and ``fptt_step`` with a plain optimizer does that too: it is the
     control to compare with. Under Adam :math:`\lambda` is about twice alpha times the learning rate, whatever the
     gradient is, so that on plateaus the regulariser and not the loss decides the direction: 0.02 or less is safer than

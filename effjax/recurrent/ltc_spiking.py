@@ -50,6 +50,7 @@ def surrogate_spike(v: Float[Array, "..."]) -> Float[Array, "..."]:
       >>> round(float(jax.grad(surrogate_spike)(0.0)), 3)
       0.732
     """
+    v = jnp.asarray(v)
     return (v > 0).astype(v.dtype)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from effjax.study.report import hardware_name, number, read_results
+from effjax.study.report import hardware_name, in_table, number, read_results
 from effjax.study.resolve import configs_folder, resolve_saved
 from effjax.study.results import decide
 
@@ -28,6 +28,8 @@ def results_table(configs: Path) -> str:
     lines = ["| study | | claim | measured | | bound | on |", "|---|---|---|---|---|---|---|"]
     for path in sorted(configs.glob("*/results/*.json")):
         results = read_results(path)
+        if results["config"] is None:  # a benchmark against other libraries, shown in a card
+            continue
         study = resolve_saved(results["study"], results["preset"], results["config"])
         timed = [claim for claim in decide(study.claims, results["arms"], "cost") if claim not in results["claims"]]
         where = hardware_name(results["environment"]["hardware"])
@@ -35,7 +37,7 @@ def results_table(configs: Path) -> str:
         for claim in (*results["claims"], *timed):
             verdict = "holds" if claim["holds"] else "**fails**"
             lines.append(
-                f"| {link} | {verdict} | {claim['text']} | {number(claim['left'])} | {claim['op']} | "
+                f"| {link} | {verdict} | {in_table(claim['text'])} | {number(claim['left'])} | {claim['op']} | "
                 f"{number(claim['right'])} | {where} |"
             )
     return "\n".join(lines)
@@ -78,7 +80,9 @@ def _card_table(arms: Mapping[str, Any], description: str) -> str:
         label = next((arm["label"] for arm in found.values() if arm), None)
         if label is None:
             raise ValueError(f"rows: {row!r} is in none of the groups {sorted({where.split()[0] for where in found})}.")
-        lines.append(f"| {label} | {' | '.join(_cell(arm, where.split()[1]) for where, arm in found.items())} |")
+        lines.append(
+            f"| {in_table(label)} | {' | '.join(_cell(arm, where.split()[1]) for where, arm in found.items())} |"
+        )
     return "\n".join(lines)
 
 

@@ -51,6 +51,16 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
+def in_table(text: str) -> str:
+    """Text for a cell of a Markdown table.
+
+    Example:
+      >>> in_table("|x| of 1")
+      '\\\\|x\\\\| of 1'
+    """
+    return text.replace("|", "\\|")
+
+
 def render(results: Mapping[str, Any], axes: Mapping[str, Axis], cost_claims: Sequence[Mapping[str, Any]]) -> str:
     """The report as Markdown: claims first, then a table for each group, wall-clock and memory leading."""
     lines = [f"# {results['study']}: {results['preset']}", "", _where(results), ""]
@@ -101,9 +111,8 @@ def claims_table(title: str, claims: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"## {title}", "", "| | claim | measured | | bound |", "|---|---|---|---|---|"]
     for claim in claims:
         verdict = "holds" if claim["holds"] else "**DOES NOT HOLD**"
-        lines.append(
-            f"| {verdict} | {claim['text']} | {number(claim['left'])} | {claim['op']} | {number(claim['right'])} |"
-        )
+        left, right = number(claim["left"]), number(claim["right"])
+        lines.append(f"| {verdict} | {in_table(claim['text'])} | {left} | {claim['op']} | {right} |")
     return [*lines, ""]
 
 
@@ -136,7 +145,7 @@ def group_table(arms: Mapping[str, Mapping[str, Any]], axis: Axis) -> list[str]:
         label = arm["label"] + (" *" if name in frontier else "")
         if "best" in arm:
             label += f" (best: {arms[arm['best']]['label'] if arm['best'] in arms else arm['best']})"
-        cells = [label, spread(arm, axis.metric), *(spread(arm, metric) for metric in others)]
+        cells = [in_table(label), spread(arm, axis.metric), *(spread(arm, metric) for metric in others)]
         cells += [number(cost["train_s"]), number(cost["step_ms"]), number(_scaled(cost["peak_bytes"], 1e-6))]
         cells += [number(cost["examples_per_s"]), number(_scaled(cost["macs_per_example"], 1e-6))]
         cells += [number(_scaled(cost.get(name), _EXTRA[name][1])) for name in extra]

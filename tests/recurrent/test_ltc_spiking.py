@@ -35,7 +35,7 @@ def test_a_spike_empties_the_membrane_and_raises_the_threshold():
     params, (carry, _) = started()
     x = jax.random.normal(jax.random.key(1), (B, D))
     step = jax.jit(lambda carry, x: NEURONS.apply(params["neurons"], carry, x))
-    (u, s, a), out = step(carry, x)
+    (u, s, _), out = step(carry, x)
     np.testing.assert_array_equal(s, out)
     assert set(np.unique(s)) == {0.0, 1.0}
     assert (np.asarray(u)[np.asarray(s) == 1] == 0).all()
@@ -51,10 +51,10 @@ def test_fptt_with_an_update_at_every_step_learns():
     def loss(params, logits, labels, part):
         return part.progress * optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    tx = fptt(optax.chain(optax.clip_by_global_norm(1.0), optax.adamax(1e-2)))
+    tx = fptt(optax.chain(optax.clip_by_global_norm(1.0), optax.adamax(3e-2)))
     train = jax.jit(fptt_step(network_cell, loss, tx, part_length=1, terminal=True))
     state, losses = tx.init(params), []
-    for _ in range(12):
+    for _ in range(25):
         params, state, _, metrics = train(params, state, carry, xs, labels)
         losses.append(float(metrics.loss[-1]))
     assert losses[-1] < 0.5 * losses[0]
