@@ -1,5 +1,7 @@
 """Spiking neurons: what a spike does, learning by FPTT, a stream of one, bad input. (Parity: ``test_fptt.py``.)"""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ def network_cell(params, carry, x):
     return (neurons, o), logits
 
 
+@functools.cache
 def started():
     keys = jax.random.split(jax.random.key(0), 3)
     carry = NEURONS.initialize_carry(keys[0], (B, D)), READOUT.initialize_carry(keys[0], (B, H))
