@@ -17,6 +17,7 @@ from effjax.data.pipeline import batches
 from effjax.data.sequences import SequenceData, sequence_data
 from effjax.recipes.fptt_claims import memory_claims, quality_claims, time_claims
 from effjax.recipes.fptt_network import CELLS, Network, network
+from effjax.recipes.recurrent import axis
 from effjax.recipes.spec import Arm, Axis, Claim, StudyConfig, Sweep
 from effjax.recurrent.drivers import SequencePart, Train, bptt_step, fptt_step, tbptt_step
 from effjax.recurrent.fptt import fptt, fptt_epoch_end, fptt_eval_params, fptt_terminal_loss
@@ -25,7 +26,7 @@ from effjax.train.program import Program
 
 PyTree = Any
 
-OTHERS = ("bptt-losses", "bptt-small", "tbptt", "fptt-epochs")
+OTHERS = ("bptt-losses", "bptt-small", "tbptt", "fptt-epochs", "chrono-lstm", "lru")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class FpttStudy(StudyConfig):
     cifar10-pixels, ptb-words-300, ...; of texts, the hidden state goes on from batch to batch"""
     compare: Literal["quality", "memory", "overhead"] = "quality"
     """the arms: rivals in quality; or (for --cost-only) what a step needs as sequences grow, in memory or in time"""
-    cells: tuple[Literal["lstm", "torch-lstm", "chrono-lstm", "gru", "irnn", "tarnn"], ...] = ("lstm",)
+    cells: tuple[Literal["lstm", "torch-lstm", "chrono-lstm", "gru", "irnn", "tarnn", "lru"], ...] = ("lstm",)
     """recurrent cells, one group of arms each; torch-lstm starts from PyTorch's initial values, as the authors' do"""
     hidden: tuple[int, ...] = (64,)
     """widths of its state, one group of arms each"""
@@ -112,6 +113,7 @@ class _Form(NamedTuple):
       learning_rate: None for the study's.
       small: whether batches are as many times smaller as there are parts.
       epochs: whether the parameters are set to their average after every epoch.
+      cell: None for the group's.
     """
 
     label: str
@@ -122,6 +124,7 @@ class _Form(NamedTuple):
     learning_rate: float | None = None
     small: bool = False
     epochs: bool = False
+    cell: str | None = None
 
 
 def arms(config: FpttStudy) -> dict[str, Arm]:
@@ -145,18 +148,18 @@ def sweeps(config: FpttStudy) -> dict[str, Sweep]:
     return {
         f"{group}/fptt-sweep": Sweep(
             members=[f"{group}/fptt-{alpha:g}" for alpha in config.alphas],
-            metric=axis.metric,
-            goal=axis.goal,
+            metric=judged.metric,
+            goal=judged.goal,
             group=group,
             label=f"FPTT, best of {len(config.alphas)} alphas",
         )
-        for group, axis in axes(config).items()
+        for group, judged in axes(config).items()
     }
 
 
 def axes(config: FpttStudy) -> dict[str, Axis]:
     """What each group is judged by."""
-    return {group.name: _axis(group.task) for group in _groups(config)}
+    return {group.name: axis(group.task) for group in _groups(config)}
 
 
 def claims(config: FpttStudy) -> list[Claim]:
@@ -175,7 +178,7 @@ def claims(config: FpttStudy) -> list[Claim]:
     return [
         claim
         for group in groups
-        for claim in quality_claims(group.name, _axis(group.task), list(_forms(config, group.task)), strengths)
+        for claim in quality_claims(group.name, axis(group.task), list(_forms(config, group.task)), strengths)
     ]
 
 
@@ -201,14 +204,6 @@ def _length(task: str) -> int:
 
 def _is_text(task: str) -> bool:
     return re.search(r"-(chars|words)-\d+$", task) is not None
-
-
-def _axis(task: str) -> Axis:
-    if task.startswith("add-"):
-        return Axis("mse", "min", "test squared error")
-    if _is_text(task) or task.startswith("copy-"):
-        return Axis("nll", "min", "test nats a token")
-    return Axis("accuracy", "max", "test accuracy")
 
 
 def _forms(config: FpttStudy, task: str) -> dict[str, _Form]:
@@ -237,9 +232,11 @@ def _forms(config: FpttStudy, task: str) -> dict[str, _Form]:
         "bptt-small": bptt._replace(label="BPTT, as many updates by smaller batches", role="alternative", small=True),
         "tbptt": tbptt,
         "fptt-epochs": method(least)._replace(label=f"FPTT, alpha {least:g}, averaged every epoch", epochs=True),
+        "chrono-lstm": bptt._replace(label="BPTT, Chrono-LSTM", role="alternative", cell="chrono-lstm"),
+        "lru": bptt._replace(label="BPTT, LRU", role="alternative", cell="lru"),
     }
     # Of a text the loss of all tokens is the same however it is cut, and smaller batches would be other streams.
-    idle = ("bptt-losses", "bptt-small") if _axis(task).metric == "nll" else ()
+    idle = ("bptt-losses", "bptt-small") if axis(task).metric == "nll" else ()
     return found | {name: others[name] for name in config.others if name not in idle}
 
 
@@ -265,7 +262,7 @@ def _ground(config: FpttStudy, group: _Group) -> _Ground:
 
 
 def _program(config: FpttStudy, group: _Group, form: _Form) -> Program:
-    data, net, scores = _ground(config, group)
+    data, net, scores = _ground(config, group._replace(cell=form.cell or group.cell))
     length = config.part_length or max(1, data.length // config.parts)
     parts = math.ceil(data.length / length)
     size = max(1, config.batch_size // parts) if form.small else config.batch_size

@@ -13,13 +13,14 @@ from jaxtyping import Array, Float
 from effjax.core.errors import check_choice
 from effjax.core.tree import wide
 from effjax.data.sequences import SequenceData
+from effjax.models.linear_recurrence import LRUCell
 from effjax.models.sequence import Cell, GRUCell, LSTMCell
 from effjax.recurrent.irnn import IncrementalRNNCell
 from effjax.recurrent.tarnn import TARNNCell
 
 PyTree = Any
 
-CELLS = ("lstm", "torch-lstm", "chrono-lstm", "gru", "irnn", "tarnn")
+CELLS = ("lstm", "torch-lstm", "chrono-lstm", "gru", "irnn", "tarnn", "lru")
 
 
 class Network(NamedTuple):
@@ -109,6 +110,8 @@ def _layer(data: SequenceData, kind: str, hidden: int, dtype: DTypeLike | None) 
     check_choice("cell", kind, CELLS)
     if kind == "gru":
         return GRUCell(hidden, dtype=dtype)
+    if kind == "lru":
+        return LRUCell(hidden, dtype=dtype, r_min=0.99, r_max=0.9999, max_phase=math.pi / 10)
     if kind.endswith("lstm"):
         return LSTMCell(hidden, dtype=dtype, chrono_length=data.length if kind == "chrono-lstm" else None)
     steps = {"eta_mode": "shared"} if data.kind == "tokens" else {"eta_mode": "per_time", "length": data.length}

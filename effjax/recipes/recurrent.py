@@ -215,7 +215,7 @@ def axis(task: str) -> Axis:
     if task.startswith("add-"):
         return Axis("mse", "min", "test squared error")
     if task.startswith(("copy-", "tiny_shakespeare-", "ptb-")):
-        return Axis("nll", "min", "test loss, nats a token")
+        return Axis("nll", "min", "test nats a token")
     return Axis("accuracy", "max", "test accuracy")
 
 
