@@ -12,7 +12,7 @@ two forms, as they are by default and with ``chunk=1``, which computes each step
 import argparse
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,10 +35,10 @@ SIZES = {
     "small": (Size(64, 200, 64, 8),),
     "all": (
         Size(64, 200, 64, 8),
-        Size(128, 784, 128, 1),
         Size(1, 1000, 64, 8),  # a stream
         Size(64, 100, 256, 32),
         Size(32, 128, 512, 64),
+        Size(128, 784, 128, 1),
     ),
 }
 
@@ -419,34 +419,34 @@ def claims_of(size: Size, timings: Mapping[str, Mapping[str, Any]]) -> list[dict
     ]
 
 
-def benchmark(sizes: str, device: str, rounds: int, min_time: float, threads: int) -> dict[str, Any]:
-    """Everything that goes into the results file."""
+def benchmark(sizes: str, device: str, rounds: int, min_time: float, threads: int) -> Iterator[dict[str, Any]]:
+    """What goes into the results file, after each size."""
     import torch
 
     from effjax.study.results import SCHEMA, environment
 
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")  # of GPUs: TensorFloat-32, which is JAX's default there
+    where = environment()
+    where["packages"]["torch"] = torch.__version__
     arms, claims = {}, []
     for size in SIZES[sizes]:
         found, timings = measure(size, device, rounds, min_time)
         arms |= found
         claims += claims_of(size, timings)
+        yield {
+            "schema": SCHEMA,
+            "study": "recurrent_speed",
+            "method": "irnn",
+            "preset": sizes,
+            "seeds": [0],
+            "budget": {"amount": rounds, "unit": "rounds"},
+            "config": None,  # no study of `effjax compare`: this script alone
+            "arms": arms,
+            "claims": claims,
+            "environment": where | {"threads": threads},
+        }
         print(f"{size.name}: done", flush=True)
-    where = environment()
-    where["packages"]["torch"] = torch.__version__
-    return {
-        "schema": SCHEMA,
-        "study": "recurrent_speed",
-        "method": "irnn",
-        "preset": sizes,
-        "seeds": [0],
-        "budget": {"amount": rounds, "unit": "rounds"},
-        "config": None,  # no study of `effjax compare`: this script alone
-        "arms": arms,
-        "claims": claims,
-        "environment": where | {"threads": threads},
-    }
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -467,9 +467,9 @@ def main(words: Sequence[str] | None = None) -> None:
     device = jax.default_backend()
     if options.device not in (None, device):
         parser.error(f"--device {options.device}, but JAX finds only a {device}")
-    results = benchmark(options.sizes, device, options.rounds, options.min_time, options.threads)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    for results in benchmark(options.sizes, device, options.rounds, options.min_time, options.threads):
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
     for claim in results["claims"]:
         print(f"{'holds' if claim['holds'] else 'FAILS':5} {claim['left']:6.2f} {claim['text']}")
 
