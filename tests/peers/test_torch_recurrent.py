@@ -73,7 +73,7 @@ def test_fused_layer_has_our_outputs_and_gradients(name):
 
 def test_benchmark_writes_results_that_cards_can_show(tmp_path):
     pytest.importorskip("torch")
-    results = speed.benchmark("tiny", "cpu", rounds=2, min_time=0.0, threads=1)
+    *_, results = speed.benchmark("tiny", "cpu", rounds=2, min_time=0.0, threads=1)
     (tmp_path / "speed.json").write_text(json.dumps(results))
     arms = read_results(tmp_path / "speed.json")["arms"]
     assert len(arms) == 2 * len(LAYERS) + len(speed.layers(SIZE, chunk=1)) + len(speed.FUSED)
