@@ -15,7 +15,9 @@ TINY = {
     ],
     "bucket_sampler": [*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "2", "--others", "--seeds", "0", "1"],
     "token_drop": [*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "2", "--others", "random", "--seeds", "0", "1"],
-    "fptt": ["--budget.amount", "60", "--alphas", "0.02", "--others", "tbptt", "fptt-epochs", "--seeds", "0", "1"],
+    "fptt": [
+        *("--budget.amount", "40", "--alphas", "0.02", "--others", "fptt-epochs", "--hidden", "8", "--seeds", "0", "1"),
+    ],
     "irnn": [*_FEW_SEQUENCES, "--cells", "lstm", "irnn", "irnn-shared", "--budget.amount", "40", "--seeds", "0", "1"],
     "tarnn": [*_FEW_SEQUENCES, "--cells", "lstm", "tarnn-euler", "--budget.amount", "40", "--seeds", "0", "1"],
 }
