@@ -67,7 +67,6 @@ gpu = IrnnStudy(
     batch_size=128,
     budget=Budget(4000),
     seeds=(0, 1, 2),
-    unroll=4,
 )
 """effjax compare irnn:gpu. One H200-class GPU, under 10 minutes; needs CIFAR-10. Expect the LSTM near chance and iRNN
 above 40 % on noise-padded CIFAR-10."""

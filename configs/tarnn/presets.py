@@ -23,7 +23,6 @@ gpu = TarnnStudy(
     batch_size=128,
     budget=Budget(2000),
     seeds=(0, 1, 2),
-    unroll=4,
 )
 """effjax compare tarnn:gpu. One H200-class GPU, under 10 minutes; data built in."""
 
