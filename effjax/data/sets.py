@@ -14,9 +14,7 @@ import json
 import math
 import os
 import re
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from effjax.core.errors import near
+from effjax.data.graph_files import read_graph
+from effjax.data.npz_files import READ_ERRORS, first_line, read_arrays
 
 Column = np.ndarray | list
 BUILTIN = Path(__file__).parent / "builtin"
 _SPLIT_FILE = re.compile(r"(train|validation|test)(-\d+-of-\d+)?\.(parquet|npz)")
 _RESEARCH = "research use only, not redistributable"
-_READ_ERRORS = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -286,7 +285,7 @@ def _load_files(name: str, place: str, marks: tuple[tuple[str, int, int], ...]) 
     spec = _SPECS[name]
     files = [Path(mark[0]) for mark in marks]
     if spec.modality == "graph":
-        splits = {"graph": _read_graph(files[0])}
+        splits = {"graph": read_graph(files[0])}
         classes = tuple(str(i) for i in range(splits["graph"]["y"].max() + 1))
         return _frozen(DataSet(name, splits, classes, spec.licence, _source(place, splits), spec.modality))
     parts: dict[str, list[dict[str, Column]]] = {}
@@ -333,8 +332,8 @@ def _read_table(path: Path) -> Any:
 
     try:
         return pyarrow.parquet.read_table(path)
-    except _READ_ERRORS as error:
-        raise ValueError(f"{path}: damaged, or not a Parquet file ({_first_line(error)}). Copy it again.") from error
+    except READ_ERRORS as error:
+        raise ValueError(f"{path}: damaged, or not a Parquet file ({first_line(error)}). Copy it again.") from error
 
 
 def _read_parquet(path: Path, spec: _Spec) -> tuple[dict[str, Column], tuple[str, ...]]:
@@ -358,23 +357,8 @@ def _wanted(path: Path | str, present: list[str], spec: _Spec) -> list[str]:
 
 
 def _read_npz(path: Path, spec: _Spec) -> tuple[dict[str, Column], tuple[str, ...]]:
-    arrays = _read_arrays(path)
+    arrays = read_arrays(path)
     return _decode(path, {key: arrays[key] for key in _wanted(path, list(arrays), spec)}, spec), ()
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (*_READ_ERRORS, TypeError) as error:  # TypeError: a .npy under this name, no archive
-        raise ValueError(
-            f"{path}: damaged, or not an .npz archive of plain arrays ({_first_line(error)}). "
-            "Pickled objects are never loaded: save numeric arrays with numpy.savez."
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _human_counts(path: Path, test: Mapping[str, Column]) -> np.ndarray:
@@ -495,7 +479,7 @@ def _encoded_images(
             grey = shape[2] == 1 if shape else (out.shape[3] == 1 if out is not None else picture.mode in ("1", "L"))
             pixels = np.asarray(picture.convert("L" if grey else "RGB"), np.uint8)
         except (OSError, SyntaxError, TypeError, AttributeError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{where}: {key} {row} is not a readable image ({_first_line(error)}).") from error
+            raise ValueError(f"{where}: {key} {row} is not a readable image ({first_line(error)}).") from error
         pixels = pixels.reshape(*pixels.shape[:2], -1)
         expected = shape or (out.shape[1:] if out is not None else pixels.shape)
         if pixels.shape != expected:
@@ -532,62 +516,6 @@ def _acceleration(where: Path | str, blobs: list[bytes], spec: _Spec) -> list[np
     return out
 
 
-# Graphs
-
-
-def _read_graph(path: Path) -> dict[str, np.ndarray]:
-    """Read and check one graph; the arrays are those of the folder's README, ``y`` as int32.
-
-    A user's own file may hold dense features ``x`` [N, F] in place of the CSR arrays.
-    """
-    graph = _read_arrays(path)
-
-    def check(holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(
-                f"{path}: expected {expected}; it holds { {k: (v.dtype.name, v.shape) for k, v in graph.items()} }."
-            )
-
-    for key, array in graph.items():
-        check(array.dtype.kind in "biuf", f"numbers in {key!r}")
-        check(array.dtype.kind != "f" or bool(np.isfinite(array).all()), f"no NaN or infinity in {key!r}")
-    check({"edge_index", "y"} <= graph.keys(), "arrays 'edge_index' [2, E] and 'y' [N]")
-    check(graph["y"].ndim == 1 and graph["y"].dtype.kind in "iu" and len(graph["y"]) > 0, "integer classes 'y' [N]")
-    nodes = len(graph["y"])
-    check(graph["y"].min() >= 0, "classes 'y' >= 0")
-    for key, array in graph.items():
-        if key.startswith(("edge_index", "directed_edges")):
-            check(array.ndim == 2 and array.shape[0] == 2, f"{key!r} of shape [2, E]")
-        if key.startswith(("edge_index", "directed_edges")) or key.endswith("_idx"):
-            check(array.dtype.kind in "iu" and _inside(array, nodes), f"node numbers below N={nodes} in {key!r}")
-        if key.startswith("geom_"):
-            check(array.dtype == np.uint8 and array.shape[1:] == (-(-nodes // 8),), f"bit-packed masks of N in {key!r}")
-    if "x" in graph:
-        check(graph["x"].ndim == 2 and len(graph["x"]) == nodes, "dense features 'x' of shape [N, F]")
-    elif graph.keys() & {"x_indptr", "x_indices", "x_shape", "x_data"}:
-        check({"x_indptr", "x_indices", "x_shape"} <= graph.keys(), "'x_indptr', 'x_indices' and 'x_shape' together")
-        _check_rows(graph, nodes, check)
-    return {**graph, "y": graph["y"].astype(np.int32)}
-
-
-def _check_rows(graph: Mapping[str, np.ndarray], nodes: int, check: Callable[[bool, str], None]) -> None:
-    starts, columns, shape = graph["x_indptr"], graph["x_indices"], graph["x_shape"].tolist()
-    check(len(shape) == 2 and shape[0] == nodes, "'x_shape' = [N, F]")
-    check(
-        len(starts) == nodes + 1
-        and starts[0] == 0
-        and starts[-1] == len(columns)
-        and bool((np.diff(starts) >= 0).all()),
-        "'x_indptr' of N + 1 ascending row starts",
-    )
-    check(_inside(columns, shape[1]), f"'x_indices' below F={shape[1]}")
-    check("x_data" not in graph or graph["x_data"].shape == columns.shape, "'x_data' as long as 'x_indices'")
-
-
-def _inside(numbers: np.ndarray, bound: int) -> bool:
-    return not numbers.size or bool(numbers.min() >= 0 and numbers.max() < bound)
-
-
 # Hugging Face hub
 
 _ANY = _Spec("text", "", "see the data set's card on the hub")
@@ -605,7 +533,7 @@ def _load_hub(name: str, address: str, spec: _Spec | None) -> DataSet:
     try:
         found = _hub_splits(address)
     except Exception as error:  # the hub client raises its own, urllib's, httpx's and the system's errors
-        answer = f"The Hugging Face hub ({address}) answered: {type(error).__name__}: {_first_line(error)}."
+        answer = f"The Hugging Face hub ({address}) answered: {type(error).__name__}: {first_line(error)}."
         way_out = (
             _missing(name, None) if spec else "Check the name, or go online once: the hub client keeps what it got."
         )

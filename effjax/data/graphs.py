@@ -1,0 +1,150 @@
+"""Graphs with labelled nodes, by name or from a file of one's own."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from effjax.data.graph_files import read_graph
+from effjax.data.sets import DataSet, load
+
+
+class CsrFeatures(NamedTuple):
+    """Node features by row, zeros not stored.
+
+    Attributes:
+      indptr: int32 [N + 1].
+      columns: int32 [nnz].
+      values: float32 [nnz].
+      shape: (N, F).
+    """
+
+    indptr: np.ndarray
+    columns: np.ndarray
+    values: np.ndarray
+    shape: tuple[int, int]
+
+
+class GraphData(NamedTuple):
+    """A graph whose nodes are to be classified.
+
+    Attributes:
+      name: the set's name.
+      source: where it came from.
+      senders: int32 [E]; of an undirected graph both directions are stored. No self-loops.
+      receivers: int32 [E].
+      features: float32 [N, F] or ``CsrFeatures``, as stored; None where the set has none.
+      labels: int32 [N], -1 where the source knows none.
+      classes: number of classes.
+      train: int32 node numbers of the set's standard split; None where it has none.
+      val: likewise.
+      test: likewise.
+      random_train: int32 [splits, n], random splits with 20 nodes a class; None where the set has none.
+      random_val: likewise, 30 a class; the other nodes are for the test.
+      attacks: name -> (senders, receivers) of the poisoned graphs that come with the set.
+    """
+
+    name: str
+    source: str
+    senders: np.ndarray
+    receivers: np.ndarray
+    features: np.ndarray | CsrFeatures | None
+    labels: np.ndarray
+    classes: int
+    train: np.ndarray | None = None
+    val: np.ndarray | None = None
+    test: np.ndarray | None = None
+    random_train: np.ndarray | None = None
+    random_val: np.ndarray | None = None
+    attacks: Mapping[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    @property
+    def nodes(self) -> int:
+        """N."""
+        return len(self.labels)
+
+
+def graph_data(name: str, *, root: str | os.PathLike | None = None) -> GraphData:
+    """A graph of ``effjax.load_data``, or of an ``.npz`` file of one's own.
+
+    ``cora`` and ``citeseer`` come with the package; ``dblp``, ``amazon_photo``, ``amazon_computers``,
+    ``coauthor_cs``, ``coauthor_physics``, ``cora_attacked`` and more are looked for in
+    ``$EFFJAX_DATA/graphs``.
+
+    Args:
+      name: a registered name, or a path that ends in ``.npz``. The file holds ``edge_index`` int
+        [2, E] (senders, receivers) and ``y`` int [N], and features as ``x`` [N, F] or as
+        ``x_indptr``, ``x_indices``, (``x_data``), ``x_shape``. Optional: ``train_idx``, ``val_idx``,
+        ``test_idx``, ``unlabelled_idx``. Nothing is unpickled.
+      root: the one folder to look in; see ``effjax.load_data``.
+
+    Returns:
+      A ``GraphData``. Self-loops and repeated edges of the file are dropped.
+
+    Raises:
+      ValueError: the name is not registered, or the file is damaged, has an edge outside 0..N-1 or
+        features that are not finite.
+      FileNotFoundError: the set is nowhere; the message says what to do.
+
+    Example:
+      >>> cora = graph_data("cora")
+      >>> cora.nodes, cora.senders.shape, cora.features.shape, cora.classes
+      (2708, (10556,), (2708, 1433), 7)
+    """
+    if str(name).endswith(".npz"):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"name={os.fspath(name)!r} is not a file. Give a registered name or a file's path.")
+        return _graph(path.stem, str(path), read_graph(path))
+    found: DataSet = load(name, root=root)
+    if found.modality != "graph":
+        raise ValueError(f"name={name!r} is a set of {found.modality}s, not a graph, such as cora, citeseer or dblp.")
+    return _graph(found.name.removeprefix("graphs/"), found.source, found.splits["graph"])
+
+
+def _graph(name: str, source: str, arrays: Mapping[str, np.ndarray]) -> GraphData:
+    labels = arrays["y"].astype(np.int32)
+    if "unlabelled_idx" in arrays:
+        labels[arrays["unlabelled_idx"]] = -1
+    senders, receivers = _edges(arrays["edge_index"], len(labels))
+    attacks = {
+        key.removeprefix("edge_index_"): _edges(array, len(labels))
+        for key, array in arrays.items()
+        if key.startswith("edge_index_")
+    }
+    optional = lambda key: arrays[key].astype(np.int32) if key in arrays else None
+    return GraphData(
+        name=name,
+        source=source,
+        senders=senders,
+        receivers=receivers,
+        features=_features(arrays),
+        labels=labels,
+        classes=int(labels.max()) + 1,
+        train=optional("train_idx"),
+        val=optional("val_idx"),
+        test=optional("test_idx"),
+        random_train=optional("rand_train_idx"),
+        random_val=optional("rand_val_idx"),
+        attacks=attacks,
+    )
+
+
+def _edges(edge_index: np.ndarray, nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Senders and receivers sorted by receiver, then sender, each pair once, no self-loops."""
+    senders, receivers = edge_index.astype(np.int64)
+    numbers = np.unique((receivers * nodes + senders)[senders != receivers])
+    return (numbers % nodes).astype(np.int32), (numbers // nodes).astype(np.int32)
+
+
+def _features(arrays: Mapping[str, np.ndarray]) -> np.ndarray | CsrFeatures | None:
+    if "x" in arrays:
+        return arrays["x"].astype(np.float32)
+    if "x_indptr" not in arrays:
+        return None
+    columns = arrays["x_indices"].astype(np.int32)
+    values = arrays["x_data"].astype(np.float32) if "x_data" in arrays else np.ones(len(columns), np.float32)
+    rows, width = arrays["x_shape"].tolist()
+    return CsrFeatures(arrays["x_indptr"].astype(np.int32), columns, values, (rows, width))

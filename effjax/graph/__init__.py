@@ -1,0 +1,1 @@
+"""Graph methods: message passing, FASTRAIN self-training and GEENI ensembles."""

@@ -1,0 +1,99 @@
+"""Adjacency matrices of graphs: rows receive, columns send."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from effjax.graph.sparse import SparseMatrix, row_sums, sparse_matrix, take_columns, take_rows
+
+
+def adjacency(
+    senders: ArrayLike,
+    receivers: ArrayLike,
+    nodes: int,
+    *,
+    weights: ArrayLike | None = None,
+    self_loops: bool = False,
+    capacity: int | None = None,
+    buckets: bool = False,
+) -> SparseMatrix:
+    """The matrix whose entry (i, j) is the edge from j to i. Runs on the host.
+
+    Args:
+      senders: integers [E].
+      receivers: integers [E].
+      nodes: N.
+      weights: numbers [E]; ones when None.
+      self_loops: add an edge of weight 1 to every node that has none to itself.
+      capacity: entries of the result, the rest padded (``sparse_matrix``).
+      buckets: as for ``sparse_matrix``.
+
+    Returns:
+      A ``SparseMatrix`` [N, N].
+
+    Raises:
+      ValueError: an edge outside 0..N-1, or two between the same nodes in one direction.
+
+    Example:
+      >>> adjacency([0, 1], [1, 0], 3, self_loops=True).todense()
+      Array([[1., 1., 0.],
+             [1., 1., 0.],
+             [0., 0., 1.]], dtype=float32)
+    """
+    senders, receivers = np.asarray(senders).reshape(-1), np.asarray(receivers).reshape(-1)
+    weights = np.ones(len(senders), np.float32) if weights is None else np.asarray(weights)
+    if self_loops:
+        bare = np.setdiff1d(np.arange(nodes), senders[senders == receivers])
+        senders, receivers = np.concatenate([senders, bare]), np.concatenate([receivers, bare])
+        weights = np.concatenate([weights, np.ones(len(bare), weights.dtype)])
+    if not len(senders):
+        senders = receivers = np.zeros(0, np.int32)
+    return sparse_matrix(receivers, senders, weights, (nodes, nodes), capacity=capacity, buckets=buckets)
+
+
+def gcn_normalize(matrix: SparseMatrix) -> SparseMatrix:
+    r"""The symmetric normalisation of graph convolutions.
+
+    .. math:: S = D^{-1/2} A\, D^{-1/2}, \qquad D_{ii} = \sum_j A_{ij}
+
+    With the receivers' degrees on both sides, as in PyTorch Geometric; zero rows stay zero.
+
+    Args:
+      matrix: [N, N], values not negative, self-loops included where wanted.
+
+    Returns:
+      A ``SparseMatrix`` of the same pattern.
+    """
+    pattern = matrix.pattern
+    degree = row_sums(pattern, matrix.values)
+    scale = jnp.where(degree > 0, jax.lax.rsqrt(jnp.where(degree > 0, degree, 1)), 0)
+    return SparseMatrix(pattern, take_rows(pattern, scale) * matrix.values * take_columns(pattern, scale))
+
+
+def gcn_adjacency(
+    senders: ArrayLike,
+    receivers: ArrayLike,
+    nodes: int,
+    *,
+    weights: ArrayLike | None = None,
+    capacity: int | None = None,
+    buckets: bool = False,
+) -> SparseMatrix:
+    """``gcn_normalize`` of the adjacency with self-loops.
+
+    Example:
+      >>> gcn_adjacency([0, 1], [1, 0], 2).todense().round(3)
+      Array([[0.5, 0.5],
+             [0.5, 0.5]], dtype=float32)
+    """
+    return gcn_normalize(
+        adjacency(senders, receivers, nodes, weights=weights, self_loops=True, capacity=capacity, buckets=buckets)
+    )
+
+
+def row_normalize(matrix: SparseMatrix) -> SparseMatrix:
+    """Rows divided by their sums, as mean aggregation and bag-of-words features have it; zero rows stay zero."""
+    total = row_sums(matrix.pattern, matrix.values)
+    scale = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
+    return SparseMatrix(matrix.pattern, take_rows(matrix.pattern, scale) * matrix.values)

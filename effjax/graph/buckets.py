@@ -1,0 +1,57 @@
+"""Sparse products by padded rows: rows in buckets of similar length, gathers and sums, no scatter."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class BucketTable(NamedTuple):
+    """Rows of a sparse matrix in buckets whose rows are padded to one length.
+
+    Attributes:
+      entries: per bucket int32 [rows, length], numbers of the entries; -1 where there is none.
+      columns: per bucket int32 [rows, length].
+      position: int32 [R], where each row stands in the concatenation of the buckets.
+    """
+
+    entries: tuple[jax.Array, ...]
+    columns: tuple[jax.Array, ...]
+    position: jax.Array
+
+
+def bucket_table(indptr: np.ndarray, columns: np.ndarray) -> BucketTable:
+    """Buckets whose lengths are powers of two, so that less than half of a bucket is padding.
+
+    Args:
+      indptr: int [R + 1], row starts.
+      columns: int [nnz], of the entries row by row.
+
+    Example:
+      >>> table = bucket_table(np.array([0, 1, 3]), np.array([1, 0, 1]))
+      >>> [part.shape for part in table.entries]
+      [(1, 1), (1, 2)]
+    """
+    degrees = np.diff(indptr)
+    lengths = np.where(degrees > 1, 2 ** np.ceil(np.log2(np.maximum(degrees, 1))).astype(int), degrees)
+    parts, position, done = [], np.zeros(len(degrees), np.int32), 0
+    for length in np.unique(lengths):
+        rows = np.flatnonzero(lengths == length)
+        at = indptr[rows][:, None] + np.arange(length)
+        inside = np.arange(length) < degrees[rows][:, None]
+        at = np.where(inside, at, 0)
+        parts.append((np.where(inside, at, -1), np.where(inside, columns[at], 0)))
+        position[rows] = done + np.arange(len(rows))
+        done += len(rows)
+    as_arrays = lambda which: tuple(jnp.asarray(part[which], jnp.int32) for part in parts)
+    return BucketTable(as_arrays(0), as_arrays(1), jnp.asarray(position))
+
+
+def bucket_product(table: BucketTable, values: jax.Array, x: jax.Array) -> jax.Array:
+    """The product of the table's matrix, of the given values [nnz], with ``x`` [C, F]: [R, F]."""
+    parts = []
+    for entries, columns in zip(table.entries, table.columns, strict=True):
+        weights = jnp.where(entries < 0, 0, values[entries]).astype(x.dtype)
+        parts.append(jnp.einsum("rl,rlf->rf", weights, x[columns], precision=jax.lax.Precision.HIGHEST))
+    return jnp.concatenate(parts)[table.position] if parts else jnp.zeros((0, x.shape[1]), x.dtype)

@@ -1,0 +1,171 @@
+"""Node classification on one graph: data, matrices, loss, and splits that nothing can leak through."""
+
+import os
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from effjax.core.errors import check_choice, check_number
+from effjax.data.graphs import CsrFeatures, GraphData, graph_data
+from effjax.graph.adjacency import gcn_adjacency
+from effjax.graph.adjacency import row_normalize as divide_rows
+from effjax.graph.sparse import SparseMatrix, sparse_matrix
+
+
+class NodeTask(NamedTuple):
+    """A graph ready for a network.
+
+    Attributes:
+      name: of the data, with the attack if there is one.
+      source: where the data came from.
+      data: the graph as read.
+      features: float32 [N, F], or a ``SparseMatrix`` where few are not zero.
+      adjacency: ``gcn_adjacency``: symmetric normalisation, with self-loops.
+      labels: int32 [N], -1 where unknown.
+      classes: number of classes.
+    """
+
+    name: str
+    source: str
+    data: GraphData
+    features: jax.Array | SparseMatrix
+    adjacency: SparseMatrix
+    labels: jax.Array
+    classes: int
+
+
+def node_task(
+    name: str | GraphData,
+    *,
+    row_normalize: bool = True,
+    sparse_below: float = 0.1,
+    attack: str | None = None,
+    root: str | os.PathLike | None = None,
+) -> NodeTask:
+    """Load a graph and build the matrices of a graph network.
+
+    Args:
+      name: of ``effjax.data.graphs.graph_data``, or a ``GraphData``.
+      row_normalize: divide every row of the features by its sum, as the citation benchmarks do.
+      sparse_below: features with a smaller share of non-zeros stay sparse.
+      attack: one of ``data.attacks`` in place of the clean graph, such as ``'meta_0.15'``.
+      root: as for ``graph_data``.
+
+    Returns:
+      A ``NodeTask``. A graph without features gets the identity.
+
+    Raises:
+      ValueError: an attack that the set has not.
+
+    Example:
+      >>> cora = node_task("cora")
+      >>> cora.features.shape, cora.adjacency.nnz
+      ((2708, 1433), 13264)
+    """
+    check_number("sparse_below", sparse_below, low=0, high=1)
+    data = graph_data(name, root=root) if isinstance(name, (str, os.PathLike)) else name
+    if attack is not None:
+        check_choice("attack", attack, tuple(data.attacks))
+        senders, receivers = data.attacks[attack]
+        data = data._replace(name=f"{data.name}-{attack}", senders=senders, receivers=receivers)
+    return NodeTask(
+        name=data.name,
+        source=data.source,
+        data=data,
+        features=_features(data, row_normalize, sparse_below),
+        adjacency=gcn_adjacency(data.senders, data.receivers, data.nodes),
+        labels=jnp.asarray(data.labels),
+        classes=data.classes,
+    )
+
+
+def _features(data: GraphData, normalize: bool, sparse_below: float) -> jax.Array | SparseMatrix:
+    features = data.features
+    if features is None:
+        nodes = np.arange(data.nodes)
+        return sparse_matrix(nodes, nodes, None, (data.nodes, data.nodes))
+    matrix = _sparse(features)
+    matrix = divide_rows(matrix) if normalize else matrix
+    share = matrix.nnz / max(1, matrix.shape[0] * matrix.shape[1])
+    return matrix if share < sparse_below else matrix.todense()
+
+
+def _sparse(features: np.ndarray | CsrFeatures) -> SparseMatrix:
+    if isinstance(features, CsrFeatures):
+        rows = np.repeat(np.arange(features.shape[0]), np.diff(features.indptr))
+        return sparse_matrix(rows, features.columns, features.values, features.shape)
+    rows, columns = np.nonzero(features)
+    return sparse_matrix(rows, columns, features[rows, columns], features.shape)
+
+
+def masked_cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+    r"""Mean cross-entropy over the masked nodes, in nats.
+
+    .. math:: \frac{\sum_i m_i\, (-\log p_{i, y_i})}{\sum_i m_i}
+
+    Args:
+      logits: [N, C].
+      labels: int [N]; not read outside the mask.
+      mask: bool or float [N]; of an empty mask the loss is 0.
+
+    Returns:
+      A float32 scalar.
+    """
+    mask = mask.astype(jnp.float32)
+    safe = jnp.where(mask > 0, labels, 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), safe)
+    return jnp.sum(mask * losses) / jnp.maximum(jnp.sum(mask), 1e-9)
+
+
+def masked_accuracy(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+    """Share of the masked nodes whose largest logit is their label; ties go to the lowest class."""
+    mask = mask.astype(jnp.float32)
+    return jnp.sum(mask * (jnp.argmax(logits, axis=1) == labels)) / jnp.maximum(jnp.sum(mask), 1e-9)
+
+
+def draw_labelled(key: jax.Array, labels: jax.Array, classes: int, per_class: int) -> jax.Array:
+    """A random labelled set with the same number of nodes of every class.
+
+    Args:
+      key: the same key draws the same nodes.
+      labels: int [N], -1 for nodes without a class, which are never drawn.
+      classes: C.
+      per_class: nodes of a class; all of a class that has fewer.
+
+    Returns:
+      bool [N].
+
+    Example:
+      >>> labels = jnp.array([0, 1, 0, 1, 0, -1])
+      >>> int(draw_labelled(jax.random.key(0), labels, 2, 2).sum())
+      4
+    """
+    return _rank_in_class(key, labels, classes) < per_class
+
+
+def draw_split(
+    key: jax.Array, labels: jax.Array, classes: int, train_per_class: int, val_per_class: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Random train, validation and test masks; every other node with a class is for the test.
+
+    The training set is that of ``draw_labelled`` with the same key.
+
+    Returns:
+      Three bool [N] without common nodes.
+    """
+    rank = _rank_in_class(key, labels, classes)
+    train, known = rank < train_per_class, rank < train_per_class + val_per_class
+    return train, known & ~train, (labels >= 0) & ~known
+
+
+def _rank_in_class(key: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
+    """Place of every node in a random order of its class; beyond all nodes for those without one."""
+    labels = jnp.asarray(labels)
+    order = jax.random.permutation(key, labels.shape[0])
+    member = (labels[order][:, None] == jnp.arange(classes)).astype(jnp.int32)
+    before = jnp.cumsum(member, axis=0) - member
+    rank = jnp.where(labels[order] >= 0, jnp.sum(before * member, axis=1), labels.shape[0])
+    return jnp.zeros(labels.shape, jnp.int32).at[order].set(rank)
