@@ -292,6 +292,7 @@ _PUBLIC: dict[str, str] = {
     "RNNCell": "effjax.models.sequence",
     "LSTMCell": "effjax.models.sequence",
     "GRUCell": "effjax.models.sequence",
+    "FastRNNCell": "effjax.models.sequence",
     "FastGRNNCell": "effjax.models.sequence",
     "AntisymmetricRNNCell": "effjax.models.sequence",
     "CoRNNCell": "effjax.models.sequence",

@@ -40,10 +40,22 @@ add = FpttStudy(
     seeds=(0,),
     parts=10,
     alphas=(0.5, 0.02),
-    others=("bptt-losses", "tbptt"),
+    others=("bptt-losses", "tbptt", "chrono-lstm", "lru"),
 )
 """effjax compare fptt:add. Two CPU cores, about twelve minutes. The adding problem over 200 steps, 1600 batches, where
 the authors' initial values and better ones part: with a forget gate that starts open BPTT solves it too."""
+
+add100 = FpttStudy(
+    tasks=("add-100",),
+    cells=("torch-lstm",),
+    budget=Budget(2000),
+    seeds=(0,),
+    parts=10,
+    alphas=(0.5, 0.02),
+    others=("bptt-losses", "tbptt", "chrono-lstm", "lru"),
+)
+"""effjax compare fptt:add100. Two CPU cores, about five minutes. The adding problem over 100 steps, 2000 batches, from
+the authors' initial values: near the length where BPTT just leaves the plateau."""
 
 memory = FpttStudy(
     tasks=("add-100", "add-300", "add-1000", "add-3000", "add-10000"),

@@ -1,4 +1,4 @@
-"""Linear recurrences by parallel scan: LRU and minGRU. Conventions are those of ``effjax.models.sequence``."""
+"""Linear recurrences: LRU and minGRU. Conventions are those of ``effjax.models.sequence``."""
 
 import functools
 import math
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Inexact
 
 from effjax.core.errors import check_number
 from effjax.core.products import dot
+from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
 from effjax.models.sequence import Cell, Hidden, Params, Projected, PyTree, check_carry, chrono_bias, project_inputs
 
@@ -18,11 +19,13 @@ from effjax.models.sequence import Cell, Hidden, Params, Projected, PyTree, chec
 def linear_scan(
     a: Inexact[Array, "time ..."], u: Inexact[Array, "time ..."], h0: Inexact[Array, "..."] | None = None
 ) -> jax.Array:
-    r"""All states of :math:`h_t = a_t \odot h_{t-1} + u_t` in :math:`O(\log T)` dependent steps.
+    r"""All states of :math:`h_t = a_t \odot h_{t-1} + u_t`, on accelerators in :math:`O(\log T)` dependent steps.
 
     .. math:: (a_1, u_1) \circ (a_2, u_2) = (a_1 a_2,\; a_2 u_1 + u_2)
 
-    is associative. The products of many :math:`|a| < 1` underflow to 0, which is what they mean.
+    is associative. The products of many :math:`|a| < 1` underflow to 0, which is what they mean. Where the default
+    backend is a CPU the states are computed one after the other: with few cores and little memory bandwidth the
+    associative scan's extra work loses.
 
     Args:
       a: decays; axes behind the first may be 1 and broadcast to those of ``u``.
@@ -43,11 +46,20 @@ def linear_scan(
         raise ValueError(f"a holds {len(a)} time steps and u {len(u)}; each step needs both. The leading axis is time.")
     if h0 is not None:
         u = u.at[0].add(a[0] * h0)
-    return _linear_scan(a, u)
+    return (_sequential if jax.default_backend() == "cpu" else _associative)(a, u)
+
+
+@jax.jit
+def _sequential(a: jax.Array, u: jax.Array) -> jax.Array:
+    def step(_: None, h: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        h = now[0] * h + now[1]
+        return h, h
+
+    return scan_time(step, None, jnp.zeros_like(a[0] * u[0]), (a, u))[1]
 
 
 @jax.jit  # called eagerly, it would compile every slice by itself
-def _linear_scan(a: jax.Array, u: jax.Array) -> jax.Array:
+def _associative(a: jax.Array, u: jax.Array) -> jax.Array:
     return jax.lax.associative_scan(lambda one, two: (one[0] * two[0], two[0] * one[1] + two[1]), (a, u))[1]
 
 
@@ -243,7 +255,7 @@ class MinGRUCell(_MinGRU, Cell):
 
 
 class MinGRU(_MinGRU):
-    """minGRU over whole sequences by parallel scan; the equations and the source are those of ``min_gru_step``.
+    """minGRU over whole sequences by ``linear_scan``; the equations and the source are those of ``min_gru_step``.
 
     Args:
       features: width of the state.
@@ -339,7 +351,7 @@ class LRUCell(_LRU, Cell):
 
 
 class LRU(_LRU):
-    """Linear recurrent unit over whole sequences by parallel scan; equations and source are those of ``lru_step``.
+    """Linear recurrent unit over whole sequences by ``linear_scan``; equations and source are those of ``lru_step``.
 
     Args:
       features: width of the output.

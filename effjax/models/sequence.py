@@ -1,4 +1,4 @@
-"""Recurrent baselines: plain RNN, LSTM with Chrono biases, GRU, FastGRNN, AntisymmetricRNN, coRNN.
+"""Recurrent baselines: plain RNN, LSTM with Chrono biases, GRU, FastRNN, FastGRNN, AntisymmetricRNN, coRNN.
 
 Every cell runs in ``nn.RNN``, and faster in ``Recurrent``, and is a pure step over inputs that are projected before
 the loop: ``step(params, carry, projected) -> (carry, y)``. Row vectors multiply kernels from the left, ``h @ U``;
@@ -140,6 +140,34 @@ def lstm_step(
     c = f * c + i * jnp.tanh(jnp.split(gates, 4, -1)[2])
     h = o * jnp.tanh(c)
     return (c, h), h
+
+
+def fastrnn_step(
+    params: Params, h: Hidden, projected: Projected, *, dtype: DTypeLike | None = None
+) -> tuple[jax.Array, jax.Array]:
+    r"""One step of FastRNN, a plain RNN with a weighted residual connection.
+
+    .. math:: h' = \sigma(\alpha) \tanh(x W + h U + b) + \sigma(\beta)\, h
+
+    Args:
+      params: ``W`` ``[features, hidden]``, ``U`` ``[hidden, hidden]``, ``b`` ``[hidden]``, ``alpha`` and ``beta``
+        scalars, or ``[*batch, 1]``.
+      h: state.
+      projected: a time step of ``project_inputs``.
+      dtype: of the matrix products' operands.
+
+    Returns:
+      h', twice.
+
+    Raises:
+      ValueError: a state of another shape.
+
+    Reference: Kusupati et al., "FastGRNN", NeurIPS 2018 (arXiv 1901.02358), full rank and dense.
+    """
+    h = check_carry(h, projected.shape[:-1], params["U"].shape[0])
+    new = jnp.tanh(projected + dot(h, params["U"], dtype))
+    h = nn.sigmoid(wide(params["alpha"])) * new + nn.sigmoid(wide(params["beta"])) * h
+    return h, h
 
 
 def fastgrnn_step(
@@ -309,6 +337,10 @@ class Cell(nn.RNNCellBase):
         raise NotImplementedError
 
     @nn.nowrap
+    def check_steps(self, steps: int) -> None:
+        """Raise ``ValueError`` unless the cell can take that many steps in a row."""
+
+    @nn.nowrap
     def initialize_carry(self, rng: jax.Array, input_shape: tuple[int, ...]) -> Any:
         del rng
         return jnp.zeros((*input_shape[:-1], self.features))
@@ -334,7 +366,7 @@ class Recurrent(nn.Module):
 
     Raises:
       TypeError: a cell of another kind.
-      ValueError: a carry of another shape, or as ``scan_time``.
+      ValueError: a carry of another shape, a sequence longer than the cell's ``length``, or as ``scan_time``.
 
     Example:
       >>> layer = Recurrent(LSTMCell(features=8), unroll=4)
@@ -353,6 +385,7 @@ class Recurrent(nn.Module):
                 f"cell={type(self.cell).__name__} cannot be taken apart. Use nn.RNN(cell), or a cell of "
                 "effjax.models.sequence."
             )
+        self.cell.check_steps(x.shape[1])
         params = self.cell.weights(x.shape[-1])
         projected = self.cell.project(params, jnp.swapaxes(x, 0, 1))
         if carry is None:
@@ -460,6 +493,66 @@ class LSTMCell(_TwoStateCell):
             return jnp.concatenate([zeros, zeros + 1, zeros, zeros])
         forget = chrono_bias(key, self.features, self.chrono_length)
         return jnp.concatenate([-forget, forget, zeros, zeros])
+
+
+class FastRNNCell(Cell):
+    """FastRNN cell; the equation and the source are those of ``fastrnn_step``.
+
+    Args:
+      features: width of the state.
+      dtype: of the matrix products' operands, by default their own.
+      length: give alpha and beta a value for every time step of sequences up to this long. The carry is then the state
+        and the number of steps done, and beyond ``length`` the state is NaN. None shares them over time.
+
+    Raises:
+      ValueError: ``length`` below 1; in ``Recurrent``, a longer sequence.
+
+    Example:
+      >>> rnn = nn.RNN(FastRNNCell(features=8))
+      >>> states, _ = jax.eval_shape(rnn.init_with_output, jax.random.key(0), jnp.ones((4, 20, 3)))
+      >>> states.shape
+      (4, 20, 8)
+    """
+
+    length: int | None = None
+
+    @nn.compact
+    def weights(self, inputs: int) -> Params:
+        if self.length is not None:
+            check_number("length", self.length, low=1, integer=True)
+        normal, constant = nn.initializers.normal(0.1), nn.initializers.constant
+        times = () if self.length is None else (self.length,)
+        return {
+            "W": self.param("W", normal, (inputs, self.features)),
+            "U": self.param("U", normal, (self.features, self.features)),
+            "b": self.param("b", nn.initializers.ones, (self.features,)),
+            "alpha": self.param("alpha", constant(-3.0), times),
+            "beta": self.param("beta", constant(3.0), times),
+        }
+
+    @nn.nowrap
+    def advance(self, params: Params, carry: PyTree, projected: PyTree) -> tuple[PyTree, jax.Array]:
+        if self.length is None:
+            return fastrnn_step(params, carry, projected, dtype=self.dtype)
+        h, time = carry
+        now = {
+            name: jnp.take(params[name], time, mode="fill", fill_value=jnp.nan)[..., None] for name in ("alpha", "beta")
+        }
+        h, y = fastrnn_step({**params, **now}, h, projected, dtype=self.dtype)
+        return (h, time + 1), y
+
+    @nn.nowrap
+    def check_steps(self, steps: int) -> None:
+        if self.length is not None and steps > self.length:
+            raise ValueError(
+                f"length={self.length}, but the sequence has {steps} steps, and each needs an alpha and a beta of its "
+                f"own. Make the cell with length={steps}, shorten the sequence, or share them with length=None."
+            )
+
+    @nn.nowrap
+    def initialize_carry(self, rng: jax.Array, input_shape: tuple[int, ...]) -> Any:
+        h = super().initialize_carry(rng, input_shape)
+        return h if self.length is None else (h, jnp.zeros(input_shape[:-1], jnp.int32))
 
 
 class FastGRNNCell(Cell):

@@ -138,6 +138,7 @@ def arms(config: FpttStudy) -> dict[str, Arm]:
         )
         for group in _groups(config)
         for name, form in _forms(config, group.task).items()
+        if form.cell is None or group.cell == config.cells[0]  # with cells of their own they are the same in each
     }
 
 

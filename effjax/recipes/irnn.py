@@ -16,6 +16,8 @@ CELLS = (
     "rnn",
     "lstm",
     "gru",
+    "fastrnn",
+    "fastrnn-per-time",
     "fastgrnn",
     "antisymmetric",
     "cornn",
@@ -40,6 +42,7 @@ ROLES = {
     "irnn-equilibrium": "method",
     "dual-ode": "method",
     "irnn-shared": "control",
+    "fastrnn-per-time": "control",
 }
 
 

@@ -20,6 +20,7 @@ from effjax.models.sequence import (
     AntisymmetricRNNCell,
     CoRNNCell,
     FastGRNNCell,
+    FastRNNCell,
     GRUCell,
     LSTMCell,
     Recurrent,
@@ -146,6 +147,10 @@ def _chrono(config: RecurrentStudy, length: int) -> nn.Module:
     return _looped(LSTMCell, chrono_length=max(3, length))(config, length)
 
 
+def _fast_rnn_per_time(config: RecurrentStudy, length: int) -> nn.Module:
+    return _looped(FastRNNCell, length=length)(config, length)
+
+
 def _min_gru(config: RecurrentStudy, length: int) -> nn.Module:
     return MinGRU(config.hidden, chrono_length=max(3, length), **_operands(config))
 
@@ -157,6 +162,8 @@ LAYERS: dict[str, Layer] = {
     "lstm": Layer("LSTM", _looped(LSTMCell)),
     "chrono-lstm": Layer("Chrono-LSTM", _chrono),
     "gru": Layer("GRU", _looped(GRUCell)),
+    "fastrnn": Layer("FastRNN", _looped(FastRNNCell)),
+    "fastrnn-per-time": Layer("FastRNN, alpha and beta per time step", _fast_rnn_per_time),
     "fastgrnn": Layer("FastGRNN", _looped(FastGRNNCell)),
     "antisymmetric": Layer("AntisymmetricRNN", _looped(AntisymmetricRNNCell)),
     "antisymmetric-gated": Layer("AntisymmetricRNN, gated", _looped(AntisymmetricRNNCell, gated=True)),

@@ -14,6 +14,7 @@ from effjax.models.decoder import Decoder
 from effjax.models.linear_recurrence import LRU
 from effjax.models.mlp import MLP
 from effjax.models.resnet import BasicBlock, ResNet
+from effjax.models.sequence import FastRNNCell, Recurrent
 from effjax.recurrent.equilibrium import EquilibriumRNN
 from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNNCell
@@ -105,6 +106,12 @@ CASES: dict[str, ModuleCase] = {
     ),
     "tarnn": ModuleCase(
         "tarnn", lambda dtype: nn.RNN(TARNNCell(4, length=5, dtype=dtype)), sequences, evaluate={}, train={}
+    ),
+    "fastrnn": ModuleCase(
+        "sequence", lambda dtype: Recurrent(FastRNNCell(4, dtype=dtype)), sequences, evaluate={}, train={}
+    ),
+    "fastrnn-per-time": ModuleCase(
+        "sequence", lambda dtype: Recurrent(FastRNNCell(4, length=5, dtype=dtype)), sequences, evaluate={}, train={}
     ),
     "lru": ModuleCase("sequence", lambda dtype: LRU(4, dtype=dtype), sequences, evaluate={}, train={}),
 }

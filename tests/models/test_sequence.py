@@ -9,11 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.models.linear_recurrence import LRU, LRUCell, MinGRU, MinGRUCell, linear_scan, lru, min_gru
+from effjax.models.linear_recurrence import (
+    LRU,
+    LRUCell,
+    MinGRU,
+    MinGRUCell,
+    _associative,
+    _sequential,
+    linear_scan,
+    lru,
+    min_gru,
+)
 from effjax.models.sequence import (
     AntisymmetricRNNCell,
     CoRNNCell,
     FastGRNNCell,
+    FastRNNCell,
     GRUCell,
     LSTMCell,
     Recurrent,
@@ -22,6 +33,7 @@ from effjax.models.sequence import (
     chrono_bias,
     cornn_step,
     fastgrnn_step,
+    fastrnn_step,
     lstm_step,
     project_inputs,
     rnn_step,
@@ -65,6 +77,11 @@ def fastgrnn_params(tree):
     return {name: leaf.reshape(shape(name, leaf)) for name, leaf in tree.items()}
 
 
+def fastrnn_params(tree):
+    scalars = {name: tree[name].reshape(()) for name in ("alpha", "beta")}
+    return {"W": tree["W"], "U": tree["U"], "b": tree["bias_update"][0], **scalars}
+
+
 def cornn_params(tree):
     W, U = np.split(tree["i2h.weight"].T, [4])
     return {"W": W, "U": U, "b": tree["i2h.bias"]}
@@ -80,6 +97,7 @@ def antisymmetric_params(tree):
 
 
 PARITY = {
+    "fastrnn": (fastrnn_step, fastrnn_params, {}),
     "fastgrnn": (fastgrnn_step, fastgrnn_params, {}),
     "cornn": (cornn_step, cornn_params, {"dt": "dt", "gamma": "gamma", "epsilon": "epsilon"}),
     "antisym": (antisymmetric_step, antisymmetric_params, {"epsilon": "eps", "gamma": "gamma"}),
@@ -118,6 +136,39 @@ def test_linear_scan_parity():
         assert_close(linear_scan(a, u), data["outputs"].swapaxes(0, 1))
         whole, half = linear_scan(a, u), linear_scan(a[:3], u[:3])
         assert_close(linear_scan(a[3:], u[3:], half[-1]), whole[3:])
+
+
+@pytest.mark.parametrize("dtype", [float, complex])
+def test_linear_scan_in_both_forms(dtype):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape) + (1j * rng.normal(size=shape) if dtype is complex else 0)
+    with jax.enable_x64(True):
+        # Decays are the same for all rows, and one of them is 0.
+        a, u, weights = jnp.asarray(draw(7, 1, 4)).at[3, 0, 2].set(0), jnp.asarray(draw(7, 3, 4)), draw(7, 3, 4)
+
+        def states_and_gradients(form):
+            loss = lambda a, u: jnp.sum((weights * form(a, u)).real)
+            return form(a, u), jax.grad(loss, (0, 1))(a, u)
+
+        jax.tree.map(assert_close, states_and_gradients(_sequential), states_and_gradients(_associative))
+
+
+def test_fastrnn_with_gates_of_every_time_step():
+    cell = FastRNNCell(5, length=12)
+    params = filled(nn.RNN(cell))["params"]["cell"]
+    sigmoid = lambda x: 1 / (1 + np.exp(-np.asarray(x)))
+    h, states = np.zeros((4, 5)), []
+    for t in range(10):
+        new = np.tanh(X[:, t] @ params["W"] + h @ params["U"] + params["b"])
+        h = sigmoid(params["alpha"][t]) * new + sigmoid(params["beta"][t]) * h
+        states.append(h)
+    layer = Recurrent(cell)
+    variables = {"params": {"cell": params}}
+    assert_close(jax.jit(layer.apply)(variables, X), np.stack(states, 1), 1e-6)
+    carry = (jnp.asarray(states[3], jnp.float32), jnp.full(4, 4))
+    assert_close(jax.jit(layer.apply)(variables, X[:, 4:], carry), np.stack(states[4:], 1), 1e-6)
+    beyond = np.asarray(jax.jit(nn.RNN(cell).apply)(variables, np.tile(X, (1, 2, 1))))
+    np.testing.assert_array_equal(np.isfinite(beyond).all((0, 2)), np.arange(20) < 12)
 
 
 def test_lstm_equals_flax():
@@ -197,7 +248,8 @@ def test_parallel_layer_equals_cell_in_nn_rnn(layer, cell):
     assert_close(whole(inner["params"], X.swapaxes(0, 1))[0], carry, 1e-5)
 
 
-def test_parallel_layers_have_no_loop():
+def test_parallel_layers_have_no_loop_on_accelerators(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for layer in (LRU(5), MinGRU(5)):
         variables = jax.eval_shape(layer.init, KEY, X)
         text = str(jax.make_jaxpr(layer.apply)(variables, X))
@@ -209,6 +261,8 @@ CELLS = {
     "rnn": RNNCell(5),
     "lstm": LSTMCell(5),
     "gru": GRUCell(5),
+    "fastrnn": FastRNNCell(5),
+    "fastrnn_per_time": FastRNNCell(5, length=10),
     "fastgrnn": FastGRNNCell(5),
     "antisymmetric": AntisymmetricRNNCell(5),
     "cornn": CoRNNCell(5),
@@ -264,6 +318,8 @@ BAD = {
     "ring": (lambda: LRU(5, r_min=0.9, r_max=0.8).init(KEY, X), r"r_max=0.8 must be a number in \(0.9"),
     "h0": (lambda: min_gru({"W": jnp.ones((3, 4)), "b": jnp.ones(4)}, X, jnp.ones((10, 3))), r"\(10, 2\)"),
     "dt": (lambda: nn.RNN(CoRNNCell(5, dt=0.0)).init(KEY, X), r"dt=0.0 must be a number in \(0"),
+    "steps": (lambda: Recurrent(FastRNNCell(5, length=9)).init(KEY, X), r"length=9, but the sequence has 10 steps"),
+    "length": (lambda: nn.RNN(FastRNNCell(5, length=0)).init(KEY, X), r"length=0 must be an integer in \[1"),
     "epsilon": (lambda: nn.RNN(AntisymmetricRNNCell(5, epsilon=-1.0)).init(KEY, X), r"epsilon=-1.0"),
 }
 

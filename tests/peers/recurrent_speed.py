@@ -46,6 +46,7 @@ LABELS = {
     "rnn": "RNN",
     "lstm": "LSTM",
     "gru": "GRU",
+    "fastrnn": "FastRNN",
     "fastgrnn": "FastGRNN",
     "antisymmetric": "AntisymmetricRNN",
     "cornn": "coRNN",
@@ -66,6 +67,7 @@ def layers(size: Size, chunk: int | None = None) -> dict[str, Any]:
         AntisymmetricRNNCell,
         CoRNNCell,
         FastGRNNCell,
+        FastRNNCell,
         GRUCell,
         LSTMCell,
         Recurrent,
@@ -79,6 +81,7 @@ def layers(size: Size, chunk: int | None = None) -> dict[str, Any]:
         "rnn": Recurrent(RNNCell(hidden), chunk=chunk),
         "lstm": Recurrent(LSTMCell(hidden), chunk=chunk),
         "gru": Recurrent(GRUCell(hidden), chunk=chunk),
+        "fastrnn": Recurrent(FastRNNCell(hidden), chunk=chunk),
         "fastgrnn": Recurrent(FastGRNNCell(hidden), chunk=chunk),
         "antisymmetric": Recurrent(AntisymmetricRNNCell(hidden), chunk=chunk),
         "cornn": Recurrent(CoRNNCell(hidden), chunk=chunk),
@@ -158,6 +161,15 @@ def loops() -> dict[str, Callable[[Mapping[str, Any], Any], Any]]:
             return h, h
 
         return over_time(step, zeros(p, x, len(p["U"])), x)
+
+    def fastrnn(p, x):
+        alpha, beta = torch.sigmoid(p["alpha"]), torch.sigmoid(p["beta"])
+
+        def step(h, x, t):
+            h = alpha * torch.tanh(torch.addmm(p["b"], x, p["W"]) + h @ p["U"]) + beta * h
+            return h, h
+
+        return over_time(step, zeros(p, x), x)
 
     def fastgrnn(p, x):
         zeta, nu = torch.sigmoid(p["zeta"]), torch.sigmoid(p["nu"])
@@ -244,6 +256,7 @@ def loops() -> dict[str, Callable[[Mapping[str, Any], Any], Any]]:
         "rnn": rnn,
         "lstm": lstm,
         "gru": gru,
+        "fastrnn": fastrnn,
         "fastgrnn": fastgrnn,
         "antisymmetric": antisymmetric,
         "cornn": cornn,
