@@ -314,7 +314,8 @@ _RULES: dict[str, Rule] = {
 # How often the jaxpr inside an equation runs: once in a call, else as the rule says.
 _CALLS = {
     *("jit", "pjit", "call", "core_call", "closed_call", "core_closed_call", "eval_jaxpr"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "remat", "remat2", "checkpoint"),
+    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call"),
+    *("remat", "remat2", "checkpoint"),
 }
 _REPEATS: dict[str, Callable[[Equation], int | None]] = {
     "scan": lambda eqn: eqn.params["length"],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +11,7 @@ from effjax.train.options import TrainOptions
 from effjax.train.program import Program
 
 Metrics = Mapping[str, Mapping[str, float]]
-"""arm -> metric -> mean over seeds (NaN for an arm that diverged)."""
+"""arm -> metric -> mean over seeds (NaN for an arm that diverged); ``"values"`` -> metric -> one number a seed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,28 @@ class Claim(NamedTuple):
     op: Literal["<=", ">="]
     right: Callable[[Metrics], float]
     of: Literal["metrics", "cost"] = "metrics"
+
+
+def paired(m: Metrics, arm: str, rival: str, metric: str) -> tuple[float, float]:
+    """Mean over seeds of the difference between two arms, and its standard error (0 for one seed).
+
+    Args:
+      m: what a claim sees.
+      arm: name of the arm.
+      rival: of the arm that is subtracted.
+      metric: of both.
+
+    Example:
+      >>> m = {"a": {"values": {"accuracy": [0.75, 1.0]}}, "b": {"values": {"accuracy": [0.5, 0.5]}}}
+      >>> paired(m, "a", "b", "accuracy")
+      (0.375, 0.125)
+    """
+    columns = [m[name]["values"].get(metric, []) for name in (arm, rival)]
+    if not columns[0] or len(columns[0]) != len(columns[1]) or None in (*columns[0], *columns[1]):
+        return math.nan, math.nan
+    differences = [a - b for a, b in zip(*columns, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    return statistics.fmean(differences), error
 
 
 def time_to(arm: Mapping[str, Any], metric: str, target: float, goal: Literal["min", "max"] = "max") -> float:

@@ -92,15 +92,15 @@ def mean(arm: Mapping[str, Any], metric: str) -> float:
 
 def decide(claims: Sequence[Claim], arms: Mapping[str, Mapping[str, Any]], of: str) -> list[dict[str, Any]]:
     """Evaluate the claims of one kind; a comparison with NaN does not hold."""
-    if of == "metrics":
-        numbers = {name: {metric: mean(arm, metric) for metric in arm["metrics"]} for name, arm in arms.items()}
-    else:
-        numbers = {
-            name: {metric: mean(arm, metric) for metric in arm["metrics"]}
-            | {key: math.nan if value is None else value for key, value in arm["cost"].items()}
-            | {"curve": arm.get("curve", [])}
-            for name, arm in arms.items()
-        }
+    numbers = {
+        name: {metric: mean(arm, metric) for metric in arm["metrics"]}
+        | {"values": {metric: found["values"] for metric, found in arm["metrics"].items()}}
+        for name, arm in arms.items()
+    }
+    if of == "cost":
+        for name, arm in arms.items():
+            numbers[name] |= {key: math.nan if value is None else value for key, value in arm["cost"].items()}
+            numbers[name]["curve"] = arm.get("curve", [])
     decided = []
     for claim in claims:
         if claim.of != of:

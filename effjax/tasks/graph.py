@@ -58,7 +58,7 @@ def node_task(
       A ``NodeTask``. A graph without features gets the identity.
 
     Raises:
-      ValueError: an attack that the set has not.
+      ValueError: an attack that the set has not, an edge outside 0..N-1, features that are not finite.
 
     Example:
       >>> cora = node_task("cora")
@@ -88,6 +88,13 @@ def _features(data: GraphData, normalize: bool, sparse_below: float) -> jax.Arra
         nodes = np.arange(data.nodes)
         return sparse_matrix(nodes, nodes, None, (data.nodes, data.nodes))
     matrix = _sparse(features)
+    values = np.asarray(matrix.values)
+    if not np.isfinite(values).all():
+        rows = np.unique(np.asarray(matrix.pattern.rows)[~np.isfinite(values)])
+        raise ValueError(
+            f"features of {len(rows)} nodes, the first {rows[0]}, are not finite. Replace NaN and infinity, or drop "
+            "these nodes."
+        )
     matrix = divide_rows(matrix) if normalize else matrix
     share = matrix.nnz / max(1, matrix.shape[0] * matrix.shape[1])
     return matrix if share < sparse_below else matrix.todense()

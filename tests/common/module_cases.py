@@ -8,9 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from effjax.graph.adjacency import gcn_adjacency
 from effjax.models.bert import Bert, BertClassifier
 from effjax.models.cnn import CNN
 from effjax.models.decoder import Decoder
+from effjax.models.gnn import NodeClassifier
 from effjax.models.linear_recurrence import LRU
 from effjax.models.mlp import MLP
 from effjax.models.resnet import BasicBlock, ResNet
@@ -54,6 +56,22 @@ def tokens(batch: int, length: int = 6, vocab_size: int = 30) -> tuple[jax.Array
 
 def sequences(batch: int, length: int = 5, features: int = 3) -> tuple[jax.Array]:
     return (jax.random.normal(jax.random.key(7), (batch, length, features)),)
+
+
+class GraphBatch(nn.Module):
+    """A node classifier over a batch of features [batch, nodes, features] of one small graph with an isolated node."""
+
+    network: nn.Module
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        graph = gcn_adjacency([0, 1, 1, 2, 3, 0], [1, 0, 2, 1, 0, 3], 5, capacity=14)
+        run = nn.vmap(
+            lambda network, x: network(x, graph, train),
+            variable_axes={"params": None},
+            split_rngs={"params": False, "dropout": True},
+        )
+        return run(self.network, x)
 
 
 _bert = {
@@ -112,6 +130,10 @@ CASES: dict[str, ModuleCase] = {
     ),
     "fastrnn-per-time": ModuleCase(
         "sequence", lambda dtype: Recurrent(FastRNNCell(4, length=5, dtype=dtype)), sequences, evaluate={}, train={}
+    ),
+    "gnn": ModuleCase("gnn", lambda dtype: GraphBatch(NodeClassifier(3, 4, depth=3, dtype=dtype)), sequences),
+    "gnn-gat": ModuleCase(
+        "gnn", lambda dtype: GraphBatch(NodeClassifier(3, 4, layer="gat", heads=2, dtype=dtype)), sequences
     ),
     "lru": ModuleCase("sequence", lambda dtype: LRU(4, dtype=dtype), sequences, evaluate={}, train={}),
 }

@@ -20,6 +20,11 @@ TINY = {
     ],
     "irnn": [*_FEW_SEQUENCES, "--cells", "lstm", "irnn", "irnn-shared", "--budget.amount", "40", "--seeds", "0", "1"],
     "tarnn": [*_FEW_SEQUENCES, "--cells", "lstm", "tarnn-euler", "--budget.amount", "40", "--seeds", "0", "1"],
+    "fastrain": ["--arms", "st-deep", "fastrain-plateau", "lp", "--budget.amount", "8", "--budget.unit", "steps"],
+    "geeni": [
+        *("--forms", "single", "geeni-learned", "--hidden", "8", "--members", "2", "--modes", "full"),
+        *("--fractions", "0.1", "--budget.amount", "60", "--seeds", "0", "1"),
+    ],
 }
 
 # Words that let the paper preset take one step here: built-in data, few rows, a small batch.
@@ -40,6 +45,14 @@ PAPER = {
     ],
     "irnn": [*_FEW_SEQUENCES, "--budget.amount", "1"],
     "tarnn": [*_FEW_SEQUENCES, "--budget.amount", "1"],
+    "fastrain": [
+        *("--tasks", "cora", "--per-class", "2", "--seeds", "0", "--hidden", "8", "--epochs-per-step", "2"),
+        *("--budget.amount", "4", "--budget.unit", "steps", "--calibration-epochs", "2", "--samples", "2"),
+    ],
+    "geeni": [
+        *("--tasks", "cora", "--hidden", "8", "--members", "2", "--budget.amount", "10"),
+        *("--epochs-per-step", "1", "--seeds", "0"),
+    ],
 }
 
 # One arm of each kind in the paper preset.
@@ -51,4 +64,6 @@ PAPER_ARMS = {
     "fptt": ["digits-permuted-torch-lstm-8/bptt", "tiny_shakespeare-chars-24-torch-lstm-8/fptt-0.1"],
     "irnn": ["noisy-digits-12/irnn-3", "noisy-digits-12/chrono-lstm"],
     "tarnn": ["noisy-digits-12/tarnn-convex", "noisy-digits-12/lru-4"],
+    "fastrain": ["cora-2/st-shallow", "cora-2/fastrain"],
+    "geeni": ["cora/geeni-learned", "cora/single", "cora/distilled"],
 }

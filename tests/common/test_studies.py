@@ -95,7 +95,7 @@ def test_killed_at_random_moments_it_continues_to_the_same_results(stem, tmp_pat
     assert code == 0, err
     rng = random.Random()
     kills, finished_before = 0, set()
-    for _ in range(2):
+    for _ in range(2 if stem == "samuel" else 1):  # a second kill shows that finished arms are not redone
         process = start(*words, "--out", tmp_path / "cut")
         while process.poll() is None and not list((tmp_path / "cut" / ".work").glob("arms/*/*/*")):
             time.sleep(0.02)
@@ -141,7 +141,9 @@ def test_paper_preset_builds_and_takes_a_step(stem):
     for name in PAPER_ARMS[stem]:
         program = arms[name].build()
         prepared = Prepared(program, resolve(f"{stem}:paper", PAPER[stem]).config.train)
-        state, metrics = prepared.step(prepared.init(jax.random.key(0)), next(program.batches(0)), None)
+        state = prepared.init(jax.random.key(0))
+        aux = program.derive(state) if program.derive else None
+        state, metrics = prepared.step(state, next(program.batches(0)), aux)
         assert math.isfinite(metrics["loss"])
         assert prepared.step.compiles <= program.compiles
         assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(

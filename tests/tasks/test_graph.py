@@ -42,6 +42,15 @@ def test_attacks_replace_the_edges():
         node_task(small(), attack="two")
 
 
+def test_bad_graphs():
+    with pytest.raises(ValueError, match="features of 1 nodes, the first 1, are not finite"):
+        node_task(small(features=np.array([[1.0], [np.nan], [0]], np.float32)))
+    with pytest.raises(ValueError, match="rows holds 3"):
+        node_task(small(receivers=np.array([1, 3], np.int32)))
+    bare = node_task(small(senders=np.zeros(0, np.int32), receivers=np.zeros(0, np.int32)))
+    np.testing.assert_array_equal(bare.adjacency.todense(), np.eye(3))  # no edges: every node sees itself
+
+
 def test_hidden_labels_change_nothing():
     logits = jax.random.normal(jax.random.key(0), (4, 3))
     mask = jnp.array([True, False, True, False])

@@ -1,0 +1,154 @@
+"""GEENI's members served: on a fixed graph as one network, or on a new graph inside ``jit`` (a reconstruction)."""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from effjax.core.errors import check_choice, check_number
+from effjax.graph.error_nodes import error_set
+from effjax.graph.geeni import GcnMembers, ensemble_logits, member_probabilities
+from effjax.graph.isolation import Mode, isolated_values, top_entries
+from effjax.graph.sparse import SparseMatrix, matmul, spmm
+
+
+class ServedEnsemble(NamedTuple):
+    """What is kept to answer for a fixed graph: members side by side, as one network with a block-diagonal kernel.
+
+    Attributes:
+      kernel_0: [F, K H].
+      bias_0: [K H].
+      kernel_1: [K H, K C]; zero off the members' blocks, which costs less than moving memory between small products.
+      bias_1: [K, C].
+      features: X, or S X where the first aggregation was done once and for all.
+      matrix: S, isolated and compacted.
+      propagated: whether ``features`` are S X.
+    """
+
+    kernel_0: jax.Array
+    bias_0: jax.Array
+    kernel_1: jax.Array
+    bias_1: jax.Array
+    features: Any
+    matrix: SparseMatrix
+    propagated: bool
+
+    def __call__(self) -> jax.Array:
+        """Probabilities [N, C] of all nodes."""
+        return _served(self[:-1], self.propagated)
+
+
+def serve_ensemble(
+    members: GcnMembers,
+    features: SparseMatrix | jax.Array,
+    matrix: SparseMatrix,
+    *,
+    precompute: bool | Literal["auto"] = "auto",
+) -> ServedEnsemble:
+    """The ensemble ready to serve a fixed graph. Runs on the host.
+
+    Args:
+      members: trained.
+      features: X.
+      matrix: of ``isolate`` and the prunings, values [nnz].
+      precompute: store S X, which spares the first aggregation; dense features only, as S X of sparse features is
+        hardly sparse. ``'auto'`` does so where the features are dense.
+
+    Returns:
+      A ``ServedEnsemble``; calling it gives the mean probabilities.
+
+    Raises:
+      ValueError: ``precompute=True`` with sparse features, or members with graphs of their own.
+
+    Example:
+      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.geeni import init_members
+      >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
+      >>> serve_ensemble(members, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2))().shape
+      (2, 2)
+    """
+    check_choice("precompute", precompute, (True, False, "auto"))
+    sparse = isinstance(features, SparseMatrix)
+    if precompute is True and sparse:
+        raise ValueError("precompute=True with sparse features would make them dense. Use False or features.todense().")
+    if matrix.values.ndim != 1:
+        raise ValueError(
+            f"matrix.values has shape {matrix.values.shape}, one graph for every member, which are no columns of one "
+            "product. Serve a graph that all share, or call ensemble_logits."
+        )
+    count, width, hidden = members.kernel_0.shape
+    classes = members.kernel_1.shape[-1]
+    blocks = np.zeros((count, hidden, count, classes), members.kernel_1.dtype)
+    blocks[np.arange(count), :, np.arange(count)] = members.kernel_1
+    propagated = precompute is True or (precompute == "auto" and not sparse)
+    return ServedEnsemble(
+        jnp.moveaxis(members.kernel_0, 0, 1).reshape(width, count * hidden),
+        members.bias_0.reshape(-1),
+        jnp.asarray(blocks.reshape(count * hidden, count * classes)),
+        members.bias_1,
+        spmm(matrix, features) if propagated else features,
+        matrix,
+        propagated,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _served(parts, propagated):
+    kernel_0, bias_0, kernel_1, bias_1, features, matrix = parts
+    hidden = matmul(features, kernel_0)
+    hidden = jax.nn.relu((hidden if propagated else spmm(matrix, hidden)) + bias_0)
+    logits = spmm(matrix, hidden @ kernel_1).reshape(-1, *bias_1.shape) + bias_1
+    return jnp.mean(member_probabilities(logits), axis=1)
+
+
+def inductive_probabilities(
+    members: GcnMembers,
+    features: SparseMatrix | Float[Array, "nodes features"],
+    matrix: SparseMatrix,
+    known: Bool[Array, "nodes"],
+    *,
+    fraction: float = 0.1,
+    mode: Mode = "full",
+    capacity: int | None = None,
+) -> Float[Array, "nodes classes"]:
+    """Probabilities on a graph that was not there in training; one traceable program of static shapes.
+
+    The first member runs on the whole graph; the nodes it is least sure of are isolated, and the other members run on
+    what is left.
+
+    Args:
+      members: two or more.
+      features: X of all nodes, new ones included.
+      matrix: S, values [nnz].
+      known: nodes with known labels, which are never isolated.
+      fraction: of all nodes, see ``error_set``.
+      mode: of the isolation.
+      capacity: entries of the isolated matrix, a real saving; the smallest beyond it are dropped (``top_entries``).
+        None keeps all nnz and multiplies the isolated ones by zero, which saves nothing.
+
+    Returns:
+      [N, C], the mean over all members.
+
+    Raises:
+      ValueError: a single member, or numbers out of range.
+
+    Example:
+      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.geeni import init_members
+      >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
+      >>> graph = gcn_adjacency([0, 1], [1, 0], 2)
+      >>> inductive_probabilities(members, jnp.eye(2), graph, jnp.array([True, False]), capacity=3).shape
+      (2, 2)
+    """
+    check_number("members.count", members.count, low=2, hint="One member scores and the others need to be there.")
+    scorer, others = (jax.tree.map(lambda leaf, part=part: leaf[part], members) for part in (slice(1), slice(1, None)))
+    first = member_probabilities(ensemble_logits(scorer, features, matrix))
+    errors = error_set(jnp.max(first[0], axis=1), fraction, known)
+    isolated = matrix._replace(values=isolated_values(matrix, ~errors, mode=mode))
+    if capacity is not None:
+        isolated = top_entries(isolated, capacity)
+    rest = member_probabilities(ensemble_logits(others, features, isolated))
+    return jnp.mean(jnp.concatenate([first, rest]), axis=0)

@@ -1,0 +1,233 @@
+"""Self-training of node classifiers: the plain loop that FASTRAIN accelerates, its rivals' selections, and guards."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from effjax.core.errors import check_number
+from effjax.graph.fastrain import agreeing, select_pseudolabels
+
+PyTree = Any
+Select = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class SelfTrained(NamedTuple):
+    """What ``self_training`` leaves.
+
+    Attributes:
+      params: of the last stage.
+      labels: int [N], true and pseudolabels; what was given for all other nodes.
+      mask: bool [N], where those are.
+      added: int [N], the stage that labelled a node: 0 for given labels, -1 for none.
+    """
+
+    params: PyTree
+    labels: jax.Array
+    mask: jax.Array
+    added: jax.Array
+
+
+def self_training(
+    train: Callable[[jax.Array, jax.Array, int], PyTree],
+    predict: Callable[[PyTree], jax.Array],
+    labels: Int[Array, "nodes"],
+    mask: Bool[Array, "nodes"],
+    *,
+    stages: int = 4,
+    threshold: float = 0.8,
+    select: Select | None = None,
+) -> SelfTrained:
+    """Train in stages; after each but the last, confident predictions become labels. The loop runs on the host.
+
+    Labels are never changed or taken back once they are set.
+
+    Args:
+      train: ``(labels, mask, stage) -> params``, from scratch or not; it may read ``labels`` only where ``mask``.
+      predict: ``params -> probabilities [N, C]``, calibrated where the threshold is to mean something.
+      labels: true labels where ``mask``; anything elsewhere.
+      mask: nodes with a true label.
+      stages: how often to train.
+      threshold: probability above which a prediction becomes a label.
+      select: ``(confidence, predictions, mask) -> new [N]``, in place of the threshold; ``functools.partial`` of
+        ``select_pseudolabels``, ``most_confident``, ... fits.
+
+    Returns:
+      A ``SelfTrained``.
+
+    Raises:
+      ValueError: no label at all, or numbers out of range.
+
+    Example:
+      >>> probabilities = jnp.array([[0.9, 0.1], [0.1, 0.9], [0.4, 0.6]])
+      >>> found = self_training(
+      ...     lambda labels, mask, stage: None, lambda params: probabilities,
+      ...     jnp.array([0, -1, -1]), jnp.array([True, False, False]), stages=2,
+      ... )
+      >>> found.labels.tolist(), found.added.tolist()
+      ([0, 1, -1], [0, 1, -1])
+    """
+    check_number("stages", stages, low=1, integer=True)
+    check_number("labelled nodes", int(jnp.sum(mask)), low=1, integer=True, hint="Label at least one node of a class.")
+    if select is None:
+        select = lambda confidence, predictions, mask: select_pseudolabels(confidence, mask, threshold)
+    added = jnp.where(mask, 0, -1)
+    params = train(labels, mask, 0)
+    for stage in range(1, stages):
+        probabilities = predict(params)
+        predictions = probabilities.argmax(-1)
+        new = select(probabilities.max(-1), predictions, mask)
+        labels = jnp.where(new, predictions, labels).astype(labels.dtype)
+        mask, added = mask | new, jnp.where(new, stage, added)
+        params = train(labels, mask, stage)
+    return SelfTrained(params, labels, mask, added)
+
+
+def most_confident(
+    candidates: Bool[Array, "nodes"],
+    confidence: Float[Array, "nodes"],
+    predictions: Int[Array, "nodes"],
+    classes: int,
+    count: int | jax.Array,
+) -> Bool[Array, "nodes"]:
+    """Of each predicted class the ``count`` most confident candidates, ties by node number; traceable.
+
+    With all unlabelled nodes as candidates it is the selection of Li, Han, Wu (2018, AAAI); with the nodes above a
+    threshold it keeps confident classes from crowding out the others.
+
+    Args:
+      candidates: nodes that may be chosen.
+      confidence: of the predictions.
+      predictions: classes in [0, C).
+      classes: C.
+      count: most nodes a class; a number or a traced scalar.
+
+    Returns:
+      Mask of the chosen nodes.
+
+    Raises:
+      ValueError: ``classes`` or ``count`` out of range.
+
+    Example:
+      >>> confidence, predictions = jnp.array([0.6, 0.9, 0.8, 0.7]), jnp.array([0, 0, 0, 1])
+      >>> most_confident(jnp.ones(4, bool), confidence, predictions, 2, 1).tolist()
+      [False, True, False, True]
+    """
+    check_number("classes", classes, low=1, integer=True)
+    check_number("count", count, low=0, integer=True)
+    group = jnp.where(candidates, predictions, classes)
+    order = jnp.lexsort((-confidence, group))
+    sizes = jnp.bincount(group, length=classes + 1)
+    rank = jnp.arange(len(order)) - (jnp.cumsum(sizes) - sizes)[group[order]]
+    return jnp.zeros(len(order), bool).at[order].set(rank < count) & candidates
+
+
+def cluster_labels(
+    key: jax.Array,
+    embeddings: Float[Array, "nodes features"],
+    labels: Int[Array, "nodes"],
+    mask: Bool[Array, "nodes"],
+    classes: int,
+    *,
+    clusters: int = 200,
+    steps: int = 10,
+) -> Int[Array, "nodes"]:
+    """M3S's check: classes by k-means, a cluster taking the class whose labelled nodes' mean is nearest; traceable.
+
+    A pseudolabel is trusted only where this agrees with the prediction (Sun, Lin, Zhu 2020, AAAI, arXiv:1902.11038).
+
+    Args:
+      key: of the nodes that the clusters start from.
+      embeddings: of the trained network; the logits will do.
+      labels: true and pseudolabels.
+      mask: where they are.
+      classes: C. A class without a label gets no cluster.
+      clusters: K of k-means, at most N.
+      steps: iterations of Lloyd's algorithm.
+
+    Returns:
+      A class for each node.
+
+    Raises:
+      ValueError: numbers out of range.
+
+    Example:
+      >>> points = jnp.array([[0.0], [0.1], [5.0], [5.1]])
+      >>> labels, mask = jnp.array([1, -1, 0, -1]), jnp.array([True, False, True, False])
+      >>> cluster_labels(jax.random.key(0), points, labels, mask, 2, clusters=2).tolist()
+      [1, 1, 0, 0]
+    """
+    nodes = embeddings.shape[0]
+    check_number("clusters", clusters, low=1, high=nodes, integer=True)
+    check_number("steps", steps, low=1, integer=True)
+
+    def nearest(points: jax.Array, centres: jax.Array) -> jax.Array:
+        return jnp.argmin(jnp.sum(centres**2, -1) - 2 * points @ centres.T, -1)
+
+    def means(groups: jax.Array, count: int, members: jax.Array, otherwise: jax.Array) -> jax.Array:
+        sums = jax.ops.segment_sum(embeddings * members[:, None], groups, count)
+        sizes = jax.ops.segment_sum(members, groups, count)[:, None]
+        return jnp.where(sizes > 0, sums / jnp.maximum(sizes, 1), otherwise)
+
+    def lloyd(_: int, centres: jax.Array) -> jax.Array:
+        return means(nearest(embeddings, centres), clusters, jnp.ones(nodes), centres)
+
+    first = embeddings[jax.random.choice(key, nodes, (clusters,), replace=False)]
+    centres = jax.lax.fori_loop(0, steps, lloyd, first)
+    # A class without members is infinitely far; not at infinity itself, whose products are no numbers.
+    far = jnp.full((classes, embeddings.shape[1]), 1e15, embeddings.dtype)
+    owners = nearest(centres, means(jnp.where(mask, labels, 0), classes, mask.astype(embeddings.dtype), far))
+    return owners[nearest(embeddings, centres)].astype(labels.dtype)
+
+
+def pseudolabel_weights(
+    confidence: Float[Array, "nodes"],
+    predictions: Int[Array, "nodes"],
+    samples: Int[Array, "count nodes"] | None = None,
+) -> Float[Array, "nodes"]:
+    """Weights of pseudolabels in the loss: the confidence, times the share of sampled predictions that agree with it.
+
+    Args:
+      confidence: of the predictions.
+      predictions: on the whole graph.
+      samples: predictions on sampled graphs.
+
+    Returns:
+      Numbers in [0, 1].
+
+    Example:
+      >>> pseudolabel_weights(jnp.array([0.5]), jnp.array([1]), jnp.array([[1], [0]])).tolist()
+      [0.25]
+    """
+    if samples is None:
+        return confidence
+    return confidence * (samples == predictions).mean(0, dtype=confidence.dtype)
+
+
+def enough_agreement(
+    new: Bool[Array, "nodes"],
+    candidates: Bool[Array, "nodes"],
+    samples: Int[Array, "count nodes"],
+    least: float,
+) -> Bool[Array, "nodes"]:
+    """A guard: no new pseudolabels at all where too few of the confident nodes have agreeing samples.
+
+    Args:
+      new: mask of the selected nodes.
+      candidates: the confident nodes that they were selected from.
+      samples: predictions on sampled graphs.
+      least: share of the candidates that must agree.
+
+    Returns:
+      ``new``, or all False.
+
+    Example:
+      >>> samples = jnp.array([[0, 1], [0, 2]])
+      >>> enough_agreement(jnp.array([True, False]), jnp.array([True, True]), samples, 0.6).tolist()
+      [False, False]
+    """
+    check_number("least", least, low=0, high=1)
+    sure = jnp.sum(candidates & agreeing(samples))
+    return new & (sure >= least * jnp.sum(candidates))

@@ -1,0 +1,209 @@
+"""Error nodes: parity in float64, invariances, the learned detector against known facts, and that no label leaks."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.graph.adjacency import gcn_adjacency
+from effjax.graph.error_nodes import (
+    error_auc,
+    error_scores,
+    error_set,
+    feature_view,
+    fit_detector,
+    held_out_trust,
+    label_view,
+    learned_trust,
+    neighbour_agreement,
+    spread_errors,
+)
+from effjax.graph.sparse import sparse_matrix
+
+REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "geeni"
+NODES, CLASSES, FOLDS = 120, 3, 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """Tiny programs: compiling takes longer than running them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def world():
+    """Classes that show in edges and features, and members that all take class 2 for class 1."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(NODES) % CLASSES
+    joined = rng.random((NODES, NODES)) < np.where(labels[:, None] == labels, 0.15, 0.01)
+    rows, columns = np.nonzero(np.triu(joined, 1) | np.triu(joined, 1).T)
+    features = np.eye(CLASSES)[labels] + 0.3 * rng.random((NODES, CLASSES))
+    said = np.where(labels == 2, 1, labels)
+    logits = 2.0 * np.eye(CLASSES)[said] + rng.normal(0, 0.3, (4, NODES, CLASSES))
+    split = rng.permutation(NODES)
+    train, checked = np.zeros(NODES, bool), np.zeros(NODES, bool)
+    train[split[:15]], checked[split[15:60]] = True, True
+    folds = rng.integers(0, FOLDS, NODES)
+    return {
+        "scores": error_scores(jax.nn.softmax(jnp.asarray(logits, jnp.float32))),
+        "features": jnp.asarray(features, jnp.float32),
+        "matrix": gcn_adjacency(columns, rows, NODES),
+        "labels": jnp.asarray(labels, jnp.int32),
+        "train": jnp.asarray(train),
+        "checked": jnp.asarray(checked),
+        "folds": jnp.asarray(folds, jnp.int32),
+    }
+
+
+trusted = jax.jit(lambda data: learned_trust(**data, fold_count=FOLDS))
+held_out = jax.jit(lambda data: held_out_trust(**data, fold_count=FOLDS))
+
+
+def test_parity_with_the_reference():
+    core, detector = np.load(REFERENCE / "geeni_core.npz"), np.load(REFERENCE / "detector.npz")
+    with jax.enable_x64(True):
+        scores = error_scores(jnp.asarray(core["member_probs"]))
+        names = {"probabilities": "ensemble_probs", "label": "ensemble_label"}
+        for name in scores._fields:
+            expected = core[names.get(name, name)]
+            np.testing.assert_allclose(getattr(scores, name), expected, rtol=0, atol=1e-14)
+        rows, columns = np.nonzero(core["S"])
+        matrix = sparse_matrix(rows, columns, core["S"][rows, columns], core["S"].shape)
+        agreement = neighbour_agreement(matrix, scores.label)
+        np.testing.assert_allclose(agreement, core["neighbour_agreement"], rtol=0, atol=1e-15)
+        errors = error_set(scores.score, float(core["isolate_fraction"]), jnp.asarray(core["known_mask"]))
+        np.testing.assert_array_equal(errors, core["error_mask"])
+        test, wrong = jnp.asarray(detector["test_mask"]), jnp.asarray(detector["wrong"])
+        auc = error_auc(scores.score, wrong, test)
+        assert float(auc) == pytest.approx(float(detector["auc_low_score_means_error"]), abs=1e-12)
+        precision = np.mean(detector["wrong"][np.asarray(errors & test)])
+        recall = np.sum(np.asarray(errors & test & wrong)) / np.sum(np.asarray(test & wrong))
+        assert (precision, recall) == pytest.approx((float(detector["precision"]), float(detector["recall"])))
+
+
+def test_identical_members_agree_and_scores_are_bounded():
+    one = jax.nn.softmax(jnp.asarray(np.random.default_rng(0).normal(size=(1, 50, 4)), jnp.float32))
+    scores = error_scores(jnp.repeat(one, 5, axis=0))
+    assert (scores.vote_share == 1).all()
+    np.testing.assert_allclose(scores.mutual_information, 0, atol=1e-6)
+    several = jax.nn.softmax(jnp.asarray(np.random.default_rng(1).normal(size=(5, 50, 4)), jnp.float32))
+    scores = error_scores(several)
+    assert (scores.score > -1).all()
+    assert (scores.score <= 1).all()
+    assert (scores.mutual_information >= -1e-6).all()
+    certain = error_scores(jnp.eye(3)[None, :, :])
+    assert certain.entropy.tolist() == [0, 0, 0]  # and not NaN
+
+
+def test_the_order_of_members_does_not_matter_and_nodes_may_be_renumbered():
+    p = jax.nn.softmax(jnp.asarray(np.random.default_rng(1).normal(size=(5, 50, 4)), jnp.float32))
+    scores, shuffled = error_scores(p), error_scores(p[jnp.array([3, 0, 4, 1, 2])])
+    for left, right in zip(scores, shuffled, strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-6)
+    data, order = world(), np.random.default_rng(2).permutation(NODES)
+    rows, columns = (np.asarray(part) for part in (data["matrix"].pattern.rows, data["matrix"].pattern.columns))
+    place = np.argsort(order)
+    off = rows != columns
+    moved = {
+        "scores": jax.tree.map(lambda leaf: leaf[order], data["scores"]),
+        "matrix": gcn_adjacency(place[columns[off]], place[rows[off]], NODES),
+        **{name: data[name][order] for name in ("features", "labels", "train", "checked", "folds")},
+    }
+    np.testing.assert_allclose(trusted(moved), trusted(data)[order], atol=1e-4)
+
+
+def test_error_sets():
+    trust = jnp.array([0.3, 0.1, 0.1, 0.9, 0.2])
+    known = jnp.array([False, True, False, False, False])
+    assert error_set(trust, 0.6, known).tolist() == [False, False, True, False, True]
+    assert not error_set(trust, 0.0, known).any()
+    everything = error_set(trust, 1.0, known)
+    assert everything.tolist() == (~known).tolist()
+    traced = jax.jit(error_set)(trust, 0.6, known)
+    assert traced.tolist() == error_set(trust, 0.6, known).tolist()
+
+
+def test_auc_is_the_share_of_ordered_pairs():
+    rng = np.random.default_rng(0)
+    trust, wrong, mask = rng.integers(0, 5, 60), rng.random(60) < 0.3, rng.random(60) < 0.7
+    bad, right = trust[wrong & mask], trust[~wrong & mask]
+    expected = np.mean((bad[:, None] < right) + 0.5 * (bad[:, None] == right))
+    found = jax.jit(error_auc)(jnp.asarray(trust, jnp.float32), jnp.asarray(wrong), jnp.asarray(mask))
+    assert float(found) == pytest.approx(expected, abs=1e-6)
+
+
+def test_fit_detector_is_at_the_optimum():
+    rng = np.random.default_rng(0)
+    inputs, mask = jnp.asarray(rng.normal(size=(80, 3)), jnp.float32), jnp.asarray(rng.random(80) < 0.8)
+    right = jnp.asarray(rng.random(80) < jax.nn.sigmoid(inputs[:, 0] - inputs[:, 1]))
+    detector = fit_detector(inputs, right, mask, ridge=2.0)
+
+    def objective(weights, bias):
+        z = (inputs - detector.mean) / detector.scale @ weights + bias
+        losses = jnp.logaddexp(0, jnp.where(right, -z, z))
+        return jnp.sum(jnp.where(mask, losses, 0)) + 1.0 * jnp.sum(weights**2) + 0.5e-2 * bias**2
+
+    for slope in jax.grad(objective, argnums=(0, 1))(detector.weights, detector.bias):
+        np.testing.assert_allclose(slope, 0, atol=1e-3)
+    other = fit_detector(inputs, right ^ ~mask, mask, ridge=2.0)  # outside the mask nothing is read
+    np.testing.assert_array_equal(other.weights, detector.weights)
+    assert bool((fit_detector(inputs, jnp.ones(80, bool), mask)(inputs) > 0.9).all())  # one class only: still finite
+
+
+def test_views_see_only_known_labels_and_their_own_side():
+    data = world()
+    known = data["train"]
+    hidden = jnp.where(known, data["labels"], 7)
+    edges = label_view(data["matrix"], data["labels"], known, CLASSES)
+    np.testing.assert_array_equal(edges, label_view(data["matrix"], hidden, known, CLASSES))
+    features = feature_view(data["features"], data["labels"], known, CLASSES)
+    np.testing.assert_array_equal(features, feature_view(data["features"], hidden, known, CLASSES))
+    assert (features.argmax(1) == data["labels"]).mean() > 0.95
+    assert (edges.argmax(1) == data["labels"]).mean() > 0.8
+    rows, columns = np.nonzero(np.asarray(data["features"]))
+    values = np.asarray(data["features"])[rows, columns]
+    sparse = sparse_matrix(rows, columns, values, data["features"].shape)
+    np.testing.assert_allclose(feature_view(sparse, data["labels"], known, CLASSES), features, atol=1e-6)
+
+
+def test_the_detector_finds_the_errors_that_all_members_share():
+    data = world()
+    wrong = data["scores"].label != data["labels"]
+    test = ~(data["train"] | data["checked"])
+    alone = float(error_auc(data["scores"].score, wrong, test))
+    found = float(error_auc(trusted(data), wrong, test))
+    assert alone < 0.7
+    assert found > 0.95
+    near = float(error_auc(spread_errors(data["matrix"], wrong, data["checked"]), wrong, test))
+    assert near > 0.8
+
+
+def test_no_label_leaks():
+    data = world()
+    test = ~(data["train"] | data["checked"])
+    hidden = data | {"labels": jnp.where(test, -1, data["labels"])}
+    np.testing.assert_array_equal(trusted(hidden), trusted(data))
+    np.testing.assert_array_equal(held_out(hidden), held_out(data))
+    trust = held_out(data)
+    for fold in range(FOLDS):  # what judges a fold does not depend on its labels
+        mine = data["checked"] & (data["folds"] == fold)
+        other = held_out(data | {"labels": jnp.where(mine, (data["labels"] + 1) % CLASSES, data["labels"])})
+        np.testing.assert_array_equal(other[fold], trust[fold])
+        assert (other[(fold + 1) % FOLDS] != trust[(fold + 1) % FOLDS]).any()
+
+
+def test_bad_input():
+    data = world()
+    with pytest.raises(ValueError, match=r"fold_count=1 must be an integer in \[2"):
+        learned_trust(**data, fold_count=1)
+    with pytest.raises(ValueError, match=r"fold_count=2 must be an integer in \[3"):
+        held_out_trust(**data, fold_count=2)
+    with pytest.raises(ValueError, match=r"ridge=0 must be a number in \(0, inf\)"):
+        fit_detector(data["features"], data["train"], data["checked"], ridge=0)
+    with pytest.raises(ValueError, match=r"fraction=2 must be a number in \[0, 1\]"):
+        error_set(jnp.ones(3), 2, jnp.zeros(3, bool))

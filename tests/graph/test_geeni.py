@@ -1,0 +1,278 @@
+"""GEENI's members: parity in float64, four forms of one computation, kernel calls, serving, cost, bad input."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.core.cost import Executables
+from effjax.core.macs import count_macs
+from effjax.graph.adjacency import gcn_adjacency
+from effjax.graph.error_nodes import error_scores, error_set
+from effjax.graph.geeni import (
+    FORMS,
+    GcnMembers,
+    ensemble_logits,
+    ensemble_macs,
+    ensemble_probabilities,
+    fastest_members_form,
+    init_members,
+    mask_features,
+    member_probabilities,
+    members_loss,
+    prune_width,
+)
+from effjax.graph.geeni_serving import inductive_probabilities, serve_ensemble
+from effjax.graph.isolation import isolate, random_edges
+from effjax.graph.sparse import SparseMatrix, sparse_matrix
+
+REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "geeni" / "geeni_core.npz"
+# Even numbers of columns: odd ones are padded for the kernel, which would count as work.
+NODES, FEATURES, HIDDEN, CLASSES, COUNT = 30, 6, 6, 4, 4
+KERNEL = "cpu_csr_sparse_dense_ffi"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """Tiny programs: compiling takes longer than running them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def world():
+    rng = np.random.default_rng(0)
+    joined = np.triu(rng.random((NODES, NODES)) < 0.15, 1)
+    rows, columns = np.nonzero(joined | joined.T)
+    matrix = gcn_adjacency(columns, rows, NODES)
+    x = (rng.random((NODES, FEATURES)) < 0.4) * rng.random((NODES, FEATURES))
+    at = np.nonzero(x)
+    sparse = sparse_matrix(*at, x[at].astype(np.float32), x.shape)
+    members = init_members(jax.random.key(1), COUNT, FEATURES, HIDDEN, CLASSES)
+    biases = jnp.asarray(rng.normal(size=(COUNT, HIDDEN)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, CLASSES, NODES), jnp.int32)
+    return members._replace(bias_0=biases), jnp.asarray(x, jnp.float32), sparse, matrix, labels
+
+
+def own_graphs(matrix):
+    keep = jnp.stack([random_edges(jax.random.key(k), matrix.pattern, 0.6) for k in range(COUNT)])
+    return matrix._replace(values=matrix.values * keep)
+
+
+def loss(members, features, matrix, labels, form, dropout=0.0):
+    logits = ensemble_logits(members, features, matrix, dropout=dropout, key=jax.random.key(0), form=form)
+    return members_loss(logits, labels, jnp.arange(NODES) < 12)
+
+
+value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnames=("form", "dropout"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parity_with_the_reference(form):
+    reference = np.load(REFERENCE)
+    with jax.enable_x64(True):
+        at = np.nonzero(reference["S"])
+        matrix = sparse_matrix(*at, reference["S"][at], reference["S"].shape)
+        members = GcnMembers(*(jnp.asarray(reference[name]) for name in ("W1", "b1", "W2", "b2")))
+        x = jnp.asarray(reference["X"])
+        run = jax.jit(functools.partial(ensemble_logits, form=form))
+        found = member_probabilities(run(members, x, matrix))
+        np.testing.assert_allclose(found, reference["member_probs"], rtol=0, atol=1e-14)
+        before = ensemble_macs(members, x, matrix).aggregate
+        for mode in ("none", "full", "rowscale"):
+            isolated = isolate(matrix, reference["error_mask"], mode=mode)
+            both = member_probabilities(run(members, x, isolated))
+            np.testing.assert_allclose(both, reference[f"member_probs_iso_{mode}_both_layers"], rtol=0, atol=1e-14)
+            last = member_probabilities(run(members, x, matrix, last=isolated))
+            np.testing.assert_allclose(last, reference[f"member_probs_iso_{mode}_last_layer"], rtol=0, atol=1e-14)
+        after = ensemble_macs(members, x, isolated).aggregate
+        assert (before, after) == (reference["macs_before"], reference["macs_after"])
+
+
+@pytest.mark.parametrize(("own", "sparse"), [(False, False), (True, True)], ids=["one graph, dense", "own, sparse"])
+def test_all_forms_compute_the_same_with_their_gradients(own, sparse):
+    members, x, x_sparse, matrix, labels = world()
+    matrix = own_graphs(matrix) if own else matrix
+    results = [
+        value_and_grad(members, x_sparse if sparse else x, matrix, labels, form=form, dropout=0.5) for form in FORMS
+    ]
+    for value, grads in results[1:]:
+        np.testing.assert_allclose(value, results[0][0], rtol=1e-5)
+        for left, right in zip(grads, results[0][1], strict=True):
+            np.testing.assert_allclose(left, right, atol=1e-5)
+
+
+def test_members_train_as_if_they_were_alone():
+    members, x, _, matrix, labels = world()
+    matrix = own_graphs(matrix)
+    _, grads = value_and_grad(members, x, matrix, labels, form="columns")
+    for k in range(COUNT):
+        one = jax.tree.map(lambda leaf, k=k: leaf[k : k + 1], members)
+        alone = value_and_grad(one, x, matrix._replace(values=matrix.values[k : k + 1]), labels, form="columns")[1]
+        for left, right in zip(alone, grads, strict=True):
+            np.testing.assert_allclose(left[0], right[k], atol=1e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the kernel is the CPU's")
+@pytest.mark.parametrize(
+    ("form", "own", "calls"),
+    [
+        # One product a layer forward and one backward, and X forward and backward: 6; every member for itself: x K.
+        ("columns", False, 6),
+        ("columns", True, 4 * COUNT + 2),
+        ("vmap", False, 6),
+        ("vmap", True, 4 * COUNT + 2),
+        ("map", False, 6),
+        ("map", True, 6),
+        ("unroll", False, 6 * COUNT),
+        ("unroll", True, 6 * COUNT),
+    ],
+)
+def test_kernel_calls_of_the_lowered_training_step(form, own, calls):
+    members, _, sparse, matrix, labels = world()
+    matrix = own_graphs(matrix) if own else matrix
+    traced = value_and_grad.trace(members, sparse, matrix, labels, form=form)
+    assert "scatter-add" not in str(traced.jaxpr)
+    assert products(traced.lower().as_text()) == calls
+
+
+def products(text):
+    """Kernel calls of a lowered module, functions counted as often as they are called."""
+    bodies, name = {}, None
+    for line in text.splitlines():
+        if "func.func" in line:
+            name = line.split("@")[1].split("(")[0]
+            bodies[name] = []
+        elif name:
+            bodies[name].append(line)
+
+    @functools.cache
+    def count(function):
+        total = 0
+        for line in bodies[function]:
+            total += line.count(f"@{KERNEL}")
+            if "call @" in line and KERNEL not in line:
+                total += count(line.split("call @")[1].split("(")[0])
+        return total
+
+    return count("main")
+
+
+def test_order_of_members_and_nodes():
+    members, x, _, matrix, _ = world()
+    mean = ensemble_probabilities(ensemble_logits(members, x, matrix))
+    other = jax.tree.map(lambda leaf: leaf[jnp.array([2, 0, 3, 1])], members)
+    np.testing.assert_allclose(ensemble_probabilities(ensemble_logits(other, x, matrix)), mean, atol=1e-6)
+    order = np.random.default_rng(1).permutation(NODES)
+    place = np.argsort(order)
+    rows, columns = np.asarray(matrix.pattern.rows), np.asarray(matrix.pattern.columns)
+    moved = sparse_matrix(place[rows], place[columns], np.asarray(matrix.values), matrix.shape)
+    found = ensemble_probabilities(ensemble_logits(members, x[order], moved))
+    np.testing.assert_allclose(found, mean[order], atol=1e-6)
+
+
+def test_masked_features_are_not_seen_and_not_trained():
+    members, x, _, matrix, labels = world()
+    keep = jnp.ones((COUNT, FEATURES), bool).at[1, 2].set(False)
+    masked = lambda members, x: loss(mask_features(members, keep), x, matrix, labels, "columns")
+    grads = jax.jit(jax.grad(masked))(members, x)
+    assert not grads.kernel_0[1, 2].any()
+    assert grads.kernel_0[0, 2].any()
+
+
+def test_pruned_width_keeps_what_matters():
+    members, x, _, matrix, _ = world()
+    dead = members.kernel_1.at[:, 1].set(0.0)
+    members = members._replace(kernel_1=dead)
+    narrow = prune_width(members, HIDDEN - 1)
+    assert narrow.kernel_0.shape == (COUNT, FEATURES, HIDDEN - 1)
+    left, right = ensemble_logits(narrow, x, matrix), ensemble_logits(members, x, matrix)
+    np.testing.assert_allclose(left, right, atol=1e-6)
+
+
+def test_served_with_and_without_the_first_aggregation():
+    members, x, sparse, matrix, _ = world()
+    errors = np.zeros(NODES, bool)
+    errors[:4] = True
+    isolated = isolate(matrix, errors)
+    expected = ensemble_probabilities(ensemble_logits(members, x, isolated))
+    for features, precompute, propagated in (
+        (x, True, True),
+        (x, "auto", True),
+        (x, False, False),
+        (sparse, "auto", False),
+    ):
+        served = serve_ensemble(members, features, isolated, precompute=precompute)
+        assert served.propagated == propagated
+        np.testing.assert_allclose(served(), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="precompute=True with sparse features"):
+        serve_ensemble(members, sparse, isolated, precompute=True)
+    with pytest.raises(ValueError, match=r"matrix.values has shape \(4, \d+\)"):
+        serve_ensemble(members, x, own_graphs(matrix))
+
+
+@pytest.mark.parametrize("capacity", [None, "exact", "less"])
+def test_inductive_serving_is_the_host_form_inside_jit(capacity):
+    members, x, _, matrix, _ = world()
+    known = jnp.arange(NODES) < 5
+    first = jax.tree.map(lambda leaf: leaf[:1], members)
+    scorer = member_probabilities(ensemble_logits(first, x, matrix))
+    errors = error_set(scorer[0].max(1), 0.2, known)
+    isolated = isolate(matrix, np.asarray(errors))
+    others = jax.tree.map(lambda leaf: leaf[1:], members)
+    rest = member_probabilities(ensemble_logits(others, x, isolated))
+    expected = jnp.concatenate([scorer, rest]).mean(0)
+    size = {None: None, "exact": isolated.nnz, "less": isolated.nnz - 5}[capacity]
+    run = jax.jit(inductive_probabilities, static_argnames=("fraction", "mode", "capacity"))
+    found = run(members, x, matrix, known, fraction=0.2, capacity=size)
+    if capacity == "less":
+        assert 1e-6 < float(abs(found - expected).max()) < 0.2
+        np.testing.assert_array_equal(found, run(members, x, matrix, known, fraction=0.2, capacity=size))
+    else:
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_macs_agree_with_the_jaxpr_and_with_xla():
+    members, x, sparse, matrix, _ = world()
+    for features in (x, sparse):
+        counted = count_macs(ensemble_logits, members, features, matrix)
+        assert counted.expected == ensemble_macs(members, features, matrix).total
+    run = Executables(lambda members, x: ensemble_logits(members, x, matrix), donate_argnums=())
+    run.compile(members, x)
+    macs = ensemble_macs(members, x, matrix)
+    dense = 2 * (macs.features + macs.classes)  # XLA does not see into the kernel, but counts relu, bias and moves
+    assert dense <= run.analysis(members, x).flops <= dense + 8 * NODES * COUNT * (HIDDEN + CLASSES)
+
+
+def test_scores_of_members_with_one_graph_come_from_one_program():
+    members, x, _, matrix, _ = world()
+    scores = jax.jit(lambda *a: error_scores(member_probabilities(ensemble_logits(*a))))(members, x, matrix)
+    np.testing.assert_allclose(scores.probabilities.sum(1), 1, atol=1e-6)
+
+
+def test_measured_form():
+    members, x, _, matrix, _ = world()
+    assert fastest_members_form(members, x, matrix, training=False, rounds=1) in FORMS
+
+
+def test_bad_input():
+    members, x, _, matrix, _ = world()
+    with pytest.raises(ValueError, match=r"form='column' is not one of .*Did you mean 'columns'"):
+        ensemble_logits(members, x, matrix, form="column")
+    with pytest.raises(ValueError, match=r"dropout=0.5 needs a key"):
+        ensemble_logits(members, x, matrix, dropout=0.5)
+    two = SparseMatrix(matrix.pattern, jnp.stack([matrix.values] * 2))
+    with pytest.raises(ValueError, match="2 graphs for 4 members"):
+        ensemble_logits(members, x, two)
+    with pytest.raises(ValueError, match=r"x has shape \(29, 4, 6\)"):
+        ensemble_logits(members, x[1:], matrix)
+    with pytest.raises(ValueError, match=r"width=9 must be an integer in \[1, 6\]"):
+        prune_width(members, 9)
+    with pytest.raises(ValueError, match=r"members\.count=1"):
+        inductive_probabilities(jax.tree.map(lambda leaf: leaf[:1], members), x, matrix, jnp.zeros(NODES, bool))
+    with pytest.raises(ValueError, match=r"count=0 must be an integer"):
+        init_members(jax.random.key(0), 0, 1, 1, 1)

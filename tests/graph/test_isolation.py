@@ -1,0 +1,241 @@
+"""Isolation: parity in float64, one matrix in three forms, what stays bit-equal, prunings, bad input."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.graph.adjacency import gcn_adjacency, gcn_normalize
+from effjax.graph.geeni import ensemble_logits, init_members
+from effjax.graph.isolation import (
+    MODES,
+    affected_nodes,
+    agreeing_edges,
+    edge_jaccard,
+    isolate,
+    isolated_values,
+    random_edges,
+    sent_entries,
+    strongest_edges,
+    top_entries,
+)
+from effjax.graph.sparse import SparseMatrix, compact, row_sums, sparse_matrix
+
+REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "geeni" / "geeni_core.npz"
+NODES = 40
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """Tiny programs: compiling takes longer than running them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def graph(seed=0, nodes=NODES, capacity=None):
+    upper = np.triu(np.random.default_rng(seed).random((nodes, nodes)) < 0.12, 1)
+    upper[:, -1] = False  # a node without neighbours
+    rows, columns = np.nonzero(upper | upper.T)
+    return gcn_adjacency(columns, rows, nodes, capacity=capacity)
+
+
+def some(seed, share=0.2):
+    return np.random.default_rng(seed).random(NODES) < share
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_parity_with_the_reference(mode):
+    reference = np.load(REFERENCE)
+    with jax.enable_x64(True):
+        rows, columns = np.nonzero(reference["S"])
+        matrix = sparse_matrix(rows, columns, reference["S"][rows, columns], reference["S"].shape)
+        isolated = isolate(matrix, reference["error_mask"], mode=mode)
+        np.testing.assert_allclose(isolated.todense(), reference[f"S_iso_{mode}"], rtol=0, atol=1e-15)
+        np.testing.assert_array_equal(isolated.pattern.indptr, reference[f"csr_indptr_{mode}"])
+        np.testing.assert_array_equal(isolated.pattern.columns, reference[f"csr_indices_{mode}"])
+        np.testing.assert_allclose(isolated.values, reference[f"csr_data_{mode}"], rtol=0, atol=1e-15)
+        assert (matrix.nnz, isolated.nnz) == (reference["nnz_before"], reference["nnz_after"])
+        for layers in (1, 2):
+            expected = reference[f"affected_{layers}hop"]
+            np.testing.assert_array_equal(affected_nodes(matrix, reference["error_mask"], layers=layers), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_masked_compacted_and_dense_are_one(mode):
+    matrix, errors = graph(), some(1)
+    members = init_members(jax.random.key(0), 2, 5, 4, 3)
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(NODES, 5)), jnp.float32)
+    small = isolate(matrix, errors, mode=mode)
+    padded = isolate(matrix, errors, mode=mode, capacity=matrix.nnz)
+    masked = matrix._replace(values=isolated_values(matrix, ~errors, mode=mode))
+    dense = np.asarray(masked.todense())
+    hidden = np.maximum(dense @ (x @ members.kernel_0) + members.bias_0[:, None], 0)
+    expected = dense @ (hidden @ members.kernel_1) + members.bias_1[:, None]
+    for form in (small, padded, masked):
+        np.testing.assert_allclose(ensemble_logits(members, x, form), expected, rtol=0, atol=1e-5)
+    sent = np.asarray(matrix.pattern.rows) != np.asarray(matrix.pattern.columns)
+    sent &= errors[np.asarray(matrix.pattern.columns)]
+    assert small.nnz == matrix.nnz - sent.sum() < matrix.nnz == padded.nnz
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_error_nodes_nothing_changes_by_a_bit(mode):
+    matrix = graph()
+    same = isolate(matrix, np.zeros(NODES, bool), mode=mode)
+    np.testing.assert_array_equal(same.values, matrix.values)
+    np.testing.assert_array_equal(same.pattern.columns, matrix.pattern.columns)
+
+
+def test_only_nodes_near_an_error_node_change():
+    matrix, errors = graph(), np.zeros(NODES, bool)
+    errors[0] = True
+    members = init_members(jax.random.key(0), 3, 5, 4, 3)
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(NODES, 5)), jnp.float32)
+    run = jax.jit(ensemble_logits)
+    before, after = run(members, x, matrix), run(members, x, isolate(matrix, errors, mode="none"))
+    changed = np.any(np.asarray(before != after), axis=(0, 2))
+    near = affected_nodes(matrix, errors)
+    assert not changed[~near].any()
+    assert changed.any()
+    assert (~near).any()
+
+
+def test_row_sums_and_degrees():
+    matrix, errors = graph(), some(4)
+    pattern = matrix.pattern
+    values = isolated_values(matrix, ~errors, mode="rowscale")
+    np.testing.assert_allclose(row_sums(pattern, values), row_sums(pattern, matrix.values), rtol=1e-6)
+    full = isolate(matrix, errors, mode="full")
+    degree = np.bincount(np.asarray(pattern.rows), minlength=NODES)
+    received = np.bincount(np.asarray(full.pattern.rows), minlength=NODES)
+    expected = 1 / np.sqrt(received[np.asarray(full.pattern.rows)] * degree[np.asarray(full.pattern.columns)])
+    np.testing.assert_allclose(full.values, expected, rtol=1e-6)
+    assert np.asarray(full.todense()).diagonal().all()  # error nodes still see themselves
+
+
+def test_weights_and_graphs_of_several_members():
+    matrix, errors = graph(), some(5)
+    pattern = matrix.pattern
+    keep = random_edges(jax.random.key(0), pattern, 0.5).astype(jnp.float32)
+    own = gcn_normalize(SparseMatrix(pattern, keep))
+    both = SparseMatrix(pattern, jnp.stack([matrix.values, own.values]))
+    weights = jnp.stack([jnp.ones(pattern.nnz), keep])
+    for mode in MODES:
+        found = isolated_values(both, ~errors, mode=mode, weights=weights)
+        np.testing.assert_allclose(found[0], isolated_values(matrix, ~errors, mode=mode), atol=1e-6)
+        small = compact(own, np.asarray(keep) > 0)
+        np.testing.assert_allclose(
+            found[1][np.asarray(keep) > 0], isolated_values(small, ~errors, mode=mode), atol=1e-6
+        )
+
+
+def test_soft_isolation_lies_between_and_is_differentiable():
+    matrix, errors = graph(), some(6)
+    soft = lambda p: isolated_values(matrix, jnp.where(errors, p, 1.0), mode="rowscale")
+    np.testing.assert_allclose(soft(0.0), isolated_values(matrix, ~errors, mode="rowscale"), atol=1e-7)
+    np.testing.assert_allclose(soft(1.0), matrix.values, atol=1e-7)
+    slope = jax.grad(lambda p: jnp.sum(jnp.square(soft(p))))(0.5)
+    step = 1e-2
+    total = lambda p: float(jnp.sum(jnp.square(soft(p))))
+    assert slope == pytest.approx((total(0.5 + step) - total(0.5 - step)) / (2 * step), rel=1e-2)
+
+
+def test_padding_is_inert():
+    matrix = graph(capacity=400)
+    assert matrix.nnz == 400 > int(matrix.pattern.size)
+    errors = some(7)
+    for mode in MODES:
+        expected = isolate(graph(), errors, mode=mode)
+        found = isolate(matrix, errors, mode=mode)
+        np.testing.assert_allclose(found.todense(), expected.todense(), atol=1e-6)
+        assert found.nnz == expected.nnz
+    assert not strongest_edges(matrix, 0.0)[int(matrix.pattern.size) :].any()
+    assert not np.asarray(random_edges(jax.random.key(0), matrix.pattern, 1.0))[int(matrix.pattern.size) :].any()
+
+
+def test_random_edges_go_in_both_directions():
+    matrix = graph()
+    keep = np.asarray(random_edges(jax.random.key(1), matrix.pattern, 0.5))
+    dense = np.asarray(SparseMatrix(matrix.pattern, jnp.asarray(keep, jnp.float32)).todense())
+    np.testing.assert_array_equal(dense, dense.T)
+    assert dense.diagonal().all()
+    off = np.asarray(matrix.pattern.rows) != np.asarray(matrix.pattern.columns)
+    assert 0.3 < keep[off].mean() < 0.7
+
+
+def test_prunings():
+    matrix = graph()
+    off = np.asarray(matrix.pattern.rows) != np.asarray(matrix.pattern.columns)
+    keep = strongest_edges(matrix, 0.3)
+    assert keep[~off].all()
+    assert (~keep).sum() == int(0.3 * off.sum())
+    assert np.asarray(matrix.values)[~keep].max() <= np.asarray(matrix.values)[keep & off].min()
+    probabilities = np.full((NODES, 2), 0.5)
+    probabilities[0], probabilities[1:10] = (1, 0), (0, 1)
+    keep = np.asarray(agreeing_edges(matrix.pattern, jnp.asarray(probabilities), confidence=0.9))
+    ends = np.stack([matrix.pattern.rows, matrix.pattern.columns])
+    expected = ((ends == 0).any(0) & (ends < 10).all(0)) & off
+    np.testing.assert_array_equal(~keep, expected)
+
+
+def test_jaccard_equals_its_definition():
+    matrix = graph()
+    support = np.random.default_rng(0).random((NODES, 19)) < 0.2
+    support[1] = support[2] = False
+    found = edge_jaccard(matrix.pattern, support)
+    rows, columns = np.asarray(matrix.pattern.rows), np.asarray(matrix.pattern.columns)
+    for row, column, value in zip(rows, columns, found, strict=True):
+        union = (support[row] | support[column]).sum()
+        expected = 1 if row == column else (support[row] & support[column]).sum() / max(union, 1)
+        assert value == np.float32(expected)
+
+
+@pytest.mark.parametrize("surplus", [-7, 0, 9])
+def test_top_entries_are_the_compacted_matrix_inside_jit(surplus):
+    matrix, errors = graph(), some(8)
+    expected = isolate(matrix, errors, mode="none")
+    capacity = expected.nnz + surplus
+    run = jax.jit(lambda values: top_entries(matrix._replace(values=values), capacity))
+    found = run(isolated_values(matrix, ~errors, mode="none"))
+    assert found.nnz == capacity
+    if surplus < 0:
+        keep = np.ones(expected.nnz, bool)
+        keep[np.argsort(-np.asarray(expected.values), kind="stable")[capacity:]] = False
+        expected = compact(expected, keep)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(NODES, 3)), jnp.float32)
+    np.testing.assert_allclose(found @ x, expected @ x, atol=1e-6)
+    pull = lambda matrix: jax.grad(lambda x: jnp.sum(jnp.square(matrix @ x)))(x)
+    np.testing.assert_allclose(pull(found), pull(expected), atol=1e-5)
+
+
+def test_bad_input():
+    matrix = graph()
+    with pytest.raises(ValueError, match=r"errors is float32\[40\]; bool \[40\]"):
+        isolate(matrix, np.zeros(NODES, np.float32))
+    with pytest.raises(ValueError, match=r"errors is bool\[3\]"):
+        isolate(matrix, np.zeros(3, bool))
+    with pytest.raises(ValueError, match=r"mode='ful' is not one of .*Did you mean 'full'"):
+        isolate(matrix, np.zeros(NODES, bool), mode="ful")
+    with pytest.raises(ValueError, match=r"send has shape \(3,\)"):
+        isolated_values(matrix, jnp.ones(3))
+    with pytest.raises(ValueError, match=r"capacity=5 is less than"):
+        isolate(matrix, np.zeros(NODES, bool), capacity=5)
+    with pytest.raises(ValueError, match=r"capacity=0 must be an integer in \[1"):
+        top_entries(matrix, 0)
+    with pytest.raises(ValueError, match=r"support is float64\[40, 2\]; bool \[40, F\]"):
+        edge_jaccard(matrix.pattern, np.zeros((NODES, 2)))
+    with pytest.raises(ValueError, match=r"fraction=1.5 must be a number in \[0, 1\]"):
+        strongest_edges(matrix, 1.5)
+
+
+def test_a_graph_without_edges_keeps_its_diagonal():
+    bare = gcn_adjacency(np.zeros(0, int), np.zeros(0, int), 4)
+    for mode in MODES:
+        found = isolate(bare, np.ones(4, bool), mode=mode)
+        np.testing.assert_array_equal(found.todense(), np.eye(4))
+    assert sent_entries(bare.pattern, np.ones(4, bool)).all()
