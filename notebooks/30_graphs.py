@@ -84,7 +84,7 @@ def fit(model, epochs=EPOCHS, seed=0):
 
 
 accuracies = {}
-for layer in ("mlp", "gcn", "sage", "gat", "appnp"):
+for layer in ("mlp", "gcn") if SMOKE else ("mlp", "gcn", "sage", "gat", "appnp"):
     logits, losses, seconds = fit(effjax.NodeClassifier(classes=cora.classes, layer=layer))
     accuracies[layer] = float(effjax.masked_accuracy(logits, cora.labels, test))
     print(f"{layer:6} accuracy {accuracies[layer]:.3f}, {seconds:.1f} s with compilation")
@@ -100,9 +100,9 @@ print("label propagation", float(effjax.masked_accuracy(spread, cora.labels, tes
 
 # %% [markdown]
 # ## 2. What makes a step fast
-# The products with the graph are the work. On CPUs a scatter is slow once the graph leaves the cache, and the fast CSR
-# kernel is lost in derivatives and under `vmap`; `spmm` keeps it. Below, one product and its gradient in each form, on a
-# graph of 20,000 nodes with 20 neighbours each. `fastest_spmm` measures and tells which to take.
+# The products with the graph are the work. On CPUs a scatter is slow once the graph leaves the cache, and the fast
+# kernel for CSR matrices is lost in derivatives and under `vmap`; `spmm` keeps it. Below, one product and its gradient
+# in each form, on a graph of 20,000 nodes with 20 neighbours each. `fastest_spmm` measures and tells which to take.
 
 # %%
 rng = np.random.default_rng(0)
@@ -130,9 +130,9 @@ print("to take here:", effjax.fastest_spmm(graph, width))
 # %% [markdown]
 # ## 3. FASTRAIN: self-training with few labels
 # After a first round of training, confident predictions become labels, and a second round trains on all of them.
-# FASTRAIN starts with a deeper network while labels are few, drops more edges when they are many, asks that predictions
-# agree on randomly thinned graphs before they become labels, and removes edges between classes. `apply` is your network:
-# any function of parameters, features, adjacency and a key.
+# FASTRAIN starts with a deeper network while labels are few, drops more edges when they are many, asks that
+# predictions agree on randomly thinned graphs before they become labels, and removes edges between classes. `apply` is
+# your network: any function of parameters, features, adjacency and a key.
 
 
 # %%
@@ -173,7 +173,7 @@ plt.title("one line a labelled set, 8 a class")
 plt.show()
 
 # %% [markdown]
-# Labelled sets differ by more than methods do, hence a line for each. `effjax compare fastrain` does this over five
+# Labelled sets differ by more than methods do, hence a line for each. `effjax compare fastrain` does this over four
 # graphs with every part switched off in turn, label propagation, Correct & Smooth, M3S and APPNP; its card
 # (`configs/fastrain/README.md`) says where FASTRAIN does not pay.
 #
