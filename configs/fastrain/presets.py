@@ -20,8 +20,8 @@ cpu = FastrainStudy(
     seeds=(0, 1, 2, 3, 4),
 )
 """effjax compare fastrain (= fastrain:cpu). Two CPU cores, about ten minutes, data built in. 8 labels a class, 300
-epochs a stage, five labelled sets; Cora with all arms, CiteSeer with the main ones. Expect FASTRAIN two points above deep
-self-training in two thirds of its time, and below shallow self-training on CiteSeer."""
+epochs a stage, five labelled sets; Cora with all arms, CiteSeer with the main ones. Expect FASTRAIN two points above
+deep self-training in two thirds of its time, and below shallow self-training on CiteSeer."""
 
 large = FastrainStudy(
     tasks=("dblp", "amazon_photo"),

@@ -16,19 +16,30 @@ smoke = GeeniStudy(
 """effjax compare geeni:smoke. Two CPU cores, under 60 s in all. Cora: the ensemble above one network, the ORACLE above
 both, the learned detector between them."""
 
-cpu = GeeniStudy(tasks=("cora", "citeseer", ATTACKED[0]), budget=Budget(200, "epochs"), seeds=FIVE)
-"""effjax compare geeni (= geeni:cpu). Two CPU cores, some ten minutes; needs the attacked graphs (EFFJAX_DATA). On
-clean graphs expect a point from the ensemble, at most one more from isolation, and 2 to 4 from the ORACLE; on the
-poisoned graph 4 to 5 from isolation by the learned detector, nothing by the score."""
-
-large = GeeniStudy(
-    tasks=("amazon_photo", "dblp"),
-    forms=("single", "correct-smooth", "ensemble", "narrow", "geeni-score", "geeni-learned", "geeni-soft", "oracle"),
+cpu = GeeniStudy(
+    tasks=("cora", ATTACKED[0]),
+    forms=(
+        *("single", "correct-smooth", "narrow", "narrow-correct-smooth", "geeni-score", "geeni-learned", "geeni-soft"),
+        *("geeni-correct-smooth", "oracle", "jaccard"),
+    ),
     budget=Budget(200, "epochs"),
     seeds=FIVE,
 )
-"""effjax compare geeni:large. Two CPU cores, some twenty minutes; needs EFFJAX_DATA. Graphs of 8 and 18
-thousand nodes."""
+"""effjax compare geeni (= geeni:cpu). Two CPU cores, some ten minutes; needs the attacked graph (EFFJAX_DATA). Cora,
+clean and poisoned by Metattack. Expect little from isolation on the clean graph, 4 to 5 points on the poisoned one by the
+learned detector and nothing by the score; 2 to 6 from the ORACLE."""
+
+large = GeeniStudy(
+    tasks=("citeseer", "amazon_photo"),
+    forms=("single", "correct-smooth", "narrow", "geeni-score", "geeni-learned", "oracle"),
+    budget=Budget(200, "epochs"),
+    seeds=FIVE,
+)
+"""effjax compare geeni:large. Two CPU cores, some ten minutes; needs EFFJAX_DATA. More clean graphs."""
+
+rivals = GeeniStudy(tasks=("cora", *ATTACKED), budget=Budget(200, "epochs"), seeds=FIVE)
+"""effjax compare geeni:rivals. Two CPU cores, half an hour; needs EFFJAX_DATA. Every arm, among them the wide network,
+edge subsets at test time, a network distilled from the ensemble, every detector, and members on denoised edges."""
 
 gpu = GeeniStudy(
     tasks=("amazon_computers", "coauthor_physics", *ATTACKED),

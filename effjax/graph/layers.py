@@ -196,7 +196,10 @@ def neighbour_mean(matrix: SparseMatrix, x: jax.Array, dtype: DTypeLike | None =
 
 
 def neighbour_max(matrix: SparseMatrix, x: jax.Array) -> jax.Array:
-    """Maximum of ``x`` [N, F] over the in-neighbours of every node, zero without any; ties share the gradient."""
+    """Maximum of ``x`` [N, F] over the in-neighbours of every node, zero without any; ties share the gradient.
+
+    Forward it is this family's only scatter (no kernel takes maxima); its gradient is sums over the edges.
+    """
     return _row_max(matrix.pattern, edges(matrix), x)
 
 

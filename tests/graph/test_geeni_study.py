@@ -124,7 +124,7 @@ def test_members_see_different_parts_and_the_first_sees_all():
     assert not np.asarray(hidden).any()
 
 
-@pytest.mark.parametrize("name", ["geeni-learned", "oracle", "geeni-denoised"])
+@pytest.mark.parametrize("name", ["geeni-learned", "geeni-denoised"])
 def test_isolation_is_chosen_once_and_fits_the_state(name):
     program, state = trained(name)
     before = jax.eval_shape(program.init, jax.random.key(0))
@@ -137,9 +137,6 @@ def test_isolation_is_chosen_once_and_fits_the_state(name):
     assert all(np.isfinite(value) for value in metrics.values())
     assert metrics["isolated"] == pytest.approx(np.mean(send == 0))
     assert (metrics["edges_removed"] > 0) == bool((send == 0).any())
-    if name == "oracle":
-        assert metrics["auc_oracle"] == 1
-        assert metrics["accuracy"] >= metrics["accuracy_ensemble"]
 
 
 def test_accuracy_of_the_compacted_graph_is_that_of_the_mask():
@@ -155,9 +152,10 @@ def test_accuracy_of_the_compacted_graph_is_that_of_the_mask():
 
 
 def test_test_labels_are_read_by_the_oracle_alone():
+    state = trained("geeni-learned")[1]
     for name in ("geeni-learned", "oracle"):
-        program, state = trained(name)
-        run, aux = program.evaluate.__self__, program.derive(state)
+        run = arms(study(name))[f"small/{name}"].build().evaluate.__self__
+        aux = run.derive(state)
         chosen = run._choose(state, aux)
         hidden = aux | {"labels": jnp.where(state["test"], -1, aux["labels"])}
         blind = run._choose(state, hidden)

@@ -192,7 +192,7 @@ def test_graph_without_edges(model):
         np.testing.assert_allclose(out, np.broadcast_to(layers(model)[1]["bias"], out.shape))
 
 
-@pytest.mark.parametrize("name", ["gcn", "gat", "sage_mean"])
+@pytest.mark.parametrize("name", ["gcn", "sage_mean"])
 def test_sparse_features_are_the_dense_ones(name):
     x = np.where(np.abs(PYG["x"]) > 0.8, PYG["x"], 0)
     at = np.nonzero(x)
@@ -321,33 +321,41 @@ def test_ties_share_the_gradient_of_the_maximum():
     np.testing.assert_array_equal(gradient, [[3], [3], [0], [0]])
 
 
-def test_attention_dropout_keeps_the_mean_and_needs_a_key():
-    params, x, matrix = layers("gat")[0], jnp.asarray(PYG["x"]), loops()
-    run = jax.jit(jax.vmap(lambda key: gat(params, x, matrix, rate=0.5, key=key)))
-    several = run(jax.random.split(jax.random.key(0), 4000))
-    np.testing.assert_allclose(several.mean(0), gat(params, x, matrix), atol=0.12)
-    assert several.std(0).max() > 0.1
+def test_attention_dropout_drops_edges_of_a_head_after_the_softmax():
+    params, x, matrix, key = layers("gat")[0], jnp.asarray(PYG["x"]), loops(), jax.random.key(0, impl="rbg")
+    pattern, rate = matrix.pattern, 0.4
+    dropped = jax.jit(lambda: gat(params, x, matrix, rate=rate, key=key))()
+
+    @jax.jit
+    def by_hand():
+        z = (x @ params["kernel"]).reshape(NODES, 2, -1)
+        scores = lambda vector: jnp.sum(z * vector, -1)
+        logits = scores(params["target"])[pattern.rows] + scores(params["source"])[pattern.columns]
+        attention = edge_softmax(pattern, jax.nn.leaky_relu(logits, 0.2))
+        kept = attention * keep_mask(key, attention.shape, rate) / (1 - rate)
+        return weighted_sums(pattern, kept, z).reshape(NODES, -1) + params["bias"]
+
+    np.testing.assert_allclose(dropped, by_hand(), **TOLERANCE)
+    assert np.abs(dropped - gat(params, x, matrix)).max() > 0.1
     with pytest.raises(ValueError, match="key=None"):
-        gat(params, x, matrix, rate=0.5)
+        gat(params, x, matrix, rate=rate)
 
 
 # Dropout
 
 
 def test_dropped_numbers_are_independent():
+    masks = jax.jit(lambda keys: jax.vmap(lambda key: keep_mask(key, (2000,), 0.3))(keys))
     keys = jax.random.split(jax.random.key(3), 64)
-    masks = np.asarray(jax.vmap(lambda key: keep_mask(key, (50, 40), 0.3))(keys)).reshape(64, -1).astype(float)
-    z = (masks - 0.7) / np.sqrt(0.21)
-    assert abs(z.mean()) * np.sqrt(z.size) < 4
-    assert np.abs(z.mean(0)).max() * np.sqrt(64) < 5  # every position
-    between = z @ z.T / z.shape[1]  # every pair of keys
-    assert np.abs(between - np.diag(np.diag(between))).max() * np.sqrt(z.shape[1]) < 5
-    for shift in (1, 2, 3, 8, 40):  # neighbours, rows
-        assert abs((z[:, shift:] * z[:, :-shift]).mean()) * np.sqrt(z.size) < 4
-    # Position by position over sequential keys, as fold_in gives in training.
-    folded = jnp.stack([keep_mask(jax.random.fold_in(jax.random.key(0), step), (2000,), 0.5) for step in range(64)])
-    signs = 2.0 * np.asarray(folded) - 1
-    assert abs((signs[1:] * signs[:-1]).mean()) * np.sqrt(signs.size) < 4
+    folded = jnp.stack([jax.random.fold_in(jax.random.key(0), step) for step in range(64)])  # as in training
+    for kept in (masks(keys), masks(folded)):
+        z = (np.asarray(kept, float) - 0.7) / np.sqrt(0.21)
+        assert abs(z.mean()) * np.sqrt(z.size) < 4
+        assert np.abs(z.mean(0)).max() * np.sqrt(64) < 5  # every position
+        between = z @ z.T / z.shape[1]  # every pair of keys
+        assert np.abs(between - np.diag(np.diag(between))).max() * np.sqrt(z.shape[1]) < 5
+        for shift in (1, 2, 3, 8, 40):
+            assert abs((z[:, shift:] * z[:, :-shift]).mean()) * np.sqrt(z.size) < 4
 
 
 def test_sparse_dropout_stays_on_the_stored_values():

@@ -5,7 +5,7 @@ Run it on a quiet machine, from the repository::
     python tests/peers/geeni_latency.py --out configs/geeni/results/latency-amd-epyc-2-cores.json
 
 One call gives the probabilities of all nodes. All forms of a graph are timed in turns in one process. The networks are
-trained as in the study (``effjax.recipes.geeni``) and every row with an accuracy serves the very weights and graph it was
+trained as in the study (``effjax.recipes.geeni``). A row with an accuracy serves the very weights and graph it was
 measured with; the others isolate the nodes trusted least by the score.
 """
 
