@@ -104,7 +104,7 @@ def test_cora_is_learnt(layer, rate):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": "gnc"}, "Did you mean 'gcn'"),
+        ({"layer": "gcnn"}, "Did you mean 'gcn'"),
         ({"hidden": 0}, "hidden=0"),
         ({"depth": 0}, "depth=0"),
         ({"depth": 2, "layer": "gcnii"}, "depth=2"),
