@@ -26,8 +26,8 @@ cpu = GeeniStudy(
     seeds=FIVE,
 )
 """effjax compare geeni (= geeni:cpu). Two CPU cores, some ten minutes; needs the attacked graph (EFFJAX_DATA). Cora,
-clean and poisoned by Metattack. Expect little from isolation on the clean graph, 4 to 5 points on the poisoned one by the
-learned detector and nothing by the score; 2 to 6 from the ORACLE."""
+clean and poisoned by Metattack. Expect little from isolation on the clean graph, 4 to 5 points on the poisoned one by
+the learned detector and nothing by the score; 2 to 6 from the ORACLE."""
 
 large = GeeniStudy(
     tasks=("citeseer", "amazon_photo"),

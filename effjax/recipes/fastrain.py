@@ -10,6 +10,7 @@ from effjax.recipes.fastrain_arms import Group, program
 from effjax.recipes.fastrain_claims import group_claims
 from effjax.recipes.fastrain_forms import FORMS
 from effjax.recipes.spec import Arm, Axis, Claim, StudyConfig, Sweep
+from effjax.train.options import TrainOptions
 
 ARMS = tuple(FORMS)
 MAIN = ("st-shallow", "st-deep", "fastrain", "st-deep-plateau", "fastrain-plateau")
@@ -70,6 +71,8 @@ class FastrainStudy(StudyConfig):
     """of M3S"""
     guard_agreement: float = 0.8
     """the guard: share of the confident nodes whose samples must agree, or none becomes a label"""
+    train: TrainOptions = dataclasses.field(default_factory=lambda: TrainOptions(log_steps=1))
+    """how runs are executed"""
     guard_growth: float = 5.0
     """the guard: at most so many new nodes of a class, as a multiple of the labelled nodes of a class so far"""
 

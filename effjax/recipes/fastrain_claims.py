@@ -68,12 +68,13 @@ def _plateau(group: str, arms: Collection[str]) -> list[Claim]:
             text = f"both stopping at a plateau, FASTRAIN is no less accurate than {label}"
             found.append(_no_worse(group, "fastrain-plateau", f"{rival}-plateau", text))
     if {"fastrain-plateau", "st-deep-plateau"} <= set(arms):
-        text = f"... and {RIVALS['st-deep']} takes twice its time"
+        text = f"both stopping at a plateau, {RIVALS['st-deep']} takes twice the time of FASTRAIN"
         found.append(_ratio(group, "st-deep-plateau", "fastrain-plateau", 2.0, text))
     if {"fastrain-plateau", "st-deep"} <= set(arms):
         text = f"FASTRAIN stopping at a plateau is no less accurate than {RIVALS['st-deep']} that does not stop"
         found.append(_no_worse(group, "fastrain-plateau", "st-deep", text))
-        found.append(_ratio(group, "st-deep", "fastrain-plateau", 2.0, "... which takes twice its time"))
+        text = f"{RIVALS['st-deep']} that does not stop takes twice the time of FASTRAIN stopping at a plateau"
+        found.append(_ratio(group, "st-deep", "fastrain-plateau", 2.0, text))
     return found
 
 

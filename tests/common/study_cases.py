@@ -20,7 +20,10 @@ TINY = {
     ],
     "irnn": [*_FEW_SEQUENCES, "--cells", "lstm", "irnn", "irnn-shared", "--budget.amount", "40", "--seeds", "0", "1"],
     "tarnn": [*_FEW_SEQUENCES, "--cells", "lstm", "tarnn-euler", "--budget.amount", "40", "--seeds", "0", "1"],
-    "fastrain": ["--arms", "st-deep", "fastrain-plateau", "lp", "--budget.amount", "8", "--budget.unit", "steps"],
+    "fastrain": [
+        *("--arms", "fastrain-plateau", "lp", "--budget.amount", "8", "--budget.unit", "steps", "--hidden", "8"),
+        *("--epochs-per-step", "5", "--samples", "2", "--threshold", "0.3"),
+    ],
     "geeni": [
         *("--forms", "single", "geeni-learned", "--hidden", "8", "--members", "2", "--modes", "full"),
         *("--fractions", "0.1", "--budget.amount", "60", "--seeds", "0", "1"),
@@ -64,6 +67,6 @@ PAPER_ARMS = {
     "fptt": ["digits-permuted-torch-lstm-8/bptt", "tiny_shakespeare-chars-24-torch-lstm-8/fptt-0.1"],
     "irnn": ["noisy-digits-12/irnn-3", "noisy-digits-12/chrono-lstm"],
     "tarnn": ["noisy-digits-12/tarnn-convex", "noisy-digits-12/lru-4"],
-    "fastrain": ["cora-2/st-shallow", "cora-2/fastrain"],
+    "fastrain": ["cora-2/fastrain"],
     "geeni": ["cora/geeni-learned", "cora/single", "cora/distilled"],
 }

@@ -361,7 +361,8 @@ def test_labelled_sets_can_be_batched():
     keys = jax.random.split(KEY, 3)
     one = lambda weights, key: stage_of(params, labels, weights, key, 4)[2]
     together = jax.jit(jax.vmap(one))(weights, keys)
-    apart = jnp.stack([jax.jit(one)(w, k) for w, k in zip(weights, keys, strict=True)])
+    alone = jax.jit(one)
+    apart = jnp.stack([alone(w, k) for w, k in zip(weights, keys, strict=True)])
     np.testing.assert_allclose(together, apart, rtol=1e-5)
 
 
