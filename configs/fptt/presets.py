@@ -95,7 +95,7 @@ gpu = FpttStudy(
     alphas=(0.5, 0.02),
     batch_size=128,
     learning_rate=1e-3,
-    others=(),
+    others=("chrono-lstm", "lru"),
 )
 """effjax compare fptt:gpu. One H200-class GPU, under 10 minutes. The authors' adding problem at 500 steps. Not measured
 yet."""
@@ -131,7 +131,7 @@ words = FpttStudy(
     learning_rate=2.0,
     decay_at=(0.5, 0.75),
     clip=None,
-    others=("tbptt",),
+    others=("tbptt", "chrono-lstm", "lru"),
 )
 """effjax compare fptt:words. Needs PTB (EFFJAX_DATA or a hub); hours on one GPU. The authors' PTB-300, but for the
 dropout of 0.2, and with a rate that falls at fixed times. They report a perplexity of 103, nats 4.64; with this rate

@@ -100,8 +100,20 @@ def _served(parts, propagated):
     kernel_0, bias_0, kernel_1, bias_1, features, matrix = parts
     hidden = matmul(features, kernel_0)
     hidden = jax.nn.relu((hidden if propagated else spmm(matrix, hidden)) + bias_0)
-    logits = spmm(matrix, hidden @ kernel_1).reshape(-1, *bias_1.shape) + bias_1
-    return jnp.mean(member_probabilities(logits), axis=1)
+    return _mean_softmax(spmm(matrix, hidden @ kernel_1) + bias_1.reshape(-1), bias_1.shape[0])
+
+
+def _mean_softmax(logits: jax.Array, count: int) -> jax.Array:
+    """Mean of the members' softmax, [N, K C] -> [N, C]; sums over members as products, which CPUs do faster."""
+    nodes, width = logits.shape
+    classes = width // count
+    member = np.repeat(np.eye(count, dtype=logits.dtype), classes, axis=0)  # [K C, K]
+    exactly = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    highest = jnp.max(logits.reshape(nodes, count, classes), axis=2)
+    powers = jnp.exp(logits - exactly(highest, member.T))
+    scale = 1 / exactly(powers, member)
+    columns = lambda k: slice(k * classes, (k + 1) * classes)
+    return sum(powers[:, columns(k)] * scale[:, k : k + 1] for k in range(count)) / count
 
 
 def inductive_probabilities(

@@ -1,17 +1,12 @@
-"""What every study must do: finish its smoke preset, survive kill -9, declare its compiles, build its paper preset."""
+"""What every study must do: finish its smoke preset, declare its compiles, build its paper preset."""
 
 import json
 import math
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import pytest
 from study_cases import PAPER, PAPER_ARMS, TINY
+from study_runs import compile_cache, finish, start  # noqa: F401
 
 import effjax
 from effjax.study.resolve import presets, resolve
@@ -19,26 +14,6 @@ from effjax.study.results import COST_FIELDS, OPTIONAL_COST_FIELDS
 from effjax.train.loop import Prepared
 
 STEMS = sorted(effjax.METHODS)
-EFFJAX = [sys.executable, "-m", "effjax.cli"]
-OFFLINE = {**os.environ, "JAX_PLATFORMS": "cpu"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_cache(tmp_path_factory):
-    """One folder of compiled programs for all the processes that a study is started in."""
-    OFFLINE["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    OFFLINE["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-
-
-def start(*words):
-    return subprocess.Popen(
-        [*EFFJAX, "compare", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=OFFLINE
-    )
-
-
-def finish(process, timeout=300):
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err
 
 
 def test_every_method_has_a_row():
@@ -85,53 +60,6 @@ def check_schema(results, stem):
             true = claim["left"] <= claim["right"] if claim["op"] == "<=" else claim["left"] >= claim["right"]
             assert claim["holds"] == true
     assert {"packages", "hardware", "commit", "date"} <= set(results["environment"])
-
-
-@pytest.mark.study
-@pytest.mark.parametrize("stem", STEMS)
-def test_killed_at_random_moments_it_continues_to_the_same_results(stem, tmp_path):
-    words = [f"{stem}:smoke", *TINY[stem], "--train.checkpoint-seconds", "0.01", "--train.log-steps", "10"]
-    code, _, err = finish(start(*words, "--out", tmp_path / "whole"))
-    assert code == 0, err
-    rng = random.Random()
-    kills, finished_before = 0, set()
-    for _ in range(2 if stem == "samuel" else 1):  # a second kill shows that finished arms are not redone
-        process = start(*words, "--out", tmp_path / "cut")
-        while process.poll() is None and not list((tmp_path / "cut" / ".work").glob("arms/*/*/*")):
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0.0, 2.0))
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += 1
-        done = {p: p.stat().st_mtime_ns for p in (tmp_path / "cut" / ".work").rglob("done.json")}
-        assert finished_before <= set(done.items())  # finished arms are not redone
-        finished_before = set(done.items())
-    code, _, err = finish(start(*words, "--out", tmp_path / "cut"))
-    assert code == 0, err
-    assert kills
-    whole, cut = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut"))
-    assert whole["claims"] == cut["claims"]
-    for name, arm in whole["arms"].items():
-        assert arm["metrics"] == cut["arms"][name]["metrics"], name
-
-
-@pytest.mark.study
-def test_sigterm_exits_with_the_resume_code_and_another_config_is_refused(tmp_path):
-    words = ["samuel:smoke", *TINY["samuel"], "--out", tmp_path / "out"]
-    process = start(*words, "--budget.amount", "200000")
-    while process.poll() is None and not list((tmp_path / "out" / ".work").glob("arms/*/*/*/checkpoints")):
-        time.sleep(0.05)
-    time.sleep(1.0)
-    process.send_signal(signal.SIGTERM)
-    code, _, err = finish(process)
-    assert code == 75, err
-    assert "the same command continues" in err
-    code, _, err = finish(start(*words, "--budget.amount", "300"))
-    assert code == 2
-    assert "budget.amount: 200000" in err
-    assert "300" in err
 
 
 @pytest.mark.study

@@ -1,0 +1,59 @@
+"""A study that is killed continues to the same results; one that is told to stop says how to go on."""
+
+import json
+import random
+import signal
+import time
+
+import pytest
+from study_cases import TINY
+from study_runs import compile_cache, finish, start  # noqa: F401
+
+import effjax
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("stem", sorted(effjax.METHODS))
+def test_killed_at_random_moments_it_continues_to_the_same_results(stem, tmp_path):
+    words = [f"{stem}:smoke", *TINY[stem], "--train.checkpoint-seconds", "0.01", "--train.log-steps", "10"]
+    code, _, err = finish(start(*words, "--out", tmp_path / "whole"))
+    assert code == 0, err
+    rng = random.Random()
+    kills, finished_before = 0, set()
+    for _ in range(2 if stem == "samuel" else 1):  # a second kill shows that finished arms are not redone
+        process = start(*words, "--out", tmp_path / "cut")
+        while process.poll() is None and not list((tmp_path / "cut" / ".work").glob("arms/*/*/*")):
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0.0, 2.0))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        done = {p: p.stat().st_mtime_ns for p in (tmp_path / "cut" / ".work").rglob("done.json")}
+        assert finished_before <= set(done.items())  # finished arms are not redone
+        finished_before = set(done.items())
+    code, _, err = finish(start(*words, "--out", tmp_path / "cut"))
+    assert code == 0, err
+    assert kills
+    whole, cut = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut"))
+    assert whole["claims"] == cut["claims"]
+    for name, arm in whole["arms"].items():
+        assert arm["metrics"] == cut["arms"][name]["metrics"], name
+
+
+@pytest.mark.study
+def test_sigterm_exits_with_the_resume_code_and_another_config_is_refused(tmp_path):
+    words = ["samuel:smoke", *TINY["samuel"], "--out", tmp_path / "out"]
+    process = start(*words, "--budget.amount", "200000")
+    while process.poll() is None and not list((tmp_path / "out" / ".work").glob("arms/*/*/*/checkpoints")):
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 75, err
+    assert "the same command continues" in err
+    code, _, err = finish(start(*words, "--budget.amount", "300"))
+    assert code == 2
+    assert "budget.amount: 200000" in err
+    assert "300" in err
