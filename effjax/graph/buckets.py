@@ -55,3 +55,29 @@ def bucket_product(table: BucketTable, values: jax.Array, x: jax.Array) -> jax.A
         weights = jnp.where(entries < 0, 0, values[entries]).astype(x.dtype)
         parts.append(jnp.einsum("rl,rlf->rf", weights, x[columns], precision=jax.lax.Precision.HIGHEST))
     return jnp.concatenate(parts)[table.position] if parts else jnp.zeros((0, x.shape[1]), x.dtype)
+
+
+_UNROLLED = 8  # slots; longer rows are looped over, as gathering them all at once moves each message through memory
+
+
+def bucket_max(table: BucketTable, edge: jax.Array, x: jax.Array) -> jax.Array:
+    """Maximum over the entries of each row of ``x`` [C, F] at their columns, [R, F]; -inf where ``edge`` [nnz] has none.
+
+    Slot by slot: on a CPU several times as fast as the scatter of a segment maximum.
+    """
+    parts = []
+    for entries, columns in zip(table.entries, table.columns, strict=True):
+        kept = (entries >= 0) & edge[entries]
+
+        def with_slot(slot, found, kept=kept, columns=columns):
+            return jnp.maximum(found, jnp.where(kept[:, slot, None], x[columns[:, slot]], -jnp.inf))
+
+        rows, slots = entries.shape
+        found = jnp.full((rows, x.shape[1]), -jnp.inf, x.dtype)
+        if slots > _UNROLLED:
+            found = jax.lax.fori_loop(0, slots, with_slot, found)
+        else:
+            for slot in range(slots):
+                found = with_slot(slot, found)
+        parts.append(found)
+    return jnp.concatenate(parts)[table.position] if parts else jnp.zeros((0, x.shape[1]), x.dtype)

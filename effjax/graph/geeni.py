@@ -110,6 +110,36 @@ def prune_width(members: GcnMembers, width: int) -> GcnMembers:
     )
 
 
+def fold_members(members: GcnMembers) -> GcnMembers:
+    r"""The members as ONE network of width K H, whose logits are the mean of theirs, at exactly its cost.
+
+    .. math:: \frac{1}{K} \sum_k \left(S H_k W_{1,k} + b_{1,k}\right) = S\, [H_1 \ldots H_K]\,
+       \frac{1}{K} \begin{bmatrix} W_{1,1} \\ \vdots \\ W_{1,K} \end{bmatrix} + \frac{1}{K} \sum_k b_{1,k}
+
+    Its softmax is the normalised geometric mean of the members' probabilities (a logarithmic opinion pool), where
+    ``ensemble_probabilities`` of the members themselves is the arithmetic one. The last aggregation has C columns
+    instead of K C, and there is one softmax.
+
+    Args:
+      members: trained, of one graph.
+
+    Returns:
+      ``GcnMembers`` with K = 1, which every function of members takes.
+
+    Example:
+      >>> folded = fold_members(init_members(jax.random.key(0), 4, 3, 16, 2))
+      >>> folded.kernel_0.shape, folded.kernel_1.shape
+      ((1, 3, 64), (1, 64, 2))
+    """
+    count, width, hidden = members.kernel_0.shape
+    return GcnMembers(
+        jnp.moveaxis(members.kernel_0, 0, 1).reshape(1, width, count * hidden),
+        members.bias_0.reshape(1, -1),
+        members.kernel_1.reshape(1, count * hidden, -1) / count,
+        jnp.mean(members.bias_1, axis=0, keepdims=True),
+    )
+
+
 def ensemble_logits(
     members: GcnMembers,
     features: SparseMatrix | Float[Array, "nodes features"],

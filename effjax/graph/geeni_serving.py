@@ -51,7 +51,7 @@ def serve_ensemble(
     """The ensemble ready to serve a fixed graph. Runs on the host.
 
     Args:
-      members: trained.
+      members: trained; of ``fold_members`` for the mean of the logits at the cost of one network.
       features: X.
       matrix: of ``isolate`` and the prunings, values [nnz].
       precompute: store S X, which spares the first aggregation; dense features only, as S X of sparse features is

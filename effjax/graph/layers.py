@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from effjax.core.errors import check_choice, check_number
 from effjax.core.products import dot
 from effjax.core.tree import wide
+from effjax.graph.buckets import bucket_max
 from effjax.graph.sparse import SparseMatrix, SparsePattern, row_sums, spmm, take_columns, take_rows
 
 Params = Mapping[str, jax.Array]
@@ -159,7 +160,7 @@ def sage(
     Args:
       params: ``kernel`` [F, O] of the neighbours, ``root`` [F, O] and, if given, ``bias`` [O].
       x: [N, F]; the maximum needs an array.
-      matrix: [N, N], e.g. ``adjacency`` without self-loops.
+      matrix: [N, N], e.g. ``adjacency`` without self-loops; for the maximum best with ``buckets=True``.
       reduce: ``"mean"`` or ``"max"``.
       dtype: of the operands.
 
@@ -198,15 +199,19 @@ def neighbour_mean(matrix: SparseMatrix, x: jax.Array, dtype: DTypeLike | None =
 def neighbour_max(matrix: SparseMatrix, x: jax.Array) -> jax.Array:
     """Maximum of ``x`` [N, F] over the in-neighbours of every node, zero without any; ties share the gradient.
 
-    Forward it is this family's only scatter (no kernel takes maxima); its gradient is sums over the edges.
+    No kernel takes maxima. Where the pattern has buckets (``adjacency(..., buckets=True)``) they are found slot by slot;
+    without, by this family's only scatter. The gradient is sums over the edges.
     """
     return _row_max(matrix.pattern, edges(matrix), x)
 
 
 @jax.custom_vjp
 def _row_max(pattern: SparsePattern, edge: jax.Array, x: jax.Array) -> jax.Array:
-    messages = jnp.where(edge[:, None], take_columns(pattern, x), -jnp.inf)
-    found = jax.ops.segment_max(messages, pattern.rows, pattern.shape[0], indices_are_sorted=True)
+    if pattern.buckets is not None:
+        found = bucket_max(pattern.buckets[0], edge, x)
+    else:
+        messages = jnp.where(edge[:, None], take_columns(pattern, x), -jnp.inf)
+        found = jax.ops.segment_max(messages, pattern.rows, pattern.shape[0], indices_are_sorted=True)
     return jnp.where(found == -jnp.inf, 0, found)
 
 

@@ -28,6 +28,7 @@ from effjax.graph.geeni import (
     ensemble_logits,
     ensemble_probabilities,
     fastest_members_form,
+    fold_members,
     init_members,
     mask_features,
     member_probabilities,
@@ -57,7 +58,10 @@ class Form(NamedTuple):
       isolate: by what the error nodes are found; None isolates none.
       soft: multiply messages by a probability instead of stopping them.
       after: what is done with the probabilities.
+      distil: who is trained on the ensemble's probabilities and served in its place: one network of width hidden, or
+        narrow members.
       denoised: share of the members that see only edges between alike nodes, and are served so.
+      folded: the mean of the members' logits, as one network (``fold_members``), instead of their probabilities'.
     """
 
     label: str
@@ -67,8 +71,10 @@ class Form(NamedTuple):
     wide: bool = False
     isolate: Literal["score", "agreement", "mutual", "learned", "oracle"] | None = None
     soft: bool = False
-    after: Literal["drop-edges", "correct-smooth", "distil"] | None = None
+    after: Literal["drop-edges", "correct-smooth"] | None = None
+    distil: Literal["one", "members"] | None = None
     denoised: float = 0.0
+    folded: bool = False
 
 
 FORMS: dict[str, Form] = {
@@ -78,14 +84,28 @@ FORMS: dict[str, Form] = {
     "correct-smooth": Form("one GCN, Correct & Smooth", "alternative", single=True, after="correct-smooth"),
     "ensemble": Form("ensemble", "baseline"),
     "narrow": Form("ensemble, narrow", "baseline", narrow=True),
+    "narrow-folded": Form("ensemble, narrow, folded to one GCN", "baseline", narrow=True, folded=True),
     "narrow-correct-smooth": Form(
         "ensemble, narrow, Correct & Smooth", "alternative", narrow=True, after="correct-smooth"
     ),
-    "distilled": Form("one GCN, distilled from the ensemble", "alternative", narrow=True, after="distil"),
+    "distilled": Form("one GCN, distilled from the ensemble", "alternative", distil="one"),
+    "narrow-distilled": Form(
+        "ensemble, narrow, distilled from the wide one, folded to one GCN", "method", distil="members", folded=True
+    ),
     "geeni-score": Form("GEENI, score", "method", narrow=True, isolate="score"),
     "geeni-agreement": Form("GEENI, score and agreement", "method", narrow=True, isolate="agreement"),
     "geeni-mutual": Form("GEENI, mutual information", "method", narrow=True, isolate="mutual"),
     "geeni-learned": Form("GEENI, learned detector", "method", narrow=True, isolate="learned"),
+    "geeni-folded": Form(
+        "GEENI, learned detector, folded to one GCN", "method", narrow=True, isolate="learned", folded=True
+    ),
+    "geeni-distilled": Form(
+        "GEENI, learned detector, distilled from the wide ensemble, folded to one GCN",
+        "method",
+        isolate="learned",
+        distil="members",
+        folded=True,
+    ),
     "geeni-soft": Form("GEENI, learned detector, soft", "method", narrow=True, isolate="learned", soft=True),
     "geeni-correct-smooth": Form(
         "GEENI, learned detector, then Correct & Smooth",
@@ -157,21 +177,22 @@ class _Run:
         epochs = config.budget.steps(1, lambda epoch: 1)
         steps = max(1, epochs // config.epochs_per_step) if config.budget.unit == "epochs" else epochs
         self.phase = steps
-        distil = self.form.after == "distil"
+        distil = bool(self.form.distil)
+        parts = "members|opt/1/0/(mu|nu)" + "|student|student_opt/1/0/(mu|nu)" * (self.form.distil == "members")
         return Program(
             init=self.init,
             step=self.step,
             batches=lambda seed: batches({"row": np.zeros(1, np.int32)}, 1, seed=seed, shuffle=False),
             evaluate=self.evaluate,
             infer=lambda params, inputs: self._infer(params, *inputs),
-            params=lambda state: state["student"] if distil else self._seen(state),
+            params=self._served,
             example_inputs=(np.arange(task.data.nodes, dtype=np.int32), task.features, task.adjacency),
             total_steps=2 * steps if distil else steps,
             batch_size=task.data.nodes,
             source=f"{task.name}: {task.source}",
             derive=self.derive,
             between=self.between if self.form.isolate or distil else None,
-            sharding=(("^(members|opt/1/0/(mu|nu))/", ("expert",)),) if self.count > 1 else (),
+            sharding=((f"^({parts})/", ("expert",)),) if self.count > 1 else (),
             branch_probabilities={"": (0.5, 0.5)} if distil else {},
         )
 
@@ -195,14 +216,16 @@ class _Run:
         if self.form.isolate:
             nodes = self.task.labels.shape
             state |= {"send": jnp.ones(nodes), "trust": jnp.zeros(nodes), "mode": jnp.zeros((), jnp.int32)}
-        if self.form.after == "distil":
-            student = init_members(rest, 1, self.task.features.shape[1], self.config.hidden, self.task.classes)
+        if self.form.distil:
+            count = 1 if self.form.distil == "one" else self.config.members
+            width = self.config.hidden // count
+            student = init_members(rest, count, self.task.features.shape[1], width, self.task.classes)
             state |= {"student": student, "student_opt": self.tx.init(student)}
             state |= {"target": jnp.zeros((len(self.task.labels), self.task.classes))}
         return state
 
     def step(self, state: PyTree, batch: PyTree, aux: PyTree) -> tuple[PyTree, dict[str, jax.Array]]:
-        if self.form.after != "distil":
+        if not self.form.distil:
             return self._train(state, aux)
         first = state["epoch"] < self.phase * self.config.epochs_per_step
         return jax.lax.cond(first, self._train, self._distil, state, aux)
@@ -225,13 +248,13 @@ class _Run:
 
     def _distil(self, state: PyTree, aux: PyTree) -> tuple[PyTree, dict[str, jax.Array]]:
         def loss(student, key):
-            options = {"dropout": self.config.dropout, "key": key, "form": self.networks}
+            options = {"dropout": self.config.student_dropout, "key": key, "form": self.networks}
             logits = ensemble_logits(student, aux["features"], aux["matrix"], **options)
-            return -jnp.mean(jnp.sum(state["target"] * jax.nn.log_softmax(logits[0]), axis=1))
+            return -jnp.sum(jnp.mean(jnp.sum(state["target"] * jax.nn.log_softmax(logits), axis=2), axis=1))
 
         student, opt, value = self._epochs(loss, state["student"], state["student_opt"], state)
         state = state | {"student": student, "student_opt": opt, "epoch": state["epoch"] + self.config.epochs_per_step}
-        return state, {"loss": value}
+        return state, {"loss": value / student.count}
 
     def _epochs(self, loss: Callable, params: PyTree, opt: PyTree, state: PyTree) -> tuple[PyTree, PyTree, jax.Array]:
         def epoch(carry, number):
@@ -283,21 +306,27 @@ class _Run:
     def _seen(self, state: PyTree) -> GcnMembers:
         return mask_features(state["members"], self._features_kept(state["subsets"]))
 
+    def _served(self, state: PyTree) -> GcnMembers:
+        return state["student"] if self.form.distil else self._seen(state)
+
     # After training
 
     def between(self, state: PyTree, done: int) -> PyTree:
-        """After the members' last step: targets of the student, or which nodes may still send."""
-        if done != self.phase:
-            return state
-        aux = self.derive(state)
-        if self.form.after == "distil":
-            return state | {"target": self._target(state, aux)}
-        return state | self._choose(state, aux)
+        """After the members' last step the targets of the students; after theirs which nodes may still send."""
+        if self.form.distil and done == self.phase:
+            return state | {"target": self._target(state, self.derive(state))}
+        if self.form.isolate and done == self.phase * (2 if self.form.distil else 1):
+            return state | self._choose(state, self.derive(state))
+        return state
 
     @functools.partial(jax.jit, static_argnums=0)
     def _target(self, state: PyTree, aux: PyTree) -> jax.Array:
         hot = jax.nn.one_hot(aux["labels"], self.task.classes)
-        return jnp.where(state["train"][:, None], hot, ensemble_probabilities(self._logits(state, aux, aux["matrix"])))
+        return jnp.where(state["train"][:, None], hot, self._teacher(state, aux))
+
+    def _teacher(self, state: PyTree, aux: PyTree) -> jax.Array:
+        """Probabilities [N, C] of the ensemble that is imitated."""
+        return ensemble_probabilities(ensemble_logits(self._seen(state), aux["features"], aux["matrix"]))
 
     @functools.partial(jax.jit, static_argnums=0)
     def _choose(self, state: PyTree, aux: PyTree) -> dict[str, jax.Array]:
@@ -364,12 +393,15 @@ class _Run:
         return matrix if matrix.values.ndim == 1 else matrix._replace(values=matrix.values[0])
 
     def _logits(self, state: PyTree, aux: PyTree, matrix: SparseMatrix) -> jax.Array:
-        members = mask_features(state["members"], aux["features_kept"])
-        return ensemble_logits(members, aux["features"], matrix)
+        """[K, N, C] of the members that are served."""
+        return ensemble_logits(self._served(state), aux["features"], matrix)
+
+    def _answer(self, state: PyTree, aux: PyTree, matrix: SparseMatrix) -> jax.Array:
+        """Probabilities [N, C] of all of them together."""
+        return self._infer(self._served(state), slice(None), aux["features"], matrix)
 
     def _right(self, state: PyTree, aux: PyTree, matrix: SparseMatrix) -> jax.Array:
-        found = ensemble_probabilities(self._logits(state, aux, matrix))
-        return jnp.argmax(found, axis=1) == aux["labels"]
+        return jnp.argmax(self._answer(state, aux, matrix), axis=1) == aux["labels"]
 
     # Evaluation
 
@@ -388,15 +420,13 @@ class _Run:
     @functools.partial(jax.jit, static_argnums=0)
     def _measure(self, state: PyTree, aux: PyTree) -> dict[str, jax.Array]:
         score = lambda found: masked_accuracy(found, aux["labels"], state["test"])
-        if self.form.after == "distil":
-            logits = ensemble_logits(state["student"], aux["features"], aux["matrix"])
-            teacher = ensemble_probabilities(self._logits(state, aux, aux["matrix"]))
-            return {"accuracy": score(logits[0]), "accuracy_ensemble": score(teacher)}
-        probabilities = member_probabilities(self._logits(state, aux, aux["matrix"]))
-        mean = jnp.mean(probabilities, axis=0)
+        mean = self._answer(state, aux, aux["matrix"])
         metrics = {"accuracy": score(mean)}
         if self.count > 1:
-            metrics |= {"accuracy_member": jnp.mean(jax.vmap(score)(probabilities)), "accuracy_ensemble": score(mean)}
+            logits = self._logits(state, aux, aux["matrix"])
+            metrics |= {"accuracy_member": jnp.mean(jax.vmap(score)(logits)), "accuracy_ensemble": score(mean)}
+        if self.form.distil:
+            metrics["accuracy_teacher"] = score(self._teacher(state, aux))
         if self.form.after == "drop-edges":
             metrics["accuracy"] = score(jnp.mean(self._over_subsets(state, aux), axis=0))
         return metrics | {"accuracy": score(self._smoothed(mean, state, aux))} if self._smooths else metrics
@@ -420,7 +450,7 @@ class _Run:
             self.form.isolate: state["trust"],
         }
         metrics = {f"auc_{name}": error_auc(trust, wrong, state["test"]) for name, trust in trusts.items()}
-        found = ensemble_probabilities(self._logits(state, aux, served))
+        found = self._answer(state, aux, served)
         found = self._smoothed(found, state, aux) if self._smooths else found
         return metrics | {"accuracy": masked_accuracy(found, aux["labels"], state["test"])}
 
@@ -431,12 +461,13 @@ class _Run:
         def one(key):
             kept = random_edges(key, pattern, self.config.edge_keep)
             matrix = _normalized(pattern, aux["weights"] * kept)
-            return ensemble_probabilities(self._logits(state, aux, matrix))
+            return self._answer(state, aux, matrix)
 
         return jax.lax.map(one, jax.random.split(jax.random.fold_in(state["after"], 1), _SUBSETS))
 
-    def _infer(self, params: GcnMembers, nodes: jax.Array, features: Any, matrix: SparseMatrix) -> jax.Array:
-        return ensemble_probabilities(ensemble_logits(params, features, matrix))[nodes]
+    def _infer(self, params: GcnMembers, nodes: jax.Array | slice, features: Any, matrix: SparseMatrix) -> jax.Array:
+        members = fold_members(params) if self.form.folded else params
+        return ensemble_probabilities(ensemble_logits(members, features, matrix))[nodes]
 
 
 def _normalized(pattern: Any, weights: jax.Array) -> SparseMatrix:

@@ -19,6 +19,7 @@ from effjax.graph.geeni import (
     ensemble_macs,
     ensemble_probabilities,
     fastest_members_form,
+    fold_members,
     init_members,
     mask_features,
     member_probabilities,
@@ -192,6 +193,18 @@ def test_pruned_width_keeps_what_matters():
     assert narrow.kernel_0.shape == (COUNT, FEATURES, HIDDEN - 1)
     left, right = ensemble_logits(narrow, x, matrix), ensemble_logits(members, x, matrix)
     np.testing.assert_allclose(left, right, atol=1e-6)
+
+
+def test_folded_members_give_the_mean_of_the_logits_at_the_cost_of_one():
+    members, x, sparse, matrix, _ = world()
+    members = members._replace(bias_1=members.bias_1 + jnp.arange(COUNT)[:, None])
+    folded = fold_members(members)
+    for features in (x, sparse):
+        expected = jnp.mean(ensemble_logits(members, features, matrix), axis=0)
+        np.testing.assert_allclose(ensemble_logits(folded, features, matrix)[0], expected, atol=1e-6)
+    np.testing.assert_allclose(serve_ensemble(folded, x, matrix)(), jax.nn.softmax(expected), atol=1e-6)
+    one = init_members(jax.random.key(0), 1, FEATURES, COUNT * HIDDEN, CLASSES)
+    assert ensemble_macs(folded, x, matrix) == ensemble_macs(one, x, matrix)
 
 
 def test_served_with_and_without_the_first_aggregation():

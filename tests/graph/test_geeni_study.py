@@ -124,7 +124,7 @@ def test_members_see_different_parts_and_the_first_sees_all():
     assert not np.asarray(hidden).any()
 
 
-@pytest.mark.parametrize("name", ["geeni-learned", "geeni-denoised"])
+@pytest.mark.parametrize("name", ["geeni-learned", "geeni-denoised", "geeni-distilled"])
 def test_isolation_is_chosen_once_and_fits_the_state(name):
     program, state = trained(name)
     before = jax.eval_shape(program.init, jax.random.key(0))
@@ -151,6 +151,22 @@ def test_accuracy_of_the_compacted_graph_is_that_of_the_mask():
     assert 0 < metrics["edges_removed"] < 0.25
 
 
+def test_students_are_narrow_and_imitate_the_wide_ensemble():
+    config = study("narrow-distilled", epochs=100, learning_rate=0.05)
+    program = arms(config)["small/narrow-distilled"].build()
+    state = fit(program, 0, prepared=Prepared(program, config.train)).state
+    width = SMALL["hidden"] // SMALL["members"]
+    assert program.params(state).kernel_0.shape[::2] == (SMALL["members"], width)
+    assert state["members"].kernel_0.shape[::2] == (SMALL["members"], SMALL["hidden"])
+    run, aux = program.evaluate.__self__, program.derive(state)
+    teacher, one_hot = run._teacher(state, aux), jax.nn.one_hot(aux["labels"], CLASSES)
+    expected = jnp.where(state["train"][:, None], one_hot, teacher)
+    np.testing.assert_allclose(state["target"], expected, atol=1e-5)
+    agree = jnp.argmax(run._answer(state, aux, aux["matrix"]), 1) == jnp.argmax(teacher, 1)
+    assert agree.mean() > 0.9
+    assert program.evaluate(state)["accuracy_teacher"] > 0.5
+
+
 def test_test_labels_are_read_by_the_oracle_alone():
     state = trained("geeni-learned")[1]
     for name in ("geeni-learned", "oracle"):
@@ -173,7 +189,7 @@ def test_declining_to_isolate():
     assert bool((run._choose(state, aux)["send"] == 1).all()) == bool(after <= before)
 
 
-@pytest.mark.parametrize("name", ["single-drop-edges", "correct-smooth", "distilled", "jaccard"])
+@pytest.mark.parametrize("name", ["single-drop-edges", "correct-smooth", "distilled", "narrow-folded", "jaccard"])
 def test_rivals_train_and_learn(name):
     program, state = trained(name)
     metrics = program.evaluate(state)

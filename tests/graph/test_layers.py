@@ -321,6 +321,24 @@ def test_ties_share_the_gradient_of_the_maximum():
     np.testing.assert_array_equal(gradient, [[3], [3], [0], [0]])
 
 
+def test_maxima_of_buckets_are_those_of_the_scatter():
+    rng = np.random.default_rng(0)
+    # Node 0 has 30 in-neighbours, some have one or two, the last ones none; weights of zero are no edges.
+    receivers = np.concatenate([np.zeros(30, int), rng.integers(1, 20, 40)])
+    receivers, senders = np.unique(np.stack([receivers, rng.permutation(70) % 40]), axis=1)
+    x = jnp.asarray(rng.normal(size=(40, 3)), jnp.float32)
+    found = []
+    for buckets in (False, True):
+        matrix = adjacency(senders, receivers, 40, buckets=buckets)
+        assert (matrix.pattern.buckets is not None) == buckets
+        matrix = matrix._replace(values=matrix.values * (jnp.arange(matrix.nnz) % 5 > 0))
+        out, pull = jax.vjp(lambda x, matrix=matrix: neighbour_max(matrix, x), x)
+        found.append((out, *pull(jnp.ones_like(out))))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert np.asarray(found[0][0])[:20].any()
+
+
 def test_attention_dropout_drops_edges_of_a_head_after_the_softmax():
     params, x, matrix, key = layers("gat")[0], jnp.asarray(PYG["x"]), loops(), jax.random.key(0, impl="rbg")
     pattern, rate = matrix.pattern, 0.4
