@@ -19,8 +19,9 @@ both, the learned detector between them."""
 cpu = GeeniStudy(
     tasks=("cora", ATTACKED[0]),
     forms=(
-        *("single", "correct-smooth", "narrow", "narrow-correct-smooth", "geeni-score", "geeni-learned", "geeni-soft"),
-        *("geeni-correct-smooth", "oracle", "jaccard"),
+        *("single", "correct-smooth", "jaccard", "distilled", "ensemble", "narrow", "narrow-folded"),
+        *("narrow-correct-smooth", "geeni-score", "geeni-learned", "geeni-soft", "geeni-distilled"),
+        *("geeni-correct-smooth", "oracle"),
     ),
     budget=Budget(200, "epochs"),
     seeds=FIVE,
@@ -31,11 +32,15 @@ the learned detector and nothing by the score; 2 to 6 from the ORACLE."""
 
 large = GeeniStudy(
     tasks=("citeseer", "amazon_photo"),
-    forms=("single", "correct-smooth", "narrow", "geeni-score", "geeni-learned", "oracle"),
+    forms=(
+        *("single", "correct-smooth", "distilled", "ensemble", "narrow", "narrow-folded"),
+        *("geeni-score", "geeni-learned", "geeni-distilled", "oracle"),
+    ),
     budget=Budget(200, "epochs"),
     seeds=FIVE,
 )
-"""effjax compare geeni:large. Two CPU cores, some ten minutes; needs EFFJAX_DATA. More clean graphs."""
+"""effjax compare geeni:large. Two CPU cores, some twenty minutes; needs EFFJAX_DATA. More clean graphs. Expect narrow
+members below one network on Amazon Photo, and level with it or above where they are distilled from the wide ensemble."""
 
 rivals = GeeniStudy(tasks=("cora", *ATTACKED), budget=Budget(200, "epochs"), seeds=FIVE)
 """effjax compare geeni:rivals. Two CPU cores, half an hour; needs EFFJAX_DATA. Every arm, among them the wide network,

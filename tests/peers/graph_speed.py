@@ -8,14 +8,15 @@ Full-batch steps (forward, backward, Adam) of two-layer networks on real graphs,
 dropout 0.5 between the layers; GAT with 8 heads of 8, one head in the last layer, dropout 0.6 of inputs, hidden units
 and attention. All arms of a graph and a network are timed in turns in one process; every number of threads has a
 process of its own, as JAX's threads are those it starts with. Resident memory is the high-water mark of another process
-that loads the graph with effjax (so all of them import JAX) and trains with one arm.
+that loads the graph with effjax (so all of them import JAX) and trains with one arm on one thread; with several numbers
+of threads it stands in the rows of one. A file that is there is continued: what it holds is not measured again.
 """
 
 import argparse
 import importlib.metadata
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 import warnings
@@ -294,7 +295,7 @@ def make(graph: str, network: str, name: str) -> Arm:
     return (jax_arm if name in ("effjax", "effjax-dense", "jraph") else torch_arm)(graph, network, name)
 
 
-def measure(graph: str, network: str, threads: int, rounds: int, min_time: float) -> dict[str, Any]:
+def measure(graph: str, network: str, rounds: int, min_time: float) -> dict[str, Any]:
     """Row -> arm of a results.json, with the samples of a step in milliseconds."""
     from effjax.core.timing import time_interleaved
 
@@ -309,23 +310,25 @@ def measure(graph: str, network: str, threads: int, rounds: int, min_time: float
     )
     found = {}
     for name, timed in timings.items():
-        cost = {**arms[name].cost, "step_ms": timed.median_ms, "rss_bytes": memory(graph, network, name, threads)}
-        found[name] = {"samples_ms": timed.samples_ms, "cost": cost}
+        found[name] = {"samples_ms": timed.samples_ms, "cost": {**arms[name].cost, "step_ms": timed.median_ms}}
     return {"timed": found, "failed": failed}
 
 
-def memory(graph: str, network: str, name: str, threads: int) -> int:
-    """High-water mark of the resident memory of a process that trains with this arm, in bytes."""
-    words = [sys.executable, __file__, "--resident", f"{graph}/{network}/{name}", "--threads", str(threads)]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
-    return int(done.stdout.split()[-1])
+def memory(row: str) -> float:
+    """High-water mark of the resident memory of a process that trains with the arm of a row, in MiB."""
+    group, _, name = row.partition("/")
+    graph, network, threads = group.removesuffix("t").rsplit("-", 2)
+    words = [sys.executable, __file__, "--resident", f"{graph}/{network}/{name}", "--threads", threads]
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+    return int(done.stdout.split()[-1]) / 2**10
 
 
 def resident(which: str) -> None:
     arm = make(*which.split("/"))
     for _ in range(3):
         arm.step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    # Of this program alone: ru_maxrss would be at least what the process was before it became this program.
+    print(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def forms(graph: str, rounds: int, min_time: float) -> dict[str, Any]:
@@ -361,7 +364,7 @@ def worker(options: argparse.Namespace) -> None:
     for graph in GRAPHS[options.graphs]:
         found[f"{graph}/forms"] = forms(graph, options.rounds, options.min_time)
         for network in NETWORKS:
-            found[f"{graph}/{network}"] = measure(graph, network, options.threads, options.rounds, options.min_time)
+            found[f"{graph}/{network}"] = measure(graph, network, options.rounds, options.min_time)
             print(f"{options.threads} threads, {graph}, {network}: done", file=sys.stderr, flush=True)
     print(json.dumps(found))
 
@@ -383,8 +386,7 @@ def results(found: Mapping[str, Any], threads: int) -> dict[str, Any]:
                 arms[f"{group}/{form}"] = _row(group, form, role, metrics, {"step_ms": float(np.median(ways["both"]))})
             continue
         for name, timed in measured["timed"].items():
-            resident_bytes = timed["cost"].pop("rss_bytes")
-            metrics = {"steps_per_s": rates(timed["samples_ms"]), "resident_mb": summary([resident_bytes / 2**20])}
+            metrics = {"steps_per_s": rates(timed["samples_ms"])}
             arms[f"{group}/{name}"] = _row(group, *ARMS[name], metrics, timed["cost"])
         failed |= {f"{group}/{name}": why for name, why in measured["failed"].items()}
         claims.append(claim(where, threads, measured["timed"]))
@@ -417,27 +419,40 @@ def claim(where: str, threads: int, timed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def benchmark(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What goes into the results file, after every number of threads."""
+    """What goes into the results file, after every number of threads and every row's memory."""
     where = environment()
     where["packages"] |= {name: importlib.metadata.version(name) for name in ("torch", "torch_geometric", "jraph")}
-    found: dict[str, Any] = {"arms": {}, "claims": [], "failed": {}}
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "study": "graph_speed",
+        "method": "geeni",
+        "preset": options.graphs,
+        "seeds": [0],
+        "budget": {"amount": options.rounds, "unit": "rounds"},
+        "config": None,  # no study of `effjax compare`: this script alone
+        "arms": {},
+        "claims": [],
+        "failed": {},
+    }
+    if options.out.exists():
+        document = json.loads(options.out.read_text())
+    document["environment"] = where
     for threads in options.thread_counts:
+        if any(arm["group"].endswith(f"-{threads}t") for arm in document["arms"].values()):
+            continue
         words = [sys.executable, __file__, "--worker", "--threads", str(threads), "--graphs", options.graphs]
         words += ["--rounds", str(options.rounds), "--min-time", str(options.min_time)]
         done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
         more = results(json.loads(done.stdout.splitlines()[-1]), threads)
-        found = {key: part + more[key] if isinstance(part, list) else part | more[key] for key, part in found.items()}
-        yield {
-            "schema": SCHEMA,
-            "study": "graph_speed",
-            "method": "geeni",
-            "preset": options.graphs,
-            "seeds": [0],
-            "budget": {"amount": options.rounds, "unit": "rounds"},
-            "config": None,  # no study of `effjax compare`: this script alone
-            **found,
-            "environment": where,
+        document |= {
+            key: document[key] + part if isinstance(part, list) else document[key] | part for key, part in more.items()
         }
+        yield document
+    for row, arm in document["arms"].items():
+        metrics = arm["metrics"]
+        if "steps_per_s" in metrics and "resident_mb" not in metrics and arm["group"].endswith("-1t"):
+            metrics["resident_mb"] = summary([memory(row)])
+            yield document
 
 
 def main(words: Sequence[str] | None = None) -> None:
