@@ -61,7 +61,7 @@ _UNROLLED = 8  # slots; longer rows are looped over, as gathering them all at on
 
 
 def bucket_max(table: BucketTable, edge: jax.Array, x: jax.Array) -> jax.Array:
-    """Maximum over the entries of each row of ``x`` [C, F] at their columns, [R, F]; -inf where ``edge`` [nnz] has none.
+    """Row maxima of ``x`` [C, F] over the columns of a row's entries, [R, F]; -inf where ``edge`` [nnz] has none.
 
     Slot by slot: on a CPU several times as fast as the scatter of a segment maximum.
     """

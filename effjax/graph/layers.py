@@ -199,8 +199,8 @@ def neighbour_mean(matrix: SparseMatrix, x: jax.Array, dtype: DTypeLike | None =
 def neighbour_max(matrix: SparseMatrix, x: jax.Array) -> jax.Array:
     """Maximum of ``x`` [N, F] over the in-neighbours of every node, zero without any; ties share the gradient.
 
-    No kernel takes maxima. Where the pattern has buckets (``adjacency(..., buckets=True)``) they are found slot by slot;
-    without, by this family's only scatter. The gradient is sums over the edges.
+    No kernel takes maxima. Where the pattern has buckets (``adjacency(..., buckets=True)``) they are found slot by
+    slot; without, by this family's only scatter. The gradient is sums over the edges.
     """
     return _row_max(matrix.pattern, edges(matrix), x)
 

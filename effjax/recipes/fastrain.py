@@ -13,7 +13,7 @@ from effjax.recipes.spec import Arm, Axis, Claim, StudyConfig, Sweep
 from effjax.train.options import TrainOptions
 
 ARMS = tuple(FORMS)
-MAIN = ("st-shallow", "st-deep", "fastrain", "st-deep-plateau", "fastrain-plateau")
+MAIN = ("st-shallow", "st-deep", "fastrain", "st-shallow-plateau", "st-deep-plateau", "fastrain-plateau", "appnp")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

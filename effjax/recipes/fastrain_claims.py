@@ -34,7 +34,9 @@ def _rivals(group: str, arms: Collection[str]) -> list[Claim]:
     if {"fastrain", "st-deep"} <= set(arms):
         text = f"{RIVALS['st-deep']} takes 1.3 x the time of FASTRAIN"
         found.append(_ratio(group, "st-deep", "fastrain", 1.3, text))
-    others = [arm for arm in ("lp", "correct-and-smooth", "appnp", "top-k", "m3s", "shallow") if arm in arms]
+    others = [
+        arm for arm in ("lp", "correct-and-smooth", "appnp", "st-appnp", "top-k", "m3s", "shallow") if arm in arms
+    ]
     if "fastrain" in arms and others:
         found.append(
             Claim(
@@ -44,6 +46,11 @@ def _rivals(group: str, arms: Collection[str]) -> list[Claim]:
                 lambda m: max(_value(m, group, arm) for arm in others),
             )
         )
+    if {"appnp", "st-appnp"} <= set(arms):
+        found.append(_better(group, "st-appnp", "appnp", "self-training makes APPNP more accurate"))
+    if {"fastrain-appnp", "st-appnp"} <= set(arms):
+        text = "FASTRAIN around APPNP is no less accurate than self-training of it"
+        found.append(_no_worse(group, "fastrain-appnp", "st-appnp", text))
     return found
 
 

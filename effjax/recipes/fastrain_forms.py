@@ -70,7 +70,6 @@ FORMS: dict[str, Form] = {
     "fastrain-weighted": _FASTRAIN._replace(label="FASTRAIN, weighted pseudolabels", weighted=True),
     "fastrain-guard": _FASTRAIN._replace(label="FASTRAIN, guarded", guarded=True),
     "fastrain-appnp": _FASTRAIN._replace(label="FASTRAIN around APPNP", depth="shallow", layer="appnp"),
-    "fastrain-smoothed": _FASTRAIN._replace(label="FASTRAIN, Correct & Smooth", smoothed=True),
     "top-k": _self_training("top-k self-training", "shallow", role="alternative", keep=1.0, stages=2, select="top-k"),
     "m3s": _self_training("M3S", "shallow", role="alternative", keep=1.0, select="m3s"),
     "lp": _self_training("label propagation", "shallow", role="alternative", **_PLAIN, layer="lp"),

@@ -20,6 +20,8 @@ from effjax.recipes.spec import Budget
 from effjax.tasks.graph import node_task
 from effjax.train.options import TrainOptions
 
+pytestmark = pytest.mark.study
+
 STAGES, STEPS, EPOCHS = 3, 3, 15
 
 

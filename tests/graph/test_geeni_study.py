@@ -16,6 +16,8 @@ from effjax.recipes.spec import Budget
 from effjax.tasks.graph import node_task
 from effjax.train.loop import Prepared, fit
 
+pytestmark = pytest.mark.study
+
 NODES, CLASSES = 150, 3
 SMALL = {
     "hidden": 8,
