@@ -25,6 +25,7 @@ from effjax.graph.sparse import SparseMatrix
 
 PyTree = Any
 _OPTIMIZER = fastrain_optimizer()
+_PIECE = 50  # epochs between two looks at the loss; with fewer, Adam's slow start looks like the end
 
 
 class Fastrain(NamedTuple):
@@ -36,6 +37,7 @@ class Fastrain(NamedTuple):
       labels: int32 [N], true and pseudolabels the last stage was trained on; -1 for all other nodes.
       added: int32 [N], the stage that labelled a node: 0 for given labels, -1 for none.
       adjacency: the pruned graph, compacted.
+      epochs: of every stage.
     """
 
     params: PyTree
@@ -43,6 +45,7 @@ class Fastrain(NamedTuple):
     labels: jax.Array
     added: jax.Array
     adjacency: SparseMatrix
+    epochs: tuple[int, ...]
 
 
 def fastrain(
@@ -57,6 +60,7 @@ def fastrain(
     *,
     stages: int = 4,
     epochs: int = 300,
+    plateau: float | None = None,
     threshold: float = 0.8,
     samples: int = 10,
     samples_keep: float = 0.9,
@@ -87,6 +91,8 @@ def fastrain(
       classes: C.
       stages: how often to train.
       epochs: of a stage.
+      plateau: a stage ends early when the mean loss of 50 epochs is not smaller than that of the 50 before by more than
+        this share of it (0.3 in the study); None trains all epochs, as the paper does.
       threshold: calibrated probability above which a prediction may become a label.
       samples: predictions on sampled graphs that must agree; 0 for none.
       samples_keep: share of the edges that such a graph keeps.
@@ -117,15 +123,22 @@ def fastrain(
     for name, value in (("stages", stages), ("epochs", epochs), ("calibration_epochs", calibration_epochs)):
         check_number(name, value, low=1, integer=True)
     check_number("samples", samples, low=0, integer=True)
+    check_number("threshold", threshold, low=0, high=1)
+    check_number("samples_keep", samples_keep, low=0, high=1, open_low=True)
+    if plateau is not None:
+        check_number("plateau", plateau, low=0, high=1)
     labels, mask = _checked(labels, mask, classes)
     nodes = mask.shape[0]
     added, edges, pruned = jnp.where(mask, 0, -1), jnp.ones(adjacency.nnz, bool), adjacency
     train_key, init_key = jax.random.split(key)
+    lasted = []
     for stage in range(stages):
         plan = stage_plan(nodes, classes, int(mask.sum()))
         stage_key, examine_key = jax.random.split(jax.random.fold_in(train_key, stage))
         params = init(init_key, plan.deep)
-        params = _train(apply, tx, epochs, params, features, pruned, plan.keep, labels, mask, stage_key)
+        train = functools.partial(_train, features=features, adjacency=pruned, keep=plan.keep, labels=labels, mask=mask)
+        params, trained = _stage(train, apply, tx, params, epochs, plateau, stage_key)
+        lasted.append(trained)
         if stage == stages - 1:
             break
         known = (labels, mask)
@@ -137,7 +150,7 @@ def fastrain(
             edges = prune_edges(adjacency.pattern, edges, found.predictions, mask)
             pruned = compact_to_ladder(adjacency, np.asarray(edges))
     logits = _evaluate(apply, params, features, pruned)
-    return Fastrain(params, logits, labels, added, pruned)
+    return Fastrain(params, logits, labels, added, pruned, tuple(lasted))
 
 
 class _Examined(NamedTuple):
@@ -146,12 +159,27 @@ class _Examined(NamedTuple):
     samples: jax.Array | None
 
 
+def _stage(train, apply, tx, params, epochs, plateau, key):
+    """Trained parameters, and after how many epochs."""
+    opt, before = tx.init(params), None
+    piece = epochs if plateau is None else _PIECE
+    for first in range(0, epochs, piece):
+        count = min(piece, epochs - first)
+        params, opt, loss = train(apply, tx, count, params, opt, key, first)
+        if plateau is not None and first and loss >= (1 - plateau) * before:
+            break
+        before = loss
+    return params, first + count
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _train(apply, tx, epochs, params, features, adjacency, keep, labels, mask, key):
+def _train(apply, tx, epochs, params, opt, key, first, *, features, adjacency, keep, labels, mask):
     sample = lambda key: drop_edges(key, adjacency, keep)
     weights = mask.astype(jnp.float32)
-    params, _, _ = train_stage(apply, tx, params, tx.init(params), features, sample, labels, weights, key, epochs)
-    return params
+    params, opt, losses = train_stage(
+        apply, tx, params, opt, features, sample, labels, weights, key, epochs, first=first
+    )
+    return params, opt, losses.mean()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

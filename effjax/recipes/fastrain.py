@@ -44,7 +44,7 @@ class FastrainStudy(StudyConfig):
     """of self-training; the budget is divided among them"""
     epochs_per_step: int = 50
     """epochs in one compiled step; a plateau is looked for after each"""
-    plateau: float = 0.1
+    plateau: float = 0.3
     """arms that stop at a plateau end a stage when the loss of a step fell by less than this share"""
     start: Literal["same", "fresh", "warm"] = "same"
     """parameters at the start of a stage: the same draw every time (the authors'), a new one, or those of the last"""

@@ -68,6 +68,19 @@ def test_without_sampling_and_pruning(cora):
     assert all_of_them.sum() > kept.sum()
 
 
+def test_a_plateau_ends_a_stage(cora):
+    init, apply = network(cora)
+    mask = draw_labelled(jax.random.key(0), cora.labels, cora.classes, 8)
+    options = {"epochs": 120, "samples": 0, "stages": 1}
+    whole = run(cora, init, apply, cora.labels, mask, **options)
+    falling = run(cora, init, apply, cora.labels, mask, plateau=0.0, **options)
+    assert whole.epochs == falling.epochs == (120,)
+    np.testing.assert_allclose(falling.logits, whole.logits, rtol=1e-3, atol=1e-3)  # trained in pieces, the same
+    ended = run(cora, init, apply, cora.labels, mask, plateau=1.0, **options)  # no loss falls by all of itself
+    assert ended.epochs == (100,)
+    assert np.abs(np.asarray(ended.logits - whole.logits)).max() > 0.01
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
