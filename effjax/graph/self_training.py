@@ -231,3 +231,50 @@ def enough_agreement(
     check_number("least", least, low=0, high=1)
     sure = jnp.sum(candidates & agreeing(samples))
     return new & (sure >= least * jnp.sum(candidates))
+
+
+def guard_pseudolabels(
+    new: Bool[Array, "nodes"],
+    candidates: Bool[Array, "nodes"],
+    confidence: Float[Array, "nodes"],
+    predictions: Int[Array, "nodes"],
+    mask: Bool[Array, "nodes"],
+    classes: int,
+    samples: Int[Array, "count nodes"] | None = None,
+    *,
+    agreement: float = 0.8,
+    growth: float = 5.0,
+) -> Bool[Array, "nodes"]:
+    r"""The guard for few labels: none where samples disagree, and of each class only the most confident.
+
+    With one or two labels a class a network is sure of far more than it knows. Per stage and predicted class at most
+
+    .. math:: g\,|T| / C
+
+    nodes, rounded, get a label, and none at all where ``enough_agreement`` says so.
+
+    Args:
+      new: mask of the selected nodes.
+      candidates: the confident nodes that they were selected from.
+      confidence: of the predictions.
+      predictions: classes in [0, C).
+      mask: T, the nodes that have a label already.
+      classes: C.
+      samples: predictions on sampled graphs; without them only the number is limited.
+      agreement: least share of the candidates whose samples agree.
+      growth: g, a multiple of the labelled nodes of a class.
+
+    Returns:
+      A part of ``new``.
+
+    Example:
+      >>> everyone, confidence = jnp.ones(4, bool), jnp.array([0.9, 0.8, 0.7, 0.6])
+      >>> given = jnp.array([False, False, False, True])
+      >>> guard_pseudolabels(~given, ~given, confidence, jnp.zeros(4, int), given, 1, growth=2.0).tolist()
+      [True, True, False, False]
+    """
+    check_number("growth", growth, low=0)
+    if samples is not None:
+        new = enough_agreement(new, candidates, samples, agreement)
+    most = jnp.round(growth * jnp.sum(mask) / classes).astype(jnp.int32)
+    return most_confident(new, confidence, predictions, classes, most)

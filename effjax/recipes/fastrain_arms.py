@@ -26,7 +26,7 @@ from effjax.graph.fastrain import (
 from effjax.graph.propagation import correct_and_smooth, label_propagation
 from effjax.graph.self_training import (
     cluster_labels,
-    enough_agreement,
+    guard_pseudolabels,
     most_confident,
     pseudolabel_weights,
 )
@@ -272,9 +272,17 @@ class _Run:
         new = select_pseudolabels(found.confidence, mask, config.threshold, found.samples)
         if self.form.guarded:
             confident = select_pseudolabels(found.confidence, mask, config.threshold)
-            new = enough_agreement(new, confident, found.samples, config.guard_agreement)
-            most = round(config.guard_growth * int(mask.sum()) / classes)
-            new = most_confident(new, found.confidence, found.predictions, classes, most)
+            new = guard_pseudolabels(
+                new,
+                confident,
+                found.confidence,
+                found.predictions,
+                mask,
+                classes,
+                found.samples,
+                agreement=config.guard_agreement,
+                growth=config.guard_growth,
+            )
         return new
 
     def label(self, state: PyTree, found: Examined, new: jax.Array, stage: int) -> PyTree:

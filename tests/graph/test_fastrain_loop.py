@@ -66,6 +66,10 @@ def test_without_sampling_and_pruning(cora):
     kept, all_of_them = (np.asarray(found.added) == 1 for found in (some, more))
     assert (all_of_them | ~kept).all()  # filtering only takes away
     assert all_of_them.sum() > kept.sum()
+    few = run(cora, init, apply, cora.labels, mask, epochs=20, threshold=0.25, samples=0, prune=False, growth=1)
+    guarded = np.asarray(few.added) == 1
+    assert (all_of_them | ~guarded).all()
+    assert np.bincount(np.asarray(few.labels)[guarded], minlength=cora.classes).max() == 8
 
 
 def test_a_plateau_ends_a_stage(cora):
@@ -90,6 +94,8 @@ def test_a_plateau_ends_a_stage(cora):
         ({"stages": 0}, "stages=0"),
         ({"samples": -1}, "samples=-1"),
         ({"threshold": 1.5}, "threshold=1.5"),
+        ({"plateau": -0.1}, "plateau=-0.1"),
+        ({"growth": -1}, "growth=-1"),
     ],
 )
 def test_bad_input(cora, change, message):

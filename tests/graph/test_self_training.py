@@ -12,6 +12,7 @@ from effjax.graph.fastrain import select_pseudolabels
 from effjax.graph.self_training import (
     cluster_labels,
     enough_agreement,
+    guard_pseudolabels,
     most_confident,
     pseudolabel_weights,
     self_training,
@@ -116,6 +117,27 @@ def test_the_guard_lets_all_or_nothing_through():
     assert new.tolist() == [True, True, False, False]
     assert enough_agreement(new, candidates, samples, 0.6).tolist() == new.tolist()
     assert not bool(enough_agreement(new, candidates, samples, 0.7).any())
+
+
+def test_the_guard_lets_labels_grow_slowly():
+    rng = np.random.default_rng(0)
+    mask = jnp.arange(60) < 4  # two labels of each class
+    confidence, predictions = jnp.asarray(rng.random(60)), jnp.asarray(rng.integers(0, 2, 60))
+    samples = jnp.stack([predictions] * 3)
+    new = ~mask & (confidence > 0.3)
+    for growth, most in ((0, 0), (1.5, 3), (5, 10), (100, 60)):
+        found = guard_pseudolabels(new, new, confidence, predictions, mask, 2, samples, growth=growth)
+        assert not (found & ~new).any()
+        for each in range(2):
+            own = new & (predictions == each)
+            chosen = np.asarray(confidence)[found & own]
+            expected = np.sort(np.asarray(confidence)[own])[::-1][:most]
+            np.testing.assert_array_equal(np.sort(chosen)[::-1], expected)
+    disagreeing = samples.at[0].set(1 - predictions)
+    assert not guard_pseudolabels(new, new, confidence, predictions, mask, 2, disagreeing).any()
+    assert guard_pseudolabels(new, new, confidence, predictions, mask, 2).any()  # no samples, no veto
+    with pytest.raises(ValueError, match="growth=-1"):
+        guard_pseudolabels(new, new, confidence, predictions, mask, 2, growth=-1)
 
 
 @pytest.mark.parametrize(
