@@ -8,6 +8,7 @@ from effjax.graph.geeni import Form
 from effjax.graph.isolation import MODES, Mode
 from effjax.recipes.geeni_arms import FORMS, program
 from effjax.recipes.spec import Arm, Axis, Claim, Metrics, StudyConfig, Sweep
+from effjax.train.options import TrainOptions
 
 ARMS = tuple(FORMS)
 
@@ -56,6 +57,8 @@ class GeeniStudy(StudyConfig):
     """regularisation of the learned detector"""
     jaccard: float = 0.01
     """edges between nodes whose features are less alike are dropped where an arm denoises"""
+    train: TrainOptions = dataclasses.field(default_factory=lambda: TrainOptions(log_steps=1))
+    """how runs are executed"""
     form: Form | Literal["auto"] = "columns"
     """how the members are run; auto measures, and a resumed run may then differ in the last bits"""
 

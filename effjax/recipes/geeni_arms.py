@@ -422,7 +422,7 @@ class _Run:
         score = lambda found: masked_accuracy(found, aux["labels"], state["test"])
         mean = self._answer(state, aux, aux["matrix"])
         metrics = {"accuracy": score(mean)}
-        if self.count > 1:
+        if self._served(state).count > 1:
             logits = self._logits(state, aux, aux["matrix"])
             metrics |= {"accuracy_member": jnp.mean(jax.vmap(score)(logits)), "accuracy_ensemble": score(mean)}
         if self.form.distil:
