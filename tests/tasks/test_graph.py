@@ -23,12 +23,15 @@ def small(**changes):
 
 
 def test_features_are_dense_or_sparse_and_sum_to_one():
-    dense = node_task(small())
+    dense = node_task(small(), row_normalize=True)
     np.testing.assert_allclose(dense.features, [[0.25, 0.75], [0, 1], [0, 0]], rtol=1e-6)
     kept = node_task(small(), sparse_below=1.0)
     assert isinstance(kept.features, SparseMatrix)
     np.testing.assert_allclose(kept.features.todense(), dense.features)
     np.testing.assert_array_equal(node_task(small(), row_normalize=False).features, small().features)
+    np.testing.assert_array_equal(node_task(small()).features, small().features)  # dense: taken as they are
+    with pytest.raises(ValueError, match="row_normalize='yes' is not one of True, False, 'auto'"):
+        node_task(small(), row_normalize="yes")
     assert node_task(small(features=None)).features.shape == (3, 3)
     assert isinstance(node_task("cora").features, SparseMatrix)
 
