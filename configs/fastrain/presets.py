@@ -21,7 +21,7 @@ cpu = FastrainStudy(
 )
 """effjax compare fastrain (= fastrain:cpu). Two CPU cores, about ten minutes, data built in. 8 labels a class, 300
 epochs a stage, five labelled sets; Cora with all arms, CiteSeer with the main ones. Expect FASTRAIN a point above deep
-self-training in some four fifths of its time, level with shallow self-training, and self-training of APPNP above all."""
+self-training in some four fifths of its time, level with shallow self-training, self-training of APPNP above all."""
 
 dblp = FastrainStudy(tasks=("dblp",), arms=MAIN, budget=Budget(1200, "epochs"), seeds=(0, 1, 2, 3, 4))
 """effjax compare fastrain:dblp. Two CPU cores, about ten minutes; needs DBLP (EFFJAX_DATA). As cpu, the main arms, on

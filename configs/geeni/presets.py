@@ -40,7 +40,7 @@ large = GeeniStudy(
     seeds=FIVE,
 )
 """effjax compare geeni:large. Two CPU cores, some twenty minutes; needs EFFJAX_DATA. More clean graphs. Expect narrow
-members below one network on Amazon Photo, and level with it or above where they are distilled from the wide ensemble."""
+members below one network on Amazon Photo, and level with it or above where the wide ensemble has taught them."""
 
 rivals = GeeniStudy(tasks=("cora", *ATTACKED), budget=Budget(200, "epochs"), seeds=FIVE)
 """effjax compare geeni:rivals. Two CPU cores, half an hour; needs EFFJAX_DATA. Every arm, among them the wide network,
