@@ -268,7 +268,7 @@ def guard_pseudolabels(
       A part of ``new``.
 
     Example:
-      >>> everyone, confidence = jnp.ones(4, bool), jnp.array([0.9, 0.8, 0.7, 0.6])
+      >>> confidence = jnp.array([0.9, 0.8, 0.7, 0.6])
       >>> given = jnp.array([False, False, False, True])
       >>> guard_pseudolabels(~given, ~given, confidence, jnp.zeros(4, int), given, 1, growth=2.0).tolist()
       [True, True, False, False]
