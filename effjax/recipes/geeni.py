@@ -37,6 +37,8 @@ class GeeniStudy(StudyConfig):
     """on the hidden layer, in training"""
     student_dropout: float = 0.2
     """likewise, of networks that are trained on an ensemble's probabilities"""
+    student_share: float = 1.0
+    """steps of these networks, as a multiple of the ensemble's"""
     learning_rate: float = 0.01
     """of Adam"""
     weight_decay: float = 5e-4
@@ -76,6 +78,7 @@ class GeeniStudy(StudyConfig):
         for name in ("learning_rate", "ridge"):
             check_number(name, getattr(self, name), low=0, open_low=True)
         check_number("weight_decay", self.weight_decay, low=0)
+        check_number("student_share", self.student_share, low=0, open_low=True)
         check_number("jaccard", self.jaccard, low=0, high=1)
         for fraction in self.fractions:
             check_number("fractions", fraction, low=0, high=1, open_low=True, hint="Zero is always a candidate.")

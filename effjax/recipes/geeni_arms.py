@@ -177,6 +177,7 @@ class _Run:
         epochs = config.budget.steps(1, lambda epoch: 1)
         steps = max(1, epochs // config.epochs_per_step) if config.budget.unit == "epochs" else epochs
         self.phase = steps
+        self.steps = steps + (round(steps * config.student_share) if self.form.distil else 0)
         distil = bool(self.form.distil)
         parts = "members|opt/1/0/(mu|nu)" + "|student|student_opt/1/0/(mu|nu)" * (self.form.distil == "members")
         return Program(
@@ -187,13 +188,13 @@ class _Run:
             infer=lambda params, inputs: self._infer(params, *inputs),
             params=self._served,
             example_inputs=(np.arange(task.data.nodes, dtype=np.int32), task.features, task.adjacency),
-            total_steps=2 * steps if distil else steps,
+            total_steps=self.steps,
             batch_size=task.data.nodes,
             source=f"{task.name}: {task.source}",
             derive=self.derive,
             between=self.between if self.form.isolate or distil else None,
             sharding=((f"^({parts})/", ("expert",)),) if self.count > 1 else (),
-            branch_probabilities={"": (0.5, 0.5)} if distil else {},
+            branch_probabilities={"": (1 - steps / self.steps, steps / self.steps)} if distil else {},
         )
 
     # Training
@@ -315,7 +316,7 @@ class _Run:
         """After the members' last step the targets of the students; after theirs which nodes may still send."""
         if self.form.distil and done == self.phase:
             return state | {"target": self._target(state, self.derive(state))}
-        if self.form.isolate and done == self.phase * (2 if self.form.distil else 1):
+        if self.form.isolate and done == self.steps:
             return state | self._choose(state, self.derive(state))
         return state
 

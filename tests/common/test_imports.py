@@ -111,6 +111,7 @@ def complaints() -> dict[str, str]:
     return json.loads(output.splitlines()[-1])
 
 
+@pytest.mark.study  # as long as a study: all doctests once more, so that the second Python leaves it out
 @pytest.mark.parametrize("stem", list(effjax.METHODS))
 def test_method_imports_and_runs_with_only_jax_flax_and_optax(stem, complaints):
     assert effjax.METHODS[stem].stem == stem

@@ -154,9 +154,10 @@ def test_accuracy_of_the_compacted_graph_is_that_of_the_mask():
 
 
 def test_students_are_narrow_and_imitate_the_wide_ensemble():
-    config = study("narrow-distilled", epochs=100, learning_rate=0.05)
+    config = study("narrow-distilled", epochs=60, learning_rate=0.05, student_share=2.0)
     program = arms(config)["small/narrow-distilled"].build()
     state = fit(program, 0, prepared=Prepared(program, config.train)).state
+    assert state["epoch"] == 60 + 120
     width = SMALL["hidden"] // SMALL["members"]
     assert program.params(state).kernel_0.shape[::2] == (SMALL["members"], width)
     assert state["members"].kernel_0.shape[::2] == (SMALL["members"], SMALL["hidden"])
@@ -207,6 +208,8 @@ def test_bad_configs():
         study("geeni-learnt")
     with pytest.raises(ValueError, match=r"fractions=0.0 must be a number in \(0, 1\].*Zero is always"):
         study(fractions=(0.0, 0.1))
+    with pytest.raises(ValueError, match=r"student_share=0 must be"):
+        study(student_share=0)
     with pytest.raises(ValueError, match=r"tasks='a/b/c' must be a graph, or GRAPH/ATTACK"):
         study(tasks=("a/b/c",))
 
