@@ -436,7 +436,9 @@ def benchmark(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }
     if options.out.exists():
         document = json.loads(options.out.read_text())
-    document["environment"] = where
+        document["environment"].setdefault("continued", []).append(where)  # the rows before keep theirs
+    else:
+        document["environment"] = where
     for threads in options.thread_counts:
         if any(arm["group"].endswith(f"-{threads}t") for arm in document["arms"].values()):
             continue
