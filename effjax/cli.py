@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 success, 2 bad input (one readable message), 75 stopped by SIGTERM after saving: start again.
     """
-    parser = _parser()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser(arguments)
     options, rest = parser.parse_known_args(arguments)
     if rest and not getattr(options, "overrides", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -50,13 +51,26 @@ def _expected(error: Exception) -> int:
     raise error
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="effjax", description=effjax.__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=effjax.__version__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     overrides = "; further words change config fields: --seeds 0 1 --budget.amount 300 (--config-help lists them)"
 
-    verb = verbs.add_parser("compare", help="run a study and report quality against cost", allow_abbrev=False)
+    verb = verbs.add_parser(
+        "compare",
+        help="run a study and report quality against cost",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if arguments[:1] == ["compare"]:
+        from effjax.study.own_files import add_arguments
+
+        add_arguments(verb)
+        if {"-h", "--help"} & set(arguments):
+            from effjax.study.resolve import studies
+
+            verb.epilog = f"studies, presets (default: cpu), and the data of your own that each takes:\n{studies()}"
     verb.add_argument("study", help="STEM, STEM:PRESET or a TOML file" + overrides)
     verb.add_argument("--out", type=Path, help="folder of results (default runs/STEM-PRESET)")
     verb.add_argument("--cost-only", action="store_true", help="measure speed and memory, train nothing")
@@ -90,7 +104,12 @@ def _parser() -> argparse.ArgumentParser:
 def _resolve(options: argparse.Namespace, rest: list[str]):
     from effjax.study.resolve import resolve
 
-    return resolve(options.study, [*rest, "--help"] if options.config_help else rest)
+    own = None
+    if hasattr(options, "data"):
+        from effjax.study.own_files import from_arguments
+
+        own = from_arguments(options)
+    return resolve(options.study, [*rest, "--help"] if options.config_help else rest, own)
 
 
 def _compare(options: argparse.Namespace, rest: list[str]) -> None:
@@ -98,9 +117,8 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> None:
 
     study = _resolve(options, rest)
     results = compare(study, out=options.out, cost_only=options.cost_only)
-    out = options.out or study.default_out.with_name(study.default_out.name + ("-cost" if options.cost_only else ""))
     _print_claims(results)
-    print(f"\n{out / 'report.md'}\n{out / 'report.png'}\n{out / 'results.json'}")
+    print("\n" + "\n".join(str(results.folder / name) for name in ("report.md", "report.png", "results.json")))
 
 
 def _print_claims(results: dict) -> None:
@@ -108,7 +126,8 @@ def _print_claims(results: dict) -> None:
 
     for claim in results["claims"]:
         verdict = "holds         " if claim["holds"] else "DOES NOT HOLD "
-        print(f"{verdict} {claim['text']}: {number(claim['left'])} {claim['op']} {number(claim['right'])}")
+        numbers = f"{number(claim['left'])} {claim['op']} {number(claim['right'])}"
+        print(f"{verdict} {claim['group']}: {claim['text']}: {numbers}")
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
@@ -119,12 +138,10 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> None:
-    from effjax.study.report import read_results, write_report
-    from effjax.study.resolve import resolve_saved
+    from effjax.study.report import write_report
 
     for folder in options.folders:
-        results = read_results(folder / "results.json")
-        write_report(folder, resolve_saved(results["study"], results["preset"], results["config"]))
+        write_report(folder)
         print((folder / "report.md").read_text())
         print(folder / "report.png")
 

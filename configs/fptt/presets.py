@@ -3,12 +3,15 @@
 from effjax.recipes.fptt import FpttStudy
 from effjax.recipes.spec import Budget
 
+QUALITY = ("*", "!fptt", "!bptt-remat")
+COSTS = ("bptt", "bptt-remat", "tbptt", "chunked", "fptt")
+
 smoke = FpttStudy(
     tasks=("digits-permuted",),
     budget=Budget(200),
     seeds=(0,),
     alphas=(0.1, 0.02),
-    others=("bptt-losses", "tbptt"),
+    arms=("bptt", "bptt-losses", "tbptt", "chunked", "fptt-[0-9]*"),
 )
 """effjax compare fptt:smoke. Two CPU cores, under 60 s in all. Permuted digits, 9 epochs: updates in every part
 of the sequence learn faster than one at its end."""
@@ -19,6 +22,7 @@ cpu = FpttStudy(
     budget=Budget(660),
     seeds=(0, 1, 2),
     bptt_rates=(1e-2,),
+    arms=QUALITY,
 )
 """effjax compare fptt (= fptt:cpu). Two CPU cores, about five minutes, data built in. Permuted digits pixel by pixel,
 30 epochs: from the authors' initial values updates in every part are far ahead of BPTT; from better ones, and with
@@ -29,6 +33,7 @@ text = FpttStudy(
     budget=Budget(660),
     seeds=(0, 1),
     bptt_rates=(1e-2,),
+    arms=QUALITY,
 )
 """effjax compare fptt:text. Two CPU cores, about five minutes, data built in. 64 streams of characters, windows of 96,
 the state carried from window to window. Expect updates in every part ahead of BPTT at the same rate."""
@@ -40,7 +45,7 @@ add = FpttStudy(
     seeds=(0,),
     parts=10,
     alphas=(0.5, 0.02),
-    others=("bptt-losses", "tbptt", "chrono-lstm", "lru"),
+    arms=(*QUALITY, "!bptt-small", "!fptt-epochs"),
 )
 """effjax compare fptt:add. Two CPU cores, about twelve minutes. The adding problem over 200 steps, 1600 batches, where
 the authors' initial values and better ones part: with a forget gate that starts open BPTT solves it too."""
@@ -52,7 +57,7 @@ add100 = FpttStudy(
     seeds=(0,),
     parts=10,
     alphas=(0.5, 0.02),
-    others=("bptt-losses", "tbptt", "chrono-lstm", "lru"),
+    arms=(*QUALITY, "!bptt-small", "!fptt-epochs"),
 )
 """effjax compare fptt:add100. Two CPU cores, about five minutes. The adding problem over 100 steps, 2000 batches, from
 the authors' initial values. Expect updates in every part and FPTT to solve it, BPTT not; a Chrono-LSTM solves it by
@@ -60,7 +65,7 @@ BPTT, to a smaller error."""
 
 memory = FpttStudy(
     tasks=("add-100", "add-300", "add-1000", "add-3000", "add-10000"),
-    compare="memory",
+    arms=COSTS,
     budget=Budget(100),
     seeds=(0,),
     parts=None,
@@ -74,7 +79,7 @@ memory = FpttStudy(
 
 overhead = FpttStudy(
     tasks=("add-200", "add-1000"),
-    compare="overhead",
+    arms=COSTS,
     budget=Budget(100),
     seeds=(0,),
     hidden=(64, 128),
@@ -95,7 +100,7 @@ gpu = FpttStudy(
     alphas=(0.5, 0.02),
     batch_size=128,
     learning_rate=1e-3,
-    others=("chrono-lstm", "lru"),
+    arms=("bptt", "chunked", "fptt-[0-9]*", "chrono-lstm", "lru"),
 )
 """effjax compare fptt:gpu. One H200-class GPU, under 10 minutes. The authors' adding problem at 500 steps. Not measured
 yet."""
@@ -112,6 +117,7 @@ paper = FpttStudy(
     batch_size=128,
     learning_rate=1e-3,
     decay_at=(0.25, 0.375, 0.45),
+    arms=QUALITY,
 )
 """effjax compare fptt:paper. Needs MNIST and CIFAR-10 (EFFJAX_DATA or a hub); a day on one GPU: see --tasks. The
 authors' set-up but for their second linear layer, the dropout of 0.05 on the logits and the targets of the auxiliary
@@ -131,7 +137,7 @@ words = FpttStudy(
     learning_rate=2.0,
     decay_at=(0.5, 0.75),
     clip=None,
-    others=("tbptt", "chrono-lstm", "lru"),
+    arms=("bptt", "tbptt", "chunked", "fptt-[0-9]*", "chrono-lstm", "lru"),
 )
 """effjax compare fptt:words. Needs PTB (EFFJAX_DATA or a hub); hours on one GPU. The authors' PTB-300, but for the
 dropout of 0.2, and with a rate that falls at fixed times. They report a perplexity of 103, nats 4.64; with this rate

@@ -8,7 +8,7 @@ ATTACKED = ("cora_attacked/meta_0.15", "citeseer_attacked/meta_0.15")
 
 smoke = GeeniStudy(
     tasks=("cora",),
-    forms=("single", "narrow", "correct-smooth", "geeni-learned", "oracle"),
+    arms=("single", "narrow", "correct-smooth", "geeni-learned", "oracle"),
     modes=("full",),
     budget=Budget(100, "epochs"),
     seeds=(0,),
@@ -18,7 +18,7 @@ both, the learned detector between them."""
 
 cpu = GeeniStudy(
     tasks=("cora", ATTACKED[0]),
-    forms=(
+    arms=(
         *("single", "correct-smooth", "jaccard", "distilled", "ensemble", "narrow", "narrow-folded"),
         *("narrow-correct-smooth", "geeni-score", "geeni-learned", "geeni-soft", "geeni-distilled"),
         *("geeni-correct-smooth", "oracle"),
@@ -32,7 +32,7 @@ the learned detector and nothing by the score; 2 to 6 from the ORACLE."""
 
 large = GeeniStudy(
     tasks=("citeseer", "amazon_photo"),
-    forms=(
+    arms=(
         *("single", "correct-smooth", "distilled", "ensemble", "narrow", "narrow-folded"),
         *("geeni-score", "geeni-learned", "geeni-distilled", "oracle"),
     ),

@@ -1,7 +1,7 @@
 """Presets of the SAMUEL study: what `effjax compare samuel:<name>` runs."""
 
 from effjax.recipes.samuel import SamuelStudy
-from effjax.recipes.spec import Budget
+from effjax.train.options import Budget
 
 smoke = SamuelStudy(
     tasks=("digits/mlp-64",),
@@ -10,7 +10,7 @@ smoke = SamuelStudy(
     seeds=(0,),
     grid=(1.0, 0.1, 0.01),
     cosine_grid=(0.3,),
-    others=("adam", "schedule-free", "prodigy"),
+    arms=("sgd-*", "cosine-*", "adam", "schedule-free", "prodigy", "samuel", "uniform", "one-gradient"),
 )
 """effjax compare samuel:smoke. Two CPU cores, under 60 s in all. Digits whose pixels are permuted anew three times:
 SAMUEL near the best fixed rate, cosine well behind."""
@@ -25,7 +25,7 @@ cpu = SamuelStudy(
 and 20 % below cosine under shift; near the grid offline, at five times the cost of one run."""
 
 overhead = SamuelStudy(
-    compare="overhead",
+    arms=("sgd-0.1", "adam", "one-gradient-adam", "loop-*"),
     tasks=("digits/mlp-64", "fashion_mnist/cnn"),
     settings=("offline",),
     budget=Budget(1000),

@@ -4,21 +4,23 @@ from effjax.recipes.spec import Budget
 from effjax.recipes.tarnn import TarnnStudy
 from effjax.train.options import TrainOptions
 
+LAYERS = ("lstm", "chrono-lstm", "lru-4", "irnn", "tarnn-*", "!tarnn-euler-3")
+
 smoke = TarnnStudy(
     tasks=("noisy-digits-60",),
-    cells=("lstm", "tarnn-euler", "tarnn-euler-shared", "tarnn-euler-input"),
+    arms=("lstm", "tarnn-euler", "tarnn-euler-shared", "tarnn-euler-input"),
     budget=Budget(250),
     seeds=(0,),
 )
 """effjax compare tarnn:smoke. Two CPU cores, under 60 s in all. Digits followed by noise: TARNN far above the LSTM."""
 
-cpu = TarnnStudy(tasks=("noisy-digits-200",), budget=Budget(20, "epochs"), seeds=(0, 1, 2))
+cpu = TarnnStudy(tasks=("noisy-digits-200",), arms=LAYERS, budget=Budget(20, "epochs"), seeds=(0, 1, 2))
 """effjax compare tarnn (= tarnn:cpu). Two CPU cores, about ten minutes. Expect TARNN with step sizes of every time step
 above 88 %, the LSTM at chance, and much less with one step size for all times."""
 
 gpu = TarnnStudy(
     tasks=("noisy-digits-1000",),
-    cells=("lstm", "chrono-lstm", "cornn", "lru-4", "irnn", "tarnn-euler", "tarnn-convex", "tarnn-euler-input"),
+    arms=("lstm", "chrono-lstm", "cornn", "lru-4", "irnn", "tarnn-euler", "tarnn-convex", "tarnn-euler-input"),
     hidden=128,
     batch_size=128,
     budget=Budget(2000),
@@ -28,6 +30,7 @@ gpu = TarnnStudy(
 
 paper = TarnnStudy(
     tasks=("noisy-cifar10-1000", "noisy-mnist-1000", "mnist-pixels", "mnist-permuted", "ptb-words-300"),
+    arms=LAYERS,
     hidden=128,
     batch_size=128,
     learning_rate=1e-3,
@@ -35,5 +38,5 @@ paper = TarnnStudy(
     seeds=(0, 1, 2),
     train=TrainOptions(remat=True),
 )
-"""effjax compare tarnn:paper. Needs CIFAR-10, MNIST and PTB; days on one GPU: choose with --tasks and --cells. No table
+"""effjax compare tarnn:paper. Needs CIFAR-10, MNIST and PTB; days on one GPU: choose with --tasks and --arms. No table
 of the paper could be read, so there is no figure to expect."""

@@ -13,7 +13,7 @@ smoke = TokenDropStudy(
     train_rows=2000,
     dropout=0.0,
     max_shapes=3,
-    others=("random", "truncated"),
+    arms=("buckets", "token-drop", "random", "truncated"),
 )
 """effjax compare token_drop:smoke. Two CPU cores, under 60 s in all. SMS messages: a tenth of the
 tokens go."""

@@ -1,7 +1,7 @@
 """Paths of pytree leaves, selection by regular expression, and dtype-safe scalars."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +33,28 @@ def _key_name(key: Any) -> str:
 def leaf_paths(tree: PyTree) -> list[str]:
     """The slash-joined path of every leaf, in the order of ``jax.tree.leaves``."""
     return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def leaves_at(tree: PyTree, paths: Container[str]) -> dict[str, Any]:
+    """The leaves whose slash-joined paths are among ``paths``, by path.
+
+    Example:
+      >>> leaves_at({"a": {"kernel": 1, "bias": 2}}, ["a/kernel"])
+      {'a/kernel': 1}
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {name: leaf for path, leaf in leaves if (name := path_name(path)) in paths}
+
+
+def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """``tree`` with other leaves at some slash-joined paths; None counts as a leaf on both sides.
+
+    Example:
+      >>> with_leaves({"a": {"kernel": 1, "bias": 2}}, {"a/kernel": None})
+      {'a': {'bias': 2, 'kernel': None}}
+    """
+    fill = lambda path, leaf: leaves.get(path_name(path), leaf)
+    return jax.tree_util.tree_map_with_path(fill, tree, is_leaf=lambda leaf: leaf is None)
 
 
 class Selection(NamedTuple):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from effjax.data.facts import Facts
 from effjax.data.graph_files import read_graph
 from effjax.data.sets import DataSet, load
 
@@ -39,11 +40,13 @@ class GraphData(NamedTuple):
       labels: int32 [N], -1 where the source knows none.
       classes: number of classes.
       train: int32 node numbers of the set's standard split; None where it has none.
-      val: likewise.
-      test: likewise.
-      random_train: int32 [splits, n], random splits with 20 nodes a class; None where the set has none.
-      random_val: likewise, 30 a class; the other nodes are for the test.
+      val: the same for validation.
+      test: the same for the test.
+      random_train: int32 [splits, n], random splits with 20 nodes per class; None where the set has none.
+      random_val: the same with 30 per class; the other nodes are for the test.
       attacks: name -> (senders, receivers) of the poisoned graphs that come with the set.
+      weights: float32 [E], above 0, as the edges are ordered; None where all are 1.
+      facts: what a report says of a graph from the user's own files; None of a registered one.
     """
 
     name: str
@@ -59,6 +62,8 @@ class GraphData(NamedTuple):
     random_train: np.ndarray | None = None
     random_val: np.ndarray | None = None
     attacks: Mapping[str, tuple[np.ndarray, np.ndarray]] = {}
+    weights: np.ndarray | None = None
+    facts: Facts | None = None
 
     @property
     def nodes(self) -> int:
@@ -74,10 +79,10 @@ def graph_data(name: str, *, root: str | os.PathLike | None = None) -> GraphData
     ``$EFFJAX_DATA/graphs``.
 
     Args:
-      name: a registered name, or a path that ends in ``.npz``. The file holds ``edge_index`` int
-        [2, E] (senders, receivers) and ``y`` int [N], and features as ``x`` [N, F] or as
-        ``x_indptr``, ``x_indices``, (``x_data``), ``x_shape``. Optional: ``train_idx``, ``val_idx``,
-        ``test_idx``, ``unlabelled_idx``. Nothing is unpickled.
+      name: a registered name, or a path that ends in ``.npz``: a file in one of the layouts of
+        ``effjax.data.graph_files``, such as ``edge_index`` int [2, E] (senders, receivers), ``y`` int [N], -1 where
+        unknown, and ``x`` [N, F]. Masks and edge weights are read; arrays of unknown names are refused. Nothing is
+        unpickled. ``effjax.data.graph_tables.graph_from_files`` has more options.
       root: the one folder to look in; see ``effjax.load_data``.
 
     Returns:
@@ -93,24 +98,27 @@ def graph_data(name: str, *, root: str | os.PathLike | None = None) -> GraphData
       >>> cora.nodes, cora.senders.shape, cora.features.shape, cora.classes
       (2708, (10556,), (2708, 1433), 7)
     """
-    if str(name).endswith(".npz"):
+    if str(name).lower().endswith(".npz"):
         path = Path(name).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"name={os.fspath(name)!r} is not a file. Give a registered name or a file's path.")
-        return _graph(path.stem, str(path), read_graph(path))
+        return build_graph(path.stem, str(path), read_graph(path))
     found: DataSet = load(name, root=root)
     if found.modality != "graph":
         raise ValueError(f"name={name!r} is a set of {found.modality}s, not a graph, such as cora, citeseer or dblp.")
-    return _graph(found.name.removeprefix("graphs/"), found.source, found.splits["graph"])
+    return build_graph(found.name.removeprefix("graphs/"), found.source, found.splits["graph"])
 
 
-def _graph(name: str, source: str, arrays: Mapping[str, np.ndarray]) -> GraphData:
+def build_graph(
+    name: str, source: str, arrays: Mapping[str, np.ndarray], *, undirected: bool = False, facts: Facts | None = None
+) -> GraphData:
+    """A ``GraphData`` of the arrays that ``read_graph`` returns; ``undirected`` adds the reverse of every edge."""
     labels = arrays["y"].astype(np.int32)
     if "unlabelled_idx" in arrays:
         labels[arrays["unlabelled_idx"]] = -1
-    senders, receivers = _edges(arrays["edge_index"], len(labels))
+    senders, receivers, weights = _edges(arrays["edge_index"], len(labels), arrays.get("edge_weight"), undirected)
     attacks = {
-        key.removeprefix("edge_index_"): _edges(array, len(labels))
+        key.removeprefix("edge_index_"): _edges(array, len(labels), None, undirected)[:2]
         for key, array in arrays.items()
         if key.startswith("edge_index_")
     }
@@ -129,14 +137,42 @@ def _graph(name: str, source: str, arrays: Mapping[str, np.ndarray]) -> GraphDat
         random_train=optional("rand_train_idx"),
         random_val=optional("rand_val_idx"),
         attacks=attacks,
+        weights=weights,
+        facts=facts,
     )
 
 
-def _edges(edge_index: np.ndarray, nodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Senders and receivers sorted by receiver, then sender, each pair once, no self-loops."""
+def _edges(
+    edge_index: np.ndarray, nodes: int, weights: np.ndarray | None, undirected: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Senders, receivers and weights sorted by receiver, then sender, each pair once, no self-loops."""
     senders, receivers = edge_index.astype(np.int64)
-    numbers = np.unique((receivers * nodes + senders)[senders != receivers])
-    return (numbers % nodes).astype(np.int32), (numbers // nodes).astype(np.int32)
+    if weights is not None and (weights == 1).all():
+        weights = None
+    if weights is not None:
+        weights = weights.astype(np.float32)
+        if (loops := np.flatnonzero((senders == receivers) & (weights != 1))).size:
+            raise ValueError(
+                f"edge weights: the edge of node {senders[loops[0]]} to itself weighs {weights[loops[0]]:g}. Graph "
+                "networks add one of weight 1 to every node; remove it, or give it weight 1."
+            )
+    keep = senders != receivers
+    numbers = (receivers * nodes + senders)[keep]
+    if undirected:
+        numbers = np.concatenate([numbers, (senders * nodes + receivers)[keep]])
+    unique, first = np.unique(numbers, return_index=True)
+    if weights is not None:
+        kept = np.concatenate([weights[keep]] * (2 if undirected else 1))
+        differs = kept != kept[first][np.searchsorted(unique, numbers)]
+        many = not undirected and len(unique) < len(numbers)
+        if differs.any() or many:
+            number = numbers[differs][0] if differs.any() else numbers[np.setdiff1d(np.arange(len(numbers)), first)[0]]
+            raise ValueError(
+                f"edge weights: the edge {number % nodes} to {number // nodes} stands more than once"
+                f"{', with unlike weights' * bool(differs.any())}. Sum its weights first."
+            )
+        weights = kept[first]
+    return (unique % nodes).astype(np.int32), (unique // nodes).astype(np.int32), weights
 
 
 def _features(arrays: Mapping[str, np.ndarray]) -> np.ndarray | CsrFeatures | None:

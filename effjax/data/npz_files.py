@@ -2,6 +2,7 @@
 
 import zipfile
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +11,27 @@ READ_ERRORS = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.Ba
 """What reading a damaged file raises."""
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Every array of an ``.npz`` file.
+def read_arrays(path: Path, leave_out: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """Every array of an ``.npz`` file but those to leave out.
 
     Raises:
-      ValueError: the file is damaged, or holds something else.
+      ValueError: the file is damaged, or holds something else; the array is named where there is one.
     """
+    arrays, key = {}, None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
+            for key in archive.files:
+                if key not in leave_out:
+                    arrays[key] = archive[key]
+                    if not isinstance(arrays[key], np.ndarray):
+                        raise ValueError("it is no array")
     except (*READ_ERRORS, TypeError) as error:  # TypeError: a .npy under this name, no archive
+        named = "" if key is None else f"array {key!r}: "
         raise ValueError(
-            f"{path}: damaged, or not an .npz archive of plain arrays ({first_line(error)}). "
+            f"{path}: {named}damaged, or not an .npz archive of plain arrays ({first_line(error)}). "
             "Pickled objects are never loaded: save numeric arrays with numpy.savez."
         ) from error
+    return arrays
 
 
 def first_line(error: BaseException) -> str:

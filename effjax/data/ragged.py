@@ -1,7 +1,8 @@
 """Sequences of unequal length as two flat arrays."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Integer
@@ -134,3 +135,23 @@ def narrow_integers(name: str, array: np.ndarray, dtype: type) -> np.ndarray:
     if array.size and (array.min() < limits.min or array.max() > limits.max):
         raise ValueError(f"{name} runs from {array.min()} to {array.max()}, which does not fit {np.dtype(dtype)}.")
     return array.astype(dtype, copy=False)
+
+
+def padded_columns(columns: Mapping[str, Any], length: int, pad_id: int = 0) -> dict[str, Any]:
+    """Columns of texts as arrays of one length, with a ``mask`` that is True at real tokens.
+
+    Args:
+      columns: ``input_ids`` (``Ragged``) and others; those that are not ragged stay as they are.
+      length: of a row; None of the texts may be longer.
+      pad_id: what fills ``input_ids``; other ragged columns are filled with 0.
+
+    Example:
+      >>> padded_columns({"input_ids": Ragged.of([[5], [6, 7]])}, 2)["mask"].tolist()
+      [[True, False], [True, True]]
+    """
+    lengths = columns["input_ids"].lengths
+    found = {"mask": np.arange(length) < lengths[:, None]}
+    for name, column in columns.items():
+        value = pad_id if name == "input_ids" else 0
+        found[name] = column.pad(np.arange(len(lengths)), length, value) if isinstance(column, Ragged) else column
+    return found

@@ -11,6 +11,7 @@ import numpy as np
 
 from effjax.core.errors import check_number, near
 from effjax.core.shapes import pad_to
+from effjax.data.facts import Facts
 from effjax.data.pipeline import Transform
 from effjax.data.sets import DataSet, load, pad_ragged
 from effjax.data.synthetic_sequences import SYMBOLS, add_examples, append_noise, copy_examples
@@ -42,6 +43,7 @@ class SequenceData(NamedTuple):
       outputs: number of classes, 1 (value), or size of the output vocabulary.
       draw: ``(batch, index, rng) -> batch``, the ``transform`` of ``effjax.data.pipeline.Batches``: fresh noise
         or fresh examples for every training batch. None where the rows are used as stored.
+      facts: what a report says of data read from the user's own files; None of a named problem.
     """
 
     name: str
@@ -54,6 +56,25 @@ class SequenceData(NamedTuple):
     vocabulary: int
     outputs: int
     draw: Transform | None
+    facts: Facts | None = None
+
+
+def few_rows(data: SequenceData, *, train: int | None = None, test: int | None = None) -> SequenceData:
+    """The problem with a fixed random choice of its rows, in stored order; None takes all.
+
+    Raises:
+      ValueError: more rows than there are.
+    """
+    found = {}
+    for split, rows in (("train", train), ("test", test)):
+        columns = getattr(data, split)
+        held = len(columns["targets"])
+        if rows is not None:
+            check_number(f"{split}_rows", rows, low=1, high=held, integer=True, hint="None takes all.")
+            chosen = np.sort(np.random.default_rng(0).permutation(held)[:rows])
+            columns = {name: column[chosen] for name, column in columns.items()}
+        found[split] = columns
+    return data._replace(**found)
 
 
 class _Request(NamedTuple):
@@ -121,9 +142,39 @@ def sequence_data(
     build, length = _parse(name)
     if streams is not None:
         check_number("streams", streams, low=1, integer=True)
-        if build not in _TEXTS.values():
+        if not is_text(name):
             raise ValueError(f"streams={streams} cuts a text, which {name!r} is not. Leave it out.")
     return build(_Request(name, length, {"train": train_rows, "test": test_rows}, streams))
+
+
+def sequence_kind(name: str) -> Kind:
+    """The kind of a problem from its name alone: no data are read.
+
+    Args:
+      name: as of ``sequence_data``.
+
+    Returns:
+      ``"class"``, ``"value"`` or ``"tokens"``.
+
+    Raises:
+      ValueError: an unknown name, or T missing.
+
+    Example:
+      >>> [sequence_kind(name) for name in ("fsdd", "add-200", "ptb-words-300")]
+      ['class', 'value', 'tokens']
+    """
+    build, _ = _parse(name)
+    return "value" if build is _add else "tokens" if build in (_copy, *_TEXTS.values()) else "class"
+
+
+def is_text(name: str) -> bool:
+    """Whether a problem is a text, which can be read as ``streams``.
+
+    Example:
+      >>> is_text("ptb-words-300"), is_text("copy-50")
+      (True, False)
+    """
+    return _parse(name)[0] in _TEXTS.values()
 
 
 def _parse(name: str) -> tuple[Callable[[_Request], SequenceData], int]:

@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from effjax.core.errors import near
+from effjax.data.facts import Facts
 from effjax.data.graph_files import read_graph
 from effjax.data.npz_files import READ_ERRORS, first_line, read_arrays
+from effjax.data.ragged import narrow_integers
 
 Column = np.ndarray | list
 BUILTIN = Path(__file__).parent / "builtin"
@@ -45,6 +47,7 @@ class DataSet:
       licence: under which terms the data may be used.
       source: where they came from and how many rows each split has.
       modality: ``image``, ``text``, ``audio``, ``series`` or ``graph``.
+      facts: what a report says of data read from the user's own files; None of a registered set.
     """
 
     name: str
@@ -53,6 +56,7 @@ class DataSet:
     licence: str
     source: str
     modality: str
+    facts: Facts | None = field(default=None, repr=False)
 
 
 class _Spec(NamedTuple):
@@ -400,11 +404,12 @@ def _decode(where: Path | str, columns: Mapping[str, Any], spec: _Spec) -> dict[
 
 def _column(where: Path | str, key: str, column: Any, spec: _Spec) -> Column:
     kind = _kind(column)
-    legal = _LEGAL_KINDS.get(key, ("text",))
-    if (kind not in legal and spec is not _ANY) or kind == "other":
-        held = column.dtype if isinstance(column, np.ndarray) else column.type
+    stored = isinstance(column, np.ndarray)
+    legal = [name for name in _LEGAL_KINDS.get(key, ("text",)) if (key, name) != ("image", "number") or stored]
+    if (kind not in legal and (spec is not _ANY or key == "image")) or kind == "other":
+        held = column.dtype if stored else column.type
         raise ValueError(f"{where}: column {key!r} has type {held}; expected {' or '.join(legal)}.")
-    if isinstance(column, np.ndarray):
+    if stored:
         if key == "image":
             return _image_array(where, column, spec.image)
         return column.tolist() if kind == "text" else _numbers(where, key, column)
@@ -453,7 +458,9 @@ def _numbers(where: Path | str, key: str, values: np.ndarray) -> np.ndarray:
         if bad := int(values.size - np.isfinite(values).sum()):
             raise ValueError(f"{where}: column {key!r} has {bad} NaN or infinite values of {values.size}.")
         return values.astype(np.float32)
-    return values.astype(np.int32) if key in ("label", "speaker", "length", "n_samples") else np.array(values)
+    if key in ("label", "speaker", "length", "n_samples"):
+        return narrow_integers(f"{where}: column {key!r}", values, np.int32)
+    return np.array(values)
 
 
 def _raw_images(where: Path | str, blobs: list[bytes], spec: _Spec) -> np.ndarray:

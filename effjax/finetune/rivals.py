@@ -1,6 +1,7 @@
 """Other merge-and-restart chains, for comparison: ReLoRA, RAC-LoRA, periodic LoRA. (GaLore is ``optax.contrib``'s.)"""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,9 @@ from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import path_name, wide
-from effjax.finetune.lora import Lora, Scales, lora_delta, out_first, scale_of
+from effjax.finetune.chain import ColaConfig, ColaState, cola_extend
+from effjax.finetune.lora import Lora, Scales, lora_delta, lora_scales, out_first, scale_of
+from effjax.finetune.restart import cola_reset
 
 PyTree = Any
 
@@ -93,7 +96,7 @@ def relora_reset(
 ) -> PyTree:
     """ReLoRA's restart of the optimizer: zero most of every moment, keep the counts.
 
-    For ``reset`` of ``cola`` and ``cola_knot``: ``functools.partial(relora_reset, ratio=0.8)``.
+    For ``reset`` of ``cola`` and ``cola_next``: ``functools.partial(relora_reset, ratio=0.8)``.
 
     Args:
       tx: the optimizer of the adapters.
@@ -228,11 +231,8 @@ def plora_unload(
 
     .. math:: m \leftarrow \beta m + (1 - \beta)\, s\, a\, b, \qquad W \leftarrow W + m
 
-    The network's outputs change, unlike at COLA's knots, and m is as large as the kernels. Then start a link::
-
-        base, momentum = plora_unload(state.base, momentum, *cola_adapters(state, config))
-        empty = jax.tree.map(jnp.zeros_like, state.lora)
-        state = cola_extend(state._replace(base=base, lora=empty), config)
+    The network's outputs change, unlike at COLA's knots, and m is as large as the kernels. ``plora_next`` then starts
+    a link.
 
     Args:
       params: the base.
@@ -271,3 +271,38 @@ def plora_unload(
         return (wide(leaf) + after[name]).astype(leaf.dtype) if name in after else leaf
 
     return jax.tree_util.tree_map_with_path(unload, params), after
+
+
+def plora_next(
+    tx: optax.GradientTransformation, config: ColaConfig, *, decay: float = 0.5
+) -> Callable[..., tuple[ColaState, dict[str, jax.Array], PyTree]]:
+    """From one link of periodic LoRA to the next: ``cola_next`` with ``plora_unload`` in place of the merge.
+
+    Args:
+      tx: the optimizer of the adapters.
+      config: the chain.
+      decay: of ``plora_unload``.
+
+    Returns:
+      Function ``(state, momentum, opt_state) -> (state, momentum, opt_state)``, jitted, its arguments donated.
+
+    Example:
+      >>> from effjax.finetune.chain import cola_init
+      >>> config, tx = ColaConfig("kernel", knots=(10,)), optax.adam(1e-3)
+      >>> state = cola_init(jax.random.key(0), {"kernel": jnp.zeros((16, 8))}, config)
+      >>> momentum = {"kernel": jnp.zeros((16, 8))}
+      >>> state, momentum, opt_state = plora_next(tx, config)(state, momentum, tx.init(state.lora))
+      >>> state.link.item()
+      1
+    """
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def knot(state: ColaState, momentum: PyTree, opt_state: PyTree) -> tuple[ColaState, PyTree, PyTree]:
+        base, momentum = plora_unload(
+            state.base, momentum, state.lora, lora_scales(state.lora, config.lora), decay=decay
+        )
+        empty = jax.tree.map(jnp.zeros_like, state.lora)
+        state = cola_extend(state._replace(base=base, lora=empty), config)
+        return state, momentum, cola_reset(tx, opt_state, state.lora, config.schedule)[0]
+
+    return knot

@@ -43,6 +43,7 @@ def adjacency(
     """
     senders, receivers = np.asarray(senders).reshape(-1), np.asarray(receivers).reshape(-1)
     weights = np.ones(len(senders), np.float32) if weights is None else np.asarray(weights)
+    weights = weights.astype(np.float32) if weights.dtype.kind in "biu" else weights  # counts
     if self_loops:
         bare = np.setdiff1d(np.arange(nodes), senders[senders == receivers])
         senders, receivers = np.concatenate([senders, bare]), np.concatenate([receivers, bare])
@@ -60,12 +61,16 @@ def gcn_normalize(matrix: SparseMatrix) -> SparseMatrix:
     With the receivers' degrees on both sides, as in PyTorch Geometric; zero rows stay zero.
 
     Args:
-      matrix: [N, N], values not negative, self-loops included where wanted.
+      matrix: [N, N], values not negative, self-loops included where wanted; [nnz], or [K, nnz] for K graphs.
 
     Returns:
       A ``SparseMatrix`` of the same pattern.
     """
     pattern = matrix.pattern
+    if matrix.values.ndim == 2:
+        return SparseMatrix(
+            pattern, jax.vmap(lambda values: gcn_normalize(SparseMatrix(pattern, values)).values)(matrix.values)
+        )
     degree = row_sums(pattern, matrix.values)
     scale = jnp.where(degree > 0, jax.lax.rsqrt(jnp.where(degree > 0, degree, 1)), 0)
     return SparseMatrix(pattern, take_rows(pattern, scale) * matrix.values * take_columns(pattern, scale))
@@ -80,13 +85,23 @@ def gcn_adjacency(
     capacity: int | None = None,
     buckets: bool = False,
 ) -> SparseMatrix:
-    """``gcn_normalize`` of the adjacency with self-loops.
+    """``gcn_normalize`` of the adjacency with self-loops; arguments as for ``adjacency``.
+
+    Raises:
+      ValueError: as ``adjacency``; or a weight is negative or not finite, so that degrees have no square root.
 
     Example:
       >>> gcn_adjacency([0, 1], [1, 0], 2).todense().round(3)
       Array([[0.5, 0.5],
              [0.5, 0.5]], dtype=float32)
     """
+    if weights is not None:
+        values = np.asarray(weights)
+        if (bad := np.flatnonzero(~(np.isfinite(values) & (values >= 0)))).size:
+            raise ValueError(
+                f"weights: {bad.size} of {values.size} are negative or not finite, the first is weights[{bad[0]}]="
+                f"{values.reshape(-1)[bad[0]]:g}. Degrees are sums of weights and need a square root: drop these edges."
+            )
     return gcn_normalize(
         adjacency(senders, receivers, nodes, weights=weights, self_loops=True, capacity=capacity, buckets=buckets)
     )
@@ -97,3 +112,25 @@ def row_normalize(matrix: SparseMatrix) -> SparseMatrix:
     total = row_sums(matrix.pattern, matrix.values)
     scale = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
     return SparseMatrix(matrix.pattern, take_rows(matrix.pattern, scale) * matrix.values)
+
+
+def loopless_adjacency(matrix: SparseMatrix) -> SparseMatrix:
+    """``gcn_normalize`` of the edges of a matrix, each of weight 1, without self-loops. Runs on the host.
+
+    Labels are spread along it (``label_propagation``, ``correct_and_smooth``): a node's own label is no neighbour's.
+
+    Args:
+      matrix: [N, N]; its values are not read.
+
+    Returns:
+      A ``SparseMatrix`` [N, N].
+
+    Example:
+      >>> loopless_adjacency(gcn_adjacency([0, 1], [1, 0], 2)).todense()
+      Array([[0., 1.],
+             [1., 0.]], dtype=float32)
+    """
+    size = int(matrix.pattern.size)
+    rows, columns = np.asarray(matrix.pattern.rows)[:size], np.asarray(matrix.pattern.columns)[:size]
+    edges = rows != columns
+    return gcn_normalize(adjacency(columns[edges], rows[edges], matrix.shape[0]))

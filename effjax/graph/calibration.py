@@ -9,9 +9,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from effjax.core.errors import check_number
-from effjax.graph.fastrain import fastrain_optimizer, weighted_cross_entropy
 from effjax.graph.layers import dropout as random_dropout
 from effjax.graph.sparse import SparseMatrix
+from effjax.graph.stages import fastrain_optimizer, weighted_cross_entropy
 
 PyTree = Any
 

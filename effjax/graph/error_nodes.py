@@ -97,6 +97,27 @@ def neighbour_agreement(
     return row_sums(pattern, neighbour * found) / jnp.maximum(count, 1)
 
 
+def label_free_trust(scores: ErrorScores, matrix: SparseMatrix) -> dict[str, Float[Array, "nodes"]]:
+    """The detectors that need no labels, by name; low where a node is suspicious.
+
+    Args:
+      scores: of the ensemble.
+      matrix: S, for the neighbours.
+
+    Returns:
+      [N] each: ``'score'``; ``'agreement'``, the score and the share of neighbours of the same class; ``'mutual'``, the
+      negative mutual information.
+
+    Example:
+      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> scores = error_scores(jnp.array([[[0.75, 0.25], [0.5, 0.5]]]))
+      >>> label_free_trust(scores, gcn_adjacency([0, 1], [1, 0], 2))["agreement"].tolist()
+      [1.75, 1.5]
+    """
+    agreement = neighbour_agreement(matrix, scores.label)
+    return {"score": scores.score, "agreement": scores.score + agreement, "mutual": -scores.mutual_information}
+
+
 def error_set(trust: Float[Array, "nodes"], fraction: float, known: Bool[Array, "nodes"]) -> Bool[Array, "nodes"]:
     r"""The :math:`\lfloor \rho N \rfloor` nodes that are trusted least, without those whose labels are known.
 

@@ -1,408 +1,637 @@
 """FASTRAIN-GNN: fast and accurate self-training of graph neural networks (Nagarajan, Raghunathan 2023, TMLR).
 
-Each of the method's four optimisations is a function here: ``stage_plan`` (dynamic sizing and dynamic regularisation),
-``drop_edges`` (the regulariser itself), ``select_pseudolabels`` (sampling-based filtering) and ``prune_edges``
-(progressive graph pruning). The paper's text could not be read; the functions follow the authors' program.
+``fastrain`` is a short loop over ``fastrain_init``, ``fastrain_step`` and ``fastrain_next``, which a training loop with
+checkpoints may call itself. The parts stand in ``effjax.graph.stages``. The paper's text could not be read; the
+functions follow the authors' program.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int
 
-from effjax.core.errors import check_number
-from effjax.core.shapes import smallest_fit
-from effjax.graph.layers import hashed_bits
-from effjax.graph.sparse import SparseMatrix, SparsePattern, compact
+from effjax.core.errors import check_choice, check_number
+from effjax.graph.adjacency import loopless_adjacency
+from effjax.graph.calibration import calibrate, fit_calibration
+from effjax.graph.propagation import correct_and_smooth
+from effjax.graph.self_training import cluster_labels, guard_pseudolabels, most_confident, pseudolabel_weights
+from effjax.graph.sparse import SparseMatrix
+from effjax.graph.stages import (
+    Stage,
+    compact_to_ladder,
+    drop_count,
+    drop_edges,
+    drop_edges_exactly,
+    edge_pool,
+    fastrain_optimizer,
+    pick_subset,
+    prune_edges,
+    select_pseudolabels,
+    stage_plan,
+    train_stage,
+)
 
 PyTree = Any
-Network = Callable[[PyTree, Any, SparseMatrix, jax.Array], jax.Array]
+Init = Callable[[jax.Array, bool], PyTree]
+Apply = Callable[..., jax.Array]
+_OPTIMIZER = fastrain_optimizer()
 
 
-class Stage(NamedTuple):
-    """What one stage of self-training trains.
+class NodeProblem(NamedTuple):
+    """A graph some of whose nodes have a label.
 
     Attributes:
-      deep: the network with one more layer, or the shallow one.
-      keep: share of the adjacency's entries that an epoch keeps.
+      features: passed on to the network; usually [N, F], or a ``SparseMatrix``.
+      adjacency: ``SparseMatrix`` [N, N], normalised, with self-loops (``gcn_adjacency``).
+      labels: int [N], classes in [0, C) where ``mask``; not read elsewhere.
+      mask: bool [N], nodes with a label.
+      classes: C.
     """
 
+    features: Any
+    adjacency: SparseMatrix
+    labels: jax.Array
+    mask: jax.Array
+    classes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FastrainConfig:
+    """Settings of FASTRAIN; other values make plain self-training, top-k self-training and M3S of it.
+
+    Attributes:
+      stages: how often to train.
+      epochs: per stage, at most; a multiple of ``epochs_per_step``.
+      epochs_per_step: epochs in one ``fastrain_step``, compiled as one program.
+      depth: of every stage's network; 'plan' for dynamic sizing (``stage_plan``).
+      keep: share of the edges that an epoch keeps; 'plan' for dynamic regularisation.
+      deep_below: share of the nodes with a label below which 'plan' takes the deep network.
+      exact_drop: drop an exact number of edges, as the authors do, which takes a sort; else each with a probability.
+      pool: epochs take their graph from as many subsets of the edges, drawn once per stage; None draws for each epoch.
+      pruned: remove edges between members of the training set that are predicted to differ.
+      select: 'threshold' gives confident nodes a label, 'top-k' the most confident of each class, 'm3s' those of them
+        whose cluster agrees.
+      threshold: calibrated probability above which a prediction may become a label.
+      samples: predictions on graphs with dropped edges that must agree; 0 for no filtering.
+      samples_keep: share of the edges that such a graph keeps.
+      top_k: nodes per class and stage that 'top-k' and 'm3s' label.
+      clusters: of 'm3s'.
+      weighted: pseudolabels weigh as much as the network is sure of them; else as much as labels.
+      growth: for few labels, beyond the paper: a stage labels at most this many times the labelled nodes per class
+        (``guard_pseudolabels``); None sets no limit.
+      agreement: with ``growth``, the share of the confident nodes whose samples must agree, or none gets a label.
+      plateau: beyond the paper: a stage ends when the mean loss of a step fell by less than this share; None trains all
+        epochs. With steps of few epochs Adam's slow start looks like a plateau; 50 epochs are safe.
+      start: parameters that a stage starts from: the 'same' draw every time, as the authors do, a 'fresh' one, or
+        'warm', those of the last stage where the depth is the same.
+      calibration_epochs: of the calibration head.
+      calibration_dropout: leave the network's dropout on while the head is trained, as the authors' program does.
+      head_dropout: rate on the head's hidden layer.
+      smoothed: Correct & Smooth the last stage's predictions.
+      tx: optimizer of a stage.
+    """
+
+    stages: int = 4
+    epochs: int = 300
+    epochs_per_step: int = 50
+    depth: Literal["plan", "deep", "shallow"] = "plan"
+    keep: float | Literal["plan"] = "plan"
+    deep_below: float = 0.025
+    exact_drop: bool = False
+    pool: int | None = None
+    pruned: bool = True
+    select: Literal["threshold", "top-k", "m3s"] = "threshold"
+    threshold: float = 0.8
+    samples: int = 10
+    samples_keep: float = 0.9
+    top_k: int = 70
+    clusters: int = 200
+    weighted: bool = False
+    growth: float | None = None
+    agreement: float = 0.8
+    plateau: float | None = None
+    start: Literal["same", "fresh", "warm"] = "same"
+    calibration_epochs: int = 200
+    calibration_dropout: bool = False
+    head_dropout: float = 0.5
+    smoothed: bool = False
+    tx: optax.GradientTransformation = _OPTIMIZER
+
+    def __post_init__(self):
+        for name in ("stages", "epochs", "epochs_per_step", "calibration_epochs", "top_k", "clusters"):
+            check_number(name, getattr(self, name), low=1, integer=True)
+        if self.epochs % self.epochs_per_step:
+            raise ValueError(
+                f"epochs={self.epochs} is no multiple of epochs_per_step={self.epochs_per_step}. Take "
+                f"epochs={max(1, round(self.epochs / self.epochs_per_step)) * self.epochs_per_step}, or "
+                f"epochs_per_step={self.epochs}."
+            )
+        check_number("samples", self.samples, low=0, integer=True)
+        for name in ("deep_below", "threshold", "agreement"):
+            check_number(name, getattr(self, name), low=0, high=1)
+        check_number("head_dropout", self.head_dropout, low=0, high=1, open_high=True)
+        check_number("samples_keep", self.samples_keep, low=0, high=1, open_low=True)
+        check_choice("depth", self.depth, ("plan", "deep", "shallow"))
+        check_choice("select", self.select, ("threshold", "top-k", "m3s"))
+        check_choice("start", self.start, ("same", "fresh", "warm"))
+        if self.keep != "plan":
+            check_number("keep", self.keep, low=0, high=1, open_low=True, hint="Or 'plan'.")
+        if self.pool is not None:
+            check_number("pool", self.pool, low=1, integer=True)
+            if self.exact_drop or self.keep == 1.0:
+                raise ValueError(
+                    f"pool={self.pool} with exact_drop={self.exact_drop} and keep={self.keep}: a pool drops an exact "
+                    "number of edges by itself, and needs edges to drop. Leave out one of them."
+                )
+        if self.growth is not None:
+            check_number("growth", self.growth, low=0)
+            if self.select != "threshold":
+                raise ValueError(f"growth={self.growth} limits select='threshold' only, not {self.select!r}.")
+        if self.plateau is not None:
+            check_number("plateau", self.plateau, low=0, high=1)
+
+    @property
+    def steps(self) -> int:
+        """Most steps per stage."""
+        return self.epochs // self.epochs_per_step
+
+
+class FastrainState(NamedTuple):
+    """A self-training in progress; its shapes are the same in all stages.
+
+    Attributes:
+      params: of the shallow and of the deep network where the depth is planned, those not in use zero; else of the one.
+      opt: the optimizer's state for each of ``params``.
+      labels: int32 [N], true and pseudolabels; -1 for all other nodes.
+      weights: float32 [N], of the nodes in the loss; 0 for all but the training set.
+      added: int32 [N], the stage that labelled a node: 0 for given labels, -1 for none.
+      edges: bool [entries], what pruning has left of the adjacency.
+      predictions: int32 [stages, N], of all nodes after each finished stage.
+      start: key of the parameters.
+      key: of everything else.
+      stage: int32, number of finished stages.
+      epochs: int32 [stages], trained so far.
+      deep: bool, the depth of this stage.
+      keep: float32, the share of edges that its epochs keep.
+      dropped: int32, the number of entries that its epochs drop where that is exact.
+      loss: float32, mean of the last step.
+      over: bool, whether the stage has reached a plateau.
+    """
+
+    params: tuple[PyTree, ...]
+    opt: tuple[PyTree, ...]
+    labels: jax.Array
+    weights: jax.Array
+    added: jax.Array
+    edges: jax.Array
+    predictions: jax.Array
+    start: jax.Array
+    key: jax.Array
+    stage: jax.Array
+    epochs: jax.Array
+    deep: jax.Array
+    keep: jax.Array
+    dropped: jax.Array
+    loss: jax.Array
+    over: jax.Array
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["features", "adjacency"], meta_fields=["deep"])
+@dataclasses.dataclass(frozen=True)
+class StageGraph:
+    """What a stage's steps read.
+
+    Attributes:
+      features: of the problem.
+      adjacency: the pruned graph, compacted; with a pool its subsets.
+      deep: the network's depth; static, so that each depth has an executable of its own.
+    """
+
+    features: Any
+    adjacency: SparseMatrix
     deep: bool
-    keep: float
 
 
-def stage_plan(
-    nodes: int,
-    classes: int,
-    labelled: int,
-    *,
-    deep_below: float = 0.025,
-    keep_deep: float = 0.9,
-    keep_shallow: float = 0.8,
-    keep_one_shot: float = 1.0,
-) -> Stage:
-    r"""Dynamic sizing and dynamic regularisation: depth and edge dropping by the size of the training set.
+class FastrainResult(NamedTuple):
+    """What ``fastrain`` returns.
+
+    Attributes:
+      params: of the last stage's network.
+      deep: whether that is the deep one.
+      scores: [N, C], its logits on the pruned graph; with ``smoothed``, smoothed probabilities.
+      labels: int32 [N], true and pseudolabels the last stage was trained on; -1 for all other nodes.
+      added: int32 [N], the stage that labelled a node: 0 for given labels, -1 for none.
+      adjacency: the pruned graph, compacted.
+      epochs: of every stage.
+    """
+
+    params: PyTree
+    deep: bool
+    scores: jax.Array
+    labels: jax.Array
+    added: jax.Array
+    adjacency: SparseMatrix
+    epochs: tuple[int, ...]
+
+
+_DEFAULT = FastrainConfig()
+
+
+def fastrain(
+    key: jax.Array, init: Init, apply: Apply, problem: NodeProblem, config: FastrainConfig = _DEFAULT
+) -> FastrainResult:
+    r"""Self-training with all four optimisations; the stages are a loop on the host.
+
+    A stage trains a network on the labelled set T (``train_stage``), deep or shallow and with as many edges dropped as
+    ``stage_plan`` says; calibrates its confidence (``fit_calibration``); gives a pseudolabel to the nodes that are
+    confident and whose predictions on sampled graphs agree (``select_pseudolabels``); and removes edges between members
+    of T that it predicts to differ (``prune_edges``):
 
     .. math::
-        \mathrm{deep} = [\,n < 0.025\,N\,], \qquad
-        \mathrm{keep} = \begin{cases} 1 & n = C \text{ and deep} \\ 0.9 & \text{deep} \\ 0.8 & \text{else} \end{cases}
-
-    Few labels need a wide receptive field and bear little noise; many labels need neither depth nor every edge.
+        T \leftarrow T \cup \{i : c_i > \tau,\ \hat y_i^{(1)} = \dots = \hat y_i^{(m)}\}, \qquad
+        A \leftarrow A \setminus \{(i, j) : i, j \in T,\ \hat y_i \ne \hat y_j\}
 
     Args:
-      nodes: N of the graph.
-      classes: C.
-      labelled: n, nodes with a label or a pseudolabel, as the stage begins.
-      deep_below: share of N below which (strictly) the network is deep; 0 never, 1 (as good as) always.
-      keep_deep: share of entries kept in deep stages.
-      keep_shallow: in shallow ones.
-      keep_one_shot: in deep ones where ``labelled == classes``, one label a class.
+      key: of everything random.
+      init: ``(key, deep) -> params``; traceable. The deep network has a layer more.
+      apply: ``(params, features, adjacency, *, key=None) -> logits [N, C]``, in training mode where ``key`` is given;
+        traceable. Pass the same function again and it is not compiled again.
+      problem: the graph and its labels.
+      config: settings.
 
     Returns:
-      A ``Stage``.
+      A ``FastrainResult``; ``scores.argmax(1)`` are the predictions.
 
     Raises:
-      ValueError: numbers out of range.
-
-    Example:
-      >>> stage_plan(2708, 7, 56), stage_plan(2708, 7, 1500)
-      (Stage(deep=True, keep=0.9), Stage(deep=False, keep=0.8))
-
-    The authors' program of April 2023; that of October 2022 was deep below 16 labels a class (64 on PubMed) instead.
-    """
-    check_number("nodes", nodes, low=1, integer=True)
-    check_number("classes", classes, low=2, integer=True)
-    check_number("labelled", labelled, low=1, high=nodes, integer=True, hint="Without a label nothing can be trained.")
-    check_number("deep_below", deep_below, low=0, high=1)
-    for name, keep in (("keep_deep", keep_deep), ("keep_shallow", keep_shallow), ("keep_one_shot", keep_one_shot)):
-        check_number(name, keep, low=0, high=1, open_low=True)
-    if labelled < deep_below * nodes:
-        return Stage(True, keep_one_shot if labelled == classes else keep_deep)
-    return Stage(False, keep_shallow)
-
-
-def drop_count(nnz: int, keep: float) -> int:
-    """Entries that the authors' program zeroes: ``int(nnz * (1 - keep))`` in double precision.
-
-    Example:
-      >>> drop_count(190, 0.9)  # 1 - 0.9 is a little less than 0.1
-      18
-    """
-    check_number("nnz", nnz, low=0, integer=True)
-    check_number("keep", keep, low=0, high=1)
-    return int(nnz * (1 - keep))
-
-
-def drop_edges(key: jax.Array, matrix: SparseMatrix, keep: float | jax.Array) -> SparseMatrix:
-    """The matrix with every entry zeroed with probability ``1 - keep``; the rest is not scaled up.
-
-    Each direction of an edge has its own draw, and self-loops may go too. A mask saves no time: products still run over
-    all entries. ``edge_pool`` does.
-
-    Args:
-      key: of the draw.
-      matrix: normalised adjacency.
-      keep: probability of staying, a number or a traced scalar.
-
-    Returns:
-      A ``SparseMatrix`` of the same pattern.
+      ValueError: a class without a label, or a label out of range.
 
     Example:
       >>> from effjax.graph.adjacency import gcn_adjacency
-      >>> matrix = gcn_adjacency([0, 1], [1, 0], 2)
-      >>> bool((drop_edges(jax.random.key(0), matrix, 1.0).values == matrix.values).all())
-      True
+      >>> labels, mask = jnp.array([0, -1, 1, -1]), jnp.array([True, False, True, False])
+      >>> problem = NodeProblem(jnp.eye(4), gcn_adjacency([0, 1, 2, 3], [1, 0, 3, 2], 4), labels, mask, 2)
+      >>> found = fastrain(
+      ...     jax.random.key(0), lambda key, deep: jnp.zeros((4, 2)),
+      ...     lambda params, x, graph, *, key=None: graph @ (x @ params), problem,
+      ...     FastrainConfig(stages=2, epochs=50, threshold=0.5, calibration_epochs=5),
+      ... )
+      >>> found.scores.argmax(1).tolist(), found.added.tolist()
+      ([0, 0, 1, 1], [0, 1, 0, 1])
 
-    The authors drop an exact number (``drop_edges_exactly``), which takes a sort.
+    Against the authors' program: 300 epochs per stage for 2000 (``epochs``), edges dropped by independent draws for an
+    exact count (``exact_drop``), and the frozen network calibrated without its dropout (``calibration_dropout``).
+    Source: Nagarajan, Raghunathan 2023, TMLR (OpenReview 1IYJfwJtjQ), and the authors' program.
     """
-    check_number("keep", keep, low=0, high=1)
-    # The upper bits, as a whole one is not below 2**32 in any integer at hand: keep is rounded to a 65536th.
-    draw = hashed_bits(key, matrix.values.shape) >> 16
-    stays = draw < jnp.round(jnp.asarray(keep, jnp.float32) * 65536).astype(jnp.uint32)
-    return matrix._replace(values=jnp.where(stays, matrix.values, 0))
+    problem = _checked(problem)
+    state = fastrain_init(key, init, problem, config)
+    for _ in range(config.stages):
+        graph = fastrain_graph(state, problem, config)
+        for _ in range(config.steps):
+            state, _ = _train(state, graph, apply, config)
+            if config.plateau is not None and state.over:
+                break
+        state = fastrain_next(state, init, apply, problem, config)
+    scores = fastrain_scores(state, apply, problem, config)
+    pruned = compact_to_ladder(problem.adjacency, np.asarray(state.edges)) if config.pruned else problem.adjacency
+    epochs = tuple(state.epochs.tolist())
+    return FastrainResult(fastrain_params(state), bool(state.deep), scores, state.labels, state.added, pruned, epochs)
 
 
-def drop_edges_exactly(key: jax.Array, matrix: SparseMatrix, dropped: int | jax.Array) -> SparseMatrix:
-    """The matrix with exactly ``dropped`` of its entries zeroed, drawn without replacement; padding does not count.
+def fastrain_init(
+    key: jax.Array, init: Init, problem: NodeProblem, config: FastrainConfig, *, labelled: int | None = None
+) -> FastrainState:
+    """The state before the first stage; traceable where ``labelled`` is given.
 
     Args:
-      key: of the draw.
-      matrix: normalised adjacency.
-      dropped: how many, ``drop_count``; a number or a traced scalar.
+      key: of everything random. It is split in three, and the first part is not used: draw the labelled nodes with it
+        where they are random too.
+      init: see ``fastrain``.
+      problem: the graph and its labels.
+      config: settings.
+      labelled: number of nodes in ``problem.mask``; None counts them.
 
     Returns:
-      A ``SparseMatrix`` of the same pattern.
+      A ``FastrainState``. No label outside the mask is in it.
 
     Example:
       >>> from effjax.graph.adjacency import gcn_adjacency
-      >>> matrix = gcn_adjacency([0, 1, 1, 2], [1, 0, 2, 1], 3)
-      >>> int((drop_edges_exactly(jax.random.key(0), matrix, 2).values == 0).sum())
-      2
+      >>> graph, mask = gcn_adjacency([0, 1], [1, 0], 2), jnp.array([True, True])
+      >>> problem = NodeProblem(jnp.eye(2), graph, jnp.array([0, 1]), mask, 2)
+      >>> state = fastrain_init(jax.random.key(0), lambda key, deep: jnp.zeros((2, 2)), problem, FastrainConfig())
+      >>> state.added.tolist(), int(state.stage)
+      ([0, 0], 0)
     """
-    check_number("dropped", dropped, low=0, high=matrix.nnz, integer=True)
-    draw = jnp.where(matrix.pattern.valid, jax.random.uniform(key, matrix.values.shape), 2.0)
-    order = jnp.argsort(draw)
-    stays = jnp.zeros(order.shape, bool).at[order].set(jnp.arange(order.size) >= dropped)
-    return matrix._replace(values=jnp.where(stays, matrix.values, 0))
+    _, start, rest = jax.random.split(key, 3)
+    mask = problem.mask
+    plan = _plan(problem, config, int(jnp.sum(mask)) if labelled is None else labelled)
+    state = FastrainState(
+        params=(),
+        opt=(),
+        labels=jnp.where(mask, problem.labels, -1).astype(jnp.int32),
+        weights=mask.astype(jnp.float32),
+        added=jnp.where(mask, 0, -1).astype(jnp.int32),
+        edges=jnp.ones(problem.adjacency.nnz, bool),
+        predictions=jnp.zeros((config.stages, mask.shape[0]), jnp.int32),
+        start=start,
+        key=rest,
+        stage=jnp.int32(0),
+        epochs=jnp.zeros(config.stages, jnp.int32),
+        **_planned(problem, plan),
+    )
+    return _restart(state, init, config, _drawn(start, init, plan.deep), plan.deep)
 
 
-def edge_pool(rng: np.random.Generator, matrix: SparseMatrix, keep: float, size: int) -> SparseMatrix:
-    """Subsets of a matrix's entries, compacted, so that dropping edges shortens the product. Runs on the host.
+def fastrain_graph(state: FastrainState, problem: NodeProblem, config: FastrainConfig) -> StageGraph:
+    """What the steps of a state's stage read: the pruned graph, or the pool of its subsets. Runs on the host."""
+    matrix = problem.adjacency
+    if config.pruned:
+        matrix = compact_to_ladder(matrix, np.asarray(state.edges))
+    if config.pool:
+        seed = np.asarray(jax.random.key_data(jax.random.fold_in(state.key, state.stage)))
+        matrix = edge_pool(np.random.default_rng(seed), matrix, float(state.keep), config.pool)
+    return StageGraph(problem.features, matrix, bool(state.deep))
 
-    An epoch takes one of them at random (``pick_subset``) instead of drawing its own: fewer entries in every product,
-    no random numbers, but only ``size`` different graphs a stage.
+
+def fastrain_step(
+    state: FastrainState, graph: StageGraph, apply: Apply, config: FastrainConfig
+) -> tuple[FastrainState, dict[str, jax.Array]]:
+    """``epochs_per_step`` epochs of a stage; traceable, ``apply`` and ``config`` static.
 
     Args:
-      rng: of the draws.
-      matrix: normalised adjacency.
-      keep: share of the real entries that a subset holds, exactly ``nnz - drop_count(nnz, keep)``.
-      size: number of subsets.
+      state: of ``fastrain_init`` or ``fastrain_next``.
+      graph: of ``fastrain_graph`` for this stage.
+      apply: see ``fastrain``.
+      config: settings.
 
     Returns:
-      A ``SparseMatrix`` whose arrays have a leading axis ``[size]``.
-
-    Raises:
-      ValueError: nothing would be kept, or numbers out of range.
-
-    Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
-      >>> pool = edge_pool(np.random.default_rng(0), gcn_adjacency([0, 1], [1, 0], 2), 0.75, 8)
-      >>> pool.values.shape
-      (8, 3)
+      The new state and ``{"loss"}``. Where ``state.over`` the stage has reached its plateau.
     """
-    check_number("size", size, low=1, integer=True)
-    nnz = int(matrix.pattern.size)
-    kept = nnz - drop_count(nnz, keep)
-    check_number("kept entries", kept, low=1, hint=f"keep={keep} leaves none of the {nnz} entries.")
-    host = jax.device_get(matrix)
-    subsets = []
-    for _ in range(size):
-        mask = np.zeros(matrix.nnz, bool)
-        mask[rng.permutation(nnz)[:kept]] = True
-        subsets.append(_subset(host, mask))
-    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *subsets)
+    place = _place(config, graph.deep)
+    epoch = state.epochs[state.stage]
+    params, opt, losses = train_stage(
+        lambda params, features, adjacency, key: apply(params, features, adjacency, key=key),
+        config.tx,
+        state.params[place],
+        state.opt[place],
+        graph.features,
+        functools.partial(_sample, state, graph, config),
+        state.labels,
+        state.weights,
+        jax.random.fold_in(state.key, state.stage),
+        config.epochs_per_step,
+        first=epoch,
+    )
+    loss = losses.mean()
+    state = state._replace(
+        params=_put(state.params, place, params),
+        opt=_put(state.opt, place, opt),
+        epochs=state.epochs.at[state.stage].add(config.epochs_per_step),
+        over=state.over if config.plateau is None else loss > (1 - config.plateau) * state.loss,
+        loss=loss,
+    )
+    return state, {"loss": loss}
 
 
-def pick_subset(key: jax.Array, pool: SparseMatrix) -> SparseMatrix:
-    """One subset of an ``edge_pool`` at random."""
-    index = jax.random.randint(key, (), 0, pool.values.shape[0])
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), pool)
+def fastrain_next(
+    state: FastrainState, init: Init, apply: Apply, problem: NodeProblem, config: FastrainConfig
+) -> FastrainState:
+    """From the end of a stage to the start of the next: calibrate, label, prune, plan, draw parameters.
+
+    Runs on the host. After the last stage it notes the predictions only: to calibrate and label once more, as the
+    authors do, would change nothing.
+
+    Args:
+      state: after the stage's last ``fastrain_step``.
+      init: see ``fastrain``.
+      apply: see ``fastrain``.
+      problem: the graph; its labels and mask are not read.
+      config: settings.
+
+    Returns:
+      The new state, of the same shapes.
+    """
+    stage = int(state.stage)
+    if stage == config.stages - 1:
+        predictions = fastrain_scores(state, apply, problem, config).argmax(-1).astype(jnp.int32)
+        return state._replace(predictions=state.predictions.at[stage].set(predictions), stage=jnp.int32(stage + 1))
+    params = fastrain_params(state)
+    found = _examined(state, params, apply, problem, config)
+    state = _labelled(state, found, _selected(state, found, problem, config), problem, config)
+    plan = _plan(problem, config, int(jnp.sum(state.weights > 0)))
+    if config.start != "warm" or bool(state.deep) != plan.deep:
+        key = state.start if config.start == "same" else jax.random.fold_in(state.start, stage)
+        params = _drawn(key, init, plan.deep)
+    state = state._replace(stage=jnp.int32(stage + 1), **_planned(problem, plan))
+    return _restart(state, init, config, params, plan.deep)
 
 
-def _subset(matrix: SparseMatrix, mask: np.ndarray) -> SparseMatrix:
-    """The masked entries of a host matrix; both orders are kept, so nothing is sorted."""
-    pattern = matrix.pattern
-    place = np.cumsum(mask, dtype=np.int32) - 1
-    t_mask = mask[pattern.t_order]
-    before = lambda kept, starts: np.concatenate([[0], np.cumsum(kept)])[starts].astype(np.int32)
-    return SparseMatrix(
-        SparsePattern(
-            indptr=before(mask, pattern.indptr),
-            columns=pattern.columns[mask],
-            rows=pattern.rows[mask],
-            t_indptr=before(t_mask, pattern.t_indptr),
-            t_rows=pattern.t_rows[t_mask],
-            t_order=place[pattern.t_order[t_mask]],
-            size=np.int32(mask.sum()),
-            buckets=None,
-            shape=pattern.shape,
-        ),
-        matrix.values[mask],
+def fastrain_params(state: FastrainState) -> PyTree:
+    """Parameters of the network that the state's stage trains. Runs on the host."""
+    return state.params[int(state.deep) if len(state.params) == 2 else 0]
+
+
+def fastrain_scores(state: FastrainState, apply: Apply, problem: NodeProblem, config: FastrainConfig) -> jax.Array:
+    """Logits [N, C] of the network as it stands, on the pruned graph; with ``smoothed``, smoothed probabilities."""
+    matrix = problem.adjacency
+    matrix = matrix._replace(values=jnp.where(state.edges, matrix.values, 0))
+    scores = _predict(apply, fastrain_params(state), problem.features, matrix)
+    if config.smoothed:
+        mask = state.added == 0
+        labels = jnp.where(mask, state.labels, 0)
+        scores = correct_and_smooth(loopless_adjacency(problem.adjacency), jax.nn.softmax(scores), labels, mask)
+    return scores
+
+
+# A stage's plan and parameters
+
+
+def _plan(problem: NodeProblem, config: FastrainConfig, labelled: int) -> Stage:
+    nodes = problem.adjacency.shape[0]
+    found = stage_plan(nodes, problem.classes, labelled, deep_below=config.deep_below)
+    deep = found.deep if config.depth == "plan" else config.depth == "deep"
+    return Stage(deep, found.keep if config.keep == "plan" else config.keep)
+
+
+def _planned(problem: NodeProblem, plan: Stage) -> dict[str, jax.Array]:
+    return {
+        "deep": jnp.asarray(plan.deep),
+        "keep": jnp.float32(plan.keep),
+        "dropped": jnp.int32(drop_count(problem.adjacency.nnz, plan.keep)),
+        "loss": jnp.float32(jnp.inf),
+        "over": jnp.asarray(False),
+    }
+
+
+def _place(config: FastrainConfig, deep: bool) -> int:
+    """Where the network of this depth stands in ``FastrainState.params``."""
+    return int(deep) if config.depth == "plan" else 0
+
+
+def _put(row: tuple[PyTree, ...], place: int, new: PyTree) -> tuple[PyTree, ...]:
+    return (*row[:place], new, *row[place + 1 :])
+
+
+def _restart(state: FastrainState, init: Init, config: FastrainConfig, params: PyTree, deep: bool) -> FastrainState:
+    """The state with these parameters and a new optimizer; the network of the other depth is zero."""
+    row = (params,)
+    if config.depth == "plan":
+        other = jax.eval_shape(lambda key: init(key, not deep), state.start)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), other)
+        row = (zeros, params) if deep else (params, zeros)
+    return state._replace(params=row, opt=tuple(config.tx.init(each) for each in row))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _drawn(key: jax.Array, init: Init, deep: bool) -> PyTree:
+    return init(key, deep)
+
+
+def _sample(state: FastrainState, graph: StageGraph, config: FastrainConfig, key: jax.Array) -> SparseMatrix:
+    """The graph of an epoch."""
+    matrix = graph.adjacency
+    if config.pool:
+        return pick_subset(key, matrix)
+    if config.keep == 1.0:
+        return matrix
+    if config.exact_drop:
+        # Of a pruned graph as large a share as of the whole one.
+        return drop_edges_exactly(key, matrix, state.dropped * matrix.pattern.size // len(state.edges))
+    return drop_edges(key, matrix, state.keep)
+
+
+# Pseudolabels
+
+
+class _Examination(NamedTuple):
+    """The settings that ``_examine`` is compiled for; configs that agree in them share its executable."""
+
+    classes: int
+    samples: int
+    samples_keep: float
+    epochs: int
+    calibration_dropout: bool
+    head_dropout: float
+
+
+class _Examined(NamedTuple):
+    """What a stage's network says of all nodes."""
+
+    logits: jax.Array
+    predictions: jax.Array
+    confidence: jax.Array
+    samples: jax.Array | None
+
+
+def _examined(
+    state: FastrainState, params: PyTree, apply: Apply, problem: NodeProblem, config: FastrainConfig
+) -> _Examined:
+    how = _Examination(
+        problem.classes,
+        config.samples,
+        config.samples_keep,
+        config.calibration_epochs,
+        config.calibration_dropout,
+        config.head_dropout,
+    )
+    key = jax.random.fold_in(jax.random.fold_in(state.key, state.stage), config.steps)
+    graph = (problem.features, problem.adjacency)
+    return _examine(apply, how, key, params, graph, state.labels, state.weights, state.edges)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _examine(apply, how, key, params, graph, labels, weights, edges) -> _Examined:
+    features, whole = graph
+    matrix = whole._replace(values=jnp.where(edges, whole.values, 0))
+    logits = apply(params, features, matrix)
+    fit_key, sample_key = jax.random.split(key)
+    head, _ = fit_calibration(
+        fit_key,
+        (lambda key: apply(params, features, matrix, key=key)) if how.calibration_dropout else logits,
+        matrix,
+        labels,
+        weights,
+        classes=how.classes,
+        epochs=how.epochs,
+        dropout=how.head_dropout,
+    )
+    confidence = jax.nn.softmax(calibrate(head, matrix, logits)).max(-1)
+    # The head changes no prediction, so that samples do without it.
+    sample = lambda key: apply(params, features, drop_edges(key, matrix, how.samples_keep)).argmax(-1)
+    samples = jax.lax.map(sample, jax.random.split(sample_key, how.samples)) if how.samples else None
+    return _Examined(logits, logits.argmax(-1), confidence, samples)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(apply: Apply, params: PyTree, features: Any, adjacency: SparseMatrix) -> jax.Array:
+    return apply(params, features, adjacency)
+
+
+def _selected(state: FastrainState, found: _Examined, problem: NodeProblem, config: FastrainConfig) -> jax.Array:
+    """The nodes that get a pseudolabel."""
+    mask, classes = state.weights > 0, problem.classes
+    if config.select != "threshold":
+        new = most_confident(~mask, found.confidence, found.predictions, classes, config.top_k)
+        if config.select == "m3s":
+            key = jax.random.fold_in(state.key, state.stage)
+            clusters = min(config.clusters, len(mask))
+            checked = cluster_labels(key, found.logits, state.labels, mask, classes, clusters=clusters)
+            new = new & (checked == found.predictions)
+        return new
+    new = select_pseudolabels(found.confidence, mask, config.threshold, found.samples)
+    if config.growth is None:
+        return new
+    sure = select_pseudolabels(found.confidence, mask, config.threshold)
+    shown = (found.confidence, found.predictions, mask, classes, found.samples)
+    return guard_pseudolabels(new, sure, *shown, agreement=config.agreement, growth=config.growth)
+
+
+def _labelled(
+    state: FastrainState, found: _Examined, new: jax.Array, problem: NodeProblem, config: FastrainConfig
+) -> FastrainState:
+    """The state with the labels, weights and edges that the new nodes bring."""
+    weights = pseudolabel_weights(found.confidence, found.predictions, found.samples) if config.weighted else 1.0
+    weights = jnp.where(new, weights, state.weights).astype(jnp.float32)
+    predictions = found.predictions.astype(jnp.int32)
+    edges = state.edges
+    if config.pruned:
+        edges = prune_edges(problem.adjacency.pattern, edges, found.predictions, weights > 0)
+    return state._replace(
+        labels=jnp.where(new, predictions, state.labels),
+        weights=weights,
+        added=jnp.where(new, state.stage + 1, state.added).astype(jnp.int32),
+        predictions=state.predictions.at[state.stage].set(predictions),
+        edges=edges,
     )
 
 
-def agreeing(samples: Int[Array, "count nodes"]) -> Bool[Array, "nodes"]:
-    """Nodes for which all sampled predictions are the same.
-
-    Example:
-      >>> agreeing(jnp.array([[0, 1], [0, 2]])).tolist()
-      [True, False]
-    """
-    return (samples == samples[0]).all(0)
+# The one call
 
 
-def select_pseudolabels(
-    confidence: Float[Array, "nodes"],
-    mask: Bool[Array, "nodes"],
-    threshold: float,
-    samples: Int[Array, "count nodes"] | None = None,
-) -> Bool[Array, "nodes"]:
-    r"""Sampling-based pseudolabel filtering: the nodes that become training nodes.
-
-    .. math:: \mathrm{new}_i = [\,c_i > \tau\,] \wedge [\,\hat y_i^{(1)} = \dots = \hat y_i^{(m)}\,] \wedge i \notin T
-
-    The samples are predictions on graphs with randomly dropped edges. As in the authors' program they must agree among
-    themselves, not with the prediction on the whole graph, which becomes the label.
-
-    Args:
-      confidence: c, largest (calibrated) probability of each node.
-      mask: T, nodes that have a label or pseudolabel already; those stay as they are.
-      threshold: tau, exceeded strictly.
-      samples: predictions on sampled graphs; None for plain self-training.
-
-    Returns:
-      Mask of the new nodes.
-
-    Raises:
-      ValueError: ``threshold`` outside [0, 1].
-
-    Example:
-      >>> confidence, mask = jnp.array([0.95, 0.9, 0.9, 0.5]), jnp.array([True, False, False, False])
-      >>> select_pseudolabels(confidence, mask, 0.8, jnp.array([[0, 1, 1, 0], [0, 1, 2, 0]])).tolist()
-      [False, True, False, False]
-    """
-    check_number("threshold", threshold, low=0, high=1)
-    new = (confidence > threshold) & ~mask
-    return new if samples is None else new & agreeing(samples)
+@functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
+def _train(state, graph, apply, config) -> tuple[FastrainState, dict[str, jax.Array]]:
+    return fastrain_step(state, graph, apply, config)
 
 
-def prune_edges(
-    pattern: SparsePattern,
-    keep: Bool[Array, "nnz"],
-    predictions: Int[Array, "nodes"],
-    mask: Bool[Array, "nodes"],
-) -> Bool[Array, "nnz"]:
-    r"""Progressive graph pruning: edges between training nodes that are predicted to be of different classes go.
-
-    .. math::
-        \mathrm{keep}_{ij} \leftarrow \mathrm{keep}_{ij} \wedge
-        \neg\,[\,i \in T,\ j \in T,\ \hat y_i \ne \hat y_j\,]
-
-    Self-loops stay, and so do the values of the remaining entries. The saving comes from ``compact``.
-
-    Args:
-      pattern: of the adjacency.
-      keep: entries that earlier stages kept.
-      predictions: of the stage's network, for true labels too.
-      mask: T, new pseudolabels included.
-
-    Returns:
-      The new mask of entries.
-
-    Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
-      >>> pattern = gcn_adjacency([0, 1], [1, 0], 2).pattern
-      >>> prune_edges(pattern, jnp.ones(4, bool), jnp.array([0, 1]), jnp.array([True, True])).tolist()
-      [True, False, False, True]
-    """
-    inside = mask[pattern.rows] & mask[pattern.columns]
-    return keep & ~(inside & (predictions[pattern.rows] != predictions[pattern.columns]))
-
-
-def nnz_ladder(nnz: int, *, shrink: float = 0.95, least: float = 0.85) -> tuple[int, ...]:
-    """Sizes that a pruned matrix is padded to: ``nnz`` times powers of ``shrink``, so that pruning rarely recompiles.
-
-    Args:
-      nnz: entries before pruning.
-      shrink: ratio of neighbouring sizes.
-      least: share of ``nnz`` below which there are no more sizes.
-
-    Returns:
-      Increasing sizes; the last is ``nnz``.
-
-    Example:
-      >>> nnz_ladder(1000)
-      (856, 902, 950, 1000)
-    """
-    check_number("nnz", nnz, low=1, integer=True)
-    check_number("shrink", shrink, low=0, high=1, open_low=True, open_high=True)
-    check_number("least", least, low=0, high=1, open_low=True)
-    sizes = [nnz]
-    while (smaller := int(sizes[-1] * shrink)) >= max(1, least * nnz):
-        sizes.append(smaller)
-    return tuple(reversed(sizes))
-
-
-def compact_to_ladder(matrix: SparseMatrix, keep: np.ndarray) -> SparseMatrix:
-    """The kept entries alone, padded to the ``nnz_ladder`` of the whole matrix. Runs on the host."""
-    keep = np.asarray(keep)
-    rungs = nnz_ladder(int(matrix.pattern.size))
-    return compact(matrix, keep, capacity=smallest_fit(int(keep.sum()), rungs))
-
-
-def train_stage(
-    network: Network,
-    tx: optax.GradientTransformation,
-    params: PyTree,
-    opt: PyTree,
-    features: Any,
-    sample: Callable[[jax.Array], SparseMatrix],
-    labels: Int[Array, "nodes"],
-    weights: Float[Array, "nodes"],
-    key: jax.Array,
-    epochs: int,
-    *,
-    first: int | jax.Array = 0,
-) -> tuple[PyTree, PyTree, Float[Array, "epochs"]]:
-    r"""Full-batch epochs on the labelled and pseudolabelled nodes, each on a graph of its own.
-
-    .. math:: \min_\theta\ \frac{\sum_i w_i\, \mathrm{CE}(f_\theta(X, A_e)_i, z_i)}{\sum_i w_i}
-
-    One ``lax.scan``, so the training set may grow without compiling anew. Map it over labelled sets with ``jax.vmap``
-    on an accelerator (batched: params, opt, labels, weights, key), with ``jax.lax.map`` on a CPU.
-
-    Args:
-      network: ``(params, features, adjacency, key) -> logits [N, C]``, in training mode.
-      tx: the optimizer; the authors' is ``fastrain_optimizer``.
-      params: parameters.
-      opt: its state.
-      features: passed on to the network.
-      sample: ``key -> adjacency`` of an epoch, such as ``lambda key: drop_edges(key, matrix, 0.9)``.
-      labels: z; where ``weights`` is 0 nothing is read from them.
-      weights: of the nodes in the loss; 1 for members of the training set, 0 for all others.
-      key: of the stage; epoch e uses ``fold_in(key, e)``.
-      epochs: how many, static.
-      first: number of the first epoch, for training in pieces.
-
-    Returns:
-      Parameters, optimizer state and the loss of every epoch.
-
-    Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
-      >>> matrix, tx = gcn_adjacency([0, 1], [1, 0], 2), optax.sgd(1.0)
-      >>> network = lambda params, features, adjacency, key: adjacency @ (features @ params)
-      >>> params, _, losses = train_stage(
-      ...     network, tx, jnp.zeros((2, 2)), tx.init(jnp.zeros((2, 2))), jnp.eye(2), lambda key: matrix,
-      ...     jnp.array([1, -1]), jnp.array([1.0, 0.0]), jax.random.key(0), 3,
-      ... )
-      >>> bool(losses[2] < losses[0])
-      True
-    """
-    check_number("epochs", epochs, low=1, integer=True)
-
-    def loss(params: PyTree, key: jax.Array) -> jax.Array:
-        graph_key, network_key = jax.random.split(key)
-        logits = network(params, features, sample(graph_key), network_key)
-        return weighted_cross_entropy(logits, labels, weights)
-
-    def epoch(carry: tuple[PyTree, PyTree], number: jax.Array) -> tuple[tuple[PyTree, PyTree], jax.Array]:
-        params, opt = carry
-        value, grads = jax.value_and_grad(loss)(params, jax.random.fold_in(key, number))
-        updates, opt = tx.update(grads, opt, params)
-        return (optax.apply_updates(params, updates), opt), value
-
-    (params, opt), losses = jax.lax.scan(epoch, (params, opt), first + jnp.arange(epochs))
-    return params, opt, losses
-
-
-def weighted_cross_entropy(
-    logits: Float[Array, "nodes classes"], labels: Int[Array, "nodes"], weights: Float[Array, "nodes"]
-) -> Float[Array, ""]:
-    """Weighted mean of the nodes' cross-entropies; labels of weight 0 are not read.
-
-    Example:
-      >>> round(float(weighted_cross_entropy(jnp.zeros((2, 4)), jnp.array([0, -1]), jnp.array([1.0, 0.0]))), 4)
-      1.3863
-    """
-    members = weights > 0
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(members, labels, 0))
-    return jnp.sum(jnp.where(members, weights * losses, 0)) / jnp.sum(weights)
-
-
-def fastrain_optimizer(learning_rate: float = 0.01, weight_decay: float = 5e-4) -> optax.GradientTransformation:
-    """Adam with L2 added to the gradient, of biases too, as PyTorch's ``weight_decay`` does; not AdamW."""
-    return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
+def _checked(problem: NodeProblem) -> NodeProblem:
+    labels, mask, nodes = np.asarray(problem.labels), np.asarray(problem.mask), problem.adjacency.shape[0]
+    if labels.shape != (nodes,) or mask.shape != (nodes,) or mask.dtype != bool or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels is {labels.dtype}{list(labels.shape)} and mask {mask.dtype}{list(mask.shape)}; integers [{nodes}] "
+            f"and bool [{nodes}] are needed, as the adjacency has {nodes} nodes."
+        )
+    given = labels[mask]
+    wrong = given[(given < 0) | (given >= problem.classes)]
+    if wrong.size:
+        raise ValueError(f"labels holds {wrong[0]} inside the mask; classes are 0..{problem.classes - 1}.")
+    empty = np.setdiff1d(np.arange(problem.classes), given)
+    if empty.size:
+        raise ValueError(
+            f"mask holds no node of the classes {empty.tolist()}, and self-training cannot find a class that it has "
+            "never seen. Label at least one node of each, or renumber the classes."
+        )
+    labels = jnp.asarray(np.where(mask, labels, -1), jnp.int32)
+    return problem._replace(labels=labels, mask=jnp.asarray(mask))

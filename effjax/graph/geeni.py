@@ -1,370 +1,689 @@
 """GEENI: ensembles of graph networks at the latency of one (Nagarajan, Raghunathan, DAC 2022, 10.1145/3489517.3530416).
 
-A reconstruction: of the paper only abstracts could be read, and no code exists. Here are the members, which train and
-run side by side as one program; ``effjax.graph.error_nodes`` finds the nodes that are probably wrong and
-``effjax.graph.isolation`` stops their messages.
+A reconstruction: of the paper only abstracts could be read, and no code exists. Members (``effjax.graph.members``)
+train side by side; the nodes that are probably wrong are found (``effjax.graph.error_nodes``); their messages are
+stopped (``effjax.graph.isolation``); what is left is served (``effjax.graph.geeni_serving``).
 """
 
+import dataclasses
 import functools
-import math
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_choice, check_number
-from effjax.core.loops import stacked_map
-from effjax.core.timing import time_interleaved
-from effjax.graph.sparse import SparseMatrix, matmul, spmm
+from effjax.graph.adjacency import gcn_normalize
+from effjax.graph.error_nodes import (
+    ErrorScores,
+    error_scores,
+    error_set,
+    held_out_trust,
+    label_free_trust,
+    learned_trust,
+)
+from effjax.graph.geeni_serving import ServedEnsemble, serve_ensemble
+from effjax.graph.isolation import MODES, Mode, isolate_to_ladder, isolated_values, random_edges
+from effjax.graph.members import (
+    FORMS,
+    Form,
+    GcnMembers,
+    ensemble_logits,
+    ensemble_probabilities,
+    fastest_members_form,
+    fold_members,
+    init_members,
+    mask_features,
+    member_probabilities,
+    members_loss,
+)
+from effjax.graph.sparse import SparseMatrix
 
-Form = Literal["columns", "vmap", "map", "unroll"]
-FORMS = ("columns", "vmap", "map", "unroll")
+PyTree = Any
+Stage = Literal["members", "students"]
+Detector = Literal["score", "agreement", "mutual", "learned", "oracle"]
+DETECTORS = ("score", "agreement", "mutual", "learned", "oracle")
+_DECAYED = GcnMembers(True, False, False, False)  # what the weight decay is for
 
 
-class GcnMembers(NamedTuple):
-    """K graph convolution networks of two layers, stacked.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeeniSettings:
+    """How members are trained and what isolation may choose from: what the arms of a study share."""
 
-    Attributes:
-      kernel_0: floating [K, F, H].
-      bias_0: [K, H].
-      kernel_1: [K, H, C].
-      bias_1: [K, C].
-    """
+    members: int = 4
+    """Networks of an ensemble."""
+    epochs_per_step: int = 10
+    """Full-batch epochs of one training step."""
+    learning_rate: float = 0.01
+    """Learning rate of Adam."""
+    weight_decay: float = 5e-4
+    """L2 penalty of the first layer, added to its gradient."""
+    edge_keep: float = 0.8
+    """Share of the edges that members after the first see in training."""
+    feature_keep: float = 0.8
+    """Share of the features that members after the first see."""
+    dropout: float = 0.5
+    """Dropout rate on the hidden layer, in training."""
+    student_dropout: float = 0.2
+    """Dropout rate on the hidden layer of networks that are trained on an ensemble's probabilities."""
+    student_share: float = 1.0
+    """Steps of the networks that are trained on an ensemble's probabilities, as a multiple of the ensemble's steps."""
+    fractions: tuple[float, ...] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+    """Shares of the nodes that may be isolated; none at all is always a candidate."""
+    modes: tuple[Mode, ...] = MODES
+    """Normalisations of the isolated graph, among which validation nodes choose."""
+    powers: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    """Soft isolation multiplies a node's messages by one of these powers of its probability of being right."""
+    folds: int = 5
+    """Parts of the validation nodes, each judged by a detector that has not seen it."""
+    ridge: float = 5.0
+    """Regularisation of the learned detector."""
+    form: Form | Literal["auto"] = "columns"
+    """How the members are run; auto measures, and two runs may then differ in the last bits."""
 
-    kernel_0: jax.Array
-    bias_0: jax.Array
-    kernel_1: jax.Array
-    bias_1: jax.Array
+    def __post_init__(self):
+        for name in ("fractions", "modes", "powers"):  # a list would not be a static argument of `jit`
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if not getattr(self, name):
+                raise ValueError(f"{name}=() leaves no candidate to choose from. Give one or more.")
+        for name in ("members", "epochs_per_step"):
+            check_number(name, getattr(self, name), low=1, integer=True)
+        check_number("folds", self.folds, low=3, integer=True)
+        for name in ("edge_keep", "feature_keep"):
+            check_number(name, getattr(self, name), low=0, high=1, open_low=True)
+        for name in ("dropout", "student_dropout"):
+            check_number(name, getattr(self, name), low=0, high=1, open_high=True)
+        for name in ("learning_rate", "ridge", "student_share"):
+            check_number(name, getattr(self, name), low=0, open_low=True)
+        check_number("weight_decay", self.weight_decay, low=0)
+        for fraction in self.fractions:
+            check_number("fractions", fraction, low=0, high=1, open_low=True, hint="Zero is always a candidate.")
+        for power in self.powers:
+            check_number("powers", power, low=0, open_low=True)
+        for mode in self.modes:
+            check_choice("modes", mode, MODES)
+        check_choice("form", self.form, (*FORMS, "auto"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeeniConfig(GeeniSettings):
+    """Settings of GEENI."""
+
+    width: int = 16
+    """Hidden units of each member."""
+    epochs: int = 200
+    """Full-batch epochs of the members."""
+    denoised: float = 0.0
+    """Share of the members that see only edges between alike nodes, in training and when served."""
+    students: int = 0
+    """Networks that are trained on the ensemble's probabilities and served in its place; 0 for none."""
+    student_width: int = 16
+    """Hidden units of each student."""
+    isolate: Detector | None = "learned"
+    """Detector of error nodes, None to isolate none; score, agreement and mutual need no labels, learned is fitted on
+    validation nodes, oracle reads ALL labels and is an upper bound, never a result."""
+    soft: bool = False
+    """Multiply messages by a power of the probability that the node is right, and stop none."""
+    folded: bool = False
+    """Serve the mean of the members' logits, as one network at the cost of one."""
+    precompute: bool | Literal["auto"] = "auto"
+    """Store S X where features are dense, which spares the first aggregation of what is served."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("width", "epochs", "student_width"):
+            check_number(name, getattr(self, name), low=1, integer=True)
+        check_number("students", self.students, low=0, integer=True)
+        check_number("denoised", self.denoised, low=0, high=1)
+        check_choice("isolate", self.isolate, (*DETECTORS, None))
+        if self.soft and self.isolate not in ("learned", "oracle"):
+            raise ValueError(
+                f"soft=True needs probabilities of being right, which isolate={self.isolate!r} does not give. Use "
+                "isolate='learned'."
+            )
+        if self.denoised_members and self.members > 1 and (self.folded or self.students):
+            raise ValueError(
+                f"denoised={self.denoised} gives members graphs of their own, which folded=True and students cannot "
+                "have. Use denoised=0, or folded=False and students=0."
+            )
 
     @property
-    def count(self) -> int:
-        """K."""
-        return self.kernel_0.shape[0]
+    def denoised_members(self) -> int:
+        """How many members see only edges between alike nodes."""
+        return round(self.denoised * self.members)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What is trained, in order."""
+        return ("members", "students") if self.students else ("members",)
+
+    def steps(self, stage: Stage) -> int:
+        """Calls of ``geeni_step`` in a stage.
+
+        Example:
+          >>> GeeniConfig(epochs=200, epochs_per_step=10, students=1, student_share=1.5).steps("students")
+          30
+        """
+        steps = max(1, self.epochs // self.epochs_per_step)
+        return steps if stage == "members" else max(1, round(steps * self.student_share))
 
 
-def init_members(key: jax.Array, count: int, features: int, hidden: int, classes: int) -> GcnMembers:
-    """Members that differ by their seed: Glorot uniform kernels, zero biases.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("features", "adjacency", "labels", "train", "val", "weights", "alike"),
+    meta_fields=("classes",),
+)
+@dataclasses.dataclass(frozen=True)
+class GeeniProblem:
+    """Nodes of one graph to be classified.
 
-    Args:
-      key: member k is drawn from the k-th of ``split(key, count)``.
-      count: K.
-      features: F.
-      hidden: H. For K members at the cost of one of width H', take H' / K.
+    Attributes:
+      features: X, float [N, F] or a ``SparseMatrix``.
+      adjacency: ``gcn_adjacency``: symmetric normalisation, with self-loops; values [nnz].
+      labels: int32 [N]; read at ``train`` and ``val`` only, except by the detector 'oracle'.
+      train: bool [N], nodes the networks are trained on.
+      val: bool [N], labelled nodes they are not trained on: they fit the detector and choose the isolation.
       classes: C.
-
-    Returns:
-      ``GcnMembers`` in float32.
-
-    Example:
-      >>> init_members(jax.random.key(0), 2, 2, 4, 2).kernel_0.shape
-      (2, 2, 4)
+      weights: float [nnz], what ``adjacency`` normalises; None for ones.
+      alike: bool [nnz], the edges that denoised members see (``alike_edges``).
     """
-    for name, number in (("count", count), ("features", features), ("hidden", hidden), ("classes", classes)):
-        check_number(name, number, low=1, integer=True)
-    draw = jax.nn.initializers.glorot_uniform()
 
-    def one(key: jax.Array) -> GcnMembers:
-        first, second = jax.random.split(key)
-        return GcnMembers(
-            draw(first, (features, hidden)), jnp.zeros(hidden), draw(second, (hidden, classes)), jnp.zeros(classes)
-        )
-
-    return jax.vmap(one)(jax.random.split(key, count))
+    features: jax.Array | SparseMatrix
+    adjacency: SparseMatrix
+    labels: jax.Array
+    train: jax.Array
+    val: jax.Array
+    classes: int
+    weights: jax.Array | None = None
+    alike: jax.Array | None = None
 
 
-def mask_features(members: GcnMembers, keep: Bool[Array, "members features"]) -> GcnMembers:
-    """Members that do not see some of the features: those rows of the first kernel are zero, and so is their gradient.
+class Isolation(NamedTuple):
+    """Which nodes send, of ``choose_isolation``.
 
-    Example:
-      >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
-      >>> mask_features(members, jnp.array([[True, True], [True, False]])).kernel_0[1, 1].tolist()
-      [0.0, 0.0, 0.0, 0.0]
+    Attributes:
+      trust: [N], of the detector; low where the ensemble is probably wrong.
+      send: [N] in [0, 1], by what the messages of every node are multiplied; ones where no isolation is better.
+      mode: int32, place in ``GeeniConfig.modes``.
     """
-    return members._replace(kernel_0=jnp.where(keep[:, :, None], members.kernel_0, 0))
+
+    trust: jax.Array
+    send: jax.Array
+    mode: jax.Array
 
 
-def prune_width(members: GcnMembers, width: int) -> GcnMembers:
-    r"""Trained members with only their strongest hidden units, those of largest
-    :math:`\lVert W_{0,\cdot h} \rVert\, \lVert W_{1,h \cdot} \rVert`.
+class GeeniState(NamedTuple):
+    """State of a GEENI run; its structure and shapes stay the same from the first stage to the last.
+
+    Attributes:
+      key: of the run.
+      epoch: int32, epochs done, over all stages.
+      members: of the ensemble.
+      opt: their optimizer's state.
+      students: networks that imitate the ensemble; None without.
+      students_opt: their optimizer's state; None without.
+      targets: [N, C], what they imitate; None without. Zeros before ``geeni_next``.
+      isolation: None where nothing is isolated; before ``geeni_next`` everything sends.
+    """
+
+    key: jax.Array
+    epoch: jax.Array
+    members: GcnMembers
+    opt: PyTree
+    students: GcnMembers | None
+    students_opt: PyTree
+    targets: jax.Array | None
+    isolation: Isolation | None
+
+
+class GeeniViews(NamedTuple):
+    """What each member sees in training.
+
+    Attributes:
+      matrix: S; values [nnz], or [K, nnz] where members see subsets of the edges.
+      features: bool [K, F].
+    """
+
+    matrix: SparseMatrix
+    features: jax.Array
+
+
+def geeni(key: jax.Array, problem: GeeniProblem, config: GeeniConfig | None = None) -> ServedEnsemble:
+    r"""Train an ensemble, find the nodes that it gets wrong, stop their messages, and make it ready to serve.
+
+    .. math:: p = \tfrac{1}{K} \sum_k \mathrm{softmax}(S'\, \mathrm{relu}(S' X W_{0,k} + b_{0,k})\, W_{1,k} + b_{1,k})
+
+    S' is S without the messages of the error nodes, its entries compacted. This is a loop over ``geeni_init``,
+    ``geeni_step``, ``geeni_next`` and ``geeni_serve``, for runs that are to be saved, watched or sharded.
 
     Args:
-      members: of width H.
-      width: hidden units that stay, in [1, H].
+      key: of initial values, dropout, the members' views and the folds of the validation nodes.
+      problem: the graph; arrays as in ``GeeniProblem``.
+      config: of the method; None for ``GeeniConfig()``.
 
     Returns:
-      Members of that width; the units keep their order.
-
-    Example:
-      >>> prune_width(init_members(jax.random.key(0), 2, 2, 4, 2), 3).kernel_1.shape
-      (2, 3, 2)
-    """
-    check_number("width", width, low=1, high=members.kernel_0.shape[-1], integer=True)
-    strength = jnp.linalg.norm(members.kernel_0, axis=1) * jnp.linalg.norm(members.kernel_1, axis=2)
-    units = jnp.sort(jax.lax.top_k(strength, width)[1], axis=1)
-    return GcnMembers(
-        jnp.take_along_axis(members.kernel_0, units[:, None, :], axis=2),
-        jnp.take_along_axis(members.bias_0, units, axis=1),
-        jnp.take_along_axis(members.kernel_1, units[:, :, None], axis=1),
-        members.bias_1,
-    )
-
-
-def fold_members(members: GcnMembers) -> GcnMembers:
-    r"""The members as ONE network of width K H, whose logits are the mean of theirs, at exactly its cost.
-
-    .. math:: \frac{1}{K} \sum_k \left(S H_k W_{1,k} + b_{1,k}\right) = S\, [H_1 \ldots H_K]\,
-       \frac{1}{K} \begin{bmatrix} W_{1,1} \\ \vdots \\ W_{1,K} \end{bmatrix} + \frac{1}{K} \sum_k b_{1,k}
-
-    Its softmax is the normalised geometric mean of the members' probabilities (a logarithmic opinion pool), where
-    ``ensemble_probabilities`` of the members themselves is the arithmetic one. The last aggregation has C columns
-    instead of K C, and there is one softmax.
-
-    Args:
-      members: trained, of one graph.
-
-    Returns:
-      ``GcnMembers`` with K = 1, which every function of members takes.
-
-    Example:
-      >>> folded = fold_members(init_members(jax.random.key(0), 4, 3, 16, 2))
-      >>> folded.kernel_0.shape, folded.kernel_1.shape
-      ((1, 3, 64), (1, 64, 2))
-    """
-    count, width, hidden = members.kernel_0.shape
-    return GcnMembers(
-        jnp.moveaxis(members.kernel_0, 0, 1).reshape(1, width, count * hidden),
-        members.bias_0.reshape(1, -1),
-        members.kernel_1.reshape(1, count * hidden, -1) / count,
-        jnp.mean(members.bias_1, axis=0, keepdims=True),
-    )
-
-
-def ensemble_logits(
-    members: GcnMembers,
-    features: SparseMatrix | Float[Array, "nodes features"],
-    matrix: SparseMatrix,
-    *,
-    last: SparseMatrix | None = None,
-    propagated: bool = False,
-    dropout: float = 0.0,
-    key: jax.Array | None = None,
-    form: Form = "columns",
-) -> Float[Array, "members nodes classes"]:
-    r"""Logits of all members, in one of four forms of one computation.
-
-    .. math:: Z_k = S_2\, \mathrm{relu}(S_1 X W_{0,k} + b_{0,k})\, W_{1,k} + b_{1,k}
-
-    ``'columns'`` puts the members side by side: one product with X and, where they share the graph, one with S in every
-    layer. ``'vmap'``, ``'map'`` and ``'unroll'`` are loops over members (``effjax.core.loops``). Which is fastest
-    depends on the size: ``fastest_members_form`` measures.
-
-    Args:
-      members: K of them.
-      features: X, dense or sparse.
-      matrix: S of both layers, normalised; its values are [nnz], or [K, nnz] where members see graphs of their own.
-      last: S of the second layer, if it differs.
-      propagated: ``features`` are already S X, and the first layer is a plain product.
-      dropout: rate on the hidden layer, in training.
-      key: of the dropout; needed where the rate is above 0.
-      form: see above.
-
-    Returns:
-      [K, N, C].
+      A ``ServedEnsemble``: called without arguments it gives the probabilities [N, C] of all nodes.
 
     Raises:
-      ValueError: an unknown ``form``, a dropout without key, or values for another number of members.
+      ValueError: arrays of the wrong shape, masks that overlap or are empty, labels beyond the classes, edges in one
+        direction only, an adjacency that is no ``gcn_normalize`` of its weights.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
-      >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
-      >>> ensemble_logits(members, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2)).shape
-      (2, 2, 2)
+      >>> import effjax
+      >>> cora = effjax.node_data("cora")
+      >>> train, val, test = effjax.draw_split(jax.random.key(0), cora.labels, cora.classes, 20, 30)
+      >>> problem = GeeniProblem(cora.features, cora.adjacency, cora.labels, train, val, cora.classes)
+      >>> served = geeni(jax.random.key(1), problem, GeeniConfig(width=4, epochs=10, fractions=(0.1,)))
+      >>> served().shape
+      (2708, 7)
+
+    Nagarajan, Raghunathan 2022 (DAC). Reconstructed from its abstracts: detector, choice, normalisation and students
+    are ours.
     """
-    check_choice("form", form, FORMS)
-    check_number("dropout", dropout, low=0, high=1, open_high=True)
-    if dropout and key is None:
-        raise ValueError(f"dropout={dropout} needs a key. Pass one, or leave dropout out when evaluating.")
-    last = matrix if last is None else last
-    for name, given in (("matrix", matrix), ("last", last)):
-        if given.values.ndim == 2 and given.values.shape[0] != members.count:
-            raise ValueError(
-                f"{name}.values has shape {given.values.shape}: {given.values.shape[0]} graphs for {members.count} "
-                "members. Give one row for every member, or one vector for all."
-            )
-    keys = jax.random.split(key, members.count) if dropout else None
-    if form == "columns":
-        return _columns(members, features, matrix, last, propagated, dropout, keys)
-    own = tuple(given.values if given.values.ndim == 2 else None for given in (matrix, last))
-    return stacked_map(
-        functools.partial(_one, propagated, dropout),
-        (members, own, keys),
-        features,
-        (matrix, last),
-        size=members.count,
-        loop=form,
-    )
+    config = config or GeeniConfig()
+    _check_problem(problem, config)
+    config = with_measured_form(problem, config)
+    state = geeni_init(key, problem, config=config)
+    for stage in config.stages:
+        views = geeni_views(state, problem, config=config)
+        for _ in range(config.steps(stage)):
+            state, _ = _step(state, problem, views, config=config, stage=stage)
+        state = geeni_next(state, problem, config=config, stage=stage)
+    return geeni_serve(state, problem, config=config)
 
 
-def _one(propagated, dropout, member, features, matrices):
-    """One member; its slices, and what all share."""
-    (kernel_0, bias_0, kernel_1, bias_1), own, key = member
-    first, last = (_with_values(given, row) for given, row in zip(matrices, own, strict=True))
-    hidden = matmul(features, kernel_0)
-    hidden = jax.nn.relu((hidden if propagated else spmm(first, hidden)) + bias_0)
-    if dropout:
-        hidden = _dropped(hidden, jax.random.bernoulli(key, 1 - dropout, hidden.shape), dropout)
-    return spmm(last, hidden @ kernel_1) + bias_1
-
-
-def _with_values(matrix: SparseMatrix, values: jax.Array | None) -> SparseMatrix:
-    return matrix if values is None else matrix._replace(values=values)
-
-
-def _columns(members, features, first, last, propagated, dropout, keys):
-    count, width, hidden_units = members.kernel_0.shape
-    flat = jnp.moveaxis(members.kernel_0, 0, 1).reshape(width, count * hidden_units)
-    hidden = matmul(features, flat)
-    hidden = hidden.reshape(hidden.shape[0], count, hidden_units)
-    hidden = jax.nn.relu((hidden if propagated else _aggregate(first, hidden)) + members.bias_0)
-    if dropout:
-        draw = lambda key: jax.random.bernoulli(key, 1 - dropout, (hidden.shape[0], hidden_units))
-        hidden = _dropped(hidden, jnp.moveaxis(jax.vmap(draw)(keys), 0, 1), dropout)
-    logits = _aggregate(last, jnp.einsum("nkh,khc->nkc", hidden, members.kernel_1)) + members.bias_1
-    return jnp.moveaxis(logits, 1, 0)
-
-
-def _aggregate(matrix: SparseMatrix, x: jax.Array) -> jax.Array:
-    """[N, K, ...] -> [N, K, ...]: one product where the members share the values."""
-    if matrix.values.ndim == 1:
-        return spmm(matrix, x)
-    return jax.vmap(lambda values, x: spmm(matrix._replace(values=values), x), in_axes=(0, 1), out_axes=1)(
-        matrix.values, x
-    )
-
-
-def _dropped(x: jax.Array, keep: jax.Array, dropout: float) -> jax.Array:
-    return jnp.where(keep, x / (1 - dropout), 0)
-
-
-def ensemble_probabilities(
-    logits: Float[Array, "members nodes classes"],
-) -> Float[Array, "nodes classes"]:
-    """Mean of the members' softmax, in float32 or wider.
-
-    Example:
-      >>> ensemble_probabilities(jnp.zeros((3, 1, 2))).tolist()
-      [[0.5, 0.5]]
-    """
-    return jnp.mean(member_probabilities(logits), axis=0)
-
-
-def member_probabilities(logits: Float[Array, "members nodes classes"]) -> Float[Array, "members nodes classes"]:
-    """Softmax of every member, in float32 or wider; what ``error_scores`` takes.
-
-    Example:
-      >>> member_probabilities(jnp.zeros((1, 1, 2))).tolist()
-      [[[0.5, 0.5]]]
-    """
-    return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
-
-
-def members_loss(
-    logits: Float[Array, "members nodes classes"],
-    labels: Int[Array, "nodes"],
-    mask: Bool[Array, "nodes"],
-) -> Float[Array, ""]:
-    """Sum over the members of their mean cross-entropy: every member trains as if it were alone.
+def geeni_init(key: jax.Array, problem: GeeniProblem, *, config: GeeniConfig) -> GeeniState:
+    """The state before the first step; traceable.
 
     Args:
-      logits: of ``ensemble_logits``.
-      labels: not read outside the mask.
-      mask: the training nodes; ``[K, N]`` gives every member its own.
+      key: of the run.
+      problem: the graph.
+      config: of the method.
 
     Returns:
-      A scalar, nats.
+      A ``GeeniState``.
+
+    Raises:
+      ValueError: arrays of the wrong shape, or no ``alike`` edges for denoised members.
+    """
+    _check_shapes(problem, config)
+    tx, (nodes, width) = _optimizer(config), problem.features.shape
+    members = init_members(jax.random.fold_in(key, 1), config.members, width, config.width, problem.classes)
+    students, targets, isolation = None, None, None
+    if config.students:
+        students = init_members(_epochs_key(key), config.students, width, config.student_width, problem.classes)
+        targets = jnp.zeros((nodes, problem.classes))
+    if config.isolate:
+        isolation = Isolation(jnp.zeros(nodes), jnp.ones(nodes), jnp.zeros((), jnp.int32))
+    return GeeniState(
+        key=key,
+        epoch=jnp.zeros((), jnp.int32),
+        members=members,
+        opt=tx.init(members),
+        students=students,
+        students_opt=tx.init(students) if config.students else None,
+        targets=targets,
+        isolation=isolation,
+    )
+
+
+def geeni_views(state: GeeniState, problem: GeeniProblem, *, config: GeeniConfig) -> GeeniViews:
+    """What each member sees in training, drawn from the state's key: the same before every step.
+
+    The first member sees everything.
+    """
+    matrix, weights = member_graphs(problem, config)
+    pattern = matrix.pattern
+    if config.members > 1 and config.edge_keep < 1:
+        subsets = jax.random.fold_in(state.key, 2)
+        draw = lambda k: random_edges(jax.random.fold_in(subsets, k), pattern, config.edge_keep)
+        kept = jnp.stack([pattern.valid] + [draw(k) for k in range(1, config.members)])
+        matrix = gcn_normalize(SparseMatrix(pattern, weights * kept))
+    return GeeniViews(matrix, _features_kept(state, config))
+
+
+def geeni_step(
+    state: GeeniState, problem: GeeniProblem, views: GeeniViews, *, config: GeeniConfig, stage: Stage = "members"
+) -> tuple[GeeniState, dict[str, jax.Array]]:
+    """``config.epochs_per_step`` full-batch epochs of the members or of the students; traceable.
+
+    Args:
+      state: of ``geeni_init`` or of the step before.
+      problem: the graph.
+      views: of ``geeni_views``.
+      config: of the method; static.
+      stage: what is trained; static.
+
+    Returns:
+      The state, and ``{"loss": mean cross-entropy per network and epoch}``.
+    """
+    check_choice("stage", stage, config.stages)
+    if stage == "members":
+
+        def loss(members: GcnMembers, key: jax.Array) -> jax.Array:
+            seen = mask_features(members, views.features)
+            options = {"dropout": config.dropout, "key": key, "form": config.form}
+            return members_loss(
+                ensemble_logits(seen, problem.features, views.matrix, **options), problem.labels, problem.train
+            )
+
+        members, opt, value = _epochs(loss, state.members, state.opt, state, config)
+        state = state._replace(members=members, opt=opt)
+    else:
+
+        def loss(students: GcnMembers, key: jax.Array) -> jax.Array:
+            options = {"dropout": config.student_dropout, "key": key, "form": config.form}
+            return distil_loss(ensemble_logits(students, problem.features, problem.adjacency, **options), state.targets)
+
+        students, opt, value = _epochs(loss, state.students, state.students_opt, state, config)
+        state = state._replace(students=students, students_opt=opt)
+    networks = config.members if stage == "members" else config.students
+    return state._replace(epoch=state.epoch + config.epochs_per_step), {"loss": value / networks}
+
+
+_step = jax.jit(geeni_step, static_argnames=("config", "stage"))
+
+
+def geeni_next(state: GeeniState, problem: GeeniProblem, *, config: GeeniConfig, stage: Stage) -> GeeniState:
+    """From one stage to the next, after the last step of ``stage``. Runs on the host.
+
+    The members leave targets for the students, if there are any. Whoever is served leaves the isolation.
+
+    Args:
+      state: after the last step.
+      problem: the graph.
+      config: of the method.
+      stage: that is over.
+
+    Returns:
+      The state, of unchanged structure.
+    """
+    check_choice("stage", stage, config.stages)
+    if stage != config.stages[-1]:
+        ensemble = mask_features(state.members, _features_kept(state, config))
+        return state._replace(targets=_targets(ensemble, problem))
+    if config.isolate is None:
+        return state
+    matrix, weights = member_graphs(problem, config)
+    key = jax.random.fold_in(jax.random.fold_in(state.key, 4), 0)
+    members = served_members(state, config=config)
+    return state._replace(isolation=_choose(key, members, problem, matrix, weights, config=config))
+
+
+def geeni_serve(state: GeeniState, problem: GeeniProblem, *, config: GeeniConfig) -> ServedEnsemble:
+    """The trained ensemble, isolated, compacted and, if asked for, folded. Runs on the host.
+
+    Args:
+      state: after ``geeni_next`` of the last stage.
+      problem: the graph.
+      config: of the method.
+
+    Returns:
+      A ``ServedEnsemble``; its matrix is padded to one of a few sizes, so that few programs are compiled.
+    """
+    matrix, weights = member_graphs(problem, config)
+    if config.isolate:
+        mode = config.modes[int(state.isolation.mode)]
+        matrix = isolate_to_ladder(matrix, state.isolation.send, mode=mode, weights=weights)
+    members = served_members(state, config=config)
+    members = fold_members(members) if config.folded else members
+    return serve_ensemble(members, problem.features, matrix, precompute=config.precompute)
+
+
+def served_members(state: GeeniState, *, config: GeeniConfig) -> GcnMembers:
+    """The networks that are served: the students, or the members with the features that they do not see masked."""
+    return state.students if config.students else mask_features(state.members, _features_kept(state, config))
+
+
+def member_graphs(problem: GeeniProblem, config: GeeniConfig) -> tuple[SparseMatrix, Float[Array, "..."]]:
+    """S of the members, and A before normalisation: [nnz], or [K, nnz] where some of them are denoised."""
+    matrix = problem.adjacency
+    weights = matrix.pattern.valid.astype(jnp.float32) if problem.weights is None else problem.weights
+    if not config.denoised_members:
+        return matrix, weights
+    alike = problem.alike * weights
+    if config.members > 1:
+        whole = config.members - config.denoised_members
+        alike = jnp.stack([weights] * whole + [alike] * config.denoised_members)
+    return gcn_normalize(SparseMatrix(matrix.pattern, alike)), alike
+
+
+def with_measured_form(problem: GeeniProblem, config: GeeniConfig) -> GeeniConfig:
+    """The config with the fastest form of the members' loop in place of ``form='auto'``. Runs on the host."""
+    if config.form != "auto":
+        return config
+    state = geeni_init(jax.random.key(0), problem, config=config)
+    views = geeni_views(state, problem, config=config)
+    form = fastest_members_form(state.members, problem.features, views.matrix)
+    return dataclasses.replace(config, form=form)
+
+
+# Students
+
+
+def distil_targets(members: GcnMembers, problem: GeeniProblem) -> Float[Array, "nodes classes"]:
+    """What students imitate: the ensemble's probabilities, and the label itself at the training nodes. Traceable.
+
+    Args:
+      members: the trained ensemble.
+      problem: its graph.
+
+    Returns:
+      [N, C]; rows sum to 1.
+    """
+    hot = jax.nn.one_hot(problem.labels, problem.classes)
+    found = ensemble_probabilities(ensemble_logits(members, problem.features, problem.adjacency))
+    return jnp.where(problem.train[:, None], hot, found)
+
+
+_targets = jax.jit(distil_targets)
+
+
+def distil_loss(
+    logits: Float[Array, "members nodes classes"], targets: Float[Array, "nodes classes"]
+) -> Float[Array, ""]:
+    """Sum over the networks of their mean cross-entropy with the targets, over ALL nodes, in nats.
 
     Example:
-      >>> round(float(members_loss(jnp.zeros((2, 1, 4)), jnp.array([3]), jnp.array([True]))), 4)
+      >>> round(float(distil_loss(jnp.zeros((2, 1, 4)), jnp.array([[0.5, 0.5, 0.0, 0.0]]))), 4)
       2.7726
     """
-    log_p = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
-    weights = jnp.broadcast_to(mask, logits.shape[:2]).astype(log_p.dtype)
-    # A sum over classes, as the gradient of a gather would be a scatter.
-    picked = jnp.sum(log_p * jax.nn.one_hot(labels, logits.shape[-1], dtype=log_p.dtype), axis=-1)
-    return -jnp.sum(jnp.sum(weights * picked, 1) / jnp.maximum(jnp.sum(weights, 1), 1))
+    return -jnp.sum(jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=2), axis=1))
 
 
-def fastest_members_form(
+# The isolation
+
+
+def choose_isolation(
+    key: jax.Array,
     members: GcnMembers,
-    features: SparseMatrix | jax.Array,
-    matrix: SparseMatrix,
+    problem: GeeniProblem,
+    matrix: SparseMatrix | None = None,
+    weights: Float[Array, "..."] | None = None,
     *,
-    training: bool = True,
-    rounds: int = 5,
-) -> str:
-    """The form of ``ensemble_logits`` that is fastest on this graph and device, measured. Not under ``jit``.
+    config: GeeniConfig,
+) -> Isolation:
+    """The isolation that is best at the validation nodes; none if none is better than that. Traceable.
+
+    Candidates are all ``modes`` with all ``fractions`` (or ``powers``); of equal ones the first, the gentlest, counts.
+    The learned detector is judged fold by fold by one that has not seen the fold (``held_out_trust``).
 
     Args:
-      members: as for ``ensemble_logits``.
-      features: likewise.
-      matrix: likewise.
-      training: time the gradient with respect to the members, not the logits.
-      rounds: of the measurement; the forms take turns.
+      key: of the folds.
+      members: that are to be served, not folded.
+      problem: the graph; the labels of nodes outside ``train`` and ``val`` are not read, except by 'oracle'.
+      matrix: S of the members, of ``member_graphs``; None for ``problem.adjacency``.
+      weights: A before normalisation, likewise shaped; None for ``problem.weights``.
+      config: of the method; static.
 
     Returns:
-      One of ``'columns'``, ``'vmap'``, ``'map'``, ``'unroll'``.
+      An ``Isolation``.
 
-    Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
-      >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
-      >>> fastest_members_form(members, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2), rounds=1) in FORMS
-      True
+    Raises:
+      ValueError: ``config.isolate`` is None.
     """
-    programs = {}
-    for form in FORMS:
-        logits = functools.partial(ensemble_logits, form=form)
-        total = lambda *arguments, logits=logits: jnp.sum(jnp.square(logits(*arguments)))
-        program = jax.jit(jax.grad(total) if training else logits)
-        programs[form] = functools.partial(program, members, features, matrix)
-    times = time_interleaved(programs, rounds=rounds)
-    return min(times, key=lambda form: min(times[form].samples_ms))
+    if config.isolate is None:
+        raise ValueError(f"isolate=None chooses nothing. Name a detector: {', '.join(DETECTORS)}.")
+    matrix = problem.adjacency if matrix is None else matrix
+    weights = problem.weights if weights is None else weights
+    scores = error_scores(member_probabilities(ensemble_logits(members, problem.features, matrix)))
+    folds = jax.random.permutation(key, problem.labels.shape[0]) % config.folds
+    trust, judges = _trust(scores, problem, matrix, folds, config)
+    known = problem.train | problem.val
+    sends = jax.vmap(lambda trust: _candidates(trust, known, config))(judges)  # [folds or 1, candidates, N]
+    judged = problem.val & ((folds == jnp.arange(config.folds)[:, None]) | (len(judges) == 1))
+    judged = judged[: len(judges)]
+    answering = fold_members(members) if config.folded else members
+
+    def right(matrix: SparseMatrix) -> jax.Array:
+        found = ensemble_probabilities(ensemble_logits(answering, problem.features, matrix))
+        return jnp.argmax(found, axis=1) == problem.labels
+
+    def isolated(send: jax.Array, mode: Mode) -> SparseMatrix:
+        return matrix._replace(values=isolated_values(matrix, send, mode=mode, weights=weights))
+
+    every = (sends.reshape(-1, sends.shape[-1]), jnp.repeat(judged, sends.shape[1], axis=0))
+    counts = []
+    for mode in config.modes:
+        count = lambda one, mode=mode: jnp.sum(one[1] & right(isolated(one[0], mode)))
+        counts.append(jnp.sum(jax.lax.map(count, every).reshape(sends.shape[:2]), axis=0))
+    table = jnp.stack(counts, axis=1)  # candidates by mode
+    best = jnp.argmax(table)
+    better = jnp.max(table) > jnp.sum(problem.val & right(matrix))
+    send = jnp.where(better, _candidates(trust, known, config)[best // len(counts)], 1.0)
+    return Isolation(trust, send, (best % len(counts)).astype(jnp.int32))
 
 
-class EnsembleMacs(NamedTuple):
-    """Multiply-accumulates of one forward pass of the ensemble.
-
-    Attributes:
-      features: X W, ``entries of X * K H``.
-      aggregate: S times it, in both layers, ``nnz K (H + C)``.
-      classes: the second kernel, ``N K H C``.
-    """
-
-    features: int
-    aggregate: int
-    classes: int
-
-    @property
-    def total(self) -> int:
-        """Their sum."""
-        return self.features + self.aggregate + self.classes
+_choose = jax.jit(choose_isolation, static_argnames="config")
 
 
-def ensemble_macs(
-    members: GcnMembers, features: SparseMatrix | jax.Array, matrix: SparseMatrix, *, propagated: bool = False
-) -> EnsembleMacs:
-    """What ``ensemble_logits`` multiplies and adds: isolation lowers ``aggregate``, narrow members all three.
+def shared_graph(matrix: SparseMatrix) -> SparseMatrix:
+    """The graph of the first member, which views and neighbours are read from."""
+    return matrix if matrix.values.ndim == 1 else matrix._replace(values=matrix.values[0])
 
-    Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
-      >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
-      >>> ensemble_macs(members, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2))
-      EnsembleMacs(features=32, aggregate=48, classes=32)
-    """
-    count, _, hidden = members.kernel_0.shape
-    classes = members.kernel_1.shape[-1]
-    entries = features.nnz if isinstance(features, SparseMatrix) else math.prod(features.shape)
-    columns = classes if propagated else hidden + classes
-    return EnsembleMacs(
-        entries * count * hidden, count * matrix.nnz * columns, features.shape[0] * count * hidden * classes
-    )
+
+def _trust(
+    scores: ErrorScores, problem: GeeniProblem, matrix: SparseMatrix, folds: Int[Array, "nodes"], config: GeeniConfig
+) -> tuple[jax.Array, jax.Array]:
+    """[N], and [folds, N] that has not seen the fold it is judged by (or [1, N] if it sees no labels at all)."""
+    matrix = shared_graph(matrix)
+    if config.isolate == "learned":
+        data = (scores, problem.features, matrix, problem.labels, problem.train, problem.val, folds)
+        options = {"fold_count": config.folds, "ridge": config.ridge}
+        return learned_trust(*data, **options), held_out_trust(*data, **options)
+    if config.isolate == "oracle":
+        trust = (scores.label == problem.labels).astype(jnp.float32)
+    else:
+        trust = label_free_trust(scores, matrix)[config.isolate]
+    return trust, trust[None]
+
+
+def _candidates(trust: jax.Array, known: Bool[Array, "nodes"], config: GeeniConfig) -> jax.Array:
+    """[candidates, N]: by what the messages of every node are multiplied; nodes of known label always send."""
+    if config.isolate == "oracle":
+        return jnp.where(known, 1.0, trust)[None]
+    if config.soft:
+        return jnp.stack([jnp.where(known, 1.0, trust**power) for power in config.powers])
+    return jnp.stack([1.0 - error_set(trust, fraction, known) for fraction in config.fractions])
+
+
+# Training
+
+
+def _optimizer(config: GeeniConfig) -> optax.GradientTransformation:
+    return optax.chain(optax.add_decayed_weights(config.weight_decay, mask=_DECAYED), optax.adam(config.learning_rate))
+
+
+def _epochs_key(key: jax.Array) -> jax.Array:
+    return jax.random.fold_in(key, 3)
+
+
+def _features_kept(state: GeeniState, config: GeeniConfig) -> jax.Array:
+    subsets = jax.random.fold_in(state.key, 2)
+    shape = (config.members, state.members.kernel_0.shape[1])
+    return jax.random.bernoulli(jax.random.fold_in(subsets, 0), config.feature_keep, shape).at[0].set(True)
+
+
+def _epochs(
+    loss: Callable[[GcnMembers, jax.Array], jax.Array],
+    params: GcnMembers,
+    opt: PyTree,
+    state: GeeniState,
+    config: GeeniConfig,
+) -> tuple[GcnMembers, PyTree, jax.Array]:
+    tx, key = _optimizer(config), _epochs_key(state.key)
+
+    def epoch(carry: tuple[GcnMembers, PyTree], number: jax.Array) -> tuple[tuple[GcnMembers, PyTree], jax.Array]:
+        params, opt = carry
+        value, grads = jax.value_and_grad(loss)(params, jax.random.fold_in(key, number))
+        updates, opt = tx.update(grads, opt, params)
+        return (optax.apply_updates(params, updates), opt), value
+
+    numbers = state.epoch + jnp.arange(config.epochs_per_step)
+    (params, opt), values = jax.lax.scan(epoch, (params, opt), numbers)
+    return params, opt, jnp.mean(values)
+
+
+# Checks
+
+
+def _check_shapes(problem: GeeniProblem, config: GeeniConfig) -> None:
+    nodes, pattern = problem.labels.shape[0], problem.adjacency.pattern
+    check_number("problem.classes", problem.classes, low=1, integer=True)
+    if problem.adjacency.shape != (nodes, nodes) or problem.adjacency.values.ndim != 1:
+        raise ValueError(
+            f"problem.adjacency is {problem.adjacency.shape} with values {problem.adjacency.values.shape}, but "
+            f"problem.labels names {nodes} nodes. Build it with gcn_adjacency(senders, receivers, {nodes})."
+        )
+    if len(problem.features.shape) != 2 or problem.features.shape[0] != nodes:
+        raise ValueError(f"problem.features has shape {problem.features.shape}; [{nodes}, F] is needed.")
+    for name, size in (("train", nodes), ("val", nodes), ("alike", pattern.nnz)):
+        mask = getattr(problem, name)
+        if mask is not None and (mask.shape != (size,) or mask.dtype != bool):
+            raise ValueError(f"problem.{name} is {mask.dtype}{list(mask.shape)}; bool [{size}] is needed.")
+    if problem.weights is not None and problem.weights.shape != (pattern.nnz,):
+        raise ValueError(f"problem.weights has shape {problem.weights.shape}; [{pattern.nnz}] is needed.")
+    if config.denoised_members and problem.alike is None:
+        raise ValueError(
+            f"denoised={config.denoised} needs problem.alike, the edges between alike nodes. Pass "
+            "alike=alike_edges(features, adjacency.pattern)."
+        )
+
+
+def _check_problem(problem: GeeniProblem, config: GeeniConfig) -> None:
+    """What shapes do not tell; for arrays that can be read."""
+    _check_shapes(problem, config)
+    train, val, labels = (np.asarray(part) for part in (problem.train, problem.val, problem.labels))
+    if (train & val).any():
+        raise ValueError(f"{(train & val).sum()} nodes are in problem.train and in problem.val. Take them out of one.")
+    if not train.any():
+        raise ValueError("problem.train has no node. Label some.")
+    if config.isolate and not val.any():
+        raise ValueError(
+            f"problem.val has no node, by which isolate={config.isolate!r} could be judged. Label some nodes that are "
+            "not trained on, or use isolate=None."
+        )
+    known = labels[train | val]
+    if known.min() < 0 or known.max() >= problem.classes:
+        raise ValueError(
+            f"problem.labels of labelled nodes lie in [{known.min()}, {known.max()}]; classes={problem.classes} allows "
+            f"[0, {problem.classes - 1}]. Take nodes without a class out of train and val."
+        )
+    pattern, weights = problem.adjacency.pattern, member_graphs(problem, dataclasses.replace(config, denoised=0.0))[1]
+    symmetric = np.array_equal(pattern.t_rows, pattern.columns) and np.array_equal(pattern.t_indptr, pattern.indptr)
+    if config.members > 1 and config.edge_keep < 1 and not symmetric:
+        raise ValueError(
+            f"edge_keep={config.edge_keep} draws both directions of an edge together, but problem.adjacency has edges "
+            "in one direction only. Add the others, or use edge_keep=1."
+        )
+    expected = gcn_normalize(SparseMatrix(pattern, weights)).values
+    if not np.allclose(problem.adjacency.values, expected, rtol=1e-4, atol=1e-6):
+        raise ValueError(
+            "problem.adjacency is not gcn_normalize of problem.weights"
+            f"{'=1' if problem.weights is None else ''}, by which subsets of the edges are normalised. Build it with "
+            "gcn_adjacency, and pass weights= if its edges have weights."
+        )

@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float
 
 from effjax.core.errors import check_choice, check_number
 from effjax.graph.error_nodes import error_set
-from effjax.graph.geeni import GcnMembers, ensemble_logits, member_probabilities
 from effjax.graph.isolation import Mode, isolated_values, top_entries
+from effjax.graph.members import GcnMembers, aggregate_members, ensemble_logits, member_probabilities
 from effjax.graph.sparse import SparseMatrix, matmul, spmm
 
 
@@ -24,7 +24,7 @@ class ServedEnsemble(NamedTuple):
       kernel_1: [K H, K C]; zero off the members' blocks, which costs less than moving memory between small products.
       bias_1: [K, C].
       features: X, or S X where the first aggregation was done once and for all.
-      matrix: S, isolated and compacted.
+      matrix: S, isolated and compacted; values [nnz], or [K, nnz] where members have graphs of their own.
       propagated: whether ``features`` are S X.
     """
 
@@ -53,19 +53,19 @@ def serve_ensemble(
     Args:
       members: trained; of ``fold_members`` for the mean of the logits at the cost of one network.
       features: X.
-      matrix: of ``isolate`` and the prunings, values [nnz].
-      precompute: store S X, which spares the first aggregation; dense features only, as S X of sparse features is
-        hardly sparse. ``'auto'`` does so where the features are dense.
+      matrix: of ``isolate`` and the prunings, values [nnz]; or [K, nnz] where members have graphs of their own.
+      precompute: store S X, which spares the first aggregation; for dense features and one graph only, as S X of sparse
+        features is hardly sparse. ``'auto'`` does so where it can.
 
     Returns:
       A ``ServedEnsemble``; calling it gives the mean probabilities.
 
     Raises:
-      ValueError: ``precompute=True`` with sparse features, or members with graphs of their own.
+      ValueError: ``precompute=True`` with sparse features or several graphs, or graphs for another number of members.
 
     Example:
       >>> from effjax.graph.adjacency import gcn_adjacency
-      >>> from effjax.graph.geeni import init_members
+      >>> from effjax.graph.members import init_members
       >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
       >>> serve_ensemble(members, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2))().shape
       (2, 2)
@@ -74,16 +74,19 @@ def serve_ensemble(
     sparse = isinstance(features, SparseMatrix)
     if precompute is True and sparse:
         raise ValueError("precompute=True with sparse features would make them dense. Use False or features.todense().")
-    if matrix.values.ndim != 1:
-        raise ValueError(
-            f"matrix.values has shape {matrix.values.shape}, one graph for every member, which are no columns of one "
-            "product. Serve a graph that all share, or call ensemble_logits."
-        )
     count, width, hidden = members.kernel_0.shape
     classes = members.kernel_1.shape[-1]
+    own = matrix.values.ndim == 2
+    if own and matrix.values.shape[0] != count:
+        raise ValueError(
+            f"matrix.values has shape {matrix.values.shape}: {matrix.values.shape[0]} graphs for {count} members. Give "
+            "one row for every member, or one vector for all."
+        )
+    if precompute is True and own:
+        raise ValueError("precompute=True with a graph per member would store S X once per member. Use False.")
     blocks = np.zeros((count, hidden, count, classes), members.kernel_1.dtype)
     blocks[np.arange(count), :, np.arange(count)] = members.kernel_1
-    propagated = precompute is True or (precompute == "auto" and not sparse)
+    propagated = precompute is True or (precompute == "auto" and not sparse and not own)
     return ServedEnsemble(
         jnp.moveaxis(members.kernel_0, 0, 1).reshape(width, count * hidden),
         members.bias_0.reshape(-1),
@@ -98,9 +101,17 @@ def serve_ensemble(
 @functools.partial(jax.jit, static_argnums=1)
 def _served(parts, propagated):
     kernel_0, bias_0, kernel_1, bias_1, features, matrix = parts
+    count = bias_1.shape[0]
     hidden = matmul(features, kernel_0)
-    hidden = jax.nn.relu((hidden if propagated else spmm(matrix, hidden)) + bias_0)
-    return _mean_softmax(spmm(matrix, hidden @ kernel_1) + bias_1.reshape(-1), bias_1.shape[0])
+    hidden = jax.nn.relu((hidden if propagated else _aggregate(matrix, hidden, count)) + bias_0)
+    return _mean_softmax(_aggregate(matrix, hidden @ kernel_1, count) + bias_1.reshape(-1), count)
+
+
+def _aggregate(matrix: SparseMatrix, x: jax.Array, count: int) -> jax.Array:
+    """S times the members' columns."""
+    if matrix.values.ndim == 1:
+        return spmm(matrix, x)
+    return aggregate_members(matrix, x.reshape(x.shape[0], count, -1)).reshape(x.shape)
 
 
 def _mean_softmax(logits: jax.Array, count: int) -> jax.Array:
@@ -149,7 +160,7 @@ def inductive_probabilities(
 
     Example:
       >>> from effjax.graph.adjacency import gcn_adjacency
-      >>> from effjax.graph.geeni import init_members
+      >>> from effjax.graph.members import init_members
       >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
       >>> graph = gcn_adjacency([0, 1], [1, 0], 2)
       >>> inductive_probabilities(members, jnp.eye(2), graph, jnp.array([True, False]), capacity=3).shape

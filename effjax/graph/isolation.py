@@ -12,7 +12,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from effjax.core.errors import check_choice, check_number
+from effjax.core.shapes import smallest_fit
 from effjax.graph.sparse import SparseMatrix, SparsePattern, compact, row_sums, take_columns, take_rows
+from effjax.graph.stages import nnz_ladder
 
 Mode = Literal["none", "full", "rowscale"]
 MODES = ("none", "full", "rowscale")
@@ -115,6 +117,46 @@ def isolate(
         raise ValueError(f"errors is {errors.dtype}{list(errors.shape)}; bool [{matrix.shape[1]}] is needed.")
     values = isolated_values(matrix, ~errors, mode=mode, weights=weights)
     return compact(matrix._replace(values=values), sent_entries(matrix.pattern, errors), capacity=capacity)
+
+
+def isolate_to_ladder(
+    matrix: SparseMatrix,
+    send: Float[Array, "nodes"],
+    *,
+    mode: Mode = "full",
+    weights: Float[Array, "entries"] | None = None,
+) -> SparseMatrix:
+    """``isolated_values`` without the entries that are zero for every member, padded to one of a few sizes.
+
+    Where ``isolate`` takes error nodes and one graph, this takes any numbers in [0, 1] and one graph per member. Runs
+    on the host.
+
+    Args:
+      matrix: S, normalised, with self-loops; values [nnz], or [K, nnz].
+      send: s, [N]; 0 silences a node, 1 lets it send.
+      mode: of ``isolated_values``.
+      weights: A before normalisation, shaped as ``matrix.values``; ones when None.
+
+    Returns:
+      A ``SparseMatrix``; its sizes are powers of 0.9 times the entries of ``matrix``, so few programs are compiled.
+
+    Raises:
+      ValueError: an unknown mode, or a ``send`` that is not [N].
+
+    Example:
+      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> path = gcn_adjacency([0, 1, 1, 2], [1, 0, 2, 1], 3)
+      >>> isolate_to_ladder(path, jnp.array([1.0, 0.0, 1.0])).pattern.size.item()
+      5
+    """
+    isolated = np.asarray(isolated_values(matrix, send, mode=mode, weights=weights))
+    rows = isolated.reshape(-1, matrix.nnz)
+    kept = np.any(rows != 0, axis=0)
+    capacity = smallest_fit(int(kept.sum()), nnz_ladder(int(matrix.pattern.size), shrink=0.9, least=0.05))
+    found = compact(matrix._replace(values=rows[0]), kept, capacity=capacity)
+    if isolated.ndim == 1:
+        return found
+    return found._replace(values=jnp.pad(rows[:, kept], ((0, 0), (0, capacity - kept.sum()))))
 
 
 def sent_entries(pattern: SparsePattern, errors: Bool[np.ndarray, "nodes"]) -> Bool[np.ndarray, "entries"]:
@@ -262,6 +304,30 @@ def edge_jaccard(pattern: SparsePattern, support: Bool[np.ndarray, "nodes featur
         common[part] = np.bitwise_count(bits[rows[part]] & bits[columns[part]]).sum(1)
     union = sizes[rows] + sizes[columns] - common
     return np.where(rows == columns, 1, common / np.maximum(union, 1)).astype(np.float32)
+
+
+def alike_edges(
+    features: SparseMatrix | Float[Array, "nodes features"], pattern: SparsePattern, *, threshold: float = 0.01
+) -> Bool[Array, "entries"]:
+    """Which entries stay when edges between nodes of unlike features go (``edge_jaccard``). On the host.
+
+    Args:
+      features: X.
+      pattern: of a matrix [N, N].
+      threshold: least similarity of the two ends of an edge, in [0, 1].
+
+    Returns:
+      bool [nnz].
+
+    Example:
+      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> path = gcn_adjacency([0, 1, 1, 2], [1, 0, 2, 1], 3)
+      >>> alike_edges(jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), path.pattern).tolist()
+      [True, True, True, True, False, False, True]
+    """
+    check_number("threshold", threshold, low=0, high=1)
+    features = features.todense() if isinstance(features, SparseMatrix) else features
+    return jnp.asarray(edge_jaccard(pattern, np.asarray(features) != 0) >= threshold)
 
 
 def top_entries(matrix: SparseMatrix, capacity: int) -> SparseMatrix:

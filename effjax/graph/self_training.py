@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_number
-from effjax.graph.fastrain import agreeing, select_pseudolabels
+from effjax.graph.stages import agreeing, select_pseudolabels
 
 PyTree = Any
 Select = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

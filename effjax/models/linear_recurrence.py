@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Inexact
 
+from effjax.core.cells import Cell, Params, PyTree
 from effjax.core.errors import check_number
 from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
-from effjax.models.sequence import Cell, Hidden, Params, Projected, PyTree, check_carry, chrono_bias, project_inputs
+from effjax.models.sequence import Hidden, Projected, check_carry, chrono_bias, project_inputs
 
 
 def linear_scan(
@@ -250,8 +251,17 @@ class MinGRUCell(_MinGRU, Cell):
     """
 
     @nn.nowrap
+    def project(self, params: Params, xs: jax.Array) -> PyTree:
+        return project_inputs(params, xs, dtype=self.dtype)
+
+    @nn.nowrap
     def advance(self, params: Params, carry: PyTree, projected: PyTree) -> tuple[PyTree, jax.Array]:
         return min_gru_step(params, carry, projected)
+
+    @nn.nowrap
+    def initialize_carry(self, rng: jax.Array, input_shape: tuple[int, ...]) -> jax.Array:
+        del rng
+        return jnp.zeros((*input_shape[:-1], self.features))
 
 
 class MinGRU(_MinGRU):
@@ -378,3 +388,40 @@ class LRU(_LRU):
     def __call__(self, x: Float[Array, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
         _, outputs = lru(self.weights(x.shape[-1]), jnp.swapaxes(x, 0, 1), h0, dtype=self.dtype)
         return jnp.swapaxes(outputs, 0, 1)
+
+
+class LRUStack(nn.Module):
+    r"""LRU layers as they are used in practice, each normalised before and gated and added after.
+
+    .. math:: x \leftarrow x + \mathrm{GLU}(\mathrm{gelu}(\mathrm{LRU}(\mathrm{norm}(x))))
+
+    Args:
+      features: width of all layers.
+      layers: how many.
+      r_min: as in ``LRU``.
+      r_max: as in ``LRU``.
+      max_phase: as in ``LRU``.
+      dtype: of the operands of the LRU's matrix products, by default their own.
+
+    Example:
+      >>> stack = LRUStack(8, layers=2, r_min=0.9, r_max=0.999, max_phase=3.0)
+      >>> states, _ = jax.eval_shape(stack.init_with_output, jax.random.key(0), jnp.ones((4, 20, 3)))
+      >>> states.shape
+      (4, 20, 8)
+    """
+
+    features: int
+    layers: int
+    r_min: float
+    r_max: float
+    max_phase: float
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ring = {"r_min": self.r_min, "r_max": self.r_max, "max_phase": self.max_phase}
+        x = nn.Dense(self.features)(x)
+        for _ in range(self.layers):
+            y = LRU(self.features, dtype=self.dtype, **ring)(nn.LayerNorm()(x))
+            x = x + nn.glu(nn.Dense(2 * self.features)(nn.gelu(y)))
+        return x

@@ -7,7 +7,6 @@ no loop, are in ``effjax.models.linear_recurrence``.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,13 +16,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from effjax.core.cells import Cell, Params, PyTree
 from effjax.core.errors import check_number
 from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
 
-PyTree = Any
-Params = Mapping[str, jax.Array]
 Projected = Float[Array, "*batch width"]
 Hidden = Float[Array | np.ndarray, "*batch hidden"]
 
@@ -307,8 +305,8 @@ def _orthogonal_blocks(key: jax.Array, shape: tuple[int, int], dtype: DTypeLike 
     return jnp.concatenate([nn.initializers.orthogonal()(one, (shape[0], shape[0]), dtype) for one in blocks], -1)
 
 
-class Cell(nn.RNNCellBase):
-    """A cell in three parts: weights, products with the inputs, and what is left to do in the loop.
+class _PlainCell(Cell):
+    """What the cells of this file share.
 
     Attributes:
       features: width of the state.
@@ -318,36 +316,14 @@ class Cell(nn.RNNCellBase):
     features: int
     dtype: DTypeLike | None = None
 
-    def __call__(self, carry: PyTree, x: jax.Array) -> tuple[PyTree, jax.Array]:
-        params = self.weights(x.shape[-1])
-        return self.advance(params, carry, self.project(params, x))
-
-    def weights(self, inputs: int) -> Params:
-        """The parameters, for inputs of that width."""
-        raise NotImplementedError
-
     @nn.nowrap
     def project(self, params: Params, xs: jax.Array) -> PyTree:
-        """What ``advance`` takes of the inputs, for any number of them at once."""
         return project_inputs(params, xs, dtype=self.dtype)
-
-    @nn.nowrap
-    def advance(self, params: Params, carry: PyTree, projected: PyTree) -> tuple[PyTree, jax.Array]:
-        """One step in time."""
-        raise NotImplementedError
-
-    @nn.nowrap
-    def check_steps(self, steps: int) -> None:
-        """Raise ``ValueError`` unless the cell can take that many steps in a row."""
 
     @nn.nowrap
     def initialize_carry(self, rng: jax.Array, input_shape: tuple[int, ...]) -> Any:
         del rng
         return jnp.zeros((*input_shape[:-1], self.features))
-
-    @property
-    def num_feature_axes(self) -> int:
-        return 1
 
 
 class Recurrent(nn.Module):
@@ -356,7 +332,8 @@ class Recurrent(nn.Module):
     Equal to ``nn.RNN(cell)`` and faster; the parameters are the same.
 
     Args:
-      cell: of this file, ``LRUCell`` or ``MinGRUCell``.
+      cell: of this file, ``LRUCell``, ``MinGRUCell``, ``IncrementalRNNCell``, ``TARNNCell``, or another
+        ``effjax.core.cells.Cell``.
       chunk: as in ``effjax.scan_time``.
       unroll: as in ``effjax.scan_time``.
 
@@ -382,8 +359,8 @@ class Recurrent(nn.Module):
     def __call__(self, x: Float[Array, "batch time inputs"], carry: PyTree = None) -> jax.Array:
         if not isinstance(self.cell, Cell):
             raise TypeError(
-                f"cell={type(self.cell).__name__} cannot be taken apart. Use nn.RNN(cell), or a cell of "
-                "effjax.models.sequence."
+                f"cell={type(self.cell).__name__} cannot be taken apart. Use nn.RNN(cell), or a cell that is an "
+                "effjax.core.cells.Cell."
             )
         self.cell.check_steps(x.shape[1])
         params = self.cell.weights(x.shape[-1])
@@ -394,14 +371,14 @@ class Recurrent(nn.Module):
         return jnp.swapaxes(ys, 0, 1)
 
 
-class _TwoStateCell(Cell):
+class _TwoStateCell(_PlainCell):
     @nn.nowrap
     def initialize_carry(self, rng: jax.Array, input_shape: tuple[int, ...]) -> Any:
         one = super().initialize_carry(rng, input_shape)
         return one, jnp.zeros_like(one)
 
 
-class RNNCell(Cell):
+class RNNCell(_PlainCell):
     """Plain RNN cell; the equation is that of ``rnn_step``.
 
     Args:
@@ -428,7 +405,7 @@ class RNNCell(Cell):
         return rnn_step(params, carry, projected, dtype=self.dtype)
 
 
-class GRUCell(Cell):
+class GRUCell(_PlainCell):
     """GRU cell with one product a step; the equations are those of ``gru_step``.
 
     Args:
@@ -495,7 +472,26 @@ class LSTMCell(_TwoStateCell):
         return jnp.concatenate([-forget, forget, zeros, zeros])
 
 
-class FastRNNCell(Cell):
+def torch_lstm_init(key: jax.Array, params: Params) -> Params:
+    r"""PyTorch's initial values of an LSTM in place of ``LSTMCell``'s, whose forget gates start open.
+
+    Every number is drawn from :math:`U(-1, 1) / \sqrt{hidden}`; there are two biases per gate, which add up.
+
+    Args:
+      key: PRNG key.
+      params: ``W``, ``U`` and ``b`` of an ``LSTMCell``.
+
+    Returns:
+      New parameters of the same shapes.
+    """
+    bound = 1 / math.sqrt(len(params["U"]))
+    draw = lambda key, leaf: jax.random.uniform(key, leaf.shape, leaf.dtype, -bound, bound)
+    keys = dict(zip((*params, "second"), jax.random.split(key, len(params) + 1), strict=True))
+    drawn = {name: draw(keys[name], leaf) for name, leaf in params.items()}
+    return drawn | {"b": drawn["b"] + draw(keys["second"], params["b"])}
+
+
+class FastRNNCell(_PlainCell):
     """FastRNN cell; the equation and the source are those of ``fastrnn_step``.
 
     Args:
@@ -555,7 +551,7 @@ class FastRNNCell(Cell):
         return h if self.length is None else (h, jnp.zeros(input_shape[:-1], jnp.int32))
 
 
-class FastGRNNCell(Cell):
+class FastGRNNCell(_PlainCell):
     """FastGRNN cell; the equations and the source are those of ``fastgrnn_step``.
 
     Args:
@@ -586,7 +582,7 @@ class FastGRNNCell(Cell):
         return fastgrnn_step(params, carry, projected, dtype=self.dtype)
 
 
-class AntisymmetricRNNCell(Cell):
+class AntisymmetricRNNCell(_PlainCell):
     """AntisymmetricRNN cell; the equations and the source are those of ``antisymmetric_step``.
 
     Args:

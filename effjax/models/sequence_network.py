@@ -1,10 +1,15 @@
-"""A classifier, regressor or language model around any layer of states over time."""
+"""A classifier, regressor or language model around any layer of states over time, whole or step by step."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from effjax.core.cells import Cell, Params, PyTree
 from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import wide
 
@@ -16,7 +21,8 @@ class SequenceNetwork(nn.Module):
       layer: from ``[batch, time, features]`` to states ``[batch, time, hidden]``: ``IncrementalRNN``, ``TARNN``,
         ``LRU``, ``Recurrent(LSTMCell(64))``, ``nn.RNN(nn.GRUCell(64))``, an ``nn.Sequential`` of several, ...
       outputs: classes, numbers to predict, or words of the output vocabulary.
-      read: ``"last"`` or ``"mean"``, of the states over time, for one answer a sequence; ``"all"`` for one a time step.
+      read: ``"last"`` or ``"mean"``, of the states over time, for one answer per sequence; ``"all"`` for one per time
+        step.
       vocabulary: of ids to embed; None where inputs are vectors.
       embedding: width of the embedding.
       dropout: rate on the states that the head reads, and on embeddings.
@@ -64,3 +70,100 @@ class SequenceNetwork(nn.Module):
         if self.read != "all":
             states = states[:, -1] if self.read == "last" else states.mean(1)
         return wide(nn.Dense(self.outputs, name="head")(drop(states)))
+
+
+class StepNetwork(NamedTuple):
+    """A recurrent network as pure functions of one time step, for ``effjax.fptt_step`` and ``effjax.bptt_step``.
+
+    The parameters are one tree: ``{"cell", "head"}`` and, where inputs are ids, ``"embedding"``.
+
+    Attributes:
+      init: ``key -> params``; traceable.
+      start: ``rows -> carry`` of zeros.
+      encode: ``(params, xs) -> xs``: the embedding and the cell's products with the inputs, for any number of steps at
+        once.
+      cell: ``(params, carry, x) -> (carry, state)``, one step in time.
+      read: ``(params, states) -> outputs``, float32 at least.
+      infer: ``(params, inputs [rows, time, ...]) -> outputs``.
+    """
+
+    init: Callable[[jax.Array], PyTree]
+    start: Callable[[int], PyTree]
+    encode: Callable[[PyTree, jax.Array], PyTree]
+    cell: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, jax.Array]]
+    read: Callable[[PyTree, jax.Array], Float[Array, "... outputs"]]
+    infer: Callable[[PyTree, jax.Array], Float[Array, "... outputs"]]
+
+
+def step_network(
+    cell: Cell,
+    outputs: int,
+    *,
+    inputs: int | None = None,
+    vocabulary: int | None = None,
+    read: str = "last",
+    dtype: DTypeLike | None = None,
+    adjust: Callable[[jax.Array, Params], Params] = lambda key, params: params,
+) -> StepNetwork:
+    """A cell between an embedding of its own width, where inputs are ids, and a linear head.
+
+    Args:
+      cell: an ``effjax.core.cells.Cell``, such as ``LSTMCell(64)`` or ``IncrementalRNNCell(64, length=200)``.
+      outputs: classes, numbers to predict, or words of the output vocabulary.
+      inputs: size of an input vector; None where inputs are ids.
+      vocabulary: of ids to embed; None where inputs are vectors.
+      read: ``"last"`` or ``"all"``: the states that ``infer`` reads.
+      dtype: of the operands of embedding and head, by default their own.
+      adjust: ``(key, the cell's initial parameters) -> parameters``.
+
+    Returns:
+      A ``StepNetwork``.
+
+    Raises:
+      TypeError: a cell of another kind.
+      ValueError: none or both of ``inputs`` and ``vocabulary``, or an unknown ``read``.
+
+    Example:
+      >>> from effjax.models.sequence import LSTMCell
+      >>> net = step_network(LSTMCell(8), outputs=3, inputs=2)
+      >>> net.infer(net.init(jax.random.key(0)), jnp.ones((4, 20, 2))).shape
+      (4, 3)
+    """
+    if not isinstance(cell, Cell):
+        raise TypeError(f"cell={type(cell).__name__} cannot be taken apart. Give an effjax.core.cells.Cell.")
+    check_choice("read", read, ("last", "all"))
+    if (inputs is None) == (vocabulary is None):
+        raise ValueError(f"inputs={inputs} and vocabulary={vocabulary}: give the one for vectors or the other for ids.")
+    embedding = None if vocabulary is None else nn.Embed(vocabulary, cell.features, dtype=dtype)
+    head = nn.Dense(outputs, dtype=dtype)
+    width = cell.features if inputs is None else inputs
+
+    def start(rows: int) -> PyTree:
+        return cell.initialize_carry(jax.random.key(0), (rows, width))
+
+    def init(key: jax.Array) -> PyTree:
+        keys = jax.random.split(key, 3)
+        params = {"cell": adjust(keys[0], cell.init(keys[0], start(1), jnp.zeros((1, width)))["params"])}
+        params["head"] = head.init(keys[1], jnp.zeros((1, cell.features)))["params"]
+        if embedding is not None:
+            params["embedding"] = embedding.init(keys[2], jnp.zeros(1, int))["params"]
+        return params
+
+    def encode(params: PyTree, xs: jax.Array) -> PyTree:
+        if embedding is not None:
+            xs = embedding.apply({"params": params["embedding"]}, xs)
+        return cell.project(params["cell"], xs)
+
+    def advance(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, jax.Array]:
+        return cell.advance(params["cell"], carry, x)
+
+    def outputs_of(params: PyTree, states: jax.Array) -> jax.Array:
+        return wide(head.apply({"params": params["head"]}, states))
+
+    def infer(params: PyTree, inputs: jax.Array) -> jax.Array:
+        cell.check_steps(inputs.shape[1])
+        xs = encode(params, jnp.swapaxes(inputs, 0, 1))
+        _, states = jax.lax.scan(lambda carry, x: advance(params, carry, x), start(len(inputs)), xs)
+        return outputs_of(params, jnp.swapaxes(states, 0, 1) if read == "all" else states[-1])
+
+    return StepNetwork(init, start, encode, advance, outputs_of, infer)

@@ -1,19 +1,46 @@
 """The FASTRAIN study: self-training that adapts depth, edges and pseudolabels, against self-training as it is."""
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from effjax.core.errors import check_choice, check_number
-from effjax.recipes.fastrain_arms import Group, program
-from effjax.recipes.fastrain_claims import group_claims
-from effjax.recipes.fastrain_forms import FORMS
-from effjax.recipes.spec import Arm, Axis, Claim, StudyConfig, Sweep
+from effjax.graph.adjacency import loopless_adjacency
+from effjax.graph.fastrain import (
+    Apply,
+    FastrainConfig,
+    FastrainState,
+    Init,
+    NodeProblem,
+    fastrain_graph,
+    fastrain_init,
+    fastrain_next,
+    fastrain_params,
+    fastrain_scores,
+    fastrain_step,
+)
+from effjax.graph.propagation import label_propagation
+from effjax.graph.stages import evaluate_stages, fastrain_optimizer
+from effjax.models.gnn import NodeClassifier
+from effjax.recipes.spec import Arm, Claim, Group, StudyConfig
+from effjax.tasks.graph import NodeData, draw_labelled, node_data, node_task
+from effjax.tasks.task import Metric, Task
 from effjax.train.options import TrainOptions
+from effjax.train.program import Loader, Phase, Program
+from effjax.train.trainer import check_options
 
-ARMS = tuple(FORMS)
 MAIN = ("st-shallow", "st-deep", "fastrain", "st-shallow-plateau", "st-deep-plateau", "fastrain-plateau", "appnp")
+METRIC = Metric("accuracy", "max", "accuracy on unlabelled nodes")
+
+
+MODALITY, OWN = "graph", {"large": ()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,122 +48,280 @@ class FastrainStudy(StudyConfig):
     """Config of the FASTRAIN study. The budget is of all stages together, in epochs or in steps of several epochs."""
 
     tasks: tuple[str, ...] = ("cora",)
-    """graphs: cora, citeseer (built in), dblp, amazon_photo, ... (EFFJAX_DATA), or the path of an .npz"""
+    """Graphs: cora, citeseer (built in), dblp, amazon_photo, ... (EFFJAX_DATA), or the path of an .npz file."""
     per_class: tuple[int, ...] = (8,)
-    """labelled nodes of a class, one group of arms each; every seed draws another set"""
-    arms: tuple[str, ...] = ARMS
-    """which arms, by the names of effjax.recipes.fastrain.ARMS"""
+    """Numbers of labelled nodes per class, with one group of arms for each; every seed draws another set."""
     large: tuple[str, ...] = ()
-    """more graphs, which take long and get the arms of large_arms only"""
+    """More graphs, which take long and get only those of the chosen arms that large_arms names."""
     large_arms: tuple[str, ...] = MAIN
-    """arms of the large graphs"""
+    """Names of the arms that large graphs get."""
     layer: Literal["gcn", "sage", "gat", "released-gat"] = "gcn"
-    """of the networks; released-gat is what the authors' program calls GAT, which has no attention"""
+    """Layer of the networks; released-gat is what the authors' program calls GAT, which has no attention."""
     hidden: int = 64
-    """width of the hidden layers"""
+    """Width of the hidden layers."""
     dropout: float = 0.5
-    """on the hidden layers"""
+    """Rate of the dropout on hidden layers."""
     learning_rate: float = 0.01
-    """of Adam"""
+    """Learning rate of Adam."""
     weight_decay: float = 5e-4
-    """L2, added to the gradient"""
+    """Strength of the L2 penalty, whose gradient is added before Adam."""
     stages: int = 4
-    """of self-training; the budget is divided among them"""
+    """Number of stages of self-training, among which the budget is divided."""
     epochs_per_step: int = 50
-    """epochs in one compiled step; a plateau is looked for after each"""
+    """Epochs in one compiled step; a plateau is looked for after each step."""
     plateau: float = 0.3
-    """arms that stop at a plateau end a stage when the loss of a step fell by less than this share"""
+    """Arms that stop at a plateau end a stage when the loss of a step fell by less than this share."""
     start: Literal["same", "fresh", "warm"] = "same"
-    """parameters at the start of a stage: the same draw every time (the authors'), a new one, or those of the last"""
+    """Parameters at the start of a stage: the same draw every time (the authors'), a new one, or those of the last."""
     exact_drop: bool = False
-    """drop an exact number of edges in every epoch, as the authors do, by a sort; else each with a probability"""
+    """Drop an exact number of edges in every epoch, as the authors do, by a sort; else each with a probability."""
     pool: int = 32
-    """graphs in the pool of the arms that draw no new one in every epoch"""
+    """Number of graphs in the pool of the arm that draws no new one in every epoch."""
     threshold: float = 0.8
-    """confidence above which a prediction may become a label"""
+    """Confidence above which a prediction may become a label."""
     deep_below: float = 0.025
-    """share of the nodes with a label below which the network is deep"""
+    """Share of the nodes with a label below which the network is deep."""
     samples: int = 10
-    """of predictions on graphs with dropped edges that must agree"""
+    """Number of predictions on graphs with dropped edges that must agree."""
     samples_keep: float = 0.9
-    """share of the edges that such a graph keeps"""
+    """Share of the edges that such a graph keeps."""
     calibration_epochs: int = 200
-    """of the calibration head"""
+    """Epochs of the calibration head."""
     calibration_dropout: bool = False
-    """leave the frozen network's dropout on while its head is trained, as the authors' program does: it then runs in
-    every epoch of the head"""
+    """Leave the frozen network's dropout on while its head is trained, as the authors' program does; the network then
+    runs in every epoch of the head."""
     top_k: int = 70
-    """nodes of a class that top-k self-training labels in its only round, M3S in each"""
+    """Nodes per class that top-k self-training labels in its only round, and M3S in each."""
     clusters: int = 200
-    """of M3S"""
+    """Number of clusters of M3S."""
     guard_agreement: float = 0.8
-    """the guard: share of the confident nodes whose samples must agree, or none becomes a label"""
-    train: TrainOptions = dataclasses.field(default_factory=lambda: TrainOptions(log_steps=1))
-    """how runs are executed"""
+    """The guard labels nothing unless the samples of this share of the confident nodes agree."""
     guard_growth: float = 5.0
-    """the guard: at most so many new nodes of a class, as a multiple of the labelled nodes of a class so far"""
+    """The guard labels per class at most this many times the labelled nodes per class so far."""
+    train: TrainOptions = dataclasses.field(default_factory=lambda: TrainOptions(log_steps=1))
+    """How runs are executed."""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("hidden", "stages", "epochs_per_step", "pool", "samples", "calibration_epochs", "top_k"):
-            check_number(name, getattr(self, name), low=1, integer=True)
-        for name in ("threshold", "deep_below", "plateau", "guard_agreement"):
-            check_number(name, getattr(self, name), low=0, high=1)
+        check_number("hidden", self.hidden, low=1, integer=True)
+        check_number("pool", self.pool, low=1, integer=True)
+        check_number("samples", self.samples, low=1, integer=True)
+        check_number("plateau", self.plateau, low=0, high=1)
         check_number("dropout", self.dropout, low=0, high=1, open_high=True)
-        check_number("samples_keep", self.samples_keep, low=0, high=1, open_low=True)
-        for name in ("tasks", "per_class", "arms"):
+        for name in ("tasks", "per_class"):
             if not getattr(self, name):
                 raise ValueError(f"{name}=() leaves nothing to compare. Give at least one.")
         for count in self.per_class:
             check_number("per_class", count, low=1, integer=True)
-        for field in ("arms", "large_arms"):
-            for name in getattr(self, field):
-                check_choice(field, name, ARMS)
+        for name in self.large_arms:
+            check_choice("large_arms", name, [arm.name for arm in _arms(self)])
         if twice := set(self.tasks) & set(self.large):
             raise ValueError(f"{sorted(twice)} stand in tasks and in large. Leave them out of one of the two.")
         check_choice("budget.unit", self.budget.unit, ("epochs", "steps", "device_seconds"))
-        if self.train.accumulate != 1 or self.train.remat:
-            raise ValueError(
-                f"train.accumulate={self.train.accumulate} and train.remat={self.train.remat}: an epoch is one step on "
-                "the whole graph. Leave both alone."
-            )
+        self.method()
+
+    @property
+    def stage_steps(self) -> int:
+        """Steps per stage."""
+        steps = self.budget.amount / (self.epochs_per_step if self.budget.unit == "epochs" else 1)
+        return max(1, round(steps / self.stages))
+
+    def method(self, **changes: Any) -> FastrainConfig:
+        """The settings of an arm that differs from FASTRAIN by ``changes``."""
+        shared = ("stages", "epochs_per_step", "start", "exact_drop", "threshold", "deep_below", "samples")
+        shared += ("samples_keep", "calibration_epochs", "calibration_dropout", "top_k", "clusters")
+        fields = {name: getattr(self, name) for name in shared}
+        fields |= {"epochs": self.stage_steps * self.epochs_per_step, "head_dropout": self.dropout}
+        fields |= {"agreement": self.guard_agreement, "tx": fastrain_optimizer(self.learning_rate, self.weight_decay)}
+        return FastrainConfig(**(fields | changes))
 
 
-def arms(config: FastrainStudy) -> dict[str, Arm]:
-    """Every arm of every graph and number of labels, as ``graph-labels/arm``."""
-    return {
-        f"{name}/{arm}": Arm(
-            build=lambda group=group, arm=arm: program(config, group, FORMS[arm]),
-            group=name,
-            label=FORMS[arm].label,
-            role=FORMS[arm].role,
-        )
-        for name, group in _groups(config).items()
-        for arm in _arms_of(config, group)
-    }
+def groups(config: FastrainStudy) -> list[Group]:
+    """Every graph with every number of labels."""
+    found = []
+    for graph, count in itertools.product((*config.tasks, *config.large), config.per_class):
+        arms = [arm for arm in _arms(config) if graph not in config.large or arm.name in config.large_arms]
+        load = functools.partial(_load, config, graph, count)
+        found.append(Group(f"{Path(graph).stem}-{count}", METRIC, load, arms))
+    return found
 
 
-def sweeps(config: FastrainStudy) -> dict[str, Sweep]:
-    """None: all arms have the authors' settings."""
-    return {}
+def _arms(c: FastrainStudy) -> Iterator[Arm]:
+    def arm(name: str, role: str, label: str, *, layer: str | None = None, **changes: Any) -> Arm:
+        return Arm(name, role, lambda loaded: _program(c, loaded, layer, c.method(**changes)), label)
+
+    st = functools.partial(arm, keep=0.9, samples=0, pruned=False)
+    once = functools.partial(st, keep=1.0, stages=1)
+    shallow, deep = {"depth": "shallow"}, {"depth": "deep"}
+    yield once("shallow", "baseline", "GCN, 2 layers", **shallow)
+    yield once("deep", "baseline", "GCN, 3 layers", **deep)
+    yield st("st-shallow", "baseline", "self-training, 2 layers", **shallow)
+    yield st("st-deep", "baseline", "self-training, 3 layers", **deep)
+    yield arm("fastrain", "method", "FASTRAIN")
+    yield arm("no-spf", "control", "FASTRAIN without filtering", samples=0)
+    yield arm("no-pgp", "control", "FASTRAIN without pruning", pruned=False)
+    yield arm("no-dr", "control", "FASTRAIN without dynamic regularisation", keep=0.9)
+    yield arm("no-ds", "control", "FASTRAIN without dynamic sizing (deep)", **deep)
+    yield st("st-shallow-plateau", "baseline", "self-training, 2 layers, plateau", **shallow, plateau=c.plateau)
+    yield st("st-deep-plateau", "baseline", "self-training, 3 layers, plateau", **deep, plateau=c.plateau)
+    yield arm("fastrain-plateau", "method", "FASTRAIN, plateau", plateau=c.plateau)
+    yield arm("fastrain-pool", "method", "FASTRAIN, pool of graphs", pool=c.pool, exact_drop=False)
+    yield arm("fastrain-2", "method", "FASTRAIN, two stages", stages=2)
+    yield arm("fastrain-weighted", "method", "FASTRAIN, weighted pseudolabels", weighted=True)
+    yield arm("fastrain-guard", "method", "FASTRAIN, guarded", growth=c.guard_growth)
+    yield arm("fastrain-appnp", "method", "FASTRAIN around APPNP", **shallow, layer="appnp")
+    yield st("top-k", "alternative", "top-k self-training", **shallow, keep=1.0, stages=2, select="top-k")
+    yield st("m3s", "alternative", "M3S", **shallow, keep=1.0, select="m3s")
+    yield Arm("lp", "alternative", functools.partial(_propagation, c), "label propagation")
+    yield once("correct-and-smooth", "alternative", "GCN, Correct & Smooth", **shallow, smoothed=True)
+    yield once("appnp", "alternative", "APPNP", **shallow, layer="appnp")
+    yield st("st-appnp", "alternative", "self-training of APPNP", **shallow, layer="appnp")
 
 
-def axes(config: FastrainStudy) -> dict[str, Axis]:
-    """All are judged by their accuracy on the nodes that had no label at the start."""
-    return {name: Axis("accuracy", "max", "accuracy on unlabelled nodes") for name in _groups(config)}
+class _Loaded(NamedTuple):
+    """What the arms of a group share."""
+
+    problem: NodeProblem
+    per_class: int
+    labelled: int
+    networks: dict[str | None, tuple[Task, Init, Apply]]
+
+    def drawn(self, key: jax.Array) -> jax.Array:
+        """The labelled nodes of a seed, the same for all arms."""
+        return draw_labelled(jax.random.split(key, 3)[0], self.problem.labels, self.problem.classes, self.per_class)
 
 
-def claims(config: FastrainStudy) -> list[Claim]:
-    """What the method promises against deep and shallow self-training, and what its parts contribute."""
-    return [claim for name, group in _groups(config).items() for claim in group_claims(name, _arms_of(config, group))]
+def _load(c: FastrainStudy, graph: str, per_class: int) -> _Loaded:
+    data = node_data(c.data(graph, MODALITY))
+    known = np.asarray(data.labels)
+    sizes = np.bincount(known[known >= 0], minlength=data.classes)
+    if not sizes.all():
+        raise ValueError(f"{data.name}: class {sizes.argmin()} has no node, so none of it can be labelled.")
+    module = functools.partial(
+        NodeClassifier,
+        classes=data.classes,
+        hidden=c.hidden,
+        dropout=c.dropout,
+        dtype=None if c.train.dtype == "float32" else jnp.dtype(c.train.dtype),
+    )
+    own = functools.partial(module, layer=c.layer, initializer="released")
+    networks = {None: _network(own, data, per_class)}
+    networks["appnp"] = _network(functools.partial(module, layer="appnp"), data, per_class)
+    problem = NodeProblem(data.features, data.adjacency, data.labels, None, data.classes)
+    return _Loaded(problem, per_class, int(np.minimum(sizes, per_class).sum()), networks)
 
 
-def _groups(config: FastrainStudy) -> dict[str, Group]:
-    return {
-        f"{Path(task).stem}-{count}": Group(task, count)
-        for task, count in itertools.product((*config.tasks, *config.large), config.per_class)
-    }
+def _network(module: Any, data: NodeData, per_class: int) -> tuple[Task, Init, Apply]:
+    """A network of two depths, which its parameters tell."""
+
+    def init(key: jax.Array, deep: bool) -> Any:
+        return module(depth=3 if deep else 2).init(key, data.features, data.adjacency)["params"]
+
+    def apply(params: Any, features: Any, adjacency: Any, *, key: jax.Array | None = None) -> jax.Array:
+        streams = {} if key is None else {"dropout": key}
+        network = module(depth=len(params))
+        return network.apply({"params": params}, features, adjacency, train=key is not None, rngs=streams)
+
+    def infer(variables: Any, inputs: Any) -> jax.Array:
+        nodes, features, adjacency = inputs
+        return apply(variables["params"], features, adjacency)[nodes]
+
+    task = node_task(data, module(), per_class=per_class)
+    return task._replace(name=data.name, infer=infer), init, apply
 
 
-def _arms_of(config: FastrainStudy, group: Group) -> tuple[str, ...]:
-    return config.large_arms if group.task in config.large else config.arms
+def _program(c: FastrainStudy, loaded: _Loaded, layer: str | None, config: FastrainConfig) -> Program:
+    """One arm: every stage is a phase; a step is ``epochs_per_step`` epochs."""
+    problem = loaded.problem
+    task, init, apply = loaded.networks[layer]
+    check_options(c.train, task, accumulate=False, remat=False)
+
+    def begin(key: jax.Array) -> FastrainState:
+        return fastrain_init(key, init, problem._replace(mask=loaded.drawn(key)), config, labelled=loaded.labelled)
+
+    def evaluate(state: FastrainState) -> dict[str, float]:
+        predictions = state.predictions[: int(state.stage)]
+        if len(predictions) < config.stages:  # in the middle of a run
+            now = fastrain_scores(state, apply, problem, config).argmax(-1).astype(jnp.int32)
+            predictions = jnp.concatenate([predictions, now[None]])
+        found = evaluate_stages(problem.labels, state.labels, state.added, predictions)
+        found |= {"edges_kept": float(jnp.mean(state.edges))} if config.pruned else {}
+        return found | ({} if config.plateau is None else {"epochs": float(state.epochs.sum())})
+
+    phase = Phase(
+        step=lambda state, batch, graph: fastrain_step(state, graph, apply, config),
+        steps=c.stage_steps,
+        over=None if config.plateau is None else lambda state: state.over,
+        leave=lambda state: fastrain_next(state, init, apply, problem, config),
+        aux=lambda state: fastrain_graph(state, problem, config),
+    )
+    return Program(
+        task,
+        begin,
+        (phase,) * config.stages,
+        lambda state: {"params": fastrain_params(state)},
+        Loader(None, len(problem.labels) * c.epochs_per_step),
+        evaluate,
+        train_metrics=lambda means: {"train_loss": means["loss"]},
+    )
+
+
+def _propagation(c: FastrainStudy, loaded: _Loaded) -> Program:
+    """Label propagation: one step, nothing trained."""
+    problem = loaded.problem
+    task = loaded.networks[None][0]._replace(
+        infer=lambda variables, nodes: variables["params"]["scores"][nodes],
+        example_inputs=np.arange(len(problem.labels), dtype=np.int32),
+        dtype="float32",
+    )
+    check_options(c.train, task, accumulate=False, remat=False, dtype=False)
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        mask = loaded.drawn(key)
+        scores = jnp.zeros((len(problem.labels), problem.classes))
+        return {"scores": scores, "labels": jnp.where(mask, problem.labels, 0), "mask": mask}
+
+    def step(state: Any, batch: Any, matrix: Any) -> tuple[Any, dict[str, jax.Array]]:
+        scores = label_propagation(matrix, state["labels"], state["mask"], problem.classes)
+        return {**state, "scores": scores}, {"loss": jnp.float32(0)}
+
+    def evaluate(state: Any) -> dict[str, float]:
+        hidden = ~np.asarray(state["mask"]) & (np.asarray(problem.labels) >= 0)
+        right = np.asarray(state["scores"].argmax(-1)) == np.asarray(problem.labels)
+        return {"accuracy": float(right[hidden].mean())}
+
+    return Program(
+        task,
+        init,
+        (Phase(step, 1, aux=lambda state: loopless_adjacency(problem.adjacency)),),
+        lambda state: {"params": {"scores": state["scores"]}},
+        Loader(None, len(problem.labels)),
+        evaluate,
+        train_metrics=lambda means: {},
+    )
+
+
+_above = functools.partial(Claim, op=">=", standard_errors=1.0)
+_no_worse = functools.partial(Claim, op=">=", standard_errors=-1.0)
+_slower = functools.partial(Claim, op=">=", of="train_s")
+
+CLAIMS = {
+    "*": (
+        *(_above("fastrain", than=rival) for rival in ("st-deep", "st-shallow")),
+        _slower("st-deep", than="fastrain", times=1.3),
+        Claim("fastrain", ">=", "best lp|correct-and-smooth|appnp|st-appnp|top-k|m3s|shallow"),
+        _above("st-appnp", than="appnp"),
+        _no_worse("fastrain-appnp", than="st-appnp"),
+        *(_no_worse("fastrain", than=part) for part in ("no-spf", "no-pgp", "no-dr", "no-ds")),
+        _above("fastrain", than="no-spf", of="precision_1"),
+        _slower("no-ds", than="fastrain", times=1.1),
+        *(_no_worse("fastrain-plateau", than=f"{rival}-plateau") for rival in ("st-deep", "st-shallow")),
+        _slower("st-deep-plateau", than="fastrain-plateau", times=2.0),
+        _no_worse("fastrain-plateau", than="st-deep"),
+        _slower("st-deep", than="fastrain-plateau", times=2.0),
+        *(_no_worse(f"fastrain-{part}", than="fastrain") for part in ("2", "pool", "weighted", "guard")),
+        _slower("fastrain", than="fastrain-pool"),
+    )
+}
+"""What the method promises against deep and shallow self-training, and what its parts contribute. All arms of a seed
+start from the same labelled nodes, so that differences are paired."""

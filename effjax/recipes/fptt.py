@@ -1,11 +1,12 @@
 """The FPTT study: updates in every part of a sequence against one at its end, with and without the regulariser."""
 
 import dataclasses
+import fnmatch
 import functools
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,20 +14,27 @@ import jax.numpy as jnp
 import optax
 
 from effjax.core.errors import check_choice, check_number
-from effjax.data.pipeline import batches
-from effjax.data.sequences import SequenceData, sequence_data
-from effjax.recipes.fptt_claims import memory_claims, quality_claims, time_claims
-from effjax.recipes.fptt_network import CELLS, Network, network
-from effjax.recipes.recurrent import axis
-from effjax.recipes.spec import Arm, Axis, Claim, StudyConfig, Sweep
+from effjax.data.sequences import SequenceData, is_text
+from effjax.models.linear_recurrence import LRUCell
+from effjax.models.sequence import GRUCell, LSTMCell, torch_lstm_init
+from effjax.models.sequence_network import StepNetwork, step_network
+from effjax.recipes.recurrent import MODALITY, load_sequences
+from effjax.recipes.spec import Arm, Claim, Group, StudyConfig, Sweep
 from effjax.recurrent.drivers import SequencePart, Train, bptt_step, fptt_step, tbptt_step
 from effjax.recurrent.fptt import fptt, fptt_epoch_end, fptt_eval_params, fptt_terminal_loss
-from effjax.tasks.sequence import sequence_evaluator, sequence_loss
-from effjax.train.program import Program
+from effjax.recurrent.irnn import IncrementalRNNCell
+from effjax.recurrent.tarnn import TARNNCell
+from effjax.tasks.sequence import sequence_loss, sequence_metric, task_of_functions
+from effjax.tasks.task import Task
+from effjax.train.loaders import column_loader
+from effjax.train.program import Phase, Program
+from effjax.train.trainer import check_options
 
 PyTree = Any
 
-OTHERS = ("bptt-losses", "bptt-small", "tbptt", "fptt-epochs", "chrono-lstm", "lru")
+CELLS = ("lstm", "torch-lstm", "chrono-lstm", "gru", "irnn", "tarnn", "lru")
+SOLVED, PLATEAU = 0.05, 0.14
+"""Squared errors of the adding problem: of a solution, and of hardly more than always answering 1 (1/6)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,44 +42,41 @@ class FpttStudy(StudyConfig):
     """Config of the FPTT study."""
 
     tasks: tuple[str, ...] = ("digits-permuted",)
-    """sequence data: add-200, digits-permuted, tiny_shakespeare-chars-96, noisy-digits-200, mnist-permuted,
-    cifar10-pixels, ptb-words-300, ...; of texts, the hidden state goes on from batch to batch"""
-    compare: Literal["quality", "memory", "overhead"] = "quality"
-    """the arms: rivals in quality; or (for --cost-only) what a step needs as sequences grow, in memory or in time"""
+    """Sequence problems, such as add-200, digits-permuted, noisy-digits-200 or ptb-words-300; in texts the hidden state
+    goes on from batch to batch."""
     cells: tuple[Literal["lstm", "torch-lstm", "chrono-lstm", "gru", "irnn", "tarnn", "lru"], ...] = ("lstm",)
-    """recurrent cells, one group of arms each; torch-lstm starts from PyTorch's initial values, as the authors' do"""
+    """Recurrent cells, one group of arms for each; torch-lstm starts from PyTorch's initial values, as the authors'
+    programs do."""
     hidden: tuple[int, ...] = (64,)
-    """widths of its state, one group of arms each"""
+    """Widths of the cell's state, one group of arms for each."""
     parts: int | None = 8
-    """parts of a sequence, where it is not part_length that is fixed; a rest is one more, shorter part"""
+    """Number of parts of a sequence, where part_length is None; a rest is one more, shorter part."""
     part_length: int | None = None
-    """steps of a part"""
+    """Time steps of a part, where parts is None."""
     alphas: tuple[float, ...] = (0.5, 0.1, 0.02)
-    """strengths of FPTT's regulariser, one arm each"""
+    """Strengths of FPTT's regulariser, one arm for each."""
     lmbda: float = 1.0
-    """factor of its quadratic term; 2 in the authors' language models"""
+    """Factor of the regulariser's quadratic term; 2 in the authors' language models."""
     auxiliary: Literal["none", "uniform"] = "none"
-    """what a part that is not the last is asked for besides the label: nothing, or the uniform distribution"""
+    """What a part that is not the last is asked for besides the label: nothing, or the uniform distribution."""
     batch_size: int = 64
-    """sequences of one step; of a text, streams"""
+    """Sequences of one step; in texts, the number of streams."""
     optimizer: Literal["adam", "sgd"] = "adam"
-    """the base optimizer of all arms"""
+    """The base optimizer of all arms."""
     learning_rate: float = 2e-3
-    """of all arms but those of bptt_rates"""
+    """Learning rate of all arms but those of bptt_rates."""
     bptt_rates: tuple[float, ...] = ()
-    """more learning rates for BPTT, one arm each: it makes fewer updates"""
+    """More learning rates for BPTT, one arm for each, as it makes fewer updates."""
     decay_at: tuple[float, ...] = ()
-    """parts of the run after which the learning rate falls to a tenth"""
+    """Parts of the run, between 0 and 1, after which the learning rate falls to a tenth."""
     momentum: float = 0.9
-    """of SGD"""
+    """Momentum of SGD."""
     clip: float | None = 1.0
-    """largest norm of a gradient"""
+    """Largest norm of a gradient; None clips nothing."""
     train_rows: int | None = None
-    """training sequences used; all when None"""
+    """Number of training sequences used; None takes all."""
     test_rows: int | None = None
-    """test sequences used; all when None"""
-    others: tuple[str, ...] = OTHERS
-    """arms besides BPTT, updates in every part without the regulariser, and FPTT"""
+    """Number of test sequences used; None takes all."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,24 +87,20 @@ class FpttStudy(StudyConfig):
         split = "parts" if self.part_length is None else "part_length"
         check_number(split, getattr(self, split), low=2 if split == "parts" else 1, integer=True)
         check_number("batch_size", self.batch_size, low=1, integer=True)
-        check_choice("compare", self.compare, ("quality", "memory", "overhead"))
         check_choice("optimizer", self.optimizer, ("adam", "sgd"))
         for name in ("tasks", "cells", "hidden", "alphas"):
             if not getattr(self, name):
                 raise ValueError(f"{name}=() leaves nothing to compare. Give at least one.")
         for value in self.decay_at:
             check_number("decay_at", value, low=0, high=1, open_low=True, open_high=True)
-        for names, legal in (("cells", CELLS), ("others", OTHERS)):
-            for name in getattr(self, names):
-                check_choice(names, name, legal)
-        if self.compare == "memory" and not all(re.search(r"-\d+$", task) for task in self.tasks):
-            raise ValueError(f"tasks={self.tasks}: compare='memory' needs names that end in their length, as add-1000.")
-        if "bptt-small" in self.others and self.budget.unit == "device_seconds":
-            raise ValueError("others: 'bptt-small' gets as many sequences as the others, so a budget must not be time.")
-        if self.train.accumulate != 1 or self.train.remat:
+        for name in self.cells:
+            check_choice("cells", name, CELLS)
+        small = lambda patterns: any(fnmatch.fnmatchcase("bptt-small", pattern) for pattern in patterns)
+        unwanted = [pattern[1:] for pattern in self.arms if pattern.startswith("!")]
+        if self.budget.unit == "device_seconds" and small(self.arms) and not small(unwanted):
             raise ValueError(
-                f"train.accumulate={self.train.accumulate} and train.remat={self.train.remat}: FPTT updates within a "
-                "batch and holds one part of it in memory. Choose batch_size and parts instead."
+                "budget.unit='device_seconds': the arm 'bptt-small' gets as many sequences as the others, so a budget "
+                "must not be time. Add '!bptt-small' to arms."
             )
 
 
@@ -127,143 +128,164 @@ class _Form(NamedTuple):
     cell: str | None = None
 
 
-def arms(config: FpttStudy) -> dict[str, Arm]:
-    """Every arm of every task, cell and width, as ``task-cell-width/arm``."""
-    return {
-        f"{group.name}/{name}": Arm(
-            build=lambda group=group, form=form: _program(config, group, form),
-            group=group.name,
-            label=form.label,
-            role=form.role,
-        )
-        for group in _groups(config)
-        for name, form in _forms(config, group.task).items()
-        if form.cell is None or group.cell == config.cells[0]  # with cells of their own they are the same in each
-    }
-
-
-def sweeps(config: FpttStudy) -> dict[str, Sweep]:
-    """FPTT over its strengths."""
-    if config.compare != "quality" or len(config.alphas) < 2:
-        return {}
-    return {
-        f"{group}/fptt-sweep": Sweep(
-            members=[f"{group}/fptt-{alpha:g}" for alpha in config.alphas],
-            metric=judged.metric,
-            goal=judged.goal,
-            group=group,
-            label=f"FPTT, best of {len(config.alphas)} alphas",
-        )
-        for group, judged in axes(config).items()
-    }
-
-
-def axes(config: FpttStudy) -> dict[str, Axis]:
-    """What each group is judged by."""
-    return {group.name: axis(group.task) for group in _groups(config)}
-
-
-def claims(config: FpttStudy) -> list[Claim]:
-    """What the method promises, and what a user should doubt."""
-    groups = _groups(config)
-    if config.compare == "overhead":
-        return [claim for group in groups for claim in time_claims(group.name)]
-    if config.compare == "memory":
-        networks = dict.fromkeys((group.cell, group.width) for group in groups)
-        return [
-            claim
-            for network in networks
-            for claim in memory_claims({_length(g.task): g.name for g in groups if (g.cell, g.width) == network})
-        ]
-    strengths = {f"fptt-{alpha:g}": alpha for alpha in config.alphas}
+def groups(config: FpttStudy) -> list[Group]:
+    """One group per task, cell and width."""
+    sweeps = {}
+    if len(config.alphas) > 1:
+        sweeps = {"fptt-sweep": Sweep("fptt-[0-9]*", f"FPTT, best of {len(config.alphas)} alphas")}
     return [
-        claim
-        for group in groups
-        for claim in quality_claims(group.name, axis(group.task), list(_forms(config, group.task)), strengths)
+        Group(
+            f"{task}-{cell}-{width}",
+            config.metric(task, MODALITY, sequence_metric),
+            functools.partial(_load, config, task, cell, width),
+            [
+                Arm(name, form.role, functools.partial(_program, config, form, width), form.label)
+                for name, form in _forms(config, task).items()
+                if form.cell is None or cell == config.cells[0]  # with cells of their own they are the same in each
+            ],
+            sweeps,
+        )
+        for task, cell, width in itertools.product(config.tasks, config.cells, config.hidden)
     ]
-
-
-class _Group(NamedTuple):
-    """Arms that are compared with each other."""
-
-    task: str
-    cell: str
-    width: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.task}-{self.cell}-{self.width}"
-
-
-def _groups(config: FpttStudy) -> list[_Group]:
-    return list(itertools.starmap(_Group, itertools.product(config.tasks, config.cells, config.hidden)))
-
-
-def _length(task: str) -> int:
-    return int(task.rpartition("-")[2])
-
-
-def _is_text(task: str) -> bool:
-    return re.search(r"-(chars|words)-\d+$", task) is not None
 
 
 def _forms(config: FpttStudy, task: str) -> dict[str, _Form]:
     cut = f"{config.parts} parts" if config.part_length is None else f"parts of {config.part_length}"
-    rate = config.learning_rate
+    rate, least = config.learning_rate, min(config.alphas)
     bptt = _Form("BPTT", "baseline", bptt_step, "whole")
-    tbptt = _Form(f"truncated BPTT, {cut}, one update", "alternative", tbptt_step)
-    chunked = _Form(f"an update a part, {cut}", "control", fptt_step)
+    rival = bptt._replace(role="alternative")
     method = lambda alpha: _Form(f"FPTT, {cut}, alpha {alpha:g}", "method", fptt_step, alpha=alpha)
-    if config.compare != "quality":
-        return {
-            "bptt": bptt,
-            "bptt-remat": _Form("BPTT, √T parts computed twice", "alternative", bptt_step, "root"),
-            "tbptt": tbptt,
-            "chunked": chunked,
-            "fptt": method(config.alphas[-1]),
-        }
-    least = min(config.alphas)
-    found = {"bptt": bptt} | {
-        f"bptt-{other:g}": bptt._replace(label=f"BPTT, rate {other:g} (others {rate:g})", learning_rate=other)
-        for other in config.bptt_rates
-    }
-    found |= {"chunked": chunked} | {f"fptt-{alpha:g}": method(alpha) for alpha in config.alphas}
-    others = {
+    found = {
+        "bptt": bptt,
+        **{
+            f"bptt-{other:g}": bptt._replace(label=f"BPTT, rate {other:g} (others {rate:g})", learning_rate=other)
+            for other in config.bptt_rates
+        },
+        "bptt-remat": _Form("BPTT, √T parts computed twice", "alternative", bptt_step, "root"),
         "bptt-losses": _Form(f"BPTT, losses after {cut}", "control", bptt_step),
-        "bptt-small": bptt._replace(label="BPTT, as many updates by smaller batches", role="alternative", small=True),
-        "tbptt": tbptt,
+        "bptt-small": rival._replace(label="BPTT, as many updates by smaller batches", small=True),
+        "tbptt": _Form(f"truncated BPTT, {cut}, one update", "alternative", tbptt_step),
+        "chunked": _Form(f"an update per part, {cut}", "control", fptt_step),
+        **{f"fptt-{alpha:g}": method(alpha) for alpha in config.alphas},
+        "fptt": method(config.alphas[-1]),  # where costs are compared, under one name whatever alpha is
         "fptt-epochs": method(least)._replace(label=f"FPTT, alpha {least:g}, averaged every epoch", epochs=True),
-        "chrono-lstm": bptt._replace(label="BPTT, Chrono-LSTM", role="alternative", cell="chrono-lstm"),
-        "lru": bptt._replace(label="BPTT, LRU", role="alternative", cell="lru"),
+        "chrono-lstm": rival._replace(label="BPTT, Chrono-LSTM", cell="chrono-lstm"),
+        "lru": rival._replace(label="BPTT, LRU", cell="lru"),
     }
     # Of a text the loss of all tokens is the same however it is cut, and smaller batches would be other streams.
-    idle = ("bptt-losses", "bptt-small") if axis(task).metric == "nll" else ()
-    return found | {name: others[name] for name in config.others if name not in idle}
+    tokens = config.metric(task, MODALITY, sequence_metric).name == "nll"
+    idle = ("bptt-losses", "bptt-small") if tokens else ()
+    return {name: form for name, form in found.items() if name not in idle}
 
 
-class _Ground(NamedTuple):
-    """What the arms of a group share, so that evaluation compiles once."""
-
-    data: SequenceData
-    network: Network
-    evaluate: Callable[[PyTree], dict[str, float]]
+# Claims
 
 
-@functools.lru_cache(maxsize=4)
-def _ground(config: FpttStudy, group: _Group) -> _Ground:
-    data = sequence_data(
-        group.task,
-        train_rows=config.train_rows,
-        test_rows=config.test_rows,
-        streams=config.batch_size if _is_text(group.task) else None,
-    )
+def claims(config: FpttStudy) -> dict[str, Sequence[Claim]]:
+    """What the method promises, and what a user should doubt."""
+    found: dict[str, list[Claim]] = {"*": _time_claims() if config.part_length is None else []}
+    lengths = [int(task.rpartition("-")[2]) for task in config.tasks if re.search(r"-\d+$", task)]
+    grows = config.part_length is not None and len(lengths) == len(config.tasks) and max(lengths) > min(lengths)
+    for cell, width in itertools.product(config.cells, config.hidden):
+        names = [f"{task}-{cell}-{width}" for task in config.tasks]
+        found |= {name: _quality_claims(config, task) for name, task in zip(names, config.tasks, strict=True)}
+        if grows:
+            short, long = (names[lengths.index(end)] for end in (min(lengths), max(lengths)))
+            found[long] += _memory_claims(short, long, max(lengths) / min(lengths))
+    return found
+
+
+def _quality_claims(config: FpttStudy, task: str) -> list[Claim]:
+    chunked, methods = f"best chunked|fptt-{min(config.alphas):g}", "best fptt-[0-9]*"
+    found = []
+    if task.startswith("add-"):
+        solvers = ["chunked", *(f"fptt-{alpha:g}" for alpha in config.alphas if alpha <= 0.02)]
+        found += [Claim(name, "<=", SOLVED) for name in solvers] + [Claim("bptt", ">=", PLATEAU)]
+    found.append(Claim(chunked, "no worse", "bptt", plus=0.05 if task.endswith("-permuted") else 0.0))
+    if config.bptt_rates:
+        found.append(Claim(chunked, "no worse", "best bptt|bptt-[0-9]*", why="at its best rate BPTT does no better"))
+    return [
+        *found,
+        Claim(methods, "no worse", "chunked", why="the regulariser helps"),
+        Claim("chunked", "no worse", "bptt-losses", why="the updates do it, not the losses"),
+        Claim(methods, "no worse", "bptt-small", why="as many updates by smaller batches would not do"),
+    ]
+
+
+def _memory_claims(short: str, long: str, times: float) -> list[Claim]:
+    """On the temporary bytes of a step, between groups whose sequences differ ``times`` in length."""
+    grown = lambda arm, op, factor: Claim(f"{long}/{arm}", op, f"{short}/{arm}", of="temp_bytes", times=factor)
+    return [
+        *(grown(arm, "<=", 1.05) for arm in ("fptt", "chunked", "tbptt")),
+        grown("bptt", ">=", 0.75 * times),
+        Claim("fptt", "<=", "bptt-remat", of="temp_bytes"),
+    ]
+
+
+def _time_claims() -> list[Claim]:
+    return [
+        Claim("fptt", "<=", "bptt", of="step_ms", times=1.25),
+        Claim("fptt", "<=", "bptt-remat", of="step_ms", why="BPTT with remat has the exact gradient in little memory"),
+        Claim("fptt", "<=", "chunked", of="step_ms", times=1.1),
+    ]
+
+
+# Programs
+
+
+class _State(NamedTuple):
+    """The state of a run; ``carry`` is empty where every sequence starts from zeros."""
+
+    carry: PyTree
+    opt: PyTree
+    params: PyTree
+
+
+def _load(config: FpttStudy, task: str, cell: str, width: int) -> Task:
+    streams = config.batch_size if is_text(task) and config.own is None else None
+    return _task(config, load_sequences(config, task, streams), cell, width)
+
+
+def _task(config: FpttStudy, data: SequenceData, kind: str, width: int) -> Task:
     dtype = None if config.train.dtype == "float32" else jnp.dtype(config.train.dtype)
-    net = network(data, group.cell, group.width, dtype)
-    return _Ground(data, net, sequence_evaluator(data, net.infer))
+    net = step_network(
+        _cell(data, kind, width, dtype),
+        data.outputs,
+        inputs=data.features or None,
+        vocabulary=data.vocabulary or None,
+        read="all" if data.kind == "tokens" else "last",
+        dtype=dtype,
+        adjust=torch_lstm_init if kind == "torch-lstm" else lambda key, params: params,
+    )
+    task = task_of_functions(
+        data,
+        f"{kind}-{width}",
+        init=lambda key: {"params": net.init(key)},
+        apply=lambda variables, inputs, key, train: (net.infer(variables["params"], inputs), {}),
+        dtype=config.train.dtype,
+    )
+    inputs = data.test["inputs"][: config.batch_size]
+    return task._replace(example_inputs=inputs, details={**task.details, "network": net})
 
 
-def _program(config: FpttStudy, group: _Group, form: _Form) -> Program:
-    data, net, scores = _ground(config, group._replace(cell=form.cell or group.cell))
+def _cell(data: SequenceData, kind: str, width: int, dtype: Any) -> Any:
+    if kind.endswith("lstm"):
+        return LSTMCell(width, dtype=dtype, chrono_length=data.length if kind == "chrono-lstm" else None)
+    if kind == "gru":
+        return GRUCell(width, dtype=dtype)
+    if kind == "lru":
+        return LRUCell(width, dtype=dtype, r_min=0.99, r_max=0.9999, max_phase=math.pi / 10)
+    # Trained step sizes belong to time steps, but are shared by all of them in texts, which go on.
+    steps = {"eta_mode": "shared"} if data.kind == "tokens" else {"eta_mode": "per_time", "length": data.length}
+    return {"irnn": IncrementalRNNCell, "tarnn": TARNNCell}[kind](width, dtype=dtype, **steps)
+
+
+def _program(config: FpttStudy, form: _Form, width: int, task: Task) -> Program:
+    check_options(config.train, task, accumulate=False, remat=False)
+    data: SequenceData = task.details["data"]
+    if form.cell:
+        task = _task(config, data, form.cell, width)
+    net: StepNetwork = task.details["network"]
     length = config.part_length or max(1, data.length // config.parts)
     parts = math.ceil(data.length / length)
     size = max(1, config.batch_size // parts) if form.small else config.batch_size
@@ -281,42 +303,48 @@ def _program(config: FpttStudy, group: _Group, form: _Form) -> Program:
         time_axis=1,
         **_split(config, form, data.length),
     )
-    goes_on = _is_text(group.task)
+    goes_on = is_text(data.name) and config.own is None
 
-    def init(key: jax.Array) -> PyTree:
-        params = net.init(key)
-        return {"params": params, "opt": tx.init(params)} | ({"carry": net.start(size)} if goes_on else {})
+    def init(key: jax.Array) -> _State:
+        params = task.init(key)["params"]
+        return _State(net.start(size) if goes_on else (), tx.init(params), params)
 
-    def step(state: PyTree, batch: PyTree, aux: None) -> tuple[PyTree, dict[str, jax.Array]]:
-        carry = state["carry"] if goes_on else net.start(size)
-        params, opt, carry, metrics = train(state["params"], state["opt"], carry, batch["inputs"], batch["targets"])
-        state = {"params": params, "opt": opt} | ({"carry": carry} if goes_on else {})
-        return state, {"loss": metrics.loss.mean() if data.kind == "tokens" else metrics.loss[-1]}
+    def step(state: _State, batch: PyTree, aux: PyTree) -> tuple[_State, dict[str, jax.Array]]:
+        carry = state.carry if goes_on else net.start(size)
+        params, opt, carry, metrics = train(state.params, state.opt, carry, batch["inputs"], batch["targets"])
+        loss = metrics.loss.mean() if data.kind == "tokens" else metrics.loss[-1]
+        return _State(carry if goes_on else (), opt, params), {"loss": loss}
 
-    def evaluated(state: PyTree) -> PyTree:
-        return state["params"] if form.alpha is None else fptt_eval_params(state["opt"], state["params"])
+    def averaged(state: _State) -> PyTree:
+        return {"params": state.params if form.alpha is None else fptt_eval_params(state.opt, state.params)}
 
-    def evaluate(state: PyTree) -> dict[str, float]:
-        found = scores(evaluated(state))
-        if form.alpha is None:
-            return found
-        return found | {f"{name}_w": value for name, value in scores(state["params"]).items()}
+    def evaluate(state: _State) -> dict[str, float]:
+        """The averaged parameters, and those in training."""
+        found = task.evaluate({"params": state.params})
+        return task.evaluate(averaged(state)) | {f"{name}_w": value for name, value in found.items()}
 
     return Program(
+        task=task,
         init=init,
-        step=step,
-        batches=lambda seed: batches(data.train, size, seed=seed, shuffle=not goes_on, transform=data.draw),
-        evaluate=evaluate,
-        infer=net.infer,
-        params=evaluated,
-        example_inputs=data.test["inputs"][: config.batch_size],
-        total_steps=steps,
-        batch_size=size,
-        source=f"{data.name}: {data.source}",
-        between=_epoch_ends(epoch) if form.epochs else None,
+        phases=_epochs(step, steps, epoch) if form.epochs else (Phase(step, steps),),
+        params=averaged,
+        loader=column_loader(data.train, size, shuffle=not goes_on, transform=data.draw),
+        evaluate=None if form.alpha is None else evaluate,
         sharding=(("^carry", ("data",)),) if goes_on else (),
         train_metrics=lambda means: {"train_loss": means["loss"]},
     )
+
+
+def _epochs(step: Callable[..., Any], steps: int, epoch: int) -> tuple[Phase, ...]:
+    """One phase per epoch, at whose end the parameters become their average; a rest of an epoch ends as it is."""
+
+    @jax.jit
+    def close(state: _State) -> _State:
+        params, opt = fptt_epoch_end(state.params, state.opt)
+        return state._replace(params=params, opt=opt)
+
+    whole, rest = divmod(steps, epoch)
+    return (Phase(step, epoch, leave=close),) * whole + ((Phase(step, rest),) if rest else ())
 
 
 def _split(config: FpttStudy, form: _Form, length: int) -> dict[str, Any]:
@@ -334,7 +362,7 @@ def _optimizer(config: FpttStudy, rate: float, updates: int) -> optax.GradientTr
     return base if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), base)
 
 
-def _part_loss(config: FpttStudy, data: SequenceData, net: Network) -> Callable[..., jax.Array]:
+def _part_loss(config: FpttStudy, data: SequenceData, net: StepNetwork) -> Callable[..., jax.Array]:
     """The loss of one part: of a single target it weighs (p + 1) / P', the share of the sequence seen."""
 
     def loss(params: PyTree, states: jax.Array, targets: jax.Array, part: SequencePart) -> jax.Array:
@@ -345,12 +373,3 @@ def _part_loss(config: FpttStudy, data: SequenceData, net: Network) -> Callable[
         return value if data.kind == "tokens" else part.progress * value
 
     return loss
-
-
-def _epoch_ends(epoch: int) -> Callable[[PyTree, int], PyTree]:
-    @jax.jit
-    def close(state: PyTree) -> PyTree:
-        params, opt = fptt_epoch_end(state["params"], state["opt"])
-        return state | {"params": params, "opt": opt}
-
-    return lambda state, done: state if done % epoch else close(state)

@@ -1,169 +1,297 @@
 """The GEENI study: ensembles of graph networks, with and without isolated error nodes, beside what is cheaper."""
 
 import dataclasses
-from typing import Literal
+import functools
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
-from effjax.core.errors import check_choice, check_number
-from effjax.graph.geeni import Form
-from effjax.graph.isolation import MODES, Mode
-from effjax.recipes.geeni_arms import FORMS, program
-from effjax.recipes.spec import Arm, Axis, Claim, Metrics, StudyConfig, Sweep
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.core.errors import check_number
+from effjax.graph.adjacency import loopless_adjacency
+from effjax.graph.geeni import (
+    GeeniConfig,
+    GeeniProblem,
+    GeeniSettings,
+    GeeniState,
+    geeni_init,
+    geeni_next,
+    geeni_serve,
+    geeni_step,
+    geeni_views,
+    served_members,
+    with_measured_form,
+)
+from effjax.graph.geeni_measures import geeni_metrics, over_edge_subsets
+from effjax.graph.isolation import alike_edges
+from effjax.graph.members import ensemble_logits, ensemble_probabilities, fold_members
+from effjax.graph.propagation import correct_and_smooth
+from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig
+from effjax.tasks.graph import NodeData, draw_split, masked_accuracy, node_data
+from effjax.tasks.task import Metric, Task
 from effjax.train.options import TrainOptions
+from effjax.train.program import Loader, Phase, Program
+from effjax.train.trainer import check_options
 
-ARMS = tuple(FORMS)
+PyTree = Any
+METRIC = Metric("accuracy", "max", "test accuracy")
+_correct_and_smooth = jax.jit(correct_and_smooth)
+
+
+MODALITY = "graph"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GeeniStudy(StudyConfig):
+class GeeniStudy(StudyConfig, GeeniSettings):
     """Config of the GEENI study."""
 
     tasks: tuple[str, ...] = ("cora",)
-    """graphs of effjax.graph_data; a poisoned one as cora_attacked/meta_0.15, on the split it was poisoned for"""
-    forms: tuple[str, ...] = ARMS
-    """arms, by the names of effjax.recipes.geeni_arms.FORMS"""
+    """Graphs of effjax.graph_data; a poisoned one as cora_attacked/meta_0.15, on the split it was poisoned for."""
     hidden: int = 64
-    """width of the single network, and of all narrow members together"""
-    members: int = 4
-    """networks of an ensemble"""
+    """Width of the single network, and of all narrow members together."""
     train_per_class: int = 20
-    """labelled nodes of a class, drawn anew for every seed"""
+    """Labelled nodes per class, drawn anew for every seed."""
     val_per_class: int = 30
-    """labelled nodes of a class that no member is trained on: they fit the detector and choose the isolation"""
-    edge_keep: float = 0.8
-    """share of the edges that members after the first see in training"""
-    feature_keep: float = 0.8
-    """share of the features that members after the first see"""
-    dropout: float = 0.5
-    """on the hidden layer, in training"""
-    student_dropout: float = 0.2
-    """likewise, of networks that are trained on an ensemble's probabilities"""
-    student_share: float = 1.0
-    """steps of these networks, as a multiple of the ensemble's"""
-    learning_rate: float = 0.01
-    """of Adam"""
-    weight_decay: float = 5e-4
-    """L2 of the first layer, added to its gradient"""
-    epochs_per_step: int = 10
-    """full-batch epochs in one step of the program"""
+    """Labelled nodes per class that no member is trained on; they fit the detector and choose the isolation."""
     raw_features: tuple[str, ...] = ("amazon_photo", "amazon_computers")
-    """graphs whose features are taken as they are; elsewhere those of a node are divided by their sum"""
-    fractions: tuple[float, ...] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
-    """shares of the nodes that may be isolated; none at all is always a candidate"""
-    modes: tuple[Mode, ...] = MODES
-    """normalisations of the isolated graph"""
-    powers: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
-    """soft isolation multiplies a node's messages by a power of its probability of being right"""
-    folds: int = 5
-    """parts of the validation nodes, each judged by a detector that has not seen it"""
-    ridge: float = 5.0
-    """regularisation of the learned detector"""
+    """Graphs whose features are taken as they are; elsewhere those of a node are divided by their sum."""
     jaccard: float = 0.01
-    """edges between nodes whose features are less alike are dropped where an arm denoises"""
+    """Edges between nodes whose features are less alike are dropped where an arm denoises."""
     train: TrainOptions = dataclasses.field(default_factory=lambda: TrainOptions(log_steps=1))
-    """how runs are executed"""
-    form: Form | Literal["auto"] = "columns"
-    """how the members are run; auto measures, and a resumed run may then differ in the last bits"""
+    """How runs are executed."""
 
     def __post_init__(self):
-        super().__post_init__()
-        for name in ("hidden", "members", "train_per_class", "val_per_class", "epochs_per_step"):
+        StudyConfig.__post_init__(self)
+        GeeniSettings.__post_init__(self)
+        for name in ("hidden", "train_per_class", "val_per_class"):
             check_number(name, getattr(self, name), low=1, integer=True)
+        check_number("jaccard", self.jaccard, low=0, high=1)
         if self.hidden % self.members:
             raise ValueError(f"hidden={self.hidden} does not divide among members={self.members} narrow ones.")
-        check_number("folds", self.folds, low=3, integer=True)
-        for name in ("edge_keep", "feature_keep"):
-            check_number(name, getattr(self, name), low=0, high=1, open_low=True)
-        for name in ("dropout", "student_dropout"):
-            check_number(name, getattr(self, name), low=0, high=1, open_high=True)
-        for name in ("learning_rate", "ridge"):
-            check_number(name, getattr(self, name), low=0, open_low=True)
-        check_number("weight_decay", self.weight_decay, low=0)
-        check_number("student_share", self.student_share, low=0, open_low=True)
-        check_number("jaccard", self.jaccard, low=0, high=1)
-        for fraction in self.fractions:
-            check_number("fractions", fraction, low=0, high=1, open_low=True, hint="Zero is always a candidate.")
-        for name in self.forms:
-            check_choice("forms", name, ARMS)
-        for name in self.modes:
-            check_choice("modes", name, MODES)
         for task in self.tasks:
             if task.count("/") > 1:
                 raise ValueError(f"tasks={task!r} must be a graph, or GRAPH/ATTACK such as 'cora_attacked/meta_0.15'.")
 
 
-def group(task: str) -> str:
-    """The group of a task's arms."""
+class Variant(NamedTuple):
+    """One arm.
+
+    Attributes:
+      label: the words of the report.
+      role: as in ``Arm``.
+      networks: one of width ``hidden``; one of the width of all; several of width ``hidden``; several that share it.
+      students: who is trained on the ensemble's probabilities and served in its place.
+      after: what is done with the probabilities that are served.
+      options: of ``GeeniConfig``.
+    """
+
+    label: str
+    role: Role
+    networks: Literal["one", "one-wide", "wide", "narrow"] = "narrow"
+    students: Literal["one", "narrow"] | None = None
+    after: Literal["drop-edges", "correct-smooth"] | None = None
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+_LEARNED, _FOLDED = {"isolate": "learned"}, {"folded": True}
+FORMS: dict[str, Variant] = {
+    "single": Variant("one GCN", "baseline", "one"),
+    "single-wide": Variant("one GCN, as wide as the ensemble", "alternative", "one-wide"),
+    "single-drop-edges": Variant("one GCN, mean over edge subsets", "alternative", "one", after="drop-edges"),
+    "correct-smooth": Variant("one GCN, Correct & Smooth", "alternative", "one", after="correct-smooth"),
+    "ensemble": Variant("ensemble", "baseline", "wide"),
+    "narrow": Variant("ensemble, narrow", "baseline"),
+    "narrow-folded": Variant("ensemble, narrow, folded to one GCN", "baseline", options=_FOLDED),
+    "narrow-correct-smooth": Variant("ensemble, narrow, Correct & Smooth", "alternative", after="correct-smooth"),
+    "distilled": Variant("one GCN, distilled from the ensemble", "alternative", "wide", "one"),
+    "narrow-distilled": Variant(
+        "ensemble, narrow, distilled from the wide one, folded to one GCN", "method", "wide", "narrow", options=_FOLDED
+    ),
+    "geeni-score": Variant("GEENI, score", "method", options={"isolate": "score"}),
+    "geeni-agreement": Variant("GEENI, score and agreement", "method", options={"isolate": "agreement"}),
+    "geeni-mutual": Variant("GEENI, mutual information", "method", options={"isolate": "mutual"}),
+    "geeni-learned": Variant("GEENI, learned detector", "method", options=_LEARNED),
+    "geeni-folded": Variant("GEENI, learned detector, folded to one GCN", "method", options=_LEARNED | _FOLDED),
+    "geeni-distilled": Variant(
+        "GEENI, learned detector, distilled from the wide ensemble, folded to one GCN",
+        "method",
+        "wide",
+        "narrow",
+        options=_LEARNED | _FOLDED,
+    ),
+    "geeni-soft": Variant("GEENI, learned detector, soft", "method", options=_LEARNED | {"soft": True}),
+    "geeni-correct-smooth": Variant(
+        "GEENI, learned detector, then Correct & Smooth", "method", after="correct-smooth", options=_LEARNED
+    ),
+    "oracle": Variant("ORACLE detector (reads test labels)", "control", options={"isolate": "oracle"}),
+    "jaccard": Variant("one GCN on denoised edges", "alternative", "one", options={"denoised": 1.0}),
+    "geeni-denoised": Variant(
+        "GEENI, learned detector, half of the members denoised", "method", options=_LEARNED | {"denoised": 0.5}
+    ),
+}
+
+# An ensemble gains a point, isolation by an honest detector loses nothing, and neither do cheaper rivals beat it.
+_CLAIMS = (
+    Claim("narrow", ">=", "single", plus=0.01),
+    Claim("narrow", ">=", "ensemble", plus=-0.005),
+    Claim("narrow-folded", ">=", "narrow", plus=-0.005),
+    Claim("geeni-distilled", ">=", "single"),
+    Claim("geeni-distilled", ">=", "ensemble", plus=-0.005),
+    Claim("geeni-learned", ">=", "narrow"),
+    Claim("geeni-soft", ">=", "narrow"),
+    Claim("geeni-distilled", ">=", "narrow-distilled"),
+    Claim("geeni-learned", ">=", "geeni-score"),
+    Claim("geeni-learned", ">=", "correct-smooth"),
+    Claim("geeni-learned", ">=", "narrow-correct-smooth"),
+    Claim("geeni-learned", ">=", "jaccard"),
+    Claim("geeni-distilled", ">=", "distilled"),
+    Claim(
+        *("geeni-learned", ">=", "geeni-learned", "auc_learned"),
+        than_of=("auc_score", "auc_agreement", "auc_mutual"),
+        plus=0.03,
+    ),
+)
+
+
+def claims(config: GeeniStudy) -> dict[str, Sequence[Claim]]:
+    """By group; isolation by the ORACLE must gain more where the graph is poisoned."""
+    gain = lambda task: Claim("oracle", ">=", "narrow", plus=0.03 if "/" in task else 0.02)
+    return {_group(task): (*_CLAIMS, gain(task)) for task in config.tasks}
+
+
+def groups(config: GeeniStudy) -> list[Group]:
+    """Every form on every graph."""
+    return [
+        Group(
+            _group(task),
+            METRIC,
+            functools.partial(_load, config, task),
+            [
+                Arm(name, form.role, functools.partial(program, config, form, fixed="/" in task), form.label)
+                for name, form in FORMS.items()
+            ],
+        )
+        for task in config.tasks
+    ]
+
+
+def _group(task: str) -> str:
     return task.replace("/", "-")
 
 
-def arms(config: GeeniStudy) -> dict[str, Arm]:
-    """Every form on every graph, as ``graph/form``."""
-    return {
-        f"{group(task)}/{name}": Arm(
-            build=lambda task=task, name=name: program(config, task, name),
-            group=group(task),
-            label=FORMS[name].label,
-            role=FORMS[name].role,
-        )
-        for task in config.tasks
-        for name in config.forms
+def _load(config: GeeniStudy, task: str) -> NodeData:
+    if config.own is not None:
+        return node_data(config.data(task, MODALITY))
+    name, _, attack = task.partition("/")
+    return node_data(name, row_normalize=name not in config.raw_features, attack=attack or None)
+
+
+def method_config(study: GeeniStudy, form: Variant) -> GeeniConfig:
+    """What ``geeni`` is given for an arm."""
+    hidden, narrow = study.hidden, study.hidden // study.members
+    members, width = {
+        "one": (1, hidden),
+        "one-wide": (1, hidden * study.members),
+        "wide": (study.members, hidden),
+        "narrow": (study.members, narrow),
+    }[form.networks]
+    students, student_width = {None: (0, 1), "one": (1, hidden), "narrow": (study.members, narrow)}[form.students]
+    amount = study.budget.steps(1, lambda epoch: 1)
+    own = {
+        "members": members,
+        "width": width,
+        "students": students,
+        "student_width": student_width,
+        "epochs": amount * (1 if study.budget.unit == "epochs" else study.epochs_per_step),
+        "isolate": None,
+        "precompute": False,  # the product with X is part of what the arms cost
     }
+    shared = {field.name: getattr(study, field.name) for field in dataclasses.fields(GeeniSettings)}
+    return GeeniConfig(**shared | own | dict(form.options))
 
 
-def sweeps(config: GeeniStudy) -> dict[str, Sweep]:
-    """None: every arm has the same learning rate."""
-    return {}
+def program(study: GeeniStudy, form: Variant, data: NodeData, *, fixed: bool) -> Program:
+    """``effjax.geeni`` in phases.
 
+    Args:
+      study: the config.
+      form: the arm.
+      data: the graph.
+      fixed: take the graph's own split for every seed; otherwise it is drawn from the seed.
+    """
+    config = method_config(study, form)
+    fixed = fixed or (study.own is not None and data.data.train is not None)
+    alike = alike_edges(data.features, data.adjacency.pattern, threshold=study.jaccard) if config.denoised else None
 
-def axes(config: GeeniStudy) -> dict[str, Axis]:
-    """Accuracy on the test nodes."""
-    return {group(task): Axis("accuracy", "max", "test accuracy") for task in config.tasks}
+    def masks(key: jax.Array) -> list[jax.Array]:
+        if fixed:
+            parts = (data.data.train, data.data.val, data.data.test)
+            return [jnp.zeros(data.data.nodes, bool).at[np.asarray(part)].set(True) for part in parts]
+        per_class = (study.train_per_class, study.val_per_class)
+        return list(draw_split(jax.random.fold_in(key, 0), data.labels, data.classes, *per_class))
 
+    def problem(key: jax.Array) -> GeeniProblem:
+        train, val, _ = masks(key)
+        return GeeniProblem(data.features, data.adjacency, data.labels, train, val, data.classes, alike=alike)
 
-def claims(config: GeeniStudy) -> list[Claim]:
-    """What an ensemble gains, what a perfect detector would, what an honest one does, and its rivals."""
-    return [claim for task in config.tasks for claim in _claims(task, set(config.forms))]
+    config = with_measured_form(problem(jax.random.key(0)), config)
 
+    def phase(stage: str) -> Phase:
+        def aux(state: GeeniState) -> PyTree:
+            seen = problem(state.key)
+            return seen, geeni_views(state, seen, config=config)
 
-def _claims(task: str, forms: set[str]) -> list[Claim]:
-    where, attacked = group(task), "/" in task
-    found: list[tuple[set[str], Claim]] = []
-
-    def say(text: str, left: str, right: str, margin: float, metric: str = "accuracy") -> None:
-        values = lambda arm, of: lambda m: m[f"{where}/{arm}"][of]
-        claim = Claim(
-            f"{where}: {text}", values(left, metric), ">=", lambda m: values(right, metric)(m) + margin, of="metrics"
+        return Phase(
+            step=lambda state, batch, aux: geeni_step(state, *aux, config=config, stage=stage),
+            steps=config.steps(stage),
+            leave=lambda state: geeni_next(state, problem(state.key), config=config, stage=stage),
+            aux=aux,
         )
-        found.append(({left, right}, claim))
 
-    say("an ensemble of narrow members is a point above one wide network", "narrow", "single", 0.01)
-    say("an ensemble of narrow members is no worse than one of wide members", "narrow", "ensemble", -0.005)
-    say("folding narrow members to one network costs at most half a point", "narrow-folded", "narrow", -0.005)
-    say("GEENI, distilled and folded, is no worse than one network", "geeni-distilled", "single", 0.0)
-    text = "GEENI, distilled and folded, is at most half a point below the ensemble of wide members"
-    say(text, "geeni-distilled", "ensemble", -0.005)
-    oracle = 0.03 if attacked else 0.02
-    say(f"isolating the ORACLE's error nodes gains {100 * oracle:.0f} points", "oracle", "narrow", oracle)
-    ensembles = {"geeni-learned": "narrow", "geeni-soft": "narrow", "geeni-distilled": "narrow-distilled"}
-    for name, ensemble in ensembles.items():
-        say(f"{FORMS[name].label} is no worse than its ensemble", name, ensemble, 0.0)
-    say("the learned detector does no worse than the score", "geeni-learned", "geeni-score", 0.0)
-    for rival in ("correct-smooth", "narrow-correct-smooth", "jaccard"):
-        say(f"GEENI, learned, is no worse than {FORMS[rival].label}", "geeni-learned", rival, 0.0)
-    say("GEENI, distilled and folded, is no worse than one network so distilled", "geeni-distilled", "distilled", 0.0)
-    kept = [claim for needs, claim in found if needs <= forms]
-    if "geeni-learned" in forms:
-        kept.append(_auc(where))
-    return kept
+    def infer(members: PyTree, inputs: PyTree) -> jax.Array:
+        nodes, features, matrix = inputs
+        members = fold_members(members) if config.folded else members
+        return ensemble_probabilities(ensemble_logits(members, features, matrix))[nodes]
+
+    task = Task(
+        name=f"{data.name}/gcn",
+        source=f"{data.name}: {data.source}",
+        metric=METRIC,
+        init=lambda key: geeni_init(key, problem(key), config=config).members,
+        loss=None,  # the method's own
+        infer=infer,
+        evaluate=None,  # of the state: what is served is more than parameters
+        train=None,
+        example_inputs=(np.arange(data.data.nodes, dtype=np.int32), data.features, data.adjacency),
+        classes=data.classes,
+        full_batch=True,
+    )
+    check_options(study.train, task, accumulate=False, remat=False, dtype=False)
+    networks = "members|opt/1/0/(mu|nu)" + "|students|students_opt/1/0/(mu|nu)" * (config.students > 1)
+    return Program(
+        task=task,
+        init=lambda key: geeni_init(key, problem(key), config=config),
+        phases=tuple(phase(stage) for stage in config.stages),
+        params=functools.partial(served_members, config=config),
+        loader=Loader(None, data.data.nodes),
+        evaluate=lambda state: evaluate(state, problem(state.key), masks(state.key)[2], config, form.after),
+        sharding=((f"^({networks})/", ("expert",)),) if config.members > 1 else (),
+    )
 
 
-def _auc(where: str) -> Claim:
-    def metric(name: str):
-        def value(m: Metrics) -> float:
-            return m[f"{where}/geeni-learned"][name]
-
-        return value
-
-    best = lambda m: max(metric("auc_score")(m), metric("auc_agreement")(m), metric("auc_mutual")(m))
-    text = f"{where}: the learned detector's AUC is 0.03 above every score that needs no labels"
-    return Claim(text, metric("auc_learned"), ">=", lambda m: best(m) + 0.03)
+def evaluate(
+    state: GeeniState, problem: GeeniProblem, test: jax.Array, config: GeeniConfig, after: str | None
+) -> dict[str, Any]:
+    """``geeni_metrics``, the accuracy after what is done with the probabilities."""
+    metrics = geeni_metrics(state, problem, test, config=config)
+    if after is None:
+        return metrics
+    if after == "drop-edges":
+        found = jnp.mean(over_edge_subsets(state, problem, config=config), axis=0)
+    else:
+        served, known = geeni_serve(state, problem, config=config), problem.train | problem.val
+        found = _correct_and_smooth(loopless_adjacency(problem.adjacency), served(), problem.labels, known)
+    return metrics | {"accuracy": masked_accuracy(found, problem.labels, test)}

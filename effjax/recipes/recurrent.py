@@ -7,15 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
 from effjax.core.errors import check_choice, check_number
-from effjax.data.pipeline import batches
-from effjax.data.sequences import SequenceData, sequence_data
-from effjax.models.linear_recurrence import LRU, MinGRU
+from effjax.data.sequences import SequenceData, few_rows, sequence_data
+from effjax.models.linear_recurrence import LRU, LRUStack, MinGRU
 from effjax.models.sequence import (
     AntisymmetricRNNCell,
     CoRNNCell,
@@ -27,14 +24,16 @@ from effjax.models.sequence import (
     RNNCell,
 )
 from effjax.models.sequence_network import SequenceNetwork
-from effjax.recipes.spec import Arm, Axis, Claim, Metrics, StudyConfig
+from effjax.recipes.spec import Arm, Group, StudyConfig
 from effjax.recurrent.dual_ode import DualODE
 from effjax.recurrent.equilibrium import EquilibriumRNN
 from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNN
-from effjax.tasks.sequence import SequenceTask, sequence_task
-from effjax.train.grad import accumulated
+from effjax.tasks.sequence import sequence_metric, sequence_task
 from effjax.train.program import Program
+from effjax.train.trainer import supervised
+
+MODALITY = "sequence"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,29 +41,27 @@ class RecurrentStudy(StudyConfig):
     """Config of a study of recurrent cells."""
 
     tasks: tuple[str, ...] = ("noisy-digits-200",)
-    """sequence problems: noisy-digits-200, fsdd, hmp_accel-256, mnist-permuted, add-200, ptb-words-300, ..."""
-    cells: tuple[str, ...] = ()
-    """arms, by the names of effjax.recipes.recurrent.LAYERS"""
+    """Sequence problems, such as noisy-digits-200, fsdd, hmp_accel-256, mnist-permuted, add-200 or ptb-words-300."""
     hidden: int = 64
-    """width of the state, and of the embedding where inputs are ids"""
+    """Width of the state, and of the embedding where inputs are ids."""
     batch_size: int = 64
-    """sequences of one step"""
+    """Sequences of one step."""
     learning_rate: float = 3e-3
-    """of Adam"""
+    """Learning rate of Adam in all arms."""
     clip: float = 1.0
-    """largest global norm of a gradient"""
+    """Largest global norm of a gradient."""
     read: Literal["last", "mean"] = "last"
-    """the state that a classifier's head reads: the last, or the mean over time"""
+    """The state that a classifier's head reads: the last, or the mean over time."""
     dropout: float = 0.0
-    """on the states that the head reads, and on embeddings"""
+    """Rate of dropout on the states that the head reads, and on embeddings."""
     train_rows: int | None = None
-    """training sequences used; all when None"""
+    """Number of training sequences used; None takes all."""
     test_rows: int | None = None
-    """test sequences used; all when None"""
+    """Number of test sequences used; None takes all."""
     chunk: int | None = None
-    """steps between stored states, the others are recomputed; None stores all"""
+    """Time steps between stored states, the others are computed again; None stores all."""
     unroll: int = 1
-    """time steps in one iteration of the compiled loop"""
+    """Time steps in one iteration of the compiled loop."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -74,8 +71,6 @@ class RecurrentStudy(StudyConfig):
             check_number(name, getattr(self, name), low=0, open_low=True)
         check_choice("read", self.read, ("last", "mean"))
         check_number("dropout", self.dropout, low=0, high=1, open_high=True)
-        for name in self.cells:
-            check_choice("cells", name, tuple(LAYERS))
 
 
 class Layer(NamedTuple):
@@ -90,29 +85,6 @@ class Layer(NamedTuple):
     make: Callable[[RecurrentStudy, int], nn.Module]
 
 
-class LRUStack(nn.Module):
-    r"""LRU layers as they are used in practice, each normalised before and gated and added after.
-
-    .. math:: x \leftarrow x + \mathrm{GLU}(\mathrm{gelu}(\mathrm{LRU}(\mathrm{norm}(x))))
-    """
-
-    features: int
-    layers: int
-    r_min: float
-    r_max: float
-    max_phase: float
-    dtype: DTypeLike | None = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        ring = {"r_min": self.r_min, "r_max": self.r_max, "max_phase": self.max_phase}
-        x = nn.Dense(self.features)(x)
-        for _ in range(self.layers):
-            y = LRU(self.features, dtype=self.dtype, **ring)(nn.LayerNorm()(x))
-            x = x + nn.glu(nn.Dense(2 * self.features)(nn.gelu(y)))
-        return x
-
-
 def _operands(config: RecurrentStudy) -> dict[str, Any]:
     return {} if config.train.dtype == "float32" else {"dtype": jnp.dtype(config.train.dtype)}
 
@@ -125,10 +97,16 @@ def _loop(config: RecurrentStudy, length: int) -> dict[str, Any]:
     return {"chunk": chunk, "unroll": config.unroll}
 
 
-def _looped(cell: Callable[..., nn.Module], **options: Any) -> Callable[[RecurrentStudy, int], nn.Module]:
-    return lambda config, length: Recurrent(
-        cell(config.hidden, **_operands(config), **options), **_loop(config, length)
-    )
+def _looped(
+    cell: Callable[..., nn.Module], length_field: str = "", **options: Any
+) -> Callable[[RecurrentStudy, int], nn.Module]:
+    """A cell in a loop over time; ``length_field`` is its field for the sequence's length, if it has one."""
+
+    def make(config: RecurrentStudy, length: int) -> nn.Module:
+        sized = {length_field: max(3, length)} if length_field else {}
+        return Recurrent(cell(config.hidden, **_operands(config), **sized, **options), **_loop(config, length))
+
+    return make
 
 
 def _stepped(layer: Callable[..., nn.Module], **options: Any) -> Callable[[RecurrentStudy, int], nn.Module]:
@@ -139,20 +117,17 @@ def _stepped(layer: Callable[..., nn.Module], **options: Any) -> Callable[[Recur
     )
 
 
-def _parallel(layer: Callable[..., nn.Module], **options: Any) -> Callable[[RecurrentStudy, int], nn.Module]:
-    return lambda config, length: layer(config.hidden, **_operands(config), **options)
+def _parallel(
+    layer: Callable[..., nn.Module], length_field: str = "", **options: Any
+) -> Callable[[RecurrentStudy, int], nn.Module]:
+    """A layer without a loop over time."""
 
+    def make(config: RecurrentStudy, length: int) -> nn.Module:
+        kind = nn.remat(layer) if config.train.remat else layer
+        sized = {length_field: max(3, length)} if length_field else {}
+        return kind(config.hidden, **_operands(config), **sized, **options)
 
-def _chrono(config: RecurrentStudy, length: int) -> nn.Module:
-    return _looped(LSTMCell, chrono_length=max(3, length))(config, length)
-
-
-def _fast_rnn_per_time(config: RecurrentStudy, length: int) -> nn.Module:
-    return _looped(FastRNNCell, length=length)(config, length)
-
-
-def _min_gru(config: RecurrentStudy, length: int) -> nn.Module:
-    return MinGRU(config.hidden, chrono_length=max(3, length), **_operands(config))
+    return make
 
 
 _LONG = {"r_min": 0.99, "r_max": 0.9999, "max_phase": math.pi / 10}
@@ -160,10 +135,10 @@ _LONG = {"r_min": 0.99, "r_max": 0.9999, "max_phase": math.pi / 10}
 LAYERS: dict[str, Layer] = {
     "rnn": Layer("tanh RNN", _looped(RNNCell)),
     "lstm": Layer("LSTM", _looped(LSTMCell)),
-    "chrono-lstm": Layer("Chrono-LSTM", _chrono),
+    "chrono-lstm": Layer("Chrono-LSTM", _looped(LSTMCell, "chrono_length")),
     "gru": Layer("GRU", _looped(GRUCell)),
     "fastrnn": Layer("FastRNN", _looped(FastRNNCell)),
-    "fastrnn-per-time": Layer("FastRNN, alpha and beta per time step", _fast_rnn_per_time),
+    "fastrnn-per-time": Layer("FastRNN, alpha and beta per time step", _looped(FastRNNCell, "length")),
     "fastgrnn": Layer("FastGRNN", _looped(FastGRNNCell)),
     "antisymmetric": Layer("AntisymmetricRNN", _looped(AntisymmetricRNNCell)),
     "antisymmetric-gated": Layer("AntisymmetricRNN, gated", _looped(AntisymmetricRNNCell, gated=True)),
@@ -171,7 +146,7 @@ LAYERS: dict[str, Layer] = {
     "lru": Layer("LRU, |lambda| .9 to .999", _parallel(LRU)),
     "lru-long": Layer("LRU, |lambda| .99 to .9999", _parallel(LRU, **_LONG)),
     "lru-4": Layer("4 LRU blocks, |lambda| .99 to .9999", _parallel(LRUStack, layers=4, **_LONG)),
-    "min-gru": Layer("minGRU, Chrono start", _min_gru),
+    "min-gru": Layer("minGRU, Chrono start", _parallel(MinGRU, "chrono_length")),
     "irnn": Layer("iRNN, K=1", _stepped(IncrementalRNN)),
     "irnn-3": Layer("iRNN, K=3", _stepped(IncrementalRNN, K=3)),
     # Step sizes of 0.9 from the zero start: with the default 0.01 this form forgets everything at once.
@@ -198,110 +173,41 @@ LAYERS: dict[str, Layer] = {
 }
 
 
-def recurrent_arms(config: RecurrentStudy, roles: Mapping[str, str]) -> dict[str, Arm]:
-    """Every cell on every task, as ``task/cell``; cells without a role are alternatives."""
-    return {
-        f"{task}/{cell}": Arm(
-            build=lambda task=task, cell=cell: _program(config, task, cell),
-            group=task,
-            label=LAYERS[cell].label,
-            role=roles.get(cell, "alternative"),
+def recurrent_groups(config: RecurrentStudy, roles: Mapping[str, str]) -> list[Group]:
+    """One group per task, one arm per layer; layers without a role are alternatives."""
+    arms = [
+        Arm(name, roles.get(name, "alternative"), functools.partial(_program, config, layer), layer.label)
+        for name, layer in LAYERS.items()
+    ]
+    return [
+        Group(
+            task, config.metric(task, MODALITY, sequence_metric), functools.partial(load_sequences, config, task), arms
         )
         for task in config.tasks
-        for cell in config.cells
-    }
+    ]
 
 
-def recurrent_axes(config: RecurrentStudy) -> dict[str, Axis]:
-    """What each task is judged by."""
-    return {task: axis(task) for task in config.tasks}
+def load_sequences(config: StudyConfig, task: str, streams: int | None = None) -> SequenceData:
+    """The problem of a study's ``train_rows`` and ``test_rows``, or the user's own."""
+    data, rows = config.data(task, MODALITY), {"train": config.train_rows, "test": config.test_rows}
+    if isinstance(data, str):
+        return sequence_data(data, train_rows=rows["train"], test_rows=rows["test"], streams=streams)
+    return few_rows(data, **rows)
 
 
-def axis(task: str) -> Axis:
-    """What a task is judged by, from its name alone: the data are not read."""
-    if task.startswith("add-"):
-        return Axis("mse", "min", "test squared error")
-    if task.startswith(("copy-", "tiny_shakespeare-", "ptb-")):
-        return Axis("nll", "min", "test nats a token")
-    return Axis("accuracy", "max", "test accuracy")
-
-
-def score(task: str, cell: str) -> Callable[[Metrics], float]:
-    """The judged number of an arm, for claims."""
-    return lambda m: m[f"{task}/{cell}"].get(axis(task).metric, math.nan)
-
-
-def bound(task: str, cell: str, op: str, value: float) -> Claim:
-    """That an arm reaches a number, or stays below it."""
-    word = "at least" if op == ">=" else "at most"
-    text = f"{task}: {LAYERS[cell].label} has {axis(task).label} {word} {value:g}"
-    return Claim(text, score(task, cell), op, lambda m: value)
-
-
-def no_worse(task: str, cell: str, rival: str, why: str = "") -> Claim:
-    """That an arm is at least as good as another."""
-    op = ">=" if axis(task).goal == "max" else "<="
-    text = f"{task}: {why}{LAYERS[cell].label} is no worse than {LAYERS[rival].label}"
-    return Claim(text, score(task, cell), op, score(task, rival))
-
-
-@functools.lru_cache(maxsize=4)
-def _data(task: str, train_rows: int | None, test_rows: int | None) -> SequenceData:
-    return sequence_data(task, train_rows=train_rows, test_rows=test_rows)
-
-
-def _network(config: RecurrentStudy, data: SequenceData, cell: str) -> nn.Module:
+def _program(config: RecurrentStudy, layer: Layer, data: SequenceData) -> Program:
     ids = {"vocabulary": data.vocabulary, "embedding": config.hidden} if data.vocabulary else {}
-    return SequenceNetwork(
-        LAYERS[cell].make(config, data.length),
+    network = SequenceNetwork(
+        layer.make(config, data.length),
         data.outputs,
         read="all" if data.kind == "tokens" else config.read,
         dropout=config.dropout,
         **ids,
     )
-
-
-def _program(config: RecurrentStudy, task_name: str, cell: str) -> Program:
-    data = _data(task_name, config.train_rows, config.test_rows)
-    task = sequence_task(data, _network(config, data, cell))
-    tx = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(config.learning_rate))
-    init, step = _training(config, task, tx)
-    rows = len(data.train["targets"])
-    params = lambda state: {"params": state["params"]}
-    return Program(
-        init=init,
-        step=step,
-        batches=lambda seed: batches(data.train, config.batch_size, seed=seed, transform=data.draw),
-        evaluate=lambda state: task.evaluate(params(state)),
-        infer=task.infer,
-        params=params,
-        example_inputs=data.test["inputs"][: config.batch_size],
-        total_steps=config.budget.steps(config.batch_size, lambda epoch: rows // config.batch_size),
+    task = sequence_task(data, network, dtype=config.train.dtype, remat=config.train.remat)
+    return supervised(
+        task._replace(example_inputs=data.test["inputs"][: config.batch_size]),
+        optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(config.learning_rate)),
         batch_size=config.batch_size,
-        source=f"{task_name}: {data.source}",
+        options=config.train,
     )
-
-
-def _training(
-    config: RecurrentStudy, task: SequenceTask, tx: optax.GradientTransformation
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """``init`` and ``step`` of a Program: one update a batch by backpropagation through the whole sequence."""
-
-    def loss(params, batch, key):
-        value, (_, metrics) = task.loss({"params": params}, batch, key)
-        return value, metrics
-
-    value_and_grad = accumulated(loss, config.train.accumulate)
-
-    def init(key):
-        params = task.init(key)["params"]
-        return {"params": params, "opt": tx.init(params), "key": jax.random.fold_in(key, 1), "step": jnp.zeros((), int)}
-
-    def step(state, batch, aux):
-        key = jax.random.fold_in(state["key"], state["step"]) if config.dropout else None
-        (_, metrics), grads = value_and_grad(state["params"], batch, key)
-        updates, opt = tx.update(grads, state["opt"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        return {"params": params, "opt": opt, "key": state["key"], "step": state["step"] + 1}, metrics
-
-    return init, step

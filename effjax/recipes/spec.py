@@ -1,158 +1,127 @@
-"""The words of a study: budget, arm, sweep, claim."""
+"""The words of a study: config, group, arm, sweep and claim, all of them data."""
 
 import dataclasses
-import math
-import statistics
+import fnmatch
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from effjax.core.errors import check_choice, check_number
-from effjax.train.options import TrainOptions
+from effjax.core.errors import near
+from effjax.data.files import read_data
+from effjax.tasks.task import Metric
+from effjax.train.options import Budget, TrainOptions
 from effjax.train.program import Program
 
-Metrics = Mapping[str, Mapping[str, float]]
-"""arm -> metric -> mean over seeds (NaN for an arm that diverged); ``"values"`` -> metric -> one number a seed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """What every arm may spend on one run."""
-
-    amount: float
-    """how much"""
-    unit: Literal["steps", "examples", "epochs", "device_seconds"] = "steps"
-    """of what; device seconds are turned into steps by each arm's measured step time"""
-
-    def __post_init__(self):
-        check_number("budget.amount", self.amount, low=0, open_low=True)
-        check_choice("budget.unit", self.unit, ("steps", "examples", "epochs", "device_seconds"))
-
-    def steps(self, batch_size: int, epoch_steps: Callable[[int], int] | None = None) -> int:
-        """Steps of one run; device seconds must have been resolved before.
-
-        Args:
-          batch_size: examples of one step, for a budget in examples.
-          epoch_steps: the steps of epoch 0, 1, ..., for a budget in epochs; it may have a fraction.
-
-        Example:
-          >>> Budget(2.5, "epochs").steps(32, lambda epoch: (10, 6, 4)[epoch])
-          18
-        """
-        if self.unit == "epochs":
-            if epoch_steps is None:
-                raise ValueError("a budget in epochs needs the data's rows, which this study does not use. Use steps.")
-            whole, part = divmod(self.amount, 1)
-            steps = sum(epoch_steps(epoch) for epoch in range(int(whole)))
-            return max(1, steps + (round(part * epoch_steps(int(whole))) if part else 0))
-        if self.unit == "device_seconds":
-            raise ValueError("a budget in device seconds has no number of steps before the step time is measured.")
-        return max(1, int(self.amount // batch_size if self.unit == "examples" else self.amount))
+Role = Literal["baseline", "method", "control", "alternative"]
 
 
 class Arm(NamedTuple):
-    """One way of doing the study's task.
+    """One way of doing a group's task.
 
     Attributes:
-      build: makes the Program, loading data only now.
-      group: arms of one group are compared with each other (one table, one panel of the plot).
-      label: the name shown in the report.
+      name: unique in its group; claims and presets choose arms by it.
       role: 'baseline', 'method', 'control' or 'alternative'.
+      build: from what ``Group.load`` returned to a Program.
+      label: the words of tables and plots; the name where it is empty.
     """
 
-    build: Callable[[], Program]
-    group: str
-    label: str
-    role: Literal["baseline", "method", "control", "alternative"]
+    name: str
+    role: Role
+    build: Callable[[Any], Program]
+    label: str = ""
 
 
 class Sweep(NamedTuple):
-    """Several arms that a user would launch to keep the best one: its cost is the sum of theirs.
+    """Several arms that a user would launch to keep the best one by the group's metric: its cost is the sum of theirs.
 
     Attributes:
-      members: names of arms.
-      metric: name of the metric the best is chosen by.
-      goal: 'min' or 'max'.
-      group: as for an arm.
-      label: the name shown in the report.
+      members: shell pattern on the names of the group's arms.
+      label: the words of tables and plots.
     """
 
-    members: Sequence[str]
-    metric: str
-    goal: Literal["min", "max"]
-    group: str
+    members: str
     label: str
+
+    def matches(self, name: str) -> bool:
+        """Whether an arm of this name is a member."""
+        return fnmatch.fnmatchcase(name, self.members)
+
+
+class Group(NamedTuple):
+    """Arms that are compared with each other: one table, one panel of the plot.
+
+    Attributes:
+      name: unique in the study.
+      metric: what its arms are judged by.
+      load: makes the task, or whatever the arms share; called once, so that data are read and evaluation is compiled
+        once for all arms.
+      arms: in the order of the report.
+      sweeps: by name.
+    """
+
+    name: str
+    metric: Metric
+    load: Callable[[], Any]
+    arms: Sequence[Arm]
+    sweeps: Mapping[str, Sweep] = MappingProxyType({})
 
 
 class Claim(NamedTuple):
-    """A sentence with two numbers that decide whether it holds.
+    """What a study says will come out, as data: decided from the results alone, its sentence is generated.
+
+    ``value(arm) op times * value(than) + plus``. An arm is given by its name; ``'best PATTERN'`` is the best by the
+    compared number of the arms that a shell pattern matches, ``'sum PATTERN'`` the sum over them; patterns may be
+    joined by ``|``. A name with a stroke, ``'group/arm'``, is an arm of another group. A claim about arms that are not
+    in the results is left out.
 
     Attributes:
-      text: the sentence.
-      left: number from the results.
-      op: '<=' or '>='.
-      right: number from the results.
-      of: 'metrics' (decided by what was learned, reproducible) or 'cost' (decided by the clock; the
-        numbers are the costs, the metrics and, for ``time_to``, the curve).
+      arm: the left-hand side.
+      op: '<=' or '>='; or 'no worse': of the two the one that the group's metric asks for, ``plus`` in its direction.
+      than: the right-hand side: an arm, or a number.
+      of: what is compared: a metric, or a cost such as ``train_s``, ``step_ms``, ``peak_bytes``; None for the group's
+        metric.
+      times: factor of the right-hand side.
+      plus: added to the right-hand side.
+      standard_errors: if given, what is compared is the mean over seeds of the paired difference ``arm - than``, with
+        so many of its own standard errors: ``mean(arm - than) op standard_errors * error``.
+      than_of: metrics of the right-hand side, of which the best counts, where they are others than ``of``.
+      as_ratio_of: if given, ``value(arm) / value(than)`` is compared with ``times`` the same ratio of this cost or
+        metric.
+      until: an arm. If given, the training seconds are compared after which the arms first reach the value of the
+        group's metric that this arm ends with, seed by seed; needs evaluations during training.
+      why: words that lead the sentence.
     """
 
-    text: str
-    left: Callable[[Metrics], float]
-    op: Literal["<=", ">="]
-    right: Callable[[Metrics], float]
-    of: Literal["metrics", "cost"] = "metrics"
+    arm: str
+    op: Literal["<=", ">=", "no worse"]
+    than: str | float
+    of: str | None = None
+    times: float = 1.0
+    plus: float = 0.0
+    standard_errors: float | None = None
+    than_of: tuple[str, ...] = ()
+    as_ratio_of: str | None = None
+    until: str | None = None
+    why: str = ""
 
 
-def paired(m: Metrics, arm: str, rival: str, metric: str) -> tuple[float, float]:
-    """Mean over seeds of the difference between two arms, and its standard error (0 for one seed).
-
-    Args:
-      m: what a claim sees.
-      arm: name of the arm.
-      rival: of the arm that is subtracted.
-      metric: of both.
-
-    Example:
-      >>> m = {"a": {"values": {"accuracy": [0.75, 1.0]}}, "b": {"values": {"accuracy": [0.5, 0.5]}}}
-      >>> paired(m, "a", "b", "accuracy")
-      (0.375, 0.125)
-    """
-    columns = [m[name]["values"].get(metric, []) for name in (arm, rival)]
-    if not columns[0] or len(columns[0]) != len(columns[1]) or None in (*columns[0], *columns[1]):
-        return math.nan, math.nan
-    differences = [a - b for a, b in zip(*columns, strict=True)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
-    return statistics.fmean(differences), error
+_ACCURACY = Metric("accuracy", "max", "test accuracy")
+_OWN_METRICS = {
+    "text": Metric("spearman", "max", "test spearman"),
+    "sequence": Metric("mse", "min", "test squared error"),
+}
 
 
-def time_to(arm: Mapping[str, Any], metric: str, target: float, goal: Literal["min", "max"] = "max") -> float:
-    """Training seconds until an evaluation first reaches ``target``, mean over seeds; NaN if one never does.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnData:
+    """A user's own data, in place of a study's."""
 
-    Args:
-      arm: what a claim of costs sees of an arm that was evaluated during training (``train.evaluate_steps``).
-      metric: of the evaluation.
-      target: the value to reach.
-      goal: whether it is reached from below ('max') or above ('min').
-
-    Example:
-      >>> curves = [{"train_s": [1.0, 2.0], "accuracy": [0.5, 0.9]}, {"train_s": [1.0, 4.0], "accuracy": [0.6, 0.8]}]
-      >>> time_to({"curve": curves}, "accuracy", 0.8)
-      3.0
-    """
-    sign = 1 if goal == "max" else -1
-    first = []
-    for curve in arm["curve"]:
-        points = zip(curve["train_s"], curve[metric], strict=True) if curve else ()
-        reached = (seconds for seconds, value in points if value is not None and sign * value >= sign * target)
-        first.append(next(reached, math.nan))
-    return sum(first) / len(first) if first else math.nan
-
-
-class Axis(NamedTuple):
-    """What one group's panel shows: the metric, whether less or more is better, and its name."""
-
-    metric: str
-    goal: Literal["min", "max"]
-    label: str
+    path: str
+    """File, folder, or hf:owner/name."""
+    model: str | None = None
+    """A model by name, or a folder with a checkpoint; None for the study's."""
+    columns: tuple[tuple[str, Any], ...] = ()
+    """Keywords of effjax.data.files.read_data and their values."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,12 +129,66 @@ class StudyConfig:
     """The fields that every study has."""
 
     budget: Budget
-    """what one run of an arm may spend"""
+    """What one run of an arm may spend."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """seeds of parameters and data order"""
+    """Seeds of parameters and data order."""
+    arms: tuple[str, ...] = ("*",)
+    """Names or shell patterns of the arms to run; a pattern that begins with ! leaves arms out."""
     train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
-    """how runs are executed"""
+    """How runs are executed."""
+    own: OwnData | None = None
+    """Data of one's own in place of the study's; set by --data."""
+
+    def data(self, name: str, modality: str) -> Any:
+        """What a maker of tasks takes as its data: the name of a set, or the user's own data."""
+        return name if self.own is None else read_data(modality, self.own.path, **dict(self.own.columns))
+
+    def model(self, name: str) -> str:
+        """What a maker of tasks takes as its model."""
+        return name if self.own is None or self.own.model is None else self.own.model
+
+    def metric(self, name: str, modality: str, of_name: Callable[[str], Metric]) -> Metric:
+        """What a task is judged by, known before its data are read."""
+        if self.own is None:
+            return of_name(name)
+        return _OWN_METRICS.get(modality, _ACCURACY) if "score" in dict(self.own.columns) else _ACCURACY
 
     def __post_init__(self):
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={self.seeds} must be one or more different integers, e.g. 0 1 2.")
+        if any(isinstance(seed, bool) or seed < 0 for seed in self.seeds):
+            raise ValueError(f"seeds={self.seeds} must not be negative.")
+        if not self.arms:
+            raise ValueError("arms=() leaves nothing to compare. Give names or patterns; '*' takes all.")
+
+
+def choose_arms(groups: Sequence[Group], patterns: Sequence[str]) -> list[Group]:
+    """The groups with the arms that ``StudyConfig.arms`` chooses: those that a pattern matches, less those that a
+    ``!pattern`` matches. Sweeps without members and groups without arms are left out.
+
+    Raises:
+      ValueError: a pattern that matches no arm of any group, or no arm left.
+
+    Example:
+      >>> arms = [Arm(name, "baseline", lambda task: None) for name in ("sgd-1", "sgd-2", "adam")]
+      >>> group = Group("g", Metric("loss", "min", "loss"), lambda: None, arms)
+      >>> [arm.name for arm in choose_arms([group], ("sgd-*", "!sgd-2"))[0].arms]
+      ['sgd-1']
+    """
+    names = sorted({arm.name for group in groups for arm in group.arms})
+    for pattern in patterns:
+        bare = pattern.removeprefix("!")
+        if not fnmatch.filter(names, bare):
+            raise ValueError(f"arms: {pattern!r} matches none of {', '.join(names)}.{near(bare, names)}")
+    wanted = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
+    unwanted = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    hit = lambda name, some: any(fnmatch.fnmatchcase(name, pattern) for pattern in some)
+    found = []
+    for group in groups:
+        arms = [arm for arm in group.arms if hit(arm.name, wanted) and not hit(arm.name, unwanted)]
+        sweeps = {name: sweep for name, sweep in group.sweeps.items() if any(sweep.matches(arm.name) for arm in arms)}
+        if arms:
+            found.append(group._replace(arms=arms, sweeps=sweeps))
+    if not found:
+        raise ValueError(f"arms={tuple(patterns)} leaves nothing to compare.")
+    return found

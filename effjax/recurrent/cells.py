@@ -102,6 +102,15 @@ def check_hidden(argument: str, h: Hidden, shape: tuple[int, ...]) -> None:
         )
 
 
+def check_length(length: int | None, steps: int) -> None:
+    """Raise ``ValueError`` if a sequence has more steps than a cell has step sizes; None shares them."""
+    if length is not None and steps > length:
+        raise ValueError(
+            f"length={length}, but the sequence has {steps} steps, and each needs step sizes of its own. Make the cell "
+            f"with length={steps}, shorten the sequence, or share the step sizes over time."
+        )
+
+
 def check_finite(argument: str, x: jax.Array | np.ndarray) -> None:
     """Raise ``ValueError`` for NaN in an array whose values are known, that is, outside ``jit`` and ``grad``."""
     if isinstance(x, jax.core.Tracer):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from effjax.core.cells import Cell
 from effjax.core.errors import check_choice, check_number
 from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
@@ -24,6 +25,7 @@ from effjax.recurrent.cells import (
     Sequence,
     check_finite,
     check_hidden,
+    check_length,
     eta_shape,
     first_hidden,
     kernel_params,
@@ -159,7 +161,8 @@ class _Incremental(nn.Module):
     eta: float = 0.01
     dtype: DTypeLike | None = None
 
-    def _params(self, inputs: int) -> dict[str, jax.Array]:
+    @nn.compact
+    def weights(self, inputs: int) -> dict[str, jax.Array]:
         check_choice("start", self.start, _STARTS)
         check_number("alpha", self.alpha, low=0.0, open_low=True)
         steps = eta_shape(self.K, check_choice("eta_mode", self.eta_mode, ("per_time", "shared")), self.length)
@@ -171,7 +174,7 @@ class _Incremental(nn.Module):
         }
 
 
-class IncrementalRNNCell(_Incremental, nn.RNNCellBase):
+class IncrementalRNNCell(_Incremental, Cell):
     r"""Incremental RNN cell for ``nn.RNN``; the equations are those of ``irnn``.
 
     The carry is the state and the number of steps done, which finds the row of ``eta``. Beyond ``length`` the state is
@@ -205,29 +208,28 @@ class IncrementalRNNCell(_Incremental, nn.RNNCellBase):
     Reference: as for ``irnn``. Weights start from N(0, 0.1^2) and steps from 0.01, as in the authors' code.
     """
 
-    @nn.compact
-    def __call__(self, carry: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[Any, jax.Array]:
+    @nn.nowrap
+    def project(self, params: Params, xs: jax.Array) -> jax.Array:
+        return dot(xs, params["W"], self.dtype) + wide(params["b"])
+
+    @nn.nowrap
+    def advance(
+        self, params: Params, carry: tuple[jax.Array, jax.Array], projected: jax.Array
+    ) -> tuple[Any, jax.Array]:
         h, time = carry
-        params = self._params(x.shape[-1])
-        pre = dot(x, params["W"], self.dtype) + params["b"]
-        h, y = irnn_step(
-            params,
-            h,
-            (pre, steps_at(params["eta"], time)),
-            start=self.start,
-            activation=self.activation,
-            dtype=self.dtype,
-        )
+        check_hidden("carry[0]", h, projected.shape)
+        projected = projected, steps_at(params["eta"], time)
+        h, y = irnn_step(params, h, projected, start=self.start, activation=self.activation, dtype=self.dtype)
         return (h, time + 1), y
+
+    @nn.nowrap
+    def check_steps(self, steps: int) -> None:
+        check_length(self.length, steps)
 
     @nn.nowrap
     def initialize_carry(self, rng: jax.Array, input_shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         del rng
         return jnp.zeros((*input_shape[:-1], self.features)), jnp.zeros(input_shape[:-1], jnp.int32)
-
-    @property
-    def num_feature_axes(self) -> int:
-        return 1
 
 
 class IncrementalRNN(_Incremental):
@@ -265,10 +267,9 @@ class IncrementalRNN(_Incremental):
     chunk: int | None = None
     unroll: int = 1
 
-    @nn.compact
     def __call__(self, x: Float[Array, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
         _, states = irnn(
-            self._params(x.shape[-1]),
+            self.weights(x.shape[-1]),
             jnp.swapaxes(x, 0, 1),
             h0,
             start=self.start,

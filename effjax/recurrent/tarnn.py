@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from effjax.core.cells import Cell
 from effjax.core.errors import check_choice, check_number
 from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
@@ -25,6 +26,7 @@ from effjax.recurrent.cells import (
     Sequence,
     check_finite,
     check_hidden,
+    check_length,
     eta_shape,
     first_hidden,
     fused_dot,
@@ -123,7 +125,7 @@ def tarnn_project(
     dtype: DTypeLike | None = None,
 ) -> dict[str, jax.Array]:
     """What ``tarnn_step`` takes at every time step: the products with the inputs, and eta ``[time, K]`` if given."""
-    projected = _products(params, xs, _before(xs, first_prev), dtype)
+    projected = _add_products_before(params, _products_now(params, xs, dtype), _before(xs, first_prev), dtype)
     if "eta" in params:
         projected["eta"] = steps_over_time(params["eta"], len(xs))
     return projected
@@ -140,12 +142,20 @@ def _before(xs: jax.Array, first: str | jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.asarray(first, xs.dtype)[None], xs[:-1]])
 
 
-def _products(params: Params, xs: jax.Array, before: jax.Array, dtype: DTypeLike | None) -> dict[str, jax.Array]:
-    now = {"pre": (params["W1"], params["b1"]), "drive": (params["B1"], None), "gate": (params["Wg"], params["bg"])}
-    then = {"pre": (params["W2"], None)}
+def _products_now(params: Params, xs: jax.Array, dtype: DTypeLike | None) -> dict[str, jax.Array]:
+    """The products with the inputs of the same time step."""
+    kernels = {"pre": (params["W1"], params["b1"]), "drive": (params["B1"], None), "gate": (params["Wg"], params["bg"])}
+    return fused_dot(xs, kernels, dtype)
+
+
+def _add_products_before(
+    params: Params, now: Mapping[str, jax.Array], before: jax.Array, dtype: DTypeLike | None
+) -> dict[str, jax.Array]:
+    """What ``_products_now`` gave, completed by the products with the inputs one time step earlier."""
+    kernels = {"pre": (params["W2"], None)}
     if "eta" not in params:
-        then["step"] = (params["We"], params["be"])
-    now, then = fused_dot(xs, now, dtype), fused_dot(before, then, dtype)
+        kernels["step"] = (params["We"], params["be"])
+    then = fused_dot(before, kernels, dtype)
     return {**now, **then, "pre": now["pre"] + then["pre"]}
 
 
@@ -390,7 +400,8 @@ class _TimeAdaptive(nn.Module):
     eta: float = 0.01
     dtype: DTypeLike | None = None
 
-    def _params(self, inputs: int) -> dict[str, jax.Array]:
+    @nn.compact
+    def weights(self, inputs: int) -> dict[str, jax.Array]:
         check_choice("variant", self.variant, _VARIANTS)
         check_choice("first_prev", self.first_prev, _FIRST)
         check_choice("eta_mode", self.eta_mode, ("per_time", "shared", "input"))
@@ -413,7 +424,7 @@ class _TimeAdaptive(nn.Module):
         return params | kernel_params(self, shapes)
 
 
-class TARNNCell(_TimeAdaptive, nn.RNNCellBase):
+class TARNNCell(_TimeAdaptive, Cell):
     r"""Time-adaptive RNN cell for ``nn.RNN``; the equations are those of ``tarnn``.
 
     The carry is the state, the input before, and the number of steps done, which finds the row of ``eta``. Beyond
@@ -448,36 +459,35 @@ class TARNNCell(_TimeAdaptive, nn.RNNCellBase):
     Reference: as for ``tarnn``. Weights start from N(0, 0.1^2) and steps from 0.01, as in the authors' code.
     """
 
-    @nn.compact
-    def __call__(self, carry: tuple[jax.Array, jax.Array, jax.Array], x: jax.Array) -> tuple[Any, jax.Array]:
+    @nn.nowrap
+    def project(self, params: Params, xs: jax.Array) -> dict[str, jax.Array]:
+        return {"x": xs, **_products_now(params, xs, self.dtype)}
+
+    @nn.nowrap
+    def advance(
+        self, params: Params, carry: tuple[jax.Array, jax.Array, jax.Array], projected: Mapping[str, jax.Array]
+    ) -> tuple[Any, jax.Array]:
         h, before, time = carry
-        params = self._params(x.shape[-1])
+        x = projected["x"]
+        check_hidden("carry[0]", h, projected["gate"].shape)
         check_hidden("carry[1]", before, x.shape)
-        if self.first_prev == "repeat":
-            before = jnp.where(time[..., None] == 0, x, before)
-        projected = _products(params, x, before, self.dtype)
+        first = jnp.where(time[..., None] == 0, x, before) if self.first_prev == "repeat" else before
+        projected = _add_products_before(params, projected, first, self.dtype)
         if "eta" in params:
             projected["eta"] = steps_at(params["eta"], time)
-        h, y = _step(
-            _fuse(params),
-            h,
-            projected,
-            variant=self.variant,
-            K=self.K,
-            activation=self.activation,
-            dtype=self.dtype,
-        )
+        options = {"variant": self.variant, "K": self.K, "activation": self.activation, "dtype": self.dtype}
+        h, y = _step(_fuse(params), h, projected, **options)
         return (h, jnp.asarray(x, before.dtype), time + 1), y
+
+    @nn.nowrap
+    def check_steps(self, steps: int) -> None:
+        check_length(self.length, steps)
 
     @nn.nowrap
     def initialize_carry(self, rng: jax.Array, input_shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
         del rng
         batch = input_shape[:-1]
         return jnp.zeros((*batch, self.features)), jnp.zeros(input_shape), jnp.zeros(batch, jnp.int32)
-
-    @property
-    def num_feature_axes(self) -> int:
-        return 1
 
 
 class TARNN(_TimeAdaptive):
@@ -515,10 +525,9 @@ class TARNN(_TimeAdaptive):
     chunk: int | None = None
     unroll: int = 1
 
-    @nn.compact
     def __call__(self, x: Float[Array, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
         _, states = tarnn(
-            self._params(x.shape[-1]),
+            self.weights(x.shape[-1]),
             jnp.swapaxes(x, 0, 1),
             h0,
             variant=self.variant,

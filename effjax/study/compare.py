@@ -3,61 +3,99 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+import time
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from effjax.recipes.spec import Arm, Budget
+from effjax.recipes.spec import Claim
+from effjax.study.books import NUMBER, read_json_checked
+from effjax.study.claims import decide
+from effjax.study.lock import FolderLock
 from effjax.study.metering import measure
+from effjax.study.own import own_study
 from effjax.study.progress import Progress
-from effjax.study.report import write_report
-from effjax.study.resolve import Study, resolve
-from effjax.study.results import SCHEMA, arm_result, decide, environment, sweep_result
-from effjax.train.checkpoint import describe_difference
+from effjax.study.report import read_results, write_report
+from effjax.study.resolve import Study, bounded, resolve
+from effjax.study.results import SCHEMA, arm_result, environment, idle_arms, sweep_result
+from effjax.study.results_view import Results
+from effjax.tasks.task import Task
+from effjax.train.checkpoint import checksums, describe_difference, layout
 from effjax.train.logging import read_jsonl, write_json
 from effjax.train.loop import FitResult, NonFiniteError, Prepared, fit
 from effjax.train.mesh import start_distributed
+from effjax.train.options import Budget, TrainOptions
 from effjax.train.program import Program
 
 CURVE_POINTS = 200
+_START_AGAIN = "Delete {0} to start again, or choose another --out."
 
 
 def compare(
-    target: str | Study, *, out: str | Path | None = None, cost_only: bool = False, quiet: bool = False
-) -> dict[str, Any]:
-    """Run a study and write ``results.json``, ``curves.json``, ``report.md`` and ``report.png``.
+    study: str | Study | None = None,
+    *,
+    task: Task | None = None,
+    arms: Mapping[str, Any] | None = None,
+    budget: Budget | float | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    claims: Sequence[Claim] = (),
+    batch_size: int = 64,
+    options: TrainOptions | None = None,
+    out: str | Path | None = None,
+    cost_only: bool = False,
+    quiet: bool = False,
+) -> Results:
+    """Run a study, or arms of your own on a task of your own, and report quality against cost.
 
-    A run that was killed continues when it is started again with the same folder: finished arms are
-    kept, the running one resumes from its checkpoint, bit for bit on CPU.
+    Writes ``results.json``, ``curves.json``, ``report.md`` and ``report.png``. A run that was killed continues when it
+    is started again with the same folder: finished arms are kept, the running one resumes from its checkpoint, bit for
+    bit on CPU.
 
     Args:
-      target: ``'samuel'``, ``'samuel:smoke'``, a TOML file, or a resolved study.
+      study: ``'samuel'``, ``'samuel:smoke'``, a TOML file, or a resolved study; None with ``task`` and ``arms``.
+      task: what your arms learn, of ``effjax.task`` or another maker of tasks.
+      arms: by name: an Optax optimizer; a ``Program``, such as ``effjax.train.supervised(task, tx)``; or a function
+        ``steps -> optimizer or Program``, for schedules. The first is the baseline.
+      budget: of every arm and seed; a number is one of steps.
+      seeds: of parameters and data order.
+      claims: what you expect, as data; decided from the results.
+      batch_size: rows of one step, for arms that are optimizers.
+      options: how runs are executed.
       out: folder; default ``runs/<stem>-<preset>``.
       cost_only: measure speed and memory, train nothing.
       quiet: no progress.
 
     Returns:
-      The content of results.json.
+      The content of results.json; a notebook shows its table and plot.
 
     Raises:
-      ValueError: the folder belongs to another config (the difference is shown).
+      ValueError: bad settings, or a folder that belongs to another comparison (the difference is shown).
+      FolderInUse: another process works in the folder.
       Preempted: SIGTERM arrived; everything is saved.
 
     Example:
       ``effjax.compare("samuel:smoke")["claims"]``
     """
     start_distributed()
-    study = resolve(target) if isinstance(target, str) else target
+    if study is None:
+        study = own_study(task, arms, budget, tuple(seeds), tuple(claims), batch_size, options or TrainOptions())
+    elif task is not None or arms is not None or budget is not None:
+        raise ValueError(
+            f"study={study!r} together with task, arms or budget: a study has its own. Give it alone (its config is "
+            "changed by a TOML file or on the command line), or leave it out."
+        )
+    study = resolve(study) if isinstance(study, str) else study
     out = (
         Path(out)
         if out is not None
         else study.default_out.with_name(study.default_out.name + ("-cost" if cost_only else ""))
     )
     first = jax.process_index() == 0
-    with Progress(quiet=quiet or not first) as progress:
-        return _Comparison(study, out, cost_only, progress, first).run()
+    with Progress(quiet=quiet or not first) as progress, FolderLock(out, first=first, say=progress.say):
+        return Results(_Comparison(study, out, cost_only, progress, first).run(), folder=out)
 
 
 class _Comparison:
@@ -66,22 +104,27 @@ class _Comparison:
     def __init__(self, study: Study, out: Path, cost_only: bool, progress: Progress, first: bool):
         self.study, self.out, self.cost_only, self.progress, self.first = study, out, cost_only, progress, first
         self.work = out / ".work"
-        self.arms = study.arms()
+        self.groups = study.groups()
         self.prepared: dict[str, Prepared] = {}
 
     def run(self) -> dict[str, Any]:
         finished = self._claim_folder()
         if finished is not None:
             self.progress.say(f"{self.out} is finished; writing its report again")
-            write_report(self.out, self.study)
+            write_report(self.out)
             return finished
-        costs, programs = self._costs()
-        runs = {name: [] for name in self.arms} if self.cost_only else self._train(costs, programs)
+        try:
+            costs, programs = self._costs()
+        except Exception:
+            if self.first and not (self.work / "cost.json").exists():
+                shutil.rmtree(self.work)  # nothing in it was paid for
+            raise
+        runs = {name: [] for name in programs} if self.cost_only else self._train(costs, programs)
         results = self._results(costs, runs)
         if self.first:
             write_json(self.out / "curves.json", self._curves())
             write_json(self.out / "results.json", results)
-            write_report(self.out, self.study)
+            write_report(self.out)
             shutil.rmtree(self.work)
         return results
 
@@ -96,17 +139,14 @@ class _Comparison:
     def _claim_folder(self) -> dict[str, Any] | None:
         """Check that the folder is ours or new; return its results if it is finished."""
         mark, results = self.work / "identity.json", self.out / "results.json"
-        if mark.exists():
-            self._check_same(json.loads(mark.read_text()))
+        if self.work.exists() and any(self.work.iterdir()):
+            self._check_same(read_json_checked(mark, tuple(self._identity()), _START_AGAIN.format(self.work)))
         elif results.exists():
-            found = json.loads(results.read_text())
+            found = read_results(results)
+            config = found["config"]
+            trained = any(arm["metrics"] for arm in found["arms"].values())
             self._check_same(
-                {
-                    "study": found.get("study"),
-                    "preset": found.get("preset"),
-                    "cost_only": all(not arm["metrics"] for arm in found.get("arms", {}).values()),
-                    "config": found.get("config"),
-                }
+                {"study": found["study"], "preset": found["preset"], "cost_only": not trained, "config": config}
             )
             return found
         elif self.first:
@@ -120,57 +160,74 @@ class _Comparison:
                 f"out={str(self.out)!r} holds another comparison:\n{difference}\nChoose another --out, or delete it."
             )
 
+    # Costs
+
     def _costs(self) -> tuple[dict[str, dict], dict[str, Program]]:
         """Build the programs, and measure them unless an earlier run of this folder did."""
         path = self.work / "cost.json"
-        config = self.study.config
-        by_seconds = config.budget.unit == "device_seconds"
+        budget = self.study.config.budget
+        by_seconds = budget.unit == "device_seconds"
         if by_seconds and jax.process_count() > 1:
             raise ValueError(
                 f"budget.unit='device_seconds' is one process's clock, and there are {jax.process_count()} processes. "
                 "Use steps or examples."
             )
-        provisional = dataclasses.replace(config, budget=Budget(1000.0)) if by_seconds else config
-        programs = {}
-        for name, arm in self.study.arms(provisional).items():
-            self.progress.say(f"preparing {name}")
-            programs[name] = arm.build()
-        self.sources = sorted({program.source for program in programs.values()})
+        loaded = {}
+        for group in self.groups:
+            self.progress.say(f"preparing {group.name}")
+            loaded[group.name] = group.load()
+        programs = self._build(loaded, Budget(1000.0) if by_seconds else budget)
+        self.sources = sorted({f"{program.task.name}: {program.task.source}" for program in programs.values()})
         if path.exists():
-            costs = json.loads(path.read_text())
+            measured = {name: {"step_ms": NUMBER, "compile_s": NUMBER} for name in programs}
+            costs = read_json_checked(path, measured, f"Delete it to measure again: {path}.")
             self._check_sources()
         else:
             costs = {}
-            for group in dict.fromkeys(arm.group for arm in self.arms.values()):
-                self.progress.say(f"measuring the cost of {group}")
-                members = {name: programs[name] for name, arm in self.arms.items() if arm.group == group}
-                measured, prepared = measure(members, config.train, say=self.progress.say)
+            for group in self.groups:
+                self.progress.say(f"measuring the cost of {group.name}")
+                members = {name: programs[name] for name in self._names(group)}
+                measured, prepared = measure(members, self.study.config.train, say=self.progress.say)
                 costs |= measured
                 self.prepared |= {} if by_seconds else prepared
             if self.first:
                 write_json(self.work / "sources.json", self.sources)
                 write_json(path, costs)
         if by_seconds:
-            programs = {name: self._within_seconds(name, costs[name]).build() for name in programs}
+            steps = {name: max(1.0, budget.amount * 1e3 // costs[name]["step_ms"]) for name in programs}
+            programs = {name: self._build(loaded, Budget(steps[name]), name)[name] for name in programs}
         return costs, programs
 
+    def _build(self, loaded: Mapping[str, Any], budget: Budget, only: str | None = None) -> dict[str, Program]:
+        """Programs of all arms, or of one, under a budget."""
+        groups = self.study.groups(dataclasses.replace(self.study.config, budget=budget))
+        return {
+            name: bounded(arm.build(loaded[group.name]), budget)
+            for group in groups
+            for name, arm in zip(self._names(group), group.arms, strict=True)
+            if only in (None, name)
+        }
+
+    @staticmethod
+    def _names(group: Any) -> list[str]:
+        return [f"{group.name}/{arm.name}" for arm in group.arms]
+
     def _check_sources(self) -> None:
-        begun = json.loads((self.work / "sources.json").read_text())
+        path = self.work / "sources.json"
+        begun = read_json_checked(path, list, _START_AGAIN.format(self.work))
         if begun != self.sources:
             raise ValueError(
                 f"out={str(self.out)!r} was begun on other data:\n  there {begun}\n  here  {self.sources}\n"
                 "Set EFFJAX_DATA as it was, or choose another --out."
             )
 
-    def _within_seconds(self, name: str, cost: Mapping[str, Any]) -> Arm:
-        steps = max(1.0, self.study.config.budget.amount * 1e3 // cost["step_ms"])
-        return self.study.arms(dataclasses.replace(self.study.config, budget=Budget(steps)))[name]
+    # Training
 
     def _train(self, costs: Mapping[str, Mapping], programs: dict[str, Program]) -> dict[str, list[dict]]:
         work = {name: costs[name]["step_ms"] * programs[name].total_steps for name in programs}
         seeds = self.study.config.seeds
         done = sum(work[name] for name in programs for seed in seeds if self._finished(name, seed))
-        self.progress.plan(len(seeds) * sum(work.values()), done)
+        self.progress.plan(len(seeds) * sum(work.values()), done, expected_s=1e-3)
         runs: dict[str, list[dict]] = {}
         for name in list(programs):
             runs[name] = []
@@ -189,7 +246,10 @@ class _Comparison:
 
     def _finished(self, name: str, seed: int) -> dict | None:
         path = self._folder(name, seed) / "done.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        kinds = {"status": str, "metrics": dict, "train_s": NUMBER, "evaluate_s": NUMBER, "compiles": int}
+        return read_json_checked(path, kinds, f"Delete {path.parent} to train this seed again.")
 
     def _run(self, name: str, seed: int, program: Program, done: float, step_ms: float) -> dict[str, Any]:
         folder = self._folder(name, seed)
@@ -211,43 +271,66 @@ class _Comparison:
                 on_compile=self.progress.compiling(label),
             )
         except NonFiniteError as error:
-            run = {"status": "diverged", "metrics": {}, "train_s": error.train_s, "why": str(error)}
+            run = {"status": "diverged", "metrics": {}, "train_s": error.train_s, "evaluate_s": 0.0, "why": str(error)}
         else:
-            metrics = {key: float(value) for key, value in program.evaluate(result.state).items()}
-            run = {"status": "ok", "train_s": result.train_s, "skipped": result.skipped}
-            run |= {"metrics": {**result.train, **metrics}}
-            if options.evaluate_steps:
-                run["curve"] = _curve(result, {"step": program.total_steps, "train_s": result.train_s, **metrics})
-        run["compiles"] = prepared.step.compiles
+            run = self._judge(program, result)
+        run["compiles"] = prepared.compiles
         if self.first:
             write_json(folder / "done.json", run)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return run
 
+    def _judge(self, program: Program, result: FitResult) -> dict[str, Any]:
+        start = time.perf_counter()
+        metrics = program.judged(result.state)
+        run = {
+            "status": "ok",
+            "metrics": {**result.train, **metrics},
+            "train_s": result.train_s,
+            "evaluate_s": time.perf_counter() - start,
+            "steps": result.steps,
+            "skipped": result.skipped,
+            "fingerprint": fingerprint(program.params(result.state)),
+        }
+        if self.study.config.train.evaluate_steps:
+            run["curve"] = _curve(result, {"step": result.steps, "train_s": result.train_s, **metrics})
+        return run
+
+    # Results
+
     def _results(self, costs: Mapping[str, Mapping], runs: Mapping[str, list[dict]]) -> dict[str, Any]:
-        study = self.study
-        arms = {name: arm_result(runs[name], costs[name]) for name in self.arms}
-        for name, arm in self.arms.items():
-            arms[name] |= {"group": arm.group, "label": arm.label, "role": arm.role}
-        for name, sweep in study.sweeps.items():
-            arms[name] = {**sweep_result(sweep, arms), "group": sweep.group, "label": sweep.label, "role": "sweep"}
+        study, arms, idle = self.study, {}, []
+        for group in self.groups:
+            names = self._names(group)
+            for name, arm in zip(names, group.arms, strict=True):
+                about = {"group": group.name, "label": arm.label or arm.name, "role": arm.role}
+                arms[name] = arm_result(runs[name], costs[name]) | about
+            for sweep_name, sweep in group.sweeps.items():
+                members = [name for name in names if sweep.matches(name.removeprefix(f"{group.name}/"))]
+                best = sweep_result(members, arms, group.metric.name, group.metric.goal)
+                about = {"group": group.name, "label": sweep.label, "role": "sweep"}
+                arms[f"{group.name}/{sweep_name}"] = best | about
+            idle += idle_arms({name: [run.get("fingerprint") for run in runs[name]] for name in names})
+        metrics = study.metrics
         return {
             "schema": SCHEMA,
             "study": study.stem,
-            "method": study.stem,
             "preset": study.preset,
             "seeds": list(study.config.seeds),
             "budget": dataclasses.asdict(study.config.budget),
             "config": study.config_dict,
+            "groups": metrics,
             "arms": arms,
-            "claims": decide(study.claims, arms, "cost" if self.cost_only else "metrics"),
+            "claims": decide(study.claims, arms, metrics, timed=False),
+            "cost_claims": decide(study.claims, arms, metrics, timed=True),
+            "idle": idle,
             "environment": environment() | {"data": self.sources},
         }
 
     def _curves(self) -> dict[str, dict[str, Any]]:
         """Per arm the training loss of every seed, thinned to a few hundred points."""
         curves: dict[str, dict[str, Any]] = {}
-        for name in self.arms:
+        for name in self.study.arms:
             for seed in self.study.config.seeds:
                 records = [r for r in read_jsonl(self._folder(name, seed) / "log.jsonl") if "loss" in r]
                 if records:
@@ -257,6 +340,14 @@ class _Comparison:
                         "loss": [r["loss"] for r in thin],
                     }
         return curves
+
+
+def fingerprint(params: Any) -> int | None:
+    """A number of all bits of a tree of arrays; None where this process does not hold it whole."""
+    arrays = jax.tree.map(jax.numpy.asarray, params)
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(arrays)):
+        return None
+    return zlib.crc32(json.dumps([layout(arrays), checksums(arrays)], sort_keys=True).encode())
 
 
 def _curve(result: FitResult, last: dict[str, float]) -> dict[str, list[float]]:

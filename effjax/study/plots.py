@@ -1,169 +1,426 @@
-"""report.png: a row for each group: quality against measured cost, the arms' names, and the training curves."""
+"""report.png: per group quality against total seconds, training seconds and memory; the arms' names; the curves."""
 
+import io
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from effjax.recipes.spec import Axis
+from effjax.study.advice import chosen, members, ranked, spread
+from effjax.study.claims import value
 from effjax.study.frontier import pareto
-from effjax.study.results import mean
 
 COLOURS = {
     "method": "#c0392b",
-    "baseline": "#6c7a7d",
+    "baseline": "#566164",
     "alternative": "#2471a3",
-    "control": "#b7950b",
+    "control": "#a57c00",
     "sweep": "#1e8449",
 }
 MARKERS = {"method": "D", "baseline": "o", "alternative": "s", "control": "^", "sweep": "P"}
-NUMBER_WIDTH, NUMBER_HEIGHT = 15, 13  # pixels
+NUMBER_HEIGHT, MARK = 13, 5  # pixels
+NEAR = 8  # pixels within which points share one label
+LISTED = 14  # names per column
+QUALITY = 4.2  # inches, the height of the panels of quality
+FAR = 3.0  # medians of the distances from the best, beyond which an arm lies outside the frame
 
 
-def draw(results: Mapping[str, Any], axes: Mapping[str, Axis], curves: Mapping[str, Any], path: Path) -> None:
-    """Draw the report's picture without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+Labels = Mapping[int, tuple[tuple[float, float], str]]
+"""Per number of an arm the point that it stands beside, and the arm's role."""
 
-    groups: dict[str, dict[str, Any]] = {}
-    for name, arm in results["arms"].items():
-        groups.setdefault(arm["group"], {})[name] = arm
-    ratios = [1.0, 0.5, 1.0] if curves else [1.0, 0.5]
-    figure = Figure(figsize=(6.4 * sum(ratios), 5.2 * len(groups)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(groups), len(ratios), squeeze=False, width_ratios=ratios)
-    figure.suptitle(f"{results['study']}: {results['preset']}", fontsize=13)
-    for row, (group, arms) in zip(panels, groups.items(), strict=True):
-        points = _points(arms, axes[group], trained=bool(curves))
-        numbers = _list(row[1], arms, points, axes[group])
-        _quality(row[0], group, arms, points, numbers, axes[group], trained=bool(curves))
-        if curves:
-            _curves(row[2], arms, curves)
+
+class Cost(NamedTuple):
+    """What a panel shows along x."""
+
+    name: str
+    label: str
+    factor: float = 1.0
+
+
+COSTS = (
+    Cost("total_s", "total seconds: compile + train + evaluate"),
+    Cost("train_s", "training seconds"),
+    Cost("peak_bytes", "peak MB of a step", 1e-6),
+)
+
+
+def draw(results: Mapping[str, Any], curves: Mapping[str, Any], path: Path) -> None:
+    """Write the picture as a PNG file."""
     partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=100, format="png")
+    partial.write_bytes(picture(results, curves))
     partial.replace(path)
 
 
-def _points(arms: Mapping[str, Any], axis: Axis, *, trained: bool) -> dict[str, tuple[float, float]]:
-    """(cost, quality) of every arm that has both; without training, (step ms, peak MB)."""
+def picture(results: Mapping[str, Any], curves: Mapping[str, Any]) -> bytes:
+    """The picture as the bytes of a PNG file, made without a display."""
+    file = io.BytesIO()
+    figure(results, curves).savefig(file, dpi=100, format="png")
+    return file.getvalue()
+
+
+def figure(results: Mapping[str, Any], curves: Mapping[str, Any]):
+    """The picture as a figure of matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, dpi=100, format="png")
+            return file.getvalue()
+
+    groups = {group: members(results, group) for group in results["groups"]}
+    groups = {group: arms for group, arms in groups.items() if arms}
+    heights = [_height(arms, curves) for arms in groups.values()]
+    whole = Shown(figsize=(13.5, sum(heights) + 0.5), layout="constrained")
+    FigureCanvasAgg(whole)
+    trained = any(map(_trained, groups.values()))
+    note = "    ring: the arm to take; line: the front" if trained else ""
+    whole.suptitle(f"{results['study']}: {results['preset']}{note}", fontsize=13)
+    parts = whole.subfigures(len(groups), 1, squeeze=False, height_ratios=heights, hspace=0.03)
+    labels: list[tuple[Any, Labels]] = []
+    for (part,), (group, arms) in zip(parts, groups.items(), strict=True):
+        labels += _group(part, group, arms, results["groups"][group], curves)
+    whole.draw_without_rendering()  # now the points have their places
+    for panel, numbers in labels:
+        _number(panel, numbers)
+    return whole
+
+
+def _height(arms: Mapping[str, Any], curves: Mapping[str, Any]) -> float:
+    if not _trained(arms):
+        return 1.0 + 0.36 * len(arms)
+    return QUALITY + (3.4 if _curves_of(arms, curves) else 0.3 + 0.2 * _tall(len(arms), 3))
+
+
+def _trained(arms: Mapping[str, Any]) -> bool:
+    return any(arm["metrics"] for arm in arms.values())
+
+
+def _group(part, group: str, arms, metric: Mapping[str, str], curves: Mapping[str, Any]) -> list[tuple[Any, Labels]]:
+    """Draw a group; return the panels whose points get numbers, with these."""
+    if not _trained(arms):
+        _cost_only(part.subplots(1, 2), group, arms)
+        return []
+    order = ranked(arms, metric)
+    numbers = {name: index + 1 for index, name in enumerate(order)}
+    costs = [cost for cost in COSTS if any(_finite(arm["cost"].get(cost.name)) for arm in arms.values())]
+    lines = _curves_of(arms, curves)
+    rows = part.subfigures(2, 1, height_ratios=[QUALITY, _height(arms, curves) - QUALITY])
+    frame = _Frame({name: value(arms[name], metric["name"]) for name in order}, arms, metric)
+    note = f"   (worse than the frame: {ranges([numbers[name] for name in frame.outside])})" if frame.outside else ""
+    rows[0].suptitle(f"{group}{note}", fontsize=12)
+    panels = rows[0].subplots(1, max(1, len(costs)), squeeze=False, sharey=True)[0]
+    labels = [
+        (panel, _quality(panel, arms, metric, frame, numbers, cost))
+        for panel, cost in zip(panels, costs or [None], strict=True)
+    ]
+    panels[0].set_ylabel(f"{metric['label']}\n({'lower' if metric['goal'] == 'min' else 'higher'} is better)")
+    if not lines:
+        _names(rows[1].subplots(1, 1), arms, metric, order, 3)
+        return labels
+    columns = math.ceil(len(order) / LISTED)
+    names, panel = rows[1].subplots(1, 2, width_ratios=[1.1 if columns == 1 else 1.6, 1])
+    _names(names, arms, metric, order, columns)
+    return [*labels, (panel, _curves(panel, lines, arms, numbers))]
+
+
+def _finite(found: float | None) -> bool:
+    return found is not None and math.isfinite(found)
+
+
+class _Frame:
+    """The range of y: the arms that compete, so that one that failed does not squeeze the rest."""
+
+    def __init__(self, quality: Mapping[str, float], arms: Mapping[str, Any], metric: Mapping[str, str]):
+        known = {name: found for name, found in quality.items() if math.isfinite(found)}
+        low = metric["goal"] == "min"
+        spans = lambda some, times: low and len(some) > 1 and 0 < times * min(some.values()) < max(some.values())
+        if spans(known, 30):
+            near = _competing({name: math.log(found) for name, found in known.items()}, min)
+            self.inside = {name: known[name] for name in near}
+        else:
+            self.inside = known
+        self.log = spans(self.inside, 10)
+        if not self.log:
+            self.inside = _competing(self.inside, min if low else max)
+        self.outside = set(known) - set(self.inside)
+        found = list(self.inside.values()) or [0.0, 1.0]
+        ends = list(found)
+        for name, middle in self.inside.items():
+            summary = arms[name]["metrics"][metric["name"]]
+            std = summary["std"] or 0.0
+            ends += [middle - std, middle + std, *(seed for seed in summary["values"] if _finite(seed))]
+        if self.log:
+            ends = [end for end in ends if end > 0.2 * min(found)]
+            self.limits = (min(ends) / 1.3, max(ends) * 1.3)
+        else:
+            margin = 0.05 * (max(ends) - min(ends)) or 0.05 * abs(ends[0]) or 1.0
+            self.limits = (min(ends) - margin, max(ends) + margin)
+
+
+def _competing(quality: Mapping[str, float], best: Callable[..., float]) -> dict[str, float]:
+    """What is not much further from the best than half of the others are."""
+    top = best(quality.values(), default=0.0)
+    behind = {name: abs(found - top) for name, found in quality.items()}
+    limit = FAR * statistics.median([far for far in behind.values() if far > 0] or [0.0])
+    return {name: found for name, found in quality.items() if behind[name] <= limit}
+
+
+def _quality(panel, arms, metric, frame: _Frame, numbers: Mapping[str, int], cost: Cost | None) -> Labels:
+    """Every arm as a point with its number; bars are one standard deviation over seeds, small dots the seeds."""
     points = {}
-    for name, arm in arms.items():
-        cost = arm["cost"]["train_s"] if trained else arm["cost"]["step_ms"]
-        quality = mean(arm, axis.metric) if trained else (arm["cost"]["peak_bytes"] or math.nan) / 1e6
-        if cost is not None and math.isfinite(quality):
-            points[name] = (cost, quality)
-    return points
-
-
-def _list(panel, arms: Mapping[str, Any], points: Mapping[str, tuple[float, float]], axis: Axis) -> dict[str, int]:
-    """Write the arms' names, best first, and return their numbers."""
-    panel.axis("off")
-    ranked = sorted(points, key=lambda name: points[name][1], reverse=axis.goal == "max")
-    missing = [name for name in arms if name not in points]
-    for index, name in enumerate([*ranked, *missing]):
-        quality = f"{points[name][1]:.4g}" if name in points else "diverged"
-        text = f"{index + 1:>2}  {arms[name]['label']}  {quality}"
-        height = 1 - (index + 0.5) / max(18, len(arms))
-        panel.text(
-            0, height, text, transform=panel.transAxes, fontsize=8, color=COLOURS[arms[name]["role"]], va="center"
-        )
-    return {name: index + 1 for index, name in enumerate(ranked)}
-
-
-def _quality(panel, group, arms, points, numbers, axis: Axis, *, trained: bool) -> None:
-    """Every arm as a point with its number; bars are one standard deviation over seeds."""
-    goal = axis.goal if trained else "min"
-    shown = _frame(panel, points, goal)
-    for name, (cost, quality) in shown.items():
-        role = arms[name]["role"]
-        panel.errorbar(
-            cost,
+    for name, quality in frame.inside.items():
+        spent = arms[name]["cost"].get(cost.name) if cost else numbers[name]
+        if _finite(spent):
+            points[name] = (spent * (cost.factor if cost else 1.0), quality)
+    _scale_x(panel, [spent for spent, _ in points.values()], log=cost is not None)
+    if frame.log:
+        panel.set_yscale("log")
+    panel.set_ylim(*frame.limits)
+    for name, (spent, quality) in points.items():
+        role, found = arms[name]["role"], arms[name]["metrics"][metric["name"]]
+        large = role in ("method", "sweep")
+        seeds = [seed for seed in found["values"] if _finite(seed)]
+        if len(seeds) > 1:
+            panel.errorbar(
+                spent, quality, yerr=found["std"] or None, color=COLOURS[role], capsize=2, elinewidth=0.9, alpha=0.6
+            )
+            panel.plot([spent] * len(seeds), seeds, ".", color=COLOURS[role], markersize=3.5, alpha=0.7, zorder=2)
+        panel.plot(
+            spent,
             quality,
-            yerr=(arms[name]["metrics"][axis.metric]["std"] if trained else 0) or None,
-            fmt=MARKERS[role],
+            MARKERS[role],
             color=COLOURS[role],
-            markersize=8 if role in ("method", "sweep") else 6,
-            capsize=2,
-            elinewidth=1,
+            markersize=8 if large else 6,
+            zorder=3,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
         )
-    frontier = pareto(points, goal)
-    if len(frontier) > 1:
-        panel.step(*zip(*(points[name] for name in frontier), strict=True), where="post", color="#bbbbbb", zorder=0)
-    _number(panel, {numbers[name]: (point, arms[name]["role"]) for name, point in shown.items()})
-    outside = sorted(numbers[name] for name in points if name not in shown)
-    note = f"; worse than the frame: {', '.join(map(str, outside))}" if outside else ""
-    panel.set_title(f"{group}{note}", fontsize=10)
-    if trained:
-        panel.set_xlabel("training seconds (a sweep: all its runs)")
-        panel.set_ylabel(f"{axis.label}  ({'lower' if goal == 'min' else 'higher'} is better)")
-    else:
-        panel.set_xlabel("step, ms")
-        panel.set_ylabel("peak MB of a step")
-    panel.grid(alpha=0.25, which="both")
+    advised = chosen(arms, metric)[0]
+    if advised in points:
+        panel.plot(*points[advised], "o", markersize=15, markerfacecolor="none", markeredgecolor="black", zorder=2)
+    front = pareto(points, metric["goal"]) if cost else []
+    if len(front) > 1:
+        panel.step(*zip(*(points[name] for name in front), strict=True), where="post", color="#bbbbbb", zorder=0)
+    plain_axis(panel.xaxis, *panel.get_xlim(), log=panel.get_xscale() == "log")
+    plain_axis(panel.yaxis, *frame.limits, log=frame.log)
+    panel.set_xlabel(cost.label if cost else "rank")
+    panel.grid(alpha=0.25)
+    return {numbers[name]: (point, arms[name]["role"]) for name, point in points.items()}
 
 
-def _frame(panel, points: Mapping[str, tuple[float, float]], goal: str) -> dict[str, tuple[float, float]]:
-    """Set the axes so that diverging arms do not squeeze the rest; return the points inside."""
-    costs = [cost for cost, _ in points.values()]
-    if max(costs) > 4 * min(costs) > 0:
+def _scale_x(panel, spent: Sequence[float], *, log: bool) -> None:
+    """Limits with a margin, logarithmic if it may be and the costs differ by far."""
+    low, high = min(spent, default=0.0), max(spent, default=1.0)
+    if log and 0 < 4 * low < high:
         panel.set_xscale("log")
-    best = (min if goal == "min" else max)(quality for _, quality in points.values())
-    behind = {name: abs(quality - best) for name, (_, quality) in points.items()}
-    limit = 5 * statistics.median(behind.values()) or math.inf
-    shown = {name: point for name, point in points.items() if behind[name] <= limit}
-    values = [quality for _, quality in shown.values()]
-    margin = 0.06 * (max(values) - min(values)) or 0.05 * abs(best) or 1.0
-    panel.set_ylim(min(values) - margin, max(values) + margin)
-    return shown
+        panel.set_xlim(low / (high / low) ** 0.06, high * (high / low) ** 0.1)
+    else:
+        margin = (high - low) or abs(high) or 1.0
+        panel.set_xlim(low - 0.06 * margin, high + 0.1 * margin)
 
 
-def _number(panel, labels: Mapping[int, tuple[tuple[float, float], str]]) -> None:
-    """Write each arm's number beside its point, moved up while it would cover another number."""
-    panel.figure.draw_without_rendering()
-    taken: list[tuple[float, float]] = []
-    for number, (point, role) in labels.items():
+def plain_ticks(low: float, high: float) -> list[float]:
+    """Ticks of a logarithmic axis: 1, 2, 5 and their multiples by ten, more of them on a short axis, fewer on a long.
+
+    Example:
+      >>> plain_ticks(0.4, 12)
+      [0.5, 1.0, 2.0, 5.0, 10.0]
+    """
+    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)):
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [float(f"{step * 10.0**power:.6g}") for power in powers for step in steps]
+        found = [tick for tick in found if low <= tick <= high]
+        if len(found) >= 4:
+            return found
+    return found
+
+
+def plain(tick: float) -> str:
+    """A tick's label without exponents.
+
+    Example:
+      >>> plain(0.05), plain(2.0), plain(20000.0)
+      ('0.05', '2', '20,000')
+    """
+    return f"{tick:,.10f}".rstrip("0").rstrip(".")
+
+
+def plain_axis(axis, low: float, high: float, *, log: bool) -> None:
+    """Give an axis tick labels without exponents and offsets."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+    if log:
+        axis.set_major_locator(FixedLocator(plain_ticks(low, high)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda tick, _: plain(tick)))
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Numbers as a short list.
+
+    Example:
+      >>> ranges([1, 2, 3, 5, 8, 9])
+      '1-3, 5, 8, 9'
+    """
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return ", ".join(parts)
+
+
+def _number(panel, labels: Labels) -> None:
+    """Write the arms' numbers beside their points: one label for points that nearly cover each other."""
+    dpi = panel.figure.dpi
+    clusters: list[tuple[float, float, list[int]]] = []
+    for number, (point, _) in labels.items():
         x, y = panel.transData.transform(point)
-        shift = 0.0
-        while any(abs(y + shift - b) < NUMBER_HEIGHT and abs(x - a) < NUMBER_WIDTH for a, b in taken):
-            shift += 2.0
-        taken.append((x, y + shift))
+        near = next((c for c in clusters if abs(c[0] - x) < NEAR and abs(c[1] - y) < NEAR), None)
+        if near:
+            near[2].append(number)
+        else:
+            clusters.append((x, y, [number]))
+    taken = [(x - MARK, x + MARK, y) for x, y, _ in clusters]
+    for x, y, numbers in clusters:
+        text = ranges(numbers)
+        left, width = x + 8, 7.0 * len(text)
+        shifts = (step * sign for step in range(0, 200, 2) for sign in (1, -1))
+        shift = next(
+            shift
+            for shift in shifts
+            if not any(
+                abs(y + shift - other) < NUMBER_HEIGHT and left < end and start < left + width
+                for start, end, other in taken
+            )
+        )
+        taken.append((left, left + width, y + shift))
+        point, role = labels[numbers[0]]
+        roles = {labels[number][1] for number in numbers}
         panel.annotate(
-            str(number),
+            text,
             point,
-            xytext=(6, shift * 72 / panel.figure.dpi + 2),
+            xytext=(6, shift * 72 / dpi + 2),
             textcoords="offset points",
-            fontsize=8,
-            color=COLOURS[role],
+            fontsize=9,
+            color=COLOURS[role] if len(roles) == 1 else "black",
             annotation_clip=False,
+            zorder=4,
+            in_layout=False,
         )
 
 
-def _curves(panel, arms: Mapping[str, Any], curves: Mapping[str, Any]) -> None:
-    """Training loss over steps, mean over seeds: the methods in front."""
-    lowest, first = math.inf, 0.0
-    for name, arm in arms.items():
+def _tall(count: int, columns: int) -> int:
+    """Rows of a list of names."""
+    return max(10, math.ceil(count / columns))
+
+
+def _names(panel, arms: Mapping[str, Any], metric: Mapping[str, str], order: Sequence[str], columns: int) -> None:
+    """The arms' numbers, names and quality, best first, in columns."""
+    panel.axis("off")
+    tall = _tall(len(order), columns)
+    width = {1: 95, 2: 46, 3: 52}[min(columns, 3)]  # characters
+    for index, name in enumerate(order):
+        arm = arms[name]
+        label = arm["label"] or name
+        reached = spread(arm, metric["name"])
+        room = width - len(reached)
+        label = label if len(label) <= room else label[: room - 1].rstrip() + "…"
+        x, y = (index // tall) / columns, 1 - (index % tall + 0.5) / tall
+        text = f"{index + 1}  {label}:  {reached}"
+        panel.plot(
+            x + 0.01, y, MARKERS[arm["role"]], color=COLOURS[arm["role"]], markersize=5, transform=panel.transAxes
+        )
+        panel.text(
+            x + 0.025,
+            y,
+            text,
+            transform=panel.transAxes,
+            fontsize=9,
+            color=COLOURS[arm["role"]],
+            va="center",
+            in_layout=False,
+        )
+    panel.set_xlim(0, 1)
+    panel.set_ylim(0, 1)
+
+
+def _curves_of(arms: Mapping[str, Any], curves: Mapping[str, Any]) -> dict[str, tuple[list[float], list[float]]]:
+    """Per arm the steps and the mean training loss over seeds, as far as every seed has them."""
+    lines = {}
+    for name in arms:
         runs = list(curves.get(name, {}).values())
         length = min((len(run["step"]) for run in runs), default=0)
-        if not length or any(loss is None for run in runs for loss in run["loss"][:length]):
-            continue
-        loss = [statistics.fmean(run["loss"][i] for run in runs) for i in range(length)]
-        loud = arm["role"] == "method"
+        if length and not any(loss is None for run in runs for loss in run["loss"][:length]):
+            lines[name] = (
+                runs[0]["step"][:length],
+                [statistics.fmean(run["loss"][i] for run in runs) for i in range(length)],
+            )
+    return lines
+
+
+def _curves(panel, lines: Mapping[str, tuple[list[float], list[float]]], arms, numbers: Mapping[str, int]) -> Labels:
+    """Training loss over steps, mean over seeds: the methods in front."""
+    lowest, first = math.inf, 0.0
+    for name, (steps, loss) in lines.items():
+        role = arms[name]["role"]
+        loud = role == "method"
         lowest, first = min(lowest, *loss), max(first, loss[0])
         panel.plot(
-            runs[0]["step"][:length],
+            steps,
             loss,
-            color=COLOURS[arm["role"]],
+            color=COLOURS[role],
             alpha=0.95 if loud else 0.45,
-            linewidth=1.8 if loud else 0.9,
+            linewidth=1.6 if loud else 0.9,
             zorder=3 if loud else 1,
         )
-    for role in dict.fromkeys(arm["role"] for name, arm in arms.items() if name in curves):
-        panel.plot([], [], color=COLOURS[role], label=role)
-    panel.set_yscale("log")
     if 0 < lowest < first:
+        panel.set_yscale("log")
         panel.set_ylim(0.7 * lowest, 4 * first)
+    plain_axis(panel.yaxis, *panel.get_ylim(), log=panel.get_yscale() == "log")
+    plain_axis(panel.xaxis, *panel.get_xlim(), log=False)
+    panel.set_xlim(0, 1.15 * max(steps[-1] for steps, _ in lines.values()))
+    ends = {name: (steps[-1], loss[-1]) for name, (steps, loss) in lines.items()}
+    for role in dict.fromkeys(arms[name]["role"] for name in lines):
+        panel.plot([], [], color=COLOURS[role], label=role)
     panel.set_xlabel("step")
     panel.set_ylabel("training loss (mean over seeds)")
-    panel.legend(fontsize=8)
-    panel.grid(alpha=0.25, which="both")
+    panel.legend(fontsize=9)
+    panel.grid(alpha=0.25)
+    named = sorted(ends, key=numbers.__getitem__) if len(ends) <= LISTED else ()
+    return {numbers[name]: (ends[name], arms[name]["role"]) for name in named}
+
+
+def _cost_only(panels, group: str, arms: Mapping[str, Any]) -> None:
+    """Two panels of bars, step time and peak memory, where nothing was trained."""
+    for panel, cost in zip(
+        panels, (Cost("step_ms", "step, ms"), Cost("peak_bytes", "peak MB of a step", 1e-6)), strict=True
+    ):
+        found = {name: arm["cost"].get(cost.name) for name, arm in arms.items()}
+        found = {name: spent * cost.factor for name, spent in found.items() if _finite(spent)}
+        for row, (name, spent) in enumerate(found.items()):
+            panel.barh(row, spent, color=COLOURS[arms[name]["role"]], height=0.6, alpha=0.85)
+            panel.annotate(
+                f"{spent:,.4g}" if spent < 1e4 else f"{spent:,.0f}",
+                (spent, row),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+            )
+        panel.set_yticks(range(len(found)), [arms[name]["label"] or name for name in found], fontsize=9)
+        panel.invert_yaxis()
+        panel.margins(x=0.15)
+        plain_axis(panel.xaxis, *panel.get_xlim(), log=False)
+        panel.set_xlabel(cost.label)
+        panel.grid(alpha=0.25, axis="x")
+    panels[0].set_title(group, fontsize=11, loc="left")
+    panels[1].tick_params(labelleft=False)

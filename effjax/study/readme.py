@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from effjax.study.report import hardware_name, in_table, number, read_results
-from effjax.study.resolve import configs_folder, resolve_saved
-from effjax.study.results import decide
+from effjax.study.resolve import configs_folder
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 _TABLE = re.compile(r"(<!-- table ([\w.-]+)\n(.*?)\n-->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -25,21 +24,18 @@ _TABLE = re.compile(r"(<!-- table ([\w.-]+)\n(.*?)\n-->\n).*?(<!-- end of table 
 
 def results_table(configs: Path) -> str:
     """Every claim of every committed result, failing ones included; those decided by the clock after the others."""
-    lines = ["| study | | claim | measured | | bound | on |", "|---|---|---|---|---|---|---|"]
+    lines = ["| study | | group | claim | measured | | bound | on |", "|---|---|---|---|---|---|---|---|"]
     for path in sorted(configs.glob("*/results/*.json")):
         results = read_results(path)
         if results["config"] is None:  # a benchmark against other libraries, shown in a card
             continue
-        study = resolve_saved(results["study"], results["preset"], results["config"])
-        timed = [claim for claim in decide(study.claims, results["arms"], "cost") if claim not in results["claims"]]
         where = hardware_name(results["environment"]["hardware"])
         link = f"[{results['study']}:{results['preset']}](configs/{path.relative_to(configs)})"
-        for claim in (*results["claims"], *timed):
+        for claim in (*results["claims"], *results["cost_claims"]):
             verdict = "holds" if claim["holds"] else "**fails**"
-            lines.append(
-                f"| {link} | {verdict} | {in_table(claim['text'])} | {number(claim['left'])} | {claim['op']} | "
-                f"{number(claim['right'])} | {where} |"
-            )
+            text = f"{claim['group']} | {in_table(claim['text'])}"
+            numbers = f"{number(claim['left'])} | {claim['op']} | {number(claim['right'])}"
+            lines.append(f"| {link} | {verdict} | {text} | {numbers} | {where} |")
     return "\n".join(lines)
 
 

@@ -9,13 +9,26 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import effjax
 from effjax.core.errors import check_choice
-from effjax.recipes.spec import Arm, Axis, Claim, StudyConfig, Sweep
+from effjax.recipes.spec import Claim, Group, OwnData, StudyConfig, choose_arms
+from effjax.study.own_files import with_own
+from effjax.train.options import Budget
+from effjax.train.program import Program
 
 DEFAULT_PRESET = "cpu"
+
+
+class Recipe(Protocol):
+    """What a study is made of: a module of ``effjax.recipes``, or a user's own."""
+
+    def groups(self, config: StudyConfig) -> Sequence[Group]:
+        """Every group with every arm; nothing is loaded yet."""
+
+    def claims(self, config: StudyConfig) -> Mapping[str, Sequence[Claim]]:
+        """By a shell pattern on the group's name; a module may hold the constant ``CLAIMS`` instead."""
 
 
 class Study(NamedTuple):
@@ -33,22 +46,36 @@ class Study(NamedTuple):
     preset: str
     config: StudyConfig
     overridden: bool
-    recipe: ModuleType
+    recipe: Recipe | ModuleType
 
-    def arms(self, config: StudyConfig | None = None) -> Mapping[str, Arm]:
-        return self.recipe.arms(config or self.config)
-
-    @property
-    def sweeps(self) -> Mapping[str, Sweep]:
-        return self.recipe.sweeps(self.config)
+    def groups(self, config: StudyConfig | None = None) -> list[Group]:
+        """The groups with the arms that the config chooses."""
+        config = config or self.config
+        return choose_arms(self.recipe.groups(config), config.arms)
 
     @property
-    def claims(self) -> Sequence[Claim]:
-        return self.recipe.claims(self.config)
+    def arms(self) -> tuple[str, ...]:
+        """Names of all arms, as ``group/arm``."""
+        return tuple(f"{group.name}/{arm.name}" for group in self.groups() for arm in group.arms)
 
     @property
-    def axes(self) -> Mapping[str, Axis]:
-        return self.recipe.axes(self.config)
+    def claims(self) -> Mapping[str, Sequence[Claim]]:
+        constant = getattr(self.recipe, "CLAIMS", None)
+        return self.recipe.claims(self.config) if constant is None else constant
+
+    @property
+    def metrics(self) -> dict[str, dict[str, str]]:
+        """What each group is judged by, as in results.json."""
+        return {group.name: group.metric._asdict() for group in self.groups()}
+
+    def build(self, name: str) -> Program:
+        """Load the data of one arm, ``group/arm``, and build its Program."""
+        check_choice("arm", name, self.arms)
+        for group in self.groups():
+            for arm in group.arms:
+                if f"{group.name}/{arm.name}" == name:
+                    return bounded(arm.build(group.load()), self.config.budget)
+        raise AssertionError(name)
 
     @property
     def config_dict(self) -> dict[str, Any]:
@@ -62,6 +89,14 @@ class Study(NamedTuple):
             text = json.dumps(self.config_dict, sort_keys=True)
             name += "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
         return Path("runs") / name
+
+
+def bounded(program: Program, budget: Budget) -> Program:
+    """The program, its phases without a number of steps bounded by the budget."""
+    if all(phase.steps is not None for phase in program.phases):
+        return program
+    epoch_steps = program.loader.epoch_steps if program.loader else None
+    return program.within(budget.steps(program.batch_size, epoch_steps))
 
 
 def configs_folder() -> Path:
@@ -83,13 +118,14 @@ def presets(stem: str) -> dict[str, StudyConfig]:
     return {name: value for name, value in vars(module).items() if isinstance(value, StudyConfig)}
 
 
-def resolve(target: str, overrides: Sequence[str] = ()) -> Study:
+def resolve(target: str, overrides: Sequence[str] = (), own: OwnData | None = None) -> Study:
     """Find the study and apply typed overrides (``--seeds 0 1 --budget.amount 300``).
 
     Args:
       target: ``stem``, ``stem:preset`` or the path of a TOML file with ``study = "stem"``, optionally
         ``preset = "cpu"``, and the fields to change.
       overrides: command-line words; they win over the file's.
+      own: a user's own data, in place of the study's.
 
     Raises:
       ValueError: unknown study, preset or file, with near names.
@@ -105,6 +141,7 @@ def resolve(target: str, overrides: Sequence[str] = ()) -> Study:
     base = known[preset]
     config = _override(base, [*words, *overrides], f"effjax ... {stem}:{preset}")
     recipe = importlib.import_module(f"effjax.recipes.{stem}")
+    config = config if own is None else with_own(config, recipe, own)
     return Study(stem, preset, config, config != base, recipe)
 
 
@@ -121,12 +158,26 @@ def _from_dict(like: Any, values: Mapping[str, Any]) -> Any:
     for name, value in values.items():
         if not hasattr(like, name):
             raise ValueError(f"the saved config has a field {name!r} that this version lacks. Run the study again.")
-        if isinstance(value, dict):
+        if name == "own" and value is not None:
+            value = OwnData(**{field: _as_tuples(entry) for field, entry in value.items()})
+        elif isinstance(value, dict):
             value = _from_dict(getattr(like, name), value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        fields[name] = value
+        fields[name] = _as_tuples(value)
     return type(like)(**fields)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def studies() -> str:
+    """Every study with its presets and the data that it takes, a line each."""
+    lines = []
+    for stem in effjax.METHODS:
+        modality = getattr(importlib.import_module(f"effjax.recipes.{stem}"), "MODALITY", None)
+        takes = f"--data: {modality}" if modality else ""
+        lines.append(f"  {stem:<16} {' '.join(presets(stem)):<50} {takes}".rstrip())
+    return "\n".join(lines)
 
 
 def _override(base: StudyConfig, words: list[str], program: str) -> StudyConfig:

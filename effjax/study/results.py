@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import itertools
 import math
 import platform
 import statistics
@@ -12,9 +13,9 @@ from typing import Any
 
 import effjax
 from effjax.core.cost import hardware
-from effjax.recipes.spec import Claim, Sweep
+from effjax.study.claims import value
 
-SCHEMA = 1
+SCHEMA = 2
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "datasets", "grain", "jraph")
 
@@ -28,12 +29,13 @@ COST_FIELDS = (
     "compile_s",
     "compiles",
     "train_s",
+    "evaluate_s",
+    "total_s",
 )
 
-OPTIONAL_COST_FIELDS = ("temp_bytes", "tokens", "trained_params", "between_ms")
-"""The part of ``peak_bytes`` that is scratch, which older results lack. And where the arm's Program tells: positions
-processed in one run, padding included; numbers that the optimizer moves; the first work between two steps, such as a
-knot."""
+OPTIONAL_COST_FIELDS = ("temp_bytes", "tokens", "examples", "trained_params", "between_ms")
+"""The part of ``peak_bytes`` that is scratch. And where the arm's Program tells: positions processed in one run,
+padding included, and examples; numbers that the optimizer moves; the first work between two phases, such as a knot."""
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
@@ -58,7 +60,9 @@ def arm_result(runs: Sequence[Mapping[str, Any]], cost: Mapping[str, Any]) -> di
     merged |= {name: cost[name] for name in OPTIONAL_COST_FIELDS if name in cost}
     if runs:
         merged["train_s"] = statistics.fmean(run["train_s"] for run in runs)
+        merged["evaluate_s"] = statistics.fmean(run["evaluate_s"] for run in runs)
         merged["compiles"] = max(run["compiles"] for run in runs)
+        merged["total_s"] = merged["compile_s"] + merged["train_s"] + merged["evaluate_s"]
     result = {
         "status": "diverged" if diverged else "ok",
         "metrics": metrics,
@@ -66,49 +70,59 @@ def arm_result(runs: Sequence[Mapping[str, Any]], cost: Mapping[str, Any]) -> di
         "inference": dict(cost.get("inference", {})),
     }
     curves = [run.get("curve") for run in runs]
-    return result | ({"curve": curves} if any(curves) else {})
+    result |= {"curve": curves} if any(curves) else {}
+    return result | ({"why": diverged[0]["why"]} if diverged and "why" in diverged[0] else {})
 
 
-def sweep_result(sweep: Sweep, arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def sweep_result(
+    members: Sequence[str], arms: Mapping[str, Mapping[str, Any]], metric: str, goal: str
+) -> dict[str, Any]:
     """The best member of a sweep (chosen by its mean over seeds) at the price of all members."""
-    sign = 1 if sweep.goal == "min" else -1
+    sign = 1 if goal == "min" else -1
 
     def score(name: str) -> float:
-        value = mean(arms[name], sweep.metric)
-        return sign * value if math.isfinite(value) else math.inf
+        found = value(arms[name], metric)
+        return sign * found if math.isfinite(found) else math.inf
 
-    best = min(sweep.members, key=score)
-    times = [arms[name]["cost"]["train_s"] for name in sweep.members]
-    total = sum(times) if all(time is not None for time in times) else None
+    best = min(members, key=score)
     chosen = arms[best]
-    return {**chosen, "cost": {**chosen["cost"], "train_s": total}, "best": best, "runs": len(sweep.members)}
-
-
-def mean(arm: Mapping[str, Any], metric: str) -> float:
-    """A metric's mean over seeds, NaN where it is null or absent."""
-    value = arm["metrics"].get(metric, {}).get("mean")
-    return math.nan if value is None else value
-
-
-def decide(claims: Sequence[Claim], arms: Mapping[str, Mapping[str, Any]], of: str) -> list[dict[str, Any]]:
-    """Evaluate the claims of one kind; a comparison with NaN does not hold."""
-    numbers = {
-        name: {metric: mean(arm, metric) for metric in arm["metrics"]}
-        | {"values": {metric: found["values"] for metric, found in arm["metrics"].items()}}
-        for name, arm in arms.items()
+    return {
+        **chosen,
+        "cost": {**chosen["cost"], **_summed(members, arms)},
+        "best": best,
+        "runs": len(members),
+        "members": list(members),
     }
-    if of == "cost":
-        for name, arm in arms.items():
-            numbers[name] |= {key: math.nan if value is None else value for key, value in arm["cost"].items()}
-            numbers[name]["curve"] = arm.get("curve", [])
-    decided = []
-    for claim in claims:
-        if claim.of != of:
-            continue
-        left, right = claim.left(numbers), claim.right(numbers)
-        holds = left <= right if claim.op == "<=" else left >= right
-        decided.append({"text": claim.text, "left": left, "op": claim.op, "right": right, "holds": bool(holds)})
-    return decided
+
+
+def _summed(members: Sequence[str], arms: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """Seconds of all members together; null where one is not known."""
+    totals = {}
+    for name in ("train_s", "evaluate_s", "compile_s", "total_s"):
+        seconds = [arms[member]["cost"].get(name) for member in members]
+        totals[name] = None if None in seconds else math.fsum(seconds)
+    return totals
+
+
+def idle_arms(fingerprints: Mapping[str, Sequence[int | None]]) -> list[list[str]]:
+    """Arms of one group whose trained parameters are equal to the last bit in every seed: what tells them apart did
+    nothing.
+
+    Args:
+      fingerprints: per arm one number per seed, of its parameters; None where they are not known.
+
+    Returns:
+      Lists of two or more names.
+
+    Example:
+      >>> idle_arms({"a": [1, 2], "b": [1, 3], "c": [1, 2]})
+      [['a', 'c']]
+    """
+    known = {name: tuple(numbers) for name, numbers in fingerprints.items() if numbers and None not in numbers}
+    by_numbers = lambda name: known[name]
+    groups = itertools.groupby(sorted(known, key=by_numbers), key=by_numbers)
+    order = list(fingerprints)
+    return [sorted(names, key=order.index) for names in (list(some) for _, some in groups) if len(names) > 1]
 
 
 def environment() -> dict[str, Any]:

@@ -28,13 +28,12 @@ def train_arm(study: Study, arm: str | None, seed: int, out: Path | None) -> dic
       Its metrics, also written to ``metrics.json``.
     """
     start_distributed()
-    arms = study.arms()
     if arm is None:
-        raise ValueError(f"--arm is missing. The arms of {study.stem}:{study.preset} are: {', '.join(arms)}.")
-    check_choice("--arm", arm, tuple(arms))
+        raise ValueError(f"--arm is missing. The arms of {study.stem}:{study.preset} are: {', '.join(study.arms)}.")
+    check_choice("--arm", arm, study.arms)
     out = out or study.default_out.with_name(f"{study.default_out.name}-{re.sub('[^A-Za-z0-9.]+', '-', arm)}-{seed}")
     identity = {"study": study.stem, "preset": study.preset, "arm": arm, "config": study.config_dict}
-    program = arms[arm].build()
+    program = study.build(arm)
     with Progress(quiet=jax.process_index() > 0) as progress:
         progress.plan(program.total_steps)
         label = f"{arm}, seed {seed}"
@@ -50,7 +49,7 @@ def train_arm(study: Study, arm: str | None, seed: int, out: Path | None) -> dic
             on_steps=progress.reach,
             on_compile=progress.compiling(label),
         )
-    metrics = {**result.train, **program.evaluate(result.state), "train_s": result.train_s, "skipped": result.skipped}
+    metrics = {**result.train, **program.judged(result.state), "train_s": result.train_s, "skipped": result.skipped}
     if jax.process_index() == 0:
         write_json(out / "metrics.json", metrics)
     return metrics
@@ -85,7 +84,7 @@ def export_arm(folder: Path, out: Path, merged: bool = False) -> int:
         raise FileNotFoundError(f"{note_path} does not exist. Give a folder written by `effjax train`.")
     note = json.loads(note_path.read_text())
     study = resolve_saved(note["study"], note["preset"], note["config"])
-    program = study.arms()[note["arm"]].build()
+    program = study.build(note["arm"])
     single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=single),
@@ -98,12 +97,12 @@ def export_arm(folder: Path, out: Path, merged: bool = False) -> int:
         if merged:
             raise ValueError(f"--merged is for folders: the parameters in --out {out} are merged as they are.")
         return _export_file(program, state, out, note)
-    if program.folder is None:
+    if program.export is None:
         raise ValueError(
             f"--out {out}: the arm {note['arm']!r} has no adapters to put in a folder. Name a .safetensors."
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    program.folder(state, out, merged=merged)
+    program.export(state, out, merged=merged)
     return sum(_count_tensors(path) for path in out.glob("*.safetensors"))
 
 

@@ -1,7 +1,6 @@
 """Image classification: data, normalisation, model, loss and evaluation as pure functions."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,9 +16,8 @@ from effjax.data.sets import DataSet, load
 from effjax.models.cnn import CNN
 from effjax.models.mlp import MLP
 from effjax.models.resnet import SIZES, resnet
+from effjax.tasks.task import Metric, Task, Variables
 
-PyTree = Any
-Variables = Mapping[str, PyTree]
 Batch = Mapping[str, Shaped[Array | np.ndarray, "batch ..."]]
 Columns = dict[str, np.ndarray]
 Images = Shaped[Array | np.ndarray, "batch height width channels"]
@@ -30,47 +28,6 @@ MODELS = ("mlp", "cnn", *SIZES)
 # ImageNet's, which its published networks were trained with.
 _STATISTICS = {"cifar10": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 _MEASURED_ROWS = 10_000
-
-
-class Task(NamedTuple):
-    """An image classification problem.
-
-    Attributes:
-      name: ``data/model``.
-      source: where the data came from, and how many rows.
-      classes: number of labels.
-      train: columns ``image`` [rows, height, width, channels] and ``label`` int32 [rows].
-      test: the same, held out.
-      mean: per-channel mean subtracted from images in [0, 1].
-      std: per-channel divisor.
-      model: the Flax module.
-      has_state: whether the model keeps running statistics besides its parameters.
-      example_inputs: one image, with the batch axis leading.
-      init: ``key -> variables``, ``{"params": ..., "batch_stats": ...}``; traceable.
-      infer: ``(variables, images) -> logits`` float32 [batch, classes] in evaluation mode; traceable.
-        Images are normalised on the device, uint8 ones scaled by 1/255 first.
-      loss: ``(variables, batch, key=None, *, train=True) -> (loss, (model_state, metrics))``, the mean
-        cross-entropy over the batch; traceable. ``model_state`` holds the collections other than
-        ``params`` (empty without ``has_state``), ``metrics`` the scalars ``loss`` and ``accuracy``,
-        and ``key`` feeds dropout in models that have it.
-      evaluate: ``variables -> {"accuracy", "nll"}`` over ``test``, in fixed-size batches; ``nll`` in
-        nats, without label smoothing.
-    """
-
-    name: str
-    source: str
-    classes: int
-    train: Columns
-    test: Columns
-    mean: np.ndarray
-    std: np.ndarray
-    model: nn.Module
-    has_state: bool
-    example_inputs: np.ndarray
-    init: Callable[[jax.Array], Variables]
-    infer: Callable[[Variables, jax.Array], jax.Array]
-    loss: Callable[..., tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]]
-    evaluate: Callable[[Variables], dict[str, float]]
 
 
 def image_task(
@@ -101,7 +58,9 @@ def image_task(
       eval_batch: images in one evaluation batch; the last one is padded.
 
     Returns:
-      A ``Task``.
+      A ``Task``. Its columns are ``image`` [rows, height, width, channels] and ``label`` int32 [rows]; images are
+      normalised on the device, integers scaled by 1/255 first. ``details`` holds the per-channel ``mean`` and ``std``;
+      ``evaluate`` gives ``accuracy`` and ``nll``, in nats and without label smoothing.
 
     Raises:
       ValueError: unknown names, more rows than there are, non-finite images, labels out of range, a
@@ -152,18 +111,19 @@ def image_task(
     return Task(
         name=f"{dataset.name}/{model if isinstance(model, str) else type(model).__name__}",
         source=dataset.source,
-        classes=classes,
+        metric=Metric("accuracy", "max", "test accuracy"),
+        init=init,
+        loss=loss,
+        infer=infer,
+        evaluate=_evaluator(infer, test, min(eval_batch, len(test["label"]))),
         train=train,
         test=test,
-        mean=mean,
-        std=std,
-        model=module,
-        has_state=bool(state_names),
         example_inputs=example,
-        init=init,
-        infer=infer,
-        loss=loss,
-        evaluate=_evaluator(infer, test, min(eval_batch, len(test["label"]))),
+        classes=classes,
+        module=module,
+        dtype=jnp.dtype(getattr(module, "dtype", None) or jnp.float32).name,
+        remat=bool(getattr(module, "remat", False)),
+        details={"mean": mean, "std": std},
     )
 
 

@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,43 +20,10 @@ from effjax.data.sets import DataSet, load
 from effjax.data.tokens import Tokenizer, load_tokenizer
 from effjax.models.decoder import Decoder
 from effjax.models.pretrained import load_pretrained
+from effjax.tasks.task import Metric, Task, Variables
+from effjax.tasks.text import computes_in
 
-PyTree = Any
-Variables = Mapping[str, PyTree]
 Batch = Mapping[str, Array | np.ndarray]
-
-
-class LanguageTask(NamedTuple):
-    """A language modelling problem.
-
-    Attributes:
-      name: ``data/model``.
-      source: where the data came from, and how many rows.
-      train: the column ``input_ids``, int32 [windows, length].
-      test: the same, held out.
-      tokenizer: what made the tokens.
-      model: the Flax module.
-      example_inputs: one window, with the batch axis leading.
-      init: ``key -> {"params": ...}``, the pretrained parameters whatever the key; fresh ones of a module.
-      infer: ``(variables, inputs) -> logits`` float32 [batch, length, vocabulary] in evaluation mode;
-        traceable.
-      loss: ``(variables, batch, key=None, *, train=True) -> (loss, (state, metrics))``; traceable. A batch
-        holds ``input_ids`` and optionally ``mask`` (True at real tokens) and ``weight`` [batch]. ``state``
-        is empty, ``metrics`` holds ``loss``.
-      evaluate: ``variables -> {"nll"}`` over ``test``, nats a token.
-    """
-
-    name: str
-    source: str
-    train: dict[str, np.ndarray]
-    test: dict[str, np.ndarray]
-    tokenizer: Tokenizer
-    model: nn.Module
-    example_inputs: dict[str, np.ndarray]
-    init: Callable[[jax.Array], Variables]
-    infer: Callable[[Variables, Batch], jax.Array]
-    loss: Callable[..., tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]]
-    evaluate: Callable[[Variables], dict[str, float]]
 
 
 def lm_task(
@@ -71,7 +38,7 @@ def lm_task(
     remat: bool = False,
     scan_layers: bool = False,
     eval_batch: int = 32,
-) -> LanguageTask:
+) -> Task:
     """Bundle a text with a causal language model.
 
     Paragraphs are tokenised one by one (each with the tokenizer's beginning token), joined, and cut into
@@ -92,7 +59,10 @@ def lm_task(
       eval_batch: windows of one evaluation batch; the last one is padded.
 
     Returns:
-      A ``LanguageTask``.
+      A ``Task``. Its column is ``input_ids``, int32 [windows, length]; a batch may hold ``mask`` bool (True at real
+      tokens) and ``weight`` [batch], 0 for a dummy row. ``infer`` returns float32 [batch, length, vocabulary]. ``init``
+      gives the pretrained parameters whatever the key; fresh ones of a module. ``evaluate`` gives ``nll``, nats per
+      token. ``weight`` is the number of tokens that the loss is a mean over.
 
     Raises:
       ValueError: no text or held-out split, fewer tokens than one window, more rows than there are,
@@ -111,7 +81,7 @@ def lm_task(
         if "text" not in dataset.splits.get(split, {}):
             held = {name: list(columns) for name, columns in dataset.splits.items()}
             raise ValueError(f"data={dataset.name!r} holds {held}; a language task needs 'text' in {split!r}.")
-    params = None
+    loaded = None
     if isinstance(model, str):
         if tokenizer is not None:
             raise ValueError(f"tokenizer is given, but model={model!r} has its own. Give the model as a module.")
@@ -119,7 +89,7 @@ def lm_task(
         loaded = load_pretrained(model, scan_layers=scan_layers, **fields)
         if not isinstance(loaded.module, Decoder):
             raise ValueError(f"model={model!r} is a {type(loaded.module).__name__}; a language task needs a decoder.")
-        module, params, tokenizer = loaded.module, loaded.params, load_tokenizer(model)
+        module, tokenizer = loaded.module, load_tokenizer(model)
     else:
         module = model
         if tokenizer is None or dtype != "float32" or remat or scan_layers:
@@ -142,7 +112,7 @@ def lm_task(
         return wide(module.apply(variables, batch["input_ids"], batch.get("mask"), train=train, rngs=rngs))
 
     def init(key: jax.Array) -> Variables:
-        return {"params": params} if params is not None else module.init(key, example["input_ids"])
+        return module.init(key, example["input_ids"]) if loaded is None else {"params": loaded.params}
 
     def infer(variables: Variables, inputs: Batch) -> Float[Array, "batch length vocabulary"]:
         return logits(variables, inputs, False, None)
@@ -151,24 +121,27 @@ def lm_task(
         variables: Variables, batch: Batch, key: jax.Array | None = None, *, train: bool = True
     ) -> tuple[Float[Array, ""], tuple[Variables, dict[str, jax.Array]]]:
         nll = _nll(logits(variables, batch, train, key), batch["input_ids"])
-        weight = jnp.ones(nll.shape) * wide(batch.get("weight", jnp.ones(len(nll))))[:, None]
-        if "mask" in batch:
-            weight *= batch["mask"][:, 1:]
+        weight = _counted(batch)
         value = (weight * nll).sum() / jnp.maximum(weight.sum(), 1)
         return value, ({}, {"loss": value})
 
-    return LanguageTask(
+    return Task(
         name=f"{dataset.name}/{Path(model).name if isinstance(model, str) else type(model).__name__}",
         source=dataset.source,
-        train=columns["train"],
-        test=columns["test"],
-        tokenizer=tokenizer,
-        model=module,
-        example_inputs=example,
+        metric=Metric("nll", "min", "test nats a token"),
         init=init,
-        infer=infer,
         loss=loss,
+        infer=infer,
         evaluate=_evaluator(infer, columns["test"]["input_ids"], eval_batch),
+        train=columns["train"],
+        example_inputs=example,
+        test=columns["test"],
+        module=module,
+        tokenizer=tokenizer,
+        pretrained=loaded,
+        weight=lambda batch: _counted(batch).sum(),
+        dtype=computes_in(module),
+        remat=bool(getattr(module, "remat", False)),
     )
 
 
@@ -184,6 +157,13 @@ def _windows(
         check_number(f"{split}_rows", rows, low=1, high=len(windows), integer=True, hint="None takes all.")
         windows = windows[np.sort(np.random.default_rng(0).permutation(len(windows))[:rows])]
     return windows
+
+
+def _counted(batch: Batch) -> Float[Array, "batch length-1"]:
+    """The weight of every token that is predicted: 0 for padding and in dummy rows."""
+    rows, length = batch["input_ids"].shape
+    weight = jnp.ones((rows, length - 1)) * wide(batch.get("weight", jnp.ones(rows)))[:, None]
+    return weight * batch["mask"][:, 1:] if "mask" in batch else weight
 
 
 def _nll(logits: jax.Array, ids: jax.Array) -> Float[Array, "batch length-1"]:

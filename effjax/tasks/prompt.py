@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +17,9 @@ from effjax.data.sets import DataSet, load
 from effjax.data.tokens import Tokenizer, load_tokenizer
 from effjax.models.decoder import Decoder
 from effjax.models.pretrained import load_pretrained
-from effjax.tasks.text import class_metrics, train_and_test
+from effjax.tasks.task import Metric, Task, Variables
+from effjax.tasks.text import class_metrics, computes_in, train_and_test
 
-PyTree = Any
-Variables = Mapping[str, PyTree]
 Batch = Mapping[str, Array | np.ndarray]
 
 # Templates and label words (in the order of the labels) of MeZO, Malladi et al. 2023, and one of ours for SMS.
@@ -49,66 +47,41 @@ _PROMPTS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-class PromptTask(NamedTuple):
-    """A classification problem for a causal language model.
-
-    Attributes:
-      name: ``data/model``.
-      source: where the data came from, and how many rows.
-      train: columns ``input_ids`` int32 [rows, classes, length] (the prompt with each label word),
-        ``scored`` bool of that shape (True at the label word's tokens) and ``label`` int32 [rows].
-      test: the same, held out.
-      tokenizer: what made the tokens.
-      model: the Flax module.
-      example_inputs: one row, with the batch axis leading.
-      init: ``key -> {"params": ...}``, the pretrained parameters whatever the key.
-      infer: ``(variables, inputs) -> scores`` float32 [batch, classes] in evaluation mode, the mean log-likelihood of
-        each label word's tokens; traceable.
-      loss: ``(variables, batch, key=None, *, train=True) -> (loss, (state, metrics))``: the cross-entropy
-        of the softmax over the scores; traceable.
-      evaluate: ``variables -> metrics`` over ``test``: ``accuracy``, ``nll``, for two classes ``f1``.
-    """
-
-    name: str
-    source: str
-    train: dict[str, np.ndarray]
-    test: dict[str, np.ndarray]
-    tokenizer: Tokenizer
-    model: nn.Module
-    example_inputs: dict[str, np.ndarray]
-    init: Callable[[jax.Array], Variables]
-    infer: Callable[[Variables, Batch], jax.Array]
-    loss: Callable[..., tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]]
-    evaluate: Callable[[Variables], dict[str, float]]
-
-
 def prompt_task(
     data: str | DataSet,
     model: str = "stories260k",
     *,
     max_length: int = 256,
+    train_rows: int | None = None,
+    test_rows: int | None = None,
     dtype: str = "float32",
     remat: bool = False,
     scan_layers: bool = False,
     eval_batch: int = 8,
-) -> PromptTask:
+) -> Task:
     """Bundle a labelled text data set with a pretrained decoder, as MeZO does ("train as classification").
 
     Args:
       data: name of a data set that has a template here, or a ``DataSet`` of that name.
       model: a pretrained decoder by name or folder.
       max_length: tokens of a prompt with its label word; longer ones lose their beginning.
+      train_rows: use that many training rows, a fixed random choice; None for all.
+      test_rows: the same for the test rows.
       dtype: compute dtype, ``"float32"`` or ``"bfloat16"``.
       remat: recompute the layers' activations in the backward pass.
       scan_layers: one scanned layer instead of a module a layer.
       eval_batch: rows of one evaluation batch; the last one is padded.
 
     Returns:
-      A ``PromptTask``.
+      A ``Task``. Its columns are ``input_ids`` int32 [rows, classes, length] (the prompt with each label word),
+      ``scored`` bool of that shape (True at the label word's tokens) and ``label`` int32 [rows]; a batch may hold
+      ``weight`` [batch], 0 for a dummy row. ``infer`` returns float32 [batch, classes], the mean log-likelihood of each
+      label word's tokens; ``loss`` is the cross-entropy of the softmax over them. ``init`` gives the pretrained
+      parameters whatever the key. ``evaluate`` gives ``accuracy``, ``nll`` and for two classes ``f1``.
 
     Raises:
-      ValueError: a data set without template or held-out rows, a model that is no decoder, ``max_length`` above its
-        positions or below a label word.
+      ValueError: a data set without template or held-out rows, more rows than there are, a model that is no decoder,
+        ``max_length`` above its positions or below a label word.
 
     Example:
       >>> task = prompt_task("sms_spam", max_length=32)
@@ -127,7 +100,12 @@ def prompt_task(
     hint = f"The model has {positions} positions."
     check_number("max_length", max_length, low=8, high=positions, integer=True, hint=hint)
     tokenizer = load_tokenizer(model)
-    train, test = (_rows(dataset.name, split, tokenizer, max_length) for split in train_and_test(dataset))
+    train, test = (
+        _rows(dataset.name, _chosen(split, columns, rows), tokenizer, max_length)
+        for split, columns, rows in zip(
+            ("train", "test"), train_and_test(dataset), (train_rows, test_rows), strict=True
+        )
+    )
 
     def scores(variables: Variables, batch: Batch, train: bool, key: jax.Array | None) -> jax.Array:
         rows, classes, length = batch["input_ids"].shape
@@ -146,22 +124,39 @@ def prompt_task(
         variables: Variables, batch: Batch, key: jax.Array | None = None, *, train: bool = True
     ) -> tuple[Float[Array, ""], tuple[Variables, dict[str, jax.Array]]]:
         found = scores(variables, batch, train, key)
-        value = optax.softmax_cross_entropy_with_integer_labels(found, batch["label"]).mean()
-        return value, ({}, {"loss": value, "accuracy": (found.argmax(-1) == batch["label"]).mean()})
+        weight = wide(batch.get("weight", jnp.ones(len(found))))
+        mean = lambda each: jnp.where(weight > 0, weight * each, 0).sum() / jnp.maximum(weight.sum(), 1)
+        value = mean(optax.softmax_cross_entropy_with_integer_labels(found, batch["label"]))
+        return value, ({}, {"loss": value, "accuracy": mean(found.argmax(-1) == batch["label"])})
 
-    return PromptTask(
+    return Task(
         name=f"{dataset.name}/{Path(model).name}",
         source=dataset.source,
-        train=train,
-        test=test,
-        tokenizer=tokenizer,
-        model=loaded.module,
-        example_inputs={name: test[name][:1] for name in ("input_ids", "scored")},
+        metric=Metric("accuracy", "max", "test accuracy"),
         init=lambda key: {"params": loaded.params},
-        infer=infer,
         loss=loss,
+        infer=infer,
         evaluate=_evaluator(infer, test, min(eval_batch, len(test["label"]))),
+        train=train,
+        example_inputs={name: test[name][:1] for name in ("input_ids", "scored")},
+        test=test,
+        classes=train["input_ids"].shape[1],
+        module=loaded.module,
+        tokenizer=tokenizer,
+        pretrained=loaded,
+        dtype=computes_in(loaded.module),
+        remat=remat,
     )
+
+
+def _chosen(split: str, columns: Mapping[str, Any], rows: int | None) -> Mapping[str, Any]:
+    """``rows`` of the columns, a fixed random choice in stored order."""
+    if rows is None:
+        return columns
+    total = len(columns["label"])
+    check_number(f"{split}_rows", rows, low=1, high=total, integer=True, hint="None takes all.")
+    chosen = np.sort(np.random.default_rng(0).permutation(total)[:rows])
+    return {name: [values[row] for row in chosen] for name, values in columns.items()}
 
 
 def _rows(name: str, columns: Mapping[str, Any], tokenizer: Tokenizer, max_length: int) -> dict[str, np.ndarray]:

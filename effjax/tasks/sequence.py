@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int, Shaped
 from effjax.core.errors import check_choice, check_number
 from effjax.core.shapes import pad_to
 from effjax.core.tree import wide
-from effjax.data.sequences import Kind, SequenceData, sequence_data
+from effjax.data.sequences import Kind, SequenceData, sequence_data, sequence_kind
+from effjax.tasks.task import Metric, Task
 
 PyTree = Any
 Variables = Mapping[str, PyTree]
@@ -24,46 +25,54 @@ Infer = Callable[[Variables, jax.Array], jax.Array]
 KINDS = get_args(Kind)
 
 
-class SequenceTask(NamedTuple):
-    """A sequence problem with a model.
+METRICS: Mapping[str, Metric] = {
+    "class": Metric("accuracy", "max", "test accuracy"),
+    "value": Metric("mse", "min", "test squared error"),
+    "tokens": Metric("nll", "min", "test nats per token"),
+}
 
-    Attributes:
-      name: ``data/model``.
-      source: where the data came from.
-      data: the problem; train on ``effjax.data.pipeline.batches(data.train, ..., transform=data.draw)``.
-      model: the Flax module.
-      example_inputs: one sequence, with the batch axis leading.
-      init: ``key -> variables``; traceable.
-      infer: ``(variables, inputs) -> outputs`` float32 [batch, outputs] (class, value) or
-        [batch, time, outputs] (tokens) in evaluation mode; traceable.
-      loss: ``(variables, batch, key=None, *, train=True) -> (loss, (state, metrics))``; traceable. ``loss`` is
-        ``sequence_loss``, ``state`` holds the collections other than ``params``, ``metrics`` the scalar
-        ``loss`` and, but for values, ``accuracy``; ``key`` feeds dropout in models that have it.
-      evaluate: ``sequence_evaluator(data, infer)``.
+
+def sequence_metric(name: str) -> Metric:
+    """What a sequence problem is judged by, from its name alone: no data are read.
+
+    Args:
+      name: of ``effjax.data.sequences``.
+
+    Returns:
+      A ``Metric`` of what ``sequence_evaluator`` returns.
+
+    Raises:
+      ValueError: an unknown name.
+
+    Example:
+      >>> sequence_metric("add-200").name
+      'mse'
     """
-
-    name: str
-    source: str
-    data: SequenceData
-    model: nn.Module
-    example_inputs: np.ndarray
-    init: Callable[[jax.Array], Variables]
-    infer: Infer
-    loss: Callable[..., tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]]
-    evaluate: Callable[[Variables], dict[str, float]]
+    return METRICS[sequence_kind(name)]
 
 
-def sequence_task(data: str | SequenceData, model: nn.Module, *, eval_batch: int = 256) -> SequenceTask:
-    """Bundle a sequence problem with a model.
+def sequence_task(
+    data: str | SequenceData,
+    model: nn.Module,
+    *,
+    eval_batch: int = 256,
+    dtype: str = "float32",
+    remat: bool = False,
+) -> Task:
+    """A sequence problem with a Flax module.
 
     Args:
       data: a name of ``effjax.data.sequences``, or a ``SequenceData``.
       model: a Linen module called as ``module(inputs)``, or ``module(inputs, train=...)`` if it takes ``train``,
         that returns [batch, outputs] (class, value) or [batch, time, outputs] (tokens).
       eval_batch: sequences of one evaluation batch; the last one is padded.
+      dtype: what the module was made to compute in; trainers compare it with their options.
+      remat: whether the module recomputes activations; the same.
 
     Returns:
-      A ``SequenceTask``.
+      A ``Task``. ``infer`` returns float32 outputs, ``loss`` is ``sequence_loss`` and its metrics hold ``accuracy``
+      (but of values), ``evaluate`` is ``sequence_evaluator``. Of ``details``, ``data`` is the ``SequenceData`` and
+      ``draw``, where there is one, completes a training batch on the host.
 
     Raises:
       ValueError: an unknown name, columns of another shape, dtype or range, NaN in the test data, or a
@@ -75,7 +84,7 @@ def sequence_task(data: str | SequenceData, model: nn.Module, *, eval_batch: int
       ...     def __call__(self, x):
       ...         return nn.Dense(10)(x.mean(1))
       >>> task = sequence_task("digits-pixels", Mean())
-      >>> batch = {name: column[:4] for name, column in task.data.train.items()}
+      >>> batch = {name: column[:4] for name, column in task.train.items()}
       >>> loss, (state, metrics) = task.loss(task.init(jax.random.key(0)), batch)
       >>> loss.shape, state, sorted(metrics)
       ((), {}, ['accuracy', 'loss'])
@@ -84,42 +93,82 @@ def sequence_task(data: str | SequenceData, model: nn.Module, *, eval_batch: int
     takes_train = "train" in inspect.signature(model.__call__).parameters
     example = problem.test["inputs"][:1]
 
-    def mode(train: bool) -> dict[str, Any]:
-        return {"train": train} if takes_train else {}
-
     def init(key: jax.Array) -> Variables:
-        return model.init(key, example, **mode(False))
+        return model.init(key, example, **({"train": False} if takes_train else {}))
 
-    def infer(variables: Variables, inputs: jax.Array) -> Float[Array, "batch ..."]:
-        return wide(model.apply(variables, inputs, **mode(False)))
+    state_names = [name for name in jax.eval_shape(init, jax.random.key(0)) if name != "params"]
 
-    evaluate = sequence_evaluator(problem, infer, eval_batch)
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    state_names = [name for name in shapes if name != "params"]
-    _check_outputs(problem, model, jax.eval_shape(infer, shapes, example).shape)
+    def apply(variables: Variables, inputs: jax.Array, key: jax.Array | None, train: bool) -> tuple[jax.Array, Any]:
+        rngs = None if key is None else {"dropout": key}
+        mode = {"train": train} if takes_train else {}
+        return model.apply(variables, inputs, rngs=rngs, mutable=state_names, **mode)
+
+    name = type(model).__name__
+    return task_of_functions(problem, name, init, apply, eval_batch=eval_batch, dtype=dtype, remat=remat)._replace(
+        module=model
+    )
+
+
+def task_of_functions(
+    data: SequenceData,
+    model: str,
+    init: Callable[[jax.Array], Variables],
+    apply: Callable[[Variables, jax.Array, jax.Array | None, bool], tuple[jax.Array, Variables]],
+    *,
+    eval_batch: int = 256,
+    dtype: str = "float32",
+    remat: bool = False,
+) -> Task:
+    """``sequence_task`` of a network in two functions.
+
+    Args:
+      data: the problem.
+      model: the network's name.
+      init: ``key -> variables``; traceable.
+      apply: ``(variables, inputs, key, train) -> (outputs, model_state)``; traceable. ``key`` feeds dropout and may be
+        None, ``model_state`` holds the collections other than ``params``.
+      eval_batch: as of ``sequence_task``.
+      dtype: as of ``sequence_task``.
+      remat: as of ``sequence_task``.
+
+    Returns:
+      A ``Task``.
+
+    Raises:
+      ValueError: as ``sequence_task``.
+    """
+    infer = lambda variables, inputs: wide(apply(variables, inputs, None, False)[0])
+    evaluate = sequence_evaluator(data, infer, eval_batch)
+    example = data.test["inputs"][:1]
+    _check_outputs(data, model, jax.eval_shape(infer, jax.eval_shape(init, jax.random.key(0)), example).shape)
 
     def loss(
         variables: Variables, batch: Batch, key: jax.Array | None = None, *, train: bool = True
     ) -> tuple[Float[Array, ""], tuple[Variables, dict[str, jax.Array]]]:
-        rngs = None if key is None else {"dropout": key}
-        outputs, state = model.apply(variables, batch["inputs"], rngs=rngs, mutable=state_names, **mode(train))
-        scores = _scores(problem.kind, outputs, batch["targets"])
+        outputs, state = apply(variables, batch["inputs"], key, train)
+        scores = _scores(data.kind, outputs, batch["targets"])
         value = _mean(scores.loss, scores.asked)
         metrics = {"loss": value}
-        if problem.kind != "value":
+        if data.kind != "value":
             metrics["accuracy"] = _mean(scores.correct, scores.asked)
         return value, (state, metrics)
 
-    return SequenceTask(
-        name=f"{problem.name}/{type(model).__name__}",
-        source=problem.source,
-        data=problem,
-        model=model,
-        example_inputs=example,
+    return Task(
+        name=f"{data.name}/{model}",
+        source=data.source,
+        metric=METRICS[data.kind],
         init=init,
-        infer=infer,
         loss=loss,
+        infer=infer,
         evaluate=evaluate,
+        train=data.train,
+        example_inputs=example,
+        test=data.test,
+        classes=None if data.kind == "value" else data.outputs,
+        weight=(lambda batch: (batch["targets"] >= 0).sum()) if data.kind == "tokens" else None,
+        dtype=dtype,
+        remat=remat,
+        details={"data": data} | ({} if data.draw is None else {"draw": data.draw}),
     )
 
 
@@ -164,7 +213,7 @@ def sequence_evaluator(
       eval_batch: sequences of one batch; the last one is padded, and the padding not scored.
 
     Returns:
-      ``variables -> {"accuracy", "nll"}`` with ``nll`` in nats a sequence (class) or a token asked for (tokens);
+      ``variables -> {"accuracy", "nll"}`` with ``nll`` in nats per sequence (class) or per token asked for (tokens);
       ``variables -> {"mse"}`` (value).
 
     Raises:
@@ -271,11 +320,11 @@ def _check_range(what: str, array: np.ndarray, low: int, size: int) -> None:
         )
 
 
-def _check_outputs(data: SequenceData, model: nn.Module, shape: tuple[int, ...]) -> None:
+def _check_outputs(data: SequenceData, model: str, shape: tuple[int, ...]) -> None:
     expected = (1, data.length, data.outputs) if data.kind == "tokens" else (1, data.outputs)
     if shape != expected:
         read = "one answer a step" if data.kind == "tokens" else "one answer a sequence"
         raise ValueError(
-            f"model={type(model).__name__} maps a sequence of {data.name!r} to shape {shape}; expected {expected}. "
+            f"model={model} maps a sequence of {data.name!r} to shape {shape}; expected {expected}. "
             f"Build it for {read} and {data.outputs} outputs."
         )

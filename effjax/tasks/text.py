@@ -20,10 +20,10 @@ from effjax.data.ragged import Ragged
 from effjax.data.sets import DataSet, load
 from effjax.data.tokens import Tokenizer, load_tokenizer, train_tokenizer
 from effjax.models.bert import Bert, BertClassifier
-from effjax.models.pretrained import load_pretrained
+from effjax.models.pretrained import Pretrained, load_pretrained
+from effjax.tasks.task import Metric, Task, Variables
 
 PyTree = Any
-Variables = Mapping[str, PyTree]
 Batch = Mapping[str, Array | np.ndarray]
 Columns = dict[str, Any]
 
@@ -45,46 +45,6 @@ _VOCABULARY = 8192
 _EVALUATION_LENGTHS = 4
 
 
-class TextTask(NamedTuple):
-    """A text classification (or score) problem.
-
-    Attributes:
-      name: ``data/model``.
-      source: where the data came from, and how many rows.
-      classes: number of labels; 1 for scores.
-      choices: rows that belong to one question, of which one is right; 1 where every row is its own.
-      train: columns ``input_ids`` (``Ragged``), ``token_type_ids`` (``Ragged``, for pairs, where the
-        tokenizer makes them) and ``label``, int32 [rows] or for scores float32 [rows].
-      test: the same, held out.
-      tokenizer: what made the tokens.
-      model: the Flax module.
-      example_inputs: a batch of test rows for ``infer``.
-      init: ``key -> {"params": ...}``: a pretrained encoder under a fresh head, or all fresh.
-      infer: ``(variables, inputs) -> logits`` float32 [batch, classes] in evaluation mode; traceable.
-        ``inputs`` holds ``input_ids`` int32 [batch, length] and optionally ``mask`` bool and
-        ``token_type_ids``.
-      loss: ``(variables, batch, key=None, *, train=True) -> (loss, (state, metrics))``; traceable. ``key``
-        feeds dropout and is needed where the model has some, ``state`` is empty, ``metrics`` holds ``loss``
-        and, for classes, ``accuracy``.
-      evaluate: ``variables -> metrics`` over ``test``: ``accuracy`` and ``nll`` (nats), for two classes
-        ``f1`` of label 1; for scores ``spearman`` (0 if all predictions are equal) and ``mse``.
-    """
-
-    name: str
-    source: str
-    classes: int
-    choices: int
-    train: Columns
-    test: Columns
-    tokenizer: Tokenizer
-    model: nn.Module
-    example_inputs: dict[str, np.ndarray]
-    init: Callable[[jax.Array], Variables]
-    infer: Callable[[Variables, Batch], jax.Array]
-    loss: Callable[..., tuple[jax.Array, tuple[Variables, dict[str, jax.Array]]]]
-    evaluate: Callable[[Variables], dict[str, float]]
-
-
 def text_task(
     data: str | DataSet,
     model: str | nn.Module,
@@ -99,7 +59,7 @@ def text_task(
     scan_layers: bool = False,
     dropout: float | None = None,
     eval_batch: int = 64,
-) -> TextTask:
+) -> Task:
     """Bundle a text data set with a classifier.
 
     With logits ``z`` and weights ``w`` (1, or 0 for a dummy row) the loss is
@@ -133,7 +93,13 @@ def text_task(
       eval_batch: rows of one evaluation batch. Batches have at most four lengths; the last is filled up.
 
     Returns:
-      A ``TextTask``.
+      A ``Task``. Its columns are ``input_ids`` (``Ragged``), ``token_type_ids`` (``Ragged``, for pairs, where the
+      tokenizer makes them) and ``label``, int32 [rows] or for scores float32 [rows]; ``classes`` is 1 for scores.
+      ``infer`` takes ``input_ids`` int32 [batch, length] and optionally ``mask`` bool and ``token_type_ids``, and
+      returns float32 [batch, classes]. ``evaluate`` gives ``accuracy`` and ``nll`` (nats), for two classes ``f1`` of
+      label 1; for scores ``spearman`` (0 if all predictions are equal) and ``mse``. ``init`` puts a fresh head on
+      ``pretrained``, whose parameters are the entry ``params["encoder"]``, named by ``details["body"]``;
+      ``details["choices"]`` is the number of rows that belong to one question, 1 where every row is its own.
 
     Raises:
       ValueError: unknown names, missing columns or splits, empty texts, labels out of range, more rows
@@ -157,19 +123,20 @@ def text_task(
     test = _texts(dataset.name, "test", test_split, form, target, classes, test_rows)
     choices = 2 if isinstance(form[1], tuple) else 1
     outputs = 2 if choices > 1 else classes
+    loaded = None
     if isinstance(model, str):
         if tokenizer is not None:
             raise ValueError(f"tokenizer is given, but model={model!r} has its own. Give the model as a module.")
-        module, tokenizer, pretrained = _named(
+        module, tokenizer, loaded = _named(
             model,
             outputs,
             train,
             max_length,
-            pretrained,
             {"dtype": jnp.dtype(check_choice("dtype", dtype, ("float32", "bfloat16"))), "remat": remat},
             scan_layers,
             0.1 if dropout is None else check_number("dropout", dropout, low=0, high=1, open_high=True),
         )
+        pretrained = loaded.params if loaded is not None and pretrained is None else pretrained
     else:
         module = model
         _check_module_settings(module, tokenizer, dtype, remat, scan_layers, dropout)
@@ -222,21 +189,31 @@ def text_task(
             f"model={type(module).__name__} returns shape {shape} for one row; the data set needs {outputs} outputs. "
             f"Build it with classes={outputs}."
         )
-    return TextTask(
+    metric = "spearman" if target == "score" else "accuracy"
+    return Task(
         name=f"{dataset.name}/{Path(model).name if isinstance(model, str) else type(model).__name__}",
         source=dataset.source,
-        classes=classes,
-        choices=choices,
-        train=columns["train"],
-        test=columns["test"],
-        tokenizer=tokenizer,
-        model=module,
-        example_inputs=example,
+        metric=Metric(metric, "max", f"test {metric}"),
         init=init,
-        infer=infer,
         loss=loss,
+        infer=infer,
         evaluate=_evaluator(infer, evaluation, columns["test"]["label"], target, choices),
+        train=columns["train"],
+        example_inputs=example,
+        test=columns["test"],
+        classes=classes,
+        module=module,
+        tokenizer=tokenizer,
+        pretrained=loaded,
+        dtype=computes_in(module),
+        remat=bool(getattr(getattr(module, "encoder", module), "remat", False)),
+        details={"choices": choices, "body": "encoder"},
     )
+
+
+def computes_in(module: nn.Module) -> str:
+    """The dtype that a network of text, or its encoder, computes in."""
+    return jnp.dtype(getattr(getattr(module, "encoder", module), "dtype", None) or jnp.float32).name
 
 
 class _Texts(NamedTuple):
@@ -340,12 +317,12 @@ def _named(
     outputs: int,
     train: _Texts,
     max_length: int,
-    pretrained: PyTree | None,
     fields: dict[str, Any],
     scan_layers: bool,
     dropout: float,
-) -> tuple[nn.Module, Tokenizer, PyTree | None]:
-    """The module, the tokenizer and the encoder's parameters (None for fresh ones) of a model by name."""
+) -> tuple[nn.Module, Tokenizer, Pretrained | None]:
+    """The module, the tokenizer and the checkpoint (None for fresh parameters) of a model by name."""
+    loaded = None
     rates = {"dropout": dropout, "attention_dropout": dropout}
     if scratch := _ENCODER.fullmatch(model):
         layers, width = int(scratch[1]), int(scratch[2])
@@ -372,8 +349,7 @@ def _named(
             raise ValueError(f"model={model!r} is a {type(loaded.module).__name__}; a text task needs an encoder.")
         tokenizer = load_tokenizer(model)
         encoder = loaded.module
-        pretrained = loaded.params if pretrained is None else pretrained
-    return BertClassifier(encoder, outputs, dropout=dropout), tokenizer, pretrained
+    return BertClassifier(encoder, outputs, dropout=dropout), tokenizer, loaded
 
 
 def _check_module_settings(

@@ -16,7 +16,7 @@ from effjax.core.tree import leaf_paths
 
 PyTree = Any
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(RuntimeError):

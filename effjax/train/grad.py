@@ -7,43 +7,67 @@ import jax
 import jax.numpy as jnp
 
 from effjax.core.errors import check_number
+from effjax.train.loaders import examples_in
 
 PyTree = Any
+ValueAndGrad = Callable[..., tuple[tuple[jax.Array, PyTree], PyTree]]
 
 
-def accumulated(loss: Callable[..., tuple[jax.Array, PyTree]], micro_batches: int) -> Callable[..., Any]:
-    """``value_and_grad(loss, has_aux=True)`` averaged over equal micro-batches.
+def accumulated(
+    value_and_grad: ValueAndGrad,
+    micro_batches: int,
+    *,
+    argument: int = 1,
+    weight: Callable[[PyTree], Any] | None = None,
+) -> ValueAndGrad:
+    r"""``value_and_grad`` over equal parts of a batch, each weighted by its real examples.
 
-    ``(1/k) sum_i grad loss(params, batch_i)``, computed one micro-batch after another, so that only
-    one micro-batch's activations are alive. The loop is unrolled on CPU, where XLA runs
-    convolutional gradients inside ``lax.scan`` tens of times slower, and scanned elsewhere.
+    .. math:: \frac{\sum_i w_i \nabla L_i}{\sum_i w_i}
+
+    where ``L_i`` is a mean over the ``w_i`` real examples of part i: the gradient of the whole batch, also where parts
+    hold different numbers of dummy rows. One part is computed after another, so that only one part's activations are
+    alive. The loop is unrolled on CPU, where XLA runs convolutional gradients inside ``lax.scan`` tens of times slower,
+    and scanned elsewhere.
 
     Args:
-      loss: ``(params, batch, *rest) -> (scalar, aux)``, a mean over the batch's leading axis.
+      value_and_grad: returns ``((value, aux), gradients)``, with whatever arguments; ``value`` may be an array.
       micro_batches: number of parts; the batch's leading axis must divide by it.
+      argument: position of the batch among the arguments.
+      weight: ``part -> w_i``; None for ``examples_in``.
 
     Returns:
-      A function with the arguments of ``loss`` returning ``((value, aux), gradients)``. Floating aux
-      leaves are averaged over micro-batches; others are the last one's.
+      A function with the same arguments and results. Floating leaves of ``aux`` are averaged with the same weights;
+      others are the last part's.
+
+    Raises:
+      ValueError: the rows do not divide.
     """
     check_number("accumulate", micro_batches, low=1, integer=True)
-    single = jax.value_and_grad(loss, has_aux=True)
     if micro_batches == 1:
-        return single
+        return value_and_grad
+    weight = weight or examples_in
 
-    def run(params: PyTree, batch: PyTree, *rest: Any):
-        parts = jax.tree.map(lambda rows: _split(rows, micro_batches), batch)
+    def run(*arguments: Any):
+        parts = jax.tree.map(lambda rows: _split(rows, micro_batches), arguments[argument])
 
         def one(index):
-            return single(params, jax.tree.map(lambda rows: rows[index], parts), *rest)
+            part = jax.tree.map(lambda rows: rows[index], parts)
+            share = jnp.asarray(weight(part), jnp.float32)
+            found = value_and_grad(*arguments[:argument], part, *arguments[argument + 1 :])
+            return share, jax.tree.map(lambda x: _scaled(x, share), found)
+
+        def add(total, index):
+            share, found = one(index)
+            return total[0] + share, _add(total[1], found)
 
         if jax.default_backend() == "cpu":
             total = one(0)
             for index in range(1, micro_batches):
-                total = _add(total, one(index))
+                total = add(total, index)
         else:
-            total, _ = jax.lax.scan(lambda acc, i: (_add(acc, one(i)), None), one(0), jnp.arange(1, micro_batches))
-        return jax.tree.map(lambda x: x / micro_batches if jnp.issubdtype(x.dtype, jnp.inexact) else x, total)
+            total, _ = jax.lax.scan(lambda acc, i: (add(acc, i), None), one(0), jnp.arange(1, micro_batches))
+        whole, found = total
+        return jax.tree.map(lambda x: _scaled(x, 1 / jnp.maximum(whole, 1e-9)), found)
 
     return run
 
@@ -54,6 +78,10 @@ def _split(rows: jax.Array, parts: int) -> jax.Array:
             f"accumulate={parts} does not divide the batch of {rows.shape[0]} rows. Choose a divisor of the batch size."
         )
     return rows.reshape(parts, rows.shape[0] // parts, *rows.shape[1:])
+
+
+def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+    return x * factor.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
 def _add(total: PyTree, new: PyTree) -> PyTree:

@@ -1,7 +1,5 @@
 """The generic training loop: any ``Program``, resumable bit for bit, the host never blocking the device."""
 
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -11,15 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from effjax.core.cost import Executables, count_compiles
 from effjax.core.tree import leaf_paths, tree_where
 from effjax.data.pipeline import prefetch_to_device, put_batch
-from effjax.train.checkpoint import Checkpoints
+from effjax.train.checkpoint import CheckpointError, Checkpoints
 from effjax.train.logging import JsonlLog, jsonable
 from effjax.train.mesh import batch_sharding, make_mesh, state_shardings
 from effjax.train.options import TrainOptions
-from effjax.train.program import Program
+from effjax.train.program import Phase, Program
+from effjax.train.signals import StopSignal
 
 PyTree = Any
 
@@ -46,13 +46,16 @@ class FitResult(NamedTuple):
 
     Attributes:
       state: the final state.
+      steps: executed; fewer than planned where a phase ended early.
       train: means over all steps of the step metrics, through ``Program.train_metrics``.
-      train_s: seconds spent stepping, over all interruptions, without compiling, evaluating and saving.
+      train_s: seconds spent stepping and between phases, over all interruptions, without compiling, evaluating and
+        saving.
       skipped: updates dropped because their loss was not finite.
       curve: one record an evaluation during training, ``{"step", "train_s", metric: value, ...}``.
     """
 
     state: PyTree
+    steps: int
     train: dict[str, float]
     train_s: float
     skipped: int
@@ -60,58 +63,76 @@ class FitResult(NamedTuple):
 
 
 class Prepared:
-    """A program bound to devices: shardings, and ``init`` and ``step`` compiled when first used. Shared by seeds.
+    """A program bound to devices: shardings, and ``init`` and the steps compiled when first used. Shared by seeds.
 
     Attributes:
       abstract: the state's shapes, dtypes and shardings.
       batch_sharding: where batches go; None on a single device.
       init: ``key -> state``; compiled on a mesh only, where the state must be born in its place.
-      step: the step, compiled ahead of time once for each input signature.
     """
 
     def __init__(self, program: Program, options: TrainOptions):
         if options.compile_cache:
             jax.config.update("jax_compilation_cache_dir", options.compile_cache)
+        self._program = program
         self._mesh = mesh = make_mesh(options.mesh)
-        self._warm = False
+        self._warm: set[Executables] = set()
         shapes = jax.eval_shape(program.init, jax.random.key(0))
         shardings = state_shardings(mesh, shapes, program.sharding)
         self.abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
         )
-        self.batch_sharding = batch_sharding(mesh, program.batch_size)
+        self.batch_sharding = batch_sharding(mesh, program.batch_size) if program.has_batches else None
         # On one device the single operations are compiled once for all arms, a whole init for each.
         self.init = _copied(program.init) if mesh is None else jax.jit(program.init, out_shardings=shardings)
-        self.step = Executables(
-            _skip_nonfinite(program.step) if options.nonfinite == "skip" else program.step,
-            donate_argnums=(0,) if options.donate else (),
-            out_shardings=None if mesh is None else (shardings, None),
-        )
+        self._steps = {
+            step: Executables(
+                _skip_nonfinite(step) if options.nonfinite == "skip" else step,
+                donate_argnums=(0,) if options.donate else (),
+                out_shardings=None if mesh is None else (shardings, None),
+            )
+            for step in dict.fromkeys(phase.step for phase in program.phases)
+        }
+
+    def step(self, phase: Phase) -> Executables:
+        """The step of a phase, compiled ahead of time once per input signature; shared by phases with the same step."""
+        return self._steps[phase.step]
+
+    @property
+    def compiles(self) -> int:
+        """Executables compiled so far, of all steps."""
+        return sum(step.compiles for step in self._steps.values())
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds spent on them."""
+        return sum(step.compile_s for step in self._steps.values())
 
     def put(self, batch: PyTree) -> PyTree:
         """A batch of any size, placed as the loop places its batches."""
         rows = np.shape(jax.tree.leaves(batch)[0])[0] * jax.process_count()
         return put_batch(batch, sharding=batch_sharding(self._mesh, rows))
 
-    def warm_up(self, program: Program, state: PyTree, aux: PyTree, on_compile: Callable[[int, int], None]) -> None:
-        """Compile the step for every shape the program declares; nothing to do the second time.
+    def warm_up(self, phase: Phase, state: PyTree, aux: PyTree, on_compile: Callable[[int, int], None]) -> None:
+        """Compile a phase's step for every batch shape that the program declares; nothing to do the second time.
 
         Raises:
           ValueError: the shapes need more executables than ``program.compiles``.
         """
-        if self._warm or program.shapes is None:
+        shapes = self._program.shapes
+        step = self.step(phase)
+        if step in self._warm or not shapes:
             return
-        shapes = program.shapes()
         for index, shape in enumerate(shapes):
             on_compile(index, len(shapes))
-            self.step.compile(state, self.put(shape.batch), aux)
-        if self.step.compiles > program.compiles:
+            step.compile(state, self.put(shape.batch), aux)
+        if self.compiles > self._program.compiles:
             raise ValueError(
-                f"compiles={program.compiles}, but the {len(shapes)} batch shapes of Program.shapes needed "
-                f"{self.step.compiles} executables. Declare as many, or use fewer shapes."
+                f"compiles={self._program.compiles}, but the {len(shapes)} batch shapes of the loader needed "
+                f"{self.compiles} executables. Declare as many, or use fewer shapes."
             )
         on_compile(len(shapes), len(shapes))
-        self._warm = True
+        self._warm.add(step)
 
 
 def fit(
@@ -152,7 +173,7 @@ def fit(
     options = options or TrainOptions()
     prepared = prepared or Prepared(program, options)
     run = _Run(program, seed, options, prepared, directory, dict(identity or {}, seed=seed))
-    with _StopSignal() as stop:
+    with StopSignal() as stop:
         try:
             run.start(on_compile)
             run.train(stop, on_steps)
@@ -165,11 +186,10 @@ def fit(
 
 
 class _Run:
-    """One seed of one program: its state, its data and its books."""
+    """One seed of one program: its state, its place in the phases, its data and its books."""
 
     def __init__(self, program, seed, options, prepared, directory, identity):
         self.program, self.seed, self.options, self.prepared = program, seed, options, prepared
-        self.step = prepared.step
         self.checkpoints = None
         self.log = None
         self.batches = None
@@ -178,18 +198,33 @@ class _Run:
             self.checkpoints = Checkpoints(
                 Path(directory) / "checkpoints", identity, keep=options.keep, best_metric=options.best_metric
             )
-        self.done = 0
+        self.total = program.total_steps
+        self.done = 0  # steps executed
+        self.phase = 0
+        self.within = 0  # steps executed in this phase
+        self.over = {phase.over: jax.jit(phase.over) for phase in program.phases if phase.over is not None}
         self.train_s = 0.0
         self._started: float | None = None
-        self._between_compile_s = 0.0
+        self._host_compile_s = 0.0
         self.saved_at = time.monotonic()
 
+    @property
+    def finished(self) -> bool:
+        return self.phase == len(self.program.phases)
+
+    @property
+    def reached(self) -> int:
+        """Steps done or saved by phases that ended early."""
+        return sum(phase.steps for phase in self.program.phases[: self.phase]) + self.within
+
     def start(self, on_compile: Callable[[int, int], None]) -> None:
-        source = self.program.batches(self.seed)
+        source = self.program.loader.open(self.seed) if self.program.has_batches else None
         books = None
         if self.checkpoints is not None and self.checkpoints.latest() is not None:
             self.done, self.state, extra = self.checkpoints.restore(self.prepared.abstract)
-            source.set_state(extra["iterator"])
+            if source is not None:
+                source.set_state(extra["iterator"])
+            self._take_place(**extra["place"])
             self.train_s = extra["train_s"]
             books = extra["books"]
         else:
@@ -197,36 +232,81 @@ class _Run:
         if self.directory is not None and jax.process_index() == 0:
             self.log = JsonlLog(Path(self.directory) / "log.jsonl", step=self.done)
         self.books = _Books(self.options, self.log, books)
-        self.batches = prefetch_to_device(source, size=self.options.prefetch, sharding=self.prepared.batch_sharding)
-        self.aux = self.program.derive(self.state) if self.program.derive else None
-        self.prepared.warm_up(self.program, self.state, self.aux, on_compile)
+        if source is not None:
+            self.batches = prefetch_to_device(source, size=self.options.prefetch, sharding=self.prepared.batch_sharding)
+        self.on_compile = on_compile
+        self._begin_phase()
+        self._warm_up()
 
-    def train(self, stop: "_StopSignal", on_steps: Callable[[int], None]) -> None:
-        total, lag = self.program.total_steps, self.options.read_lag
-        declared = np.inf if self.program.shapes is None else self.step.compiles
-        if self.done < total:
+    def _lengths(self) -> list[int]:
+        return [phase.steps for phase in self.program.phases]
+
+    def _take_place(self, phases: list[int], phase: int, within: int) -> None:
+        """Go on where the checkpoint stood, if the phases up to there are those of this program."""
+        lengths = self._lengths()
+        if phases[:phase] != lengths[:phase] or (phase < len(phases) and not within <= lengths[phase]):
+            raise CheckpointError(
+                f"{self.checkpoints.directory} was written by a run with phases of {phases} steps, in phase {phase}; "
+                f"this run has phases of {lengths} steps. Use another output folder, or delete this one."
+            )
+        self.phase, self.within = phase, within
+
+    def train(self, stop: StopSignal, on_steps: Callable[[int], None]) -> None:
+        lag = self.options.read_lag
+        if not self.finished:
             self._resume_clock()
-        while self.done < total:
-            batch = self._next_batch()
-            self.state, metrics = self.step(self.state, batch, self.aux)
-            self.done += 1
-            if self.step.compiles > declared:
-                raise ValueError(
-                    f"step {self.done} compiled an executable after the warm-up, for the batch "
-                    f"{_shapes(batch)}. Program.shapes must declare it."
-                )
-            self.books.push(self.done, metrics)
-            if self.program.between is not None:
-                self._between()
-            if self.done % lag == 0 or self.done == total:
+        while not self.finished:
+            self._step()
+            self._maybe_leave()
+            if self.done % lag == 0 or self.finished:
                 self._check_books()
-                on_steps(self.done)
+                on_steps(self.reached)
             self._maybe_evaluate()
             if self._must_stop(stop):
                 self._stop()
             if self._save_due():
                 self._save()
         self._pause_clock()
+
+    def _step(self) -> None:
+        batch = self._next_batch()
+        self.state, metrics = self.prepared.step(self.program.phases[self.phase])(self.state, batch, self.aux)
+        self.done += 1
+        self.within += 1
+        if self.prepared.compiles > self.declared:
+            raise ValueError(
+                f"step {self.done} compiled an executable after the warm-up, for the batch "
+                f"{_shapes(batch)}. The loader's shapes must declare it."
+            )
+        self.books.push(self.done, metrics)
+
+    def _maybe_leave(self) -> None:
+        phase = self.program.phases[self.phase]
+        early = phase.over is not None and bool(self.over[phase.over](self.state))
+        if self.within < phase.steps and not early:
+            return
+        with count_compiles() as log:
+            self._leave_phase()
+            self._begin_phase()
+        self._host_compile_s += log.seconds
+        self._warm_up()
+
+    def _leave_phase(self) -> None:
+        leave = self.program.phases[self.phase].leave
+        self.state = self.state if leave is None else leave(self.state)
+        self.phase, self.within = self.phase + 1, 0
+
+    def _begin_phase(self) -> None:
+        """Make what the phase's step reads; phases without steps are passed."""
+        while not self.finished and self.program.phases[self.phase].steps <= 0:
+            self._leave_phase()
+        aux = None if self.finished else self.program.phases[self.phase].aux
+        self.aux = None if aux is None else aux(self.state)
+
+    def _warm_up(self) -> None:
+        if not self.finished:
+            self.prepared.warm_up(self.program.phases[self.phase], self.state, self.aux, self.on_compile)
+        self.declared = self.prepared.compiles if self.program.shapes else np.inf
 
     def finish(self) -> FitResult:
         self._check_books(everything=True)
@@ -235,6 +315,7 @@ class _Run:
             self._write_checkpoint(None)
         return FitResult(
             self.state,
+            self.done,
             dict(self.program.train_metrics(self.books.means())),
             self.train_s,
             self.books.skipped,
@@ -250,21 +331,15 @@ class _Run:
             self.checkpoints.close()
 
     def _next_batch(self) -> PyTree:
+        if self.batches is None:
+            return None
         try:
             return next(self.batches)
         except StopIteration:
             raise ValueError(
-                f"the batches ended after {self.done} of total_steps={self.program.total_steps}. "
-                "Let them repeat (epochs=None), or lower total_steps."
+                f"the batches ended after {self.done} of {self.total} steps. "
+                "Let them repeat (epochs=None), or give fewer steps."
             ) from None
-
-    def _between(self) -> None:
-        with count_compiles() as log:
-            new = self.program.between(self.state, self.done)
-            if new is not self.state:
-                self.state = new
-                self.aux = self.program.derive(new) if self.program.derive else None
-        self._between_compile_s += log.seconds
 
     def _check_books(self, everything: bool = False) -> None:
         bad = self.books.read(0 if everything else self.options.read_lag)
@@ -273,7 +348,7 @@ class _Run:
             raise NonFiniteError(self._explain(bad))
 
     def _explain(self, step: int) -> str:
-        norm = float(_norm(self.program.params(self.state)))
+        norm = float(optax.tree.norm(_floating(self.program.params(self.state))))
         last = ", ".join(f"{name}={value:.4g}" for name, value in self.books.last.items())
         since = self.books.last_finite
         saved = self.checkpoints.latest() if self.checkpoints is not None else None
@@ -288,7 +363,7 @@ class _Run:
         if not every or self.done % every:
             return
         self._pause_clock()
-        metrics = {name: float(value) for name, value in self.program.evaluate(self.state).items()}
+        metrics = self.program.judged(self.state)
         self.books.curve.append(jsonable({"step": self.done, "train_s": self.train_s, **metrics}))
         if self.log is not None:
             self.log.write(step=self.done, evaluation=metrics)
@@ -296,24 +371,24 @@ class _Run:
             self._write_checkpoint(metrics)
         self._resume_clock()
 
-    def _must_stop(self, stop: "_StopSignal") -> bool:
+    def _must_stop(self, stop: StopSignal) -> bool:
         if jax.process_count() > 1:
             return self.checkpoints is not None and self.checkpoints.reached_preemption(self.done)
         return stop.requested
 
     def _stop(self) -> None:
-        where = f"stopped after step {self.done} of {self.program.total_steps}"
+        where = f"stopped after step {self.done} of {self.total}"
         if self.checkpoints is None:
             raise Preempted(f"{where}; nothing was saved, since the run has no directory.")
         self._save()
         raise Preempted(f"{where}; the same command continues from there.")
 
     def _save_due(self) -> bool:
-        if self.checkpoints is None or self.done == self.program.total_steps:
+        if self.checkpoints is None or self.finished:
             return False
         every = self.options.checkpoint_steps
         if every is None and jax.process_count() > 1:
-            every = max(1, self.program.total_steps // 20)
+            every = max(1, self.total // 20)
         if every is not None:
             return self.done % every == 0
         return time.monotonic() - self.saved_at >= self.options.checkpoint_seconds
@@ -333,7 +408,12 @@ class _Run:
         self.checkpoints.save(
             self.done,
             self.state,
-            {"iterator": self.batches.get_state(), "books": self.books.snapshot(), "train_s": self.train_s},
+            {
+                "iterator": None if self.batches is None else self.batches.get_state(),
+                "place": {"phases": self._lengths(), "phase": self.phase, "within": self.within},
+                "books": self.books.snapshot(),
+                "train_s": self.train_s,
+            },
             metrics,
         )
         self.saved_at = time.monotonic()
@@ -342,7 +422,7 @@ class _Run:
         self._started, self._compiled_before = time.perf_counter(), self._compile_s()
 
     def _compile_s(self) -> float:
-        return self.step.compile_s + self._between_compile_s
+        return self.prepared.compile_s + self._host_compile_s
 
     def _pause_clock(self) -> None:
         if self._started is not None:
@@ -420,29 +500,6 @@ class _Books:
         }
 
 
-class _StopSignal:
-    """Notes SIGTERM and SIGINT instead of dying; in several processes JAX's own preemption service listens."""
-
-    def __init__(self):
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame):
-        if self.requested and number == signal.SIGINT:  # a second Ctrl-C means now
-            raise KeyboardInterrupt
-        self.requested = True
-
-
 def _shapes(batch: PyTree) -> dict[str, tuple[int, ...]]:
     return {name: np.shape(leaf) for name, leaf in zip(leaf_paths(batch), jax.tree.leaves(batch), strict=True)}
 
@@ -463,15 +520,9 @@ def _skip_nonfinite(step: Callable) -> Callable:
 
 @jax.jit
 def _all_finite(tree: PyTree) -> jax.Array:
-    checks = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    checks = [jnp.all(jnp.isfinite(x)) for x in _floating(tree)]
     return jnp.all(jnp.stack(checks)) if checks else jnp.bool_(True)
 
 
-@jax.jit
-def _norm(tree: PyTree) -> jax.Array:
-    squares = [
-        jnp.sum(jnp.square(x.astype(jnp.float32)))
-        for x in jax.tree.leaves(tree)
-        if jnp.issubdtype(x.dtype, jnp.inexact)
-    ]
-    return jnp.sqrt(sum(squares, jnp.float32(0)))
+def _floating(tree: PyTree) -> list[jax.Array]:
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]

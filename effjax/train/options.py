@@ -1,9 +1,45 @@
 """Typed settings of the training loop."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 from effjax.core.errors import check_choice, check_number
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What every arm may spend on one run."""
+
+    amount: float
+    """How much of the unit."""
+    unit: Literal["steps", "examples", "epochs", "device_seconds"] = "steps"
+    """What is counted; device seconds are turned into steps by each arm's measured step time."""
+
+    def __post_init__(self):
+        check_number("budget.amount", self.amount, low=0, open_low=True)
+        check_choice("budget.unit", self.unit, ("steps", "examples", "epochs", "device_seconds"))
+
+    def steps(self, batch_size: int, epoch_steps: Callable[[int], int] | None = None) -> int:
+        """Steps of one run; device seconds must have been resolved before.
+
+        Args:
+          batch_size: examples of one step, for a budget in examples.
+          epoch_steps: the steps of epoch 0, 1, ..., for a budget in epochs; it may have a fraction.
+
+        Example:
+          >>> Budget(2.5, "epochs").steps(32, lambda epoch: (10, 6, 4)[epoch])
+          18
+        """
+        if self.unit == "epochs":
+            if epoch_steps is None:
+                raise ValueError("a budget in epochs needs the data's rows, which this study does not use. Use steps.")
+            whole, part = divmod(self.amount, 1)
+            steps = sum(epoch_steps(epoch) for epoch in range(int(whole)))
+            return max(1, steps + (round(part * epoch_steps(int(whole))) if part else 0))
+        if self.unit == "device_seconds":
+            raise ValueError("a budget in device seconds has no number of steps before the step time is measured.")
+        return max(1, int(self.amount // batch_size if self.unit == "examples" else self.amount))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,24 +1,25 @@
-"""The protocol between a method's study and everything that runs it: an arm is data, not a subclass."""
+"""The protocol between a method and everything that runs it: a Program is data, not a subclass."""
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from effjax.data.pipeline import ResumableIterator
+from effjax.tasks.task import Task
 
 PyTree = Any
 State = PyTree
 Batch = PyTree
 Aux = PyTree
+Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
 class BatchShape(NamedTuple):
     """One of the batch shapes that a run uses.
 
     Attributes:
-      batch: an example, as ``Program.batches`` gives it.
+      batch: an example, as the loader gives it.
       steps: how many steps of a run have this shape; where seeds differ, of seed 0.
       examples: real examples in such a batch, on average over those steps.
       tokens: positions that one such batch makes the model process, padding included; 0 where the data
@@ -31,58 +32,122 @@ class BatchShape(NamedTuple):
     tokens: int = 0
 
 
+class Loader(NamedTuple):
+    """Where the batches of a run come from.
+
+    Attributes:
+      open: ``seed -> iterator`` over batches, with ``get_state`` and ``set_state``; None where the steps take no
+        batches (``batch`` is then None), as those on a whole graph.
+      batch_size: examples consumed by one step, over all processes; where batches differ in size, that of
+        the batches the learning rate is meant for.
+      epoch_steps: ``epoch -> steps``, for budgets in epochs.
+      shapes: every batch shape of every seed, for runs that have several: all are compiled before the
+        first step, and a batch of another shape is an error. Empty where all batches are alike.
+    """
+
+    open: Callable[[int], ResumableIterator] | None
+    batch_size: int
+    epoch_steps: Callable[[int], int] | None = None
+    shapes: tuple[BatchShape, ...] = ()
+
+
+class Phase(NamedTuple):
+    """A part of a run with one step function.
+
+    Attributes:
+      step: ``(state, batch, aux) -> (state, metrics)``; traceable, never jitted by the recipe, compiled once for all
+        phases that share it. ``metrics`` is a flat dictionary of scalars and holds ``loss``.
+      steps: at most; None for as many as the budget allows.
+      over: ``state -> bool``, traced and read after every step: the phase ends early where it is True.
+      leave: ``state -> state`` on the host, after the last step: a knot, new pseudolabels, a pruning decision.
+      aux: ``state -> aux`` on the host, when the phase begins or a run continues in it: what ``step`` reads and what
+        is never saved.
+      period: steps after which the cost of a step repeats (some work is done every n steps only).
+    """
+
+    step: Callable[[State, Batch, Aux], tuple[State, Mapping[str, jax.Array]]]
+    steps: int | None
+    over: Callable[[State], jax.Array] | None = None
+    leave: Callable[[State], State] | None = None
+    aux: Callable[[State], Aux] | None = None
+    period: int = 1
+
+
 class Program(NamedTuple):
     """One trainable thing as pure functions. The loop, the checkpoint, the cost meter and the report know no more.
 
-    The structure, shapes and dtypes of ``state`` are fixed for the whole run, so that any
-    checkpoint restores.
+    The structure, shapes and dtypes of the state are fixed for the whole run, so that any checkpoint restores.
 
     Attributes:
+      task: what is learned; ``infer``, ``evaluate``, ``example_inputs`` and ``source`` are the task's.
       init: ``key -> state``; traceable.
-      step: ``(state, batch, aux) -> (state, metrics)``; traceable, never jitted by the recipe.
-        ``metrics`` is a flat dictionary of scalars and holds ``loss``.
-      batches: ``seed -> iterator`` over batches, with ``get_state`` and ``set_state``.
-      evaluate: ``state -> {name: float}`` on held-out data.
-      infer: ``(params, inputs) -> outputs``; traceable.
-      params: ``state -> params`` used by ``infer`` and export.
-      example_inputs: inputs for ``infer``, with the batch axis leading.
-      total_steps: steps of one run, the same for all seeds.
-      batch_size: examples consumed by one step, over all processes; where batches differ in size, that of
-        the batches the learning rate is meant for.
-      source: where the data came from, for the record; a run is not continued on other data.
-      compiles: executables of ``step`` that a run may need.
-      shapes: every batch shape of every seed, for runs that have several: all are compiled before the
-        first step, and a batch of another shape is an error. None where all batches are alike.
-      step_period: steps after which the cost of a step repeats (some work is done every n steps only).
-      between: host work after a step, ``(state, steps_done) -> state``; returns the very same object
-        when it did nothing.
-      derive: ``state -> aux``; rebuilt on start, on resume and after ``between``; never saved.
+      phases: one after another.
+      params: ``state -> variables`` for the task's ``infer`` and ``evaluate``, and for export.
+      loader: of the batches; None as ``Loader(None, 1)``.
+      evaluate: ``state -> {name: number}``; None for the task's, of ``params(state)``.
       sharding: ``(regex, axis names)`` rules over the state's paths, first match wins; the rest is
         replicated. Used only on a mesh of several devices.
-      branch_probabilities: for the MAC counter, ``{scope regex: probabilities}`` of the ``cond``s in ``step``.
       trained: ``state -> tree`` of what the optimizer moves, where that is not all of ``params``.
-      folder: ``(state, path, merged=False)``, writes a folder that other libraries read: adapters, or the merged
+      export: ``(state, path, merged=False)``, writes a folder that other libraries read: adapters, or the merged
         network.
-      train_metrics: reduces the running means of the step metrics to what the report shows.
+      train_metrics: from the means of the step metrics over the run to what the report shows.
     """
 
+    task: Task
     init: Callable[[jax.Array], State]
-    step: Callable[[State, Batch, Aux], tuple[State, Mapping[str, jax.Array]]]
-    batches: Callable[[int], ResumableIterator]
-    evaluate: Callable[[State], Mapping[str, float]]
-    infer: Callable[[PyTree, PyTree], PyTree]
+    phases: tuple[Phase, ...]
     params: Callable[[State], PyTree]
-    example_inputs: PyTree
-    total_steps: int
-    batch_size: int
-    source: str = ""
-    compiles: int = 1
-    shapes: Callable[[], Sequence[BatchShape]] | None = None
-    step_period: int = 1
-    between: Callable[[State, int], State] | None = None
-    derive: Callable[[State], Aux] | None = None
-    sharding: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
-    branch_probabilities: Mapping[str, Sequence[float]] = MappingProxyType({})
+    loader: Loader | None = None
+    evaluate: Callable[[State], Mapping[str, float]] | None = None
+    sharding: Rules = ()
     trained: Callable[[State], PyTree] | None = None
-    folder: Callable[..., None] | None = None
+    export: Callable[..., None] | None = None
     train_metrics: Callable[[Mapping[str, float]], Mapping[str, float]] = dict
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of a run in which no phase ends early."""
+        open_ended = [index for index, phase in enumerate(self.phases) if phase.steps is None]
+        if open_ended:
+            raise ValueError(
+                f"phase {open_ended[0]} of {self.task.name!r} has no number of steps. Give steps= to the trainer, or "
+                "a budget to `compare`."
+            )
+        return sum(phase.steps for phase in self.phases)
+
+    @property
+    def has_batches(self) -> bool:
+        """Whether steps are given batches."""
+        return self.loader is not None and self.loader.open is not None
+
+    @property
+    def shapes(self) -> tuple[BatchShape, ...]:
+        """Every batch shape, where there are several."""
+        return self.loader.shapes if self.loader else ()
+
+    @property
+    def batch_size(self) -> int:
+        """Examples of one step; 1 where there are no batches."""
+        return self.loader.batch_size if self.loader else 1
+
+    @property
+    def compiles(self) -> int:
+        """Executables that a run may need: one per batch shape, of every step function; a phase with ``aux`` of its own
+        may need one more."""
+        shared = {phase.step for phase in self.phases if phase.aux is None}
+        own = sum(phase.aux is not None for phase in self.phases)
+        return (len(shared) + own) * max(1, len(self.shapes))
+
+    def judged(self, state: State) -> dict[str, float]:
+        """The metrics of a state on the held-out data."""
+        found = self.task.evaluate(self.params(state)) if self.evaluate is None else self.evaluate(state)
+        return {name: float(value) for name, value in found.items()}
+
+    def within(self, steps: int) -> "Program":
+        """The program whose open-ended phases share ``steps`` steps equally."""
+        free = [index for index, phase in enumerate(self.phases) if phase.steps is None]
+        phases = list(self.phases)
+        for part, index in enumerate(free):
+            first, last = (round(steps * edge / len(free)) for edge in (part, part + 1))
+            phases[index] = phases[index]._replace(steps=last - first)
+        return self._replace(phases=tuple(phases))

@@ -108,6 +108,20 @@ def stop_ids_top_k(
     return table
 
 
+def vocabulary_stop_ids(tokenizer: Any) -> Int[np.ndarray, "vocabulary"]:
+    """The ``stop_ids`` of a tokenizer's vocabulary, by the rule that its tokens follow.
+
+    Example:
+      >>> from effjax.data.tokens import load_tokenizer
+      >>> tokenizer = load_tokenizer("stories260k")
+      >>> [tokenizer.token(index) for index in np.flatnonzero(vocabulary_stop_ids(tokenizer) >= 0)[:3]]
+      [' a', ' the', ' to']
+    """
+    tokens = [tokenizer.token(index) for index in range(tokenizer.vocab_size)]
+    rule = "space_word" if any(token[:1] in _SPACES and token[1:].isalpha() for token in tokens) else "word"
+    return stop_ids(tokens.__getitem__, len(tokens), rule=rule, special_ids=tokenizer.special_ids)
+
+
 def token_drop(
     ids: Ragged,
     stop_of_id: Integer[np.ndarray, "vocab"],
@@ -222,6 +236,27 @@ def token_drop_columns(
         return {**columns, "input_ids": ids, **({} if types is None else {"token_type_ids": types.keep(kept)})}
 
     return read
+
+
+def drop_as_many(ids: Ragged, counts: np.ndarray, priority: np.ndarray) -> np.ndarray:
+    """Which tokens stay if the ``counts[i]`` of least ``priority`` go from row ``i``.
+
+    Args:
+      ids: rows of tokens.
+      counts: integers ``[n]``.
+      priority: numbers ``[total]``.
+
+    Returns:
+      Bool ``[total]``.
+
+    Example:
+      >>> drop_as_many(Ragged.of([[5, 6, 7], [8, 9]]), np.array([1, 0]), np.array([2, 0, 1, 0, 0])).tolist()
+      [True, False, True, True, True]
+    """
+    order = np.lexsort((priority, ids.rows))
+    kept = np.ones(len(order), bool)
+    kept[order[ids.positions < counts[ids.rows]]] = False
+    return kept
 
 
 def _excess(lengths: np.ndarray, period: int, boundaries: Sequence[int] | None) -> np.ndarray:

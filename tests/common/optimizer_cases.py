@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from effjax.finetune.cola import ColaConfig, cola, cola_init
+from effjax.finetune.chain import ColaConfig, cola_init
+from effjax.finetune.cola import cola
 from effjax.finetune.lora import LoraRule, lora_merge
 from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
 from effjax.optim.samuel_one_gradient import samuel_one_gradient

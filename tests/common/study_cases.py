@@ -9,23 +9,44 @@ _FEW_SEQUENCES = [
 
 # Words that make the smoke preset a few seconds' work without losing an arm kind.
 TINY = {
-    "samuel": ["--budget.amount", "60", "--grid", "0.1", "--others", "schedule-free", "--seeds", "0", "1"],
+    "samuel": [
+        *("--budget.amount", "60", "--grid", "0.1", "--seeds", "0", "1"),
+        *("--arms", "sgd-*", "cosine-*", "schedule-free", "samuel", "uniform", "one-gradient"),
+    ],
     "cola": [
-        *("--budget.amount", "60", "--links", "2", "--summed", "--others", "resets", "--seeds", "0", "1"),
+        *("--budget.amount", "60", "--links", "2", "--arms", "lora", "cola-2", "resets", "--seeds", "0", "1"),
     ],
-    "bucket_sampler": [*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "2", "--others", "--seeds", "0", "1"],
-    "token_drop": [*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "2", "--others", "random", "--seeds", "0", "1"],
+    "bucket_sampler": [
+        *(*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "2", "--arms", "static", "dynamic", "buckets"),
+        *("--seeds", "0", "1"),
+    ],
+    "token_drop": [
+        *(*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "2", "--arms", "buckets", "token-drop", "random"),
+        *("--seeds", "0", "1"),
+    ],
     "fptt": [
-        *("--budget.amount", "40", "--alphas", "0.02", "--others", "fptt-epochs", "--hidden", "8", "--seeds", "0", "1"),
+        *("--budget.amount", "40", "--alphas", "0.02", "--hidden", "8", "--seeds", "0", "1"),
+        *("--arms", "bptt", "chunked", "fptt-0.02", "fptt-epochs"),
     ],
-    "irnn": [*_FEW_SEQUENCES, "--cells", "lstm", "irnn", "irnn-shared", "--budget.amount", "40", "--seeds", "0", "1"],
-    "tarnn": [*_FEW_SEQUENCES, "--cells", "lstm", "tarnn-euler", "--budget.amount", "40", "--seeds", "0", "1"],
+    "irnn": [*_FEW_SEQUENCES, "--arms", "lstm", "irnn", "irnn-shared", "--budget.amount", "40", "--seeds", "0", "1"],
+    "tarnn": [*_FEW_SEQUENCES, "--arms", "lstm", "tarnn-euler", "--budget.amount", "40", "--seeds", "0", "1"],
     "fastrain": [
-        *("--arms", "fastrain-plateau", "lp", "--budget.amount", "8", "--budget.unit", "steps", "--hidden", "8"),
+        *(
+            "--arms",
+            "fastrain-plateau",
+            "st-deep-plateau",
+            "lp",
+            "--budget.amount",
+            "8",
+            "--budget.unit",
+            "steps",
+            "--hidden",
+            "8",
+        ),
         *("--epochs-per-step", "5", "--samples", "2", "--threshold", "0.3"),
     ],
     "geeni": [
-        *("--forms", "single", "geeni-learned", "--hidden", "8", "--members", "2", "--modes", "full"),
+        *("--arms", "single", "geeni-learned", "--hidden", "8", "--members", "2", "--modes", "full"),
         *("--fractions", "0.1", "--budget.amount", "60", "--seeds", "0", "1"),
     ],
 }
@@ -69,4 +90,17 @@ PAPER_ARMS = {
     "tarnn": ["noisy-digits-12/tarnn-convex", "noisy-digits-12/lru-4"],
     "fastrain": ["cora-2/fastrain"],
     "geeni": ["cora/geeni-learned", "cora/single", "cora/distilled"],
+}
+
+# One arm of the tiny study whose run is cut in a phase and, where there are several, at a phase's border.
+RESUMED = {
+    "samuel": "digits-mlp-64-shift/samuel",
+    "cola": "digits-mlp-64-64/cola-2",
+    "bucket_sampler": "sms_spam-encoder-1x8/buckets",
+    "token_drop": "sms_spam-encoder-1x8/token-drop",
+    "fptt": "digits-permuted-lstm-8/fptt-epochs",
+    "irnn": "noisy-digits-12/irnn",
+    "tarnn": "noisy-digits-12/tarnn-euler",
+    "fastrain": "cora-8/fastrain-plateau",
+    "geeni": "cora/geeni-learned",
 }

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import optimizer_cases
+import public_calls
 import pytest
 import study_cases
 
@@ -15,6 +16,7 @@ METHODS = list(effjax.METHODS.values())
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.stem)
 def test_method_is_in_the_matrices_of_its_kind(method):
     assert method.stem in study_cases.TINY
+    assert method.stem in public_calls.CASES
     if "Optax" in method.kind:
         assert method.stem in {case.stem for case in optimizer_cases.CASES.values()}
 

@@ -266,6 +266,27 @@ def test_labels_out_of_range(tmp_path):
     refuse(tmp_path, "sms_spam", {"text": ["a"], "label": [-1]}, r"labels lie in \[-1, -1\]")
 
 
+def test_labels_beyond_32_bits_do_not_wrap(tmp_path):
+    labels = np.array([1, 0, 2**32 + 1])
+    for kind in ("parquet", "npz"):
+        folder = tmp_path / kind / "sst2"
+        folder.mkdir(parents=True)
+        columns = {"sentence": np.array(["a", "b", "c"]), "label": labels}
+        if kind == "parquet":
+            pq.write_table(pa.table(columns), folder / "train.parquet")
+        else:
+            np.savez(folder / "train.npz", **columns)
+        with pytest.raises(ValueError, match="column 'label' runs from 0 to 4294967297, which does not fit int32"):
+            load("sst2", root=tmp_path / kind)
+
+
+def test_numbers_are_no_pictures(tmp_path):
+    (tmp_path / "digits").mkdir()
+    pq.write_table(pa.table({"image": [1.5, 2.5], "label": [0, 1]}), tmp_path / "digits/train.parquet")
+    with pytest.raises(ValueError, match=r"column 'image' has type double; expected encoded image or bytes\."):
+        load("digits", root=tmp_path)
+
+
 def test_foreign_class_names(tmp_path):
     refuse(tmp_path, "mnist", grey(2), "names 2 classes; this set has 10", {"label": {"names": ["a", "b"]}})
 
@@ -308,7 +329,7 @@ def test_npz_that_is_none(tmp_path, content):
     ("change", "message"),
     [
         ({"y": None}, "arrays 'edge_index'"),
-        ({"y": np.zeros((2, 2), int)}, "integer classes 'y'"),
+        ({"y": np.zeros((2, 2), int)}, r"classes 'y' have shape \[2, 2\]; expected one axis"),
         ({"edge_index": np.zeros((3, 4), int)}, r"'edge_index' of shape \[2, E\]"),
         ({"edge_index": np.array([[0], [5000]])}, "node numbers below N=2708"),
         ({"train_idx": np.array([-1])}, "node numbers below N=2708 in 'train_idx'"),

@@ -17,21 +17,20 @@ import pytest
 from effjax.core.cost import Executables, count_compiles, count_params
 from effjax.core.errors import NoEffectWarning
 from effjax.core.tree import leaf_paths
-from effjax.finetune.cola import (
+from effjax.finetune.chain import (
     ColaConfig,
-    cola,
     cola_adapters,
     cola_export,
     cola_extend,
     cola_gradients,
     cola_init,
-    cola_knot,
     cola_links,
     cola_merge,
+    cola_next,
     cola_params,
-    cola_state,
     cola_value_and_grad,
 )
+from effjax.finetune.cola import cola, cola_state
 from effjax.finetune.lora import (
     LoraConfig,
     LoraRule,
@@ -107,7 +106,7 @@ ADAM = optax.adam(0.02)
 def chain(config, params=PARAMS, knots=2, steps=12, tx=ADAM):
     """Train links; returns the states before and after every knot, and at the end."""
     state = cola_init(KEY, params, config)
-    opt_state, knot, history = tx.init(state.lora), cola_knot(tx, config), []
+    opt_state, knot, history = tx.init(state.lora), cola_next(tx, config), []
     for k in range(knots + 1):
         state, opt_state = trainer(tx, config)(state, opt_state, steps)
         before = jax.tree.map(jnp.copy, state)
@@ -376,7 +375,7 @@ def test_transformation_is_the_pure_chain():
     tx = cola(ADAM, config, seed=KEY)
     step = stepper(tx, config)
     params, opt_state = begin(tx, config)
-    state, knot = cola_init(KEY, jax.tree.map(jnp.copy, PARAMS), config), cola_knot(ADAM, config)
+    state, knot = cola_init(KEY, jax.tree.map(jnp.copy, PARAMS), config), cola_next(ADAM, config)
     inner = ADAM.init(state.lora)
     for t in range(7):
         if t in config.knots:
@@ -557,7 +556,7 @@ def test_global_schedule_runs_on_and_per_link_restarts():
     for schedule, count in (("global", 3), ("per_link", 0)):
         config, tx = ColaConfig(LoraRule("kernel", rank=1), knots=(3,), schedule=schedule), optax.adam(RATE)
         state = cola_init(KEY, {"kernel": jnp.ones((2, 2))}, config)
-        _, opt_state = cola_knot(tx, config)(state, worked(tx, state.lora))
+        _, opt_state = cola_next(tx, config)(state, worked(tx, state.lora))
         assert (int(opt_state[0].count), int(opt_state[1].count)) == (0, count)
 
 
@@ -680,7 +679,7 @@ def test_knots_keep_shardings_and_agree_with_one_device():
     program = """
         import jax, jax.numpy as jnp, numpy as np, optax
         from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-        from effjax.finetune.cola import ColaConfig, cola_init, cola_knot, cola_merge
+        from effjax.finetune.chain import ColaConfig, cola_init, cola_next, cola_merge
         from effjax.finetune.lora import LoraRule, lora_shardings
 
         jax.config.update("jax_num_cpu_devices", 8)
@@ -695,7 +694,7 @@ def test_knots_keep_shardings_and_agree_with_one_device():
                 place = lora_shardings(base, state.lora)
                 lora, past = (jax.device_put(tree, place) for tree in (state.lora, state.past))
                 state = state._replace(base=jax.device_put(state.base, base), lora=lora, past=past)
-            opt_state, knot = tx.init(state.lora), cola_knot(tx, config)
+            opt_state, knot = tx.init(state.lora), cola_next(tx, config)
             types = jax.tree.map(lambda leaf: leaf.sharding, (state.base, state.lora, state.past))
             for _ in range(2):
                 lora = jax.tree.map(lambda leaf: leaf + 0.1, state.lora)
@@ -767,7 +766,7 @@ def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match="matches none"):
         cola_init(KEY, PARAMS, ColaConfig("upp/kernel", knots=(3,)))
     state = cola_extend(cola_init(KEY, PARAMS, config), config)
-    for knot in (lambda: cola_extend(state, config), lambda: cola_knot(ADAM, config)(state, ADAM.init(state.lora))):
+    for knot in (lambda: cola_extend(state, config), lambda: cola_next(ADAM, config)(state, ADAM.init(state.lora))):
         with pytest.raises(ValueError, match="has its 2 links already"):
             knot()
     informed = ColaConfig(RULE, knots=(3,), reinit="gradient")

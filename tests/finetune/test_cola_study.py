@@ -1,4 +1,4 @@
-"""The arms of the COLA study: what a knot does in each, what is trained, the head beside the chain."""
+"""The COLA study: the public calls give what its arm gives; what a knot does in each arm; the head beside the chain."""
 
 import dataclasses
 import functools
@@ -6,58 +6,126 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
 from effjax.core.cost import count_params
-from effjax.data.bucket_sampler import BucketSampler
-from effjax.recipes import cola_arms as ways
-from effjax.recipes.bucket_sampler import planned_run
-from effjax.recipes.cola import OTHERS, ColaStudy, arms, claims
-from effjax.recipes.cola_arms import Run, Settings
-from effjax.recipes.cola_tasks import Adaptation
-from effjax.recipes.spec import Budget
-from effjax.tasks.text import text_task
+from effjax.data.pipeline import batches
+from effjax.finetune.chain import ColaConfig, cola_init, cola_merge, cola_next, cola_value_and_grad
+from effjax.finetune.lora import LoraRule, lora_apply
+from effjax.recipes.cola import ColaStudy, claims, groups
+from effjax.recipes.spec import choose_arms
+from effjax.study.claims import decide
+from effjax.train.loop import fit
+from effjax.train.options import Budget, TrainOptions
 
 STUDY = ColaStudy(tasks=("digits/mlp-8",), budget=Budget(12), batch_size=8, links=(2, 3), summed=(3,))
-SETTINGS = Settings(2, 2.0, 1e-2, 1e-2, 1e-2, 1e-2, 2, 0.0, None, 8, 1)
+TEXT = ColaStudy(
+    tasks=("sms_spam/encoder-1x8",),
+    budget=Budget(1, "epochs"),
+    seeds=(0,),
+    batch_size=8,
+    partial_batches=True,
+    rival_links=2,
+    rank=2,
+    max_length=16,
+    train_rows=30,
+    test_rows=8,
+)
+
+
+@functools.cache
+def loaded(study):
+    (group,) = groups(study)
+    return {arm.name: arm for arm in group.arms}, group.load()
+
+
+@functools.cache
+def built(name, study=STUDY):
+    arms, task = loaded(study)
+    return arms[name].build(task)
 
 
 @functools.cache
 def at_knot(name):
     """The program, and its state before and after the first knot of three links."""
-    program = arms(STUDY)[f"digits-mlp-8/{name}"].build()
-    (before,) = trained(program, 4)
-    assert program.between is None or program.between(before, 3) is before
-    return program, before, program.between(jax.tree.map(jnp.copy, before), 4)
+    program = built(name)
+    (before,) = trained(program, program.phases[0].steps)
+    return program, before, program.phases[0].leave(jax.tree.map(jnp.copy, before))
 
 
 def trained(program, *counts):
     """The states after so many steps."""
-    state, batches, step = jax.jit(program.init)(jax.random.key(0)), program.batches(0), jax.jit(program.step)
+    state, data, step = (
+        jax.jit(program.init)(jax.random.key(0)),
+        program.loader.open(0),
+        jax.jit(program.phases[0].step),
+    )
     found = {0: state}
     for count in range(1, max(counts) + 1):
-        state, metrics = step(state, next(batches), None)
+        state, metrics = step(state, next(data), None)
         found[count] = state
-    assert np.isfinite(metrics["loss"])
+        assert np.isfinite(metrics["loss"])
     return [found[count] for count in counts]
 
 
 def outputs(program, state):
-    return program.infer(program.params(state), program.example_inputs)
+    return program.task.infer(program.params(state), program.task.example_inputs)
+
+
+def assert_equal(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_the_loop_of_the_readme_gives_the_parameters_of_the_arm():
+    program, (_, task) = built("cola-3"), loaded(STUDY)
+    found = fit(program, seed=3).state
+    start, drawn = jax.random.split(jax.random.key(3))
+    config = ColaConfig(LoraRule("kernel$", rank=1, alpha=2.0), knots=(4, 8), keep_links=True)
+    tx = optax.adamw(optax.linear_schedule(1e-2, 0.0, 12), weight_decay=0.0)
+    apply = lora_apply(task.loss)
+    value_and_grad = cola_value_and_grad(lambda params, batch: apply({"params": params}, batch)[0], config)
+
+    @jax.jit
+    def step(state, opt_state, batch):
+        _, grads = value_and_grad(state, batch)
+        updates, opt_state = tx.update(grads, opt_state, state.lora)
+        return state._replace(lora=optax.apply_updates(state.lora, updates)), opt_state
+
+    state = cola_init(drawn, jax.tree.map(jnp.copy, task.init(start)["params"]), config)
+    opt_state, knot, data = tx.init(state.lora), cola_next(tx, config), batches(task.train, 8, seed=3)
+    for t in range(12):
+        if t in config.knots:
+            state, opt_state = knot(state, opt_state)
+        state, opt_state = step(state, opt_state, next(data))
+    assert state.link == 2
+    assert_equal(found.params["lora"], state.lora)
+    assert_equal(found.model["frozen"], state._replace(lora=None))
+    assert_equal(program.params(found)["params"], jax.jit(cola_merge, static_argnums=1)(state, config))
+
+
+def test_knots_come_after_equal_links_and_phases_share_one_step():
+    for name, lengths in (("cola-3", [4, 4, 4]), ("cola-2", [6, 6]), ("resets", [4, 4, 4]), ("lora", [12])):
+        phases = built(name).phases
+        assert [phase.steps for phase in phases] == lengths
+        assert len({phase.step for phase in phases}) == built(name).compiles == 1
+        assert [phase.leave is not None for phase in phases] == [True] * (len(lengths) - 1) + [False]
 
 
 @pytest.mark.parametrize("name", ["cola-3", "relora", "resets"])
 def test_a_knot_does_not_move_the_network(name):
     program, before, after = at_knot(name)
     np.testing.assert_allclose(outputs(program, after), outputs(program, before), rtol=1e-4, atol=1e-5)
-    tied = all((adapter["b"] == 0).all() for adapter in after["trained"]["lora"].values())
+    tied = all((adapter["b"] == 0).all() for adapter in after.params["lora"].values())
     assert tied == (name != "resets")
 
 
 def test_what_restarts_at_a_knot():
-    moments = lambda state: state["opt"]["lora"][0]
-    rates = lambda state: int(state["opt"]["lora"][-1].count)
+    moments = lambda state: state.opt["lora"][0]
+    rates = lambda state: int(state.opt["lora"][-1].count)
     for name, count in (("cola-3", 4), ("resets", 4), ("per-link", 0)):
         _, before, after = at_knot(name)
         assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(moments(before).mu)) > 0
@@ -72,103 +140,120 @@ def test_periodic_lora_unloads_half_of_its_first_link():
     np.testing.assert_allclose(kernel(after) - start, 0.5 * (kernel(before) - start), atol=1e-6)
 
 
-@pytest.mark.parametrize("compare", ["quality", "overhead"])
-def test_states_keep_their_shapes(compare):
-    for name, arm in arms(dataclasses.replace(STUDY, compare=compare)).items():
-        program = arm.build()
+def test_states_keep_their_shapes():
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    for name in loaded(STUDY)[0]:
+        program = built(name)
         state = jax.eval_shape(program.init, jax.random.key(0))
-        after, metrics = jax.eval_shape(program.step, state, next(program.batches(0)), None)
-        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state), (
-            name
-        )
+        after, metrics = jax.eval_shape(program.phases[0].step, state, next(program.loader.open(0)), None)
+        assert shapes(after) == shapes(state), name
         assert metrics["loss"].shape == ()
 
 
 def test_arms_train_as_much_as_they_say():
-    built = {name.partition("/")[2]: arm.build() for name, arm in arms(STUDY).items()}
     sizes = {
-        name: count_params(program.trained(jax.eval_shape(program.init, jax.random.key(0))))
-        for name, program in built.items()
+        name: count_params(built(name).trained(jax.eval_shape(built(name).init, jax.random.key(0))))
+        for name in loaded(STUDY)[0]
     }
     one = sizes["lora"]
-    assert {sizes[name] for name in ("cola-2", "cola-3", "relora", "resets", "periodic")} == {one}
+    same = ("cola", "cola-2", "cola-3", "relora", "resets", "periodic", "materialised")
+    assert {sizes[name] for name in same} == {one}
     assert sizes["lora-x3"] == 3 * one
     assert sizes["galore"] == 64 * 8 + 8 * 10
     assert sizes["full"] == sizes["galore"] + 8 + 10
-    start, end = trained(built["galore"], 0, 2)
-    assert not np.array_equal(outputs(built["galore"], start), outputs(built["galore"], end))
+    start, end = trained(built("galore"), 0, 2)
+    assert not np.array_equal(outputs(built("galore"), start), outputs(built("galore"), end))
 
 
-@pytest.fixture(scope="module")
-def text():
-    """A task with a head, on a fresh encoder in place of a pretrained one."""
-    task = text_task("sms_spam", "encoder-1x8", max_length=16, train_rows=32, test_rows=8, dropout=0.0)
-    return Adaptation(
-        name=task.name,
-        source=task.source,
-        init=lambda key: task.init(key)["params"],
-        loss=task.loss,
-        infer=task.infer,
-        evaluate=task.evaluate,
-        columns={},
-        example_inputs=task.example_inputs,
-        head=("head",),
-        targets="(query|value)/kernel$",
-        names=lambda path, layer: path.removesuffix("/kernel").replace("/", "."),
-        text=task,
-    )
+def test_materialised_adapters_train_as_factored_ones_do():
+    factored, formed = (trained(built(name), 3)[0].params["lora"] for name in ("lora", "materialised"))
+    for a, b in zip(jax.tree.leaves(factored), jax.tree.leaves(formed), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-def bucketed(text, way):
-    study = dataclasses.replace(STUDY, budget=Budget(1, "epochs"), seeds=(0,))
-    plan = lambda seed, epochs: BucketSampler(text.text.train, seed=seed, epochs=epochs, max_shapes=1, cap=8)
-    return ways.program(text, SETTINGS, Run(*planned_run(plan, study)), way)
-
-
-def test_the_head_trains_beside_the_chain_and_never_restarts(text, tmp_path):
-    program = bucketed(text, lambda ground: ways.chain(ground, 2))
+def test_the_head_trains_beside_the_chain_and_never_restarts(tmp_path):
+    program = built("cola", TEXT)
     assert program.total_steps == 4
-    assert program.compiles == len(program.shapes()) == 1
+    assert program.compiles == len(program.shapes) == 1
     start, before = trained(program, 0, 2)
-    after = program.between(jax.tree.map(jnp.copy, before), 2)
-    kernel = lambda state: state["trained"]["head"]["head"]["kernel"]
+    after = program.phases[0].leave(jax.tree.map(jnp.copy, before))
+    kernel = lambda state: state.params["head"]["head"]["kernel"]
     assert not np.array_equal(kernel(before), kernel(start))
-    for part in ("trained", "opt"):
-        for old, new in zip(jax.tree.leaves(before[part]["head"]), jax.tree.leaves(after[part]["head"]), strict=True):
-            np.testing.assert_array_equal(old, new)
-    assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(after["opt"]["head"])) > 0
-    program.folder(after, tmp_path / "adapter")
+    for old, new in ((before.params, after.params), (before.opt, after.opt)):
+        assert_equal(old["head"], new["head"])
+    assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(after.opt["head"])) > 0
+    program.export(after, tmp_path / "adapter")
     head = load_file(tmp_path / "adapter" / "head.safetensors")
     np.testing.assert_array_equal(head["head/kernel"], kernel(after))
     with pytest.raises(ValueError, match="no layout of Hugging Face"):
-        program.folder(after, tmp_path / "merged", merged=True)
+        program.export(after, tmp_path / "merged", merged=True)
+    with pytest.raises(ValueError, match="has no adapters"):
+        built("full", TEXT).export(after, tmp_path / "full")
 
 
-def test_the_head_alone_is_all_that_is_trained(text):
-    program = bucketed(text, ways.head)
+def test_the_head_alone_is_all_that_is_trained():
+    program = built("head", TEXT)
     state = jax.eval_shape(program.init, jax.random.key(0))
-    assert set(state["trained"]) == set(state["opt"]) == {"head"}
-    assert jax.eval_shape(program.step, state, program.shapes()[0].batch, None)[0] == state
+    assert set(state.params) == set(state.opt) == {"head"}
+    assert jax.eval_shape(program.phases[0].step, state, program.shapes[0].batch, None)[0] == state
+
+
+def test_dummy_rows_do_not_change_an_accumulated_step():
+    """30 texts in batches of 8: the last batch has two dummy rows, which lie in one of its parts."""
+    states = []
+    for accumulate in (1, 4):
+        study = dataclasses.replace(TEXT, train=TrainOptions(accumulate=accumulate))
+        program = built("lora", study)
+        batch = next(batch for batch in program.loader.open(0) if (batch["weight"] == 0).any())
+        assert batch["weight"].tolist() == [1.0] * 6 + [0.0] * 2
+        state, metrics = jax.jit(program.phases[0].step)(jax.jit(program.init)(jax.random.key(0)), batch, None)
+        states.append((metrics["loss"], jax.tree.leaves(state.opt["lora"][0].mu)))
+    np.testing.assert_allclose(*(loss for loss, _ in states), rtol=1e-5)
+    assert max(np.abs(leaf).max() for leaf in states[0][1]) > 1e-5
+    for whole, parts in zip(*(moments for _, moments in states), strict=True):
+        np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-8)
 
 
 def test_bad_settings():
     with pytest.raises(ValueError, match="One link is LoRA"):
         ColaStudy(budget=Budget(10), links=(1,))
-    with pytest.raises(ValueError, match="evaluate"):
-        ColaStudy(budget=Budget(10), compare="stacked")
     with pytest.raises(ValueError, match="DATA/MODEL"):
         ColaStudy(budget=Budget(10), tasks=("digits",))
-    with pytest.raises(ValueError, match="others"):
-        ColaStudy(budget=Budget(10), others=("dora",))
-    study = dataclasses.replace(STUDY, tasks=("digits/cnn",))
+    with pytest.raises(ValueError, match="'dora' matches none of"):
+        choose_arms(groups(STUDY), ("lora", "dora"))
+    (group,) = groups(dataclasses.replace(STUDY, tasks=("digits/cnn",)))
     with pytest.raises(ValueError, match="mlp-64-64"):
-        arms(study)["digits-cnn/lora"].build()
+        group.load()
+    with pytest.raises(ValueError, match="counts whole 'epochs'"):
+        built("lora-buckets", dataclasses.replace(TEXT, budget=Budget(10)))
+    with pytest.raises(ValueError, match="no texts of different lengths"):
+        built("lora", dataclasses.replace(STUDY, partial_batches=True, budget=Budget(1, "epochs")))
+    with pytest.raises(ValueError, match=r"train.dtype='bfloat16', but"):
+        built("lora", dataclasses.replace(STUDY, train=TrainOptions(dtype="bfloat16")))
 
 
-def test_claims_name_arms_that_are_there():
-    for study in (STUDY, dataclasses.replace(STUDY, compare="overhead")):
-        numbers = {name: {"accuracy": 0.5, "step_ms": 1.0, "peak_bytes": 1.0} for name in arms(study)}
-        assert claims(study)
-        for claim in claims(study):
-            assert claim.left(numbers) in (0.5, 1.0)
-    assert set(OTHERS) - {"head"} <= {name.partition("/")[2] for name in arms(STUDY)}
+def test_groups_are_batch_sizes_where_those_are_given():
+    study = dataclasses.replace(STUDY, batch_sizes=(4, 8))
+    assert [group.name for group in groups(study)] == ["digits-mlp-8-batch-4", "digits-mlp-8-batch-8"]
+    four, _ = groups(study)
+    lora = next(arm for arm in four.arms if arm.name == "lora").build(loaded(STUDY)[1])
+    assert next(lora.loader.open(0))["label"].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    "study", [STUDY, dataclasses.replace(STUDY, batch_sizes=(8,)), TEXT], ids=("q", "cost", "text")
+)
+def test_claims_name_arms_that_are_there(study):
+    (group,) = groups(study)
+    numbers = {"accuracy": {"mean": 0.5, "values": [0.5]}}
+    curve = [{"train_s": [1.0], "accuracy": [0.5]}]
+    cost = {"step_ms": 1.0, "peak_bytes": 1.0}
+    arms = {
+        f"{group.name}/{arm.name}": {"role": arm.role, "status": "ok", "metrics": numbers, "cost": cost, "curve": curve}
+        for arm in group.arms
+    }
+    metrics = {group.name: group.metric._asdict()}
+    found = [*decide(claims(study), arms, metrics, timed=False), *decide(claims(study), arms, metrics, timed=True)]
+    some = claims(study)[group.name]
+    assert len(found) == len([claim for claim in some if study is TEXT or claim.until is None]) > 0
+    assert all(decided["left"] == decided["right"] for decided in found if decided["right"] == 0.5)

@@ -18,8 +18,8 @@ from effjax.graph.calibration import (
     fit_calibration,
     intra_distance,
 )
-from effjax.graph.fastrain import fastrain_optimizer, weighted_cross_entropy
 from effjax.graph.sparse import sparse_matrix
+from effjax.graph.stages import fastrain_optimizer, weighted_cross_entropy
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "fastrain_gnn"
 KEY = jax.random.key(0)

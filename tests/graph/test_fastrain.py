@@ -1,394 +1,230 @@
-"""FASTRAIN: parity with the authors' program, and the facts of each of its parts."""
-
-import functools
-import itertools
-from pathlib import Path
+"""FASTRAIN in one call, against the parts put together by hand, and what each setting must and must not do."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from small_graph import write_small_cora
 
-from effjax.graph.adjacency import gcn_adjacency
-from effjax.graph.fastrain import (
-    agreeing,
-    compact_to_ladder,
-    drop_count,
-    drop_edges,
-    drop_edges_exactly,
-    edge_pool,
-    fastrain_optimizer,
-    nnz_ladder,
-    pick_subset,
-    prune_edges,
-    select_pseudolabels,
-    stage_plan,
-    train_stage,
-    weighted_cross_entropy,
-)
-from effjax.graph.sparse import SparseMatrix, compact, sparse_matrix
+from effjax.graph.adjacency import adjacency, gcn_normalize, loopless_adjacency
+from effjax.graph.calibration import calibrate, fit_calibration
+from effjax.graph.fastrain import FastrainConfig, NodeProblem, fastrain, fastrain_init, fastrain_scores
+from effjax.graph.self_training import self_training
+from effjax.graph.stages import compact_to_ladder, drop_edges, fastrain_optimizer, train_stage
+from effjax.models.gnn import NodeClassifier
+from effjax.tasks.graph import draw_labelled, node_data
 
-REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "fastrain_gnn"
-KEY = jax.random.key(0)
-
-
-@functools.cache
-def vectors(name):
-    with np.load(REFERENCE / f"{name}.npz") as file:
-        return dict(file)
+KEY = jax.random.key(1)
+SMALL = {
+    "stages": 2,
+    "epochs": 40,
+    "epochs_per_step": 20,
+    "calibration_epochs": 10,
+    "samples": 3,
+    "threshold": 0.25,
+    "deep_below": 0.08,
+    "tx": fastrain_optimizer(0.05),
+}
 
 
-def matrix_of(found):
-    return sparse_matrix(found["adj_row"], found["adj_col"], found["adj_val"], (40, 40))
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory):
+    return node_data(write_small_cora(tmp_path_factory.mktemp("graph") / "small.npz"))
 
 
-def gcn_params(found, prefix):
-    layer = lambda name: {part: jnp.asarray(found[f"{prefix}{name}__{part}"]) for part in ("weight", "bias")}
-    return {name: layer(name) for name in ("gc1", "gc2")}
+@pytest.fixture(scope="module")
+def problem(graph):
+    mask = draw_labelled(jax.random.key(0), graph.labels, graph.classes, 3)
+    return NodeProblem(graph.features, graph.adjacency, graph.labels, mask, graph.classes)
 
 
-def gcn(params, features, adjacency, key):
-    del key
-    first, second = params["gc1"], params["gc2"]
-    hidden = jax.nn.relu(adjacency @ (features @ first["weight"]) + first["bias"])
-    return adjacency @ (hidden @ second["weight"]) + second["bias"]
+@pytest.fixture(scope="module")
+def network(graph):
+    module = lambda depth: NodeClassifier(classes=graph.classes, hidden=8, depth=depth)
+
+    def init(key, deep):
+        return module(3 if deep else 2).init(key, graph.features, graph.adjacency)["params"]
+
+    def apply(params, features, adjacency, *, key=None):
+        rngs = None if key is None else {"dropout": key}
+        return module(len(params)).apply({"params": params}, features, adjacency, train=key is not None, rngs=rngs)
+
+    return init, apply
 
 
-def zeroed(matrix, entries):
-    """The reference's entries are in row-major order, as ours."""
-    return matrix._replace(values=matrix.values.at[entries].set(0.0))
+def run(problem, network, **changes):
+    return fastrain(KEY, *network, problem, FastrainConfig(**(SMALL | changes)))
 
 
-def random_graph(nodes, edges, seed):
-    rng = np.random.default_rng(seed)
-    pairs = np.unique(np.sort(rng.integers(0, nodes, (edges, 2)), axis=1), axis=0)
-    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    both = np.concatenate([pairs, pairs[:, ::-1]])
-    return gcn_adjacency(both[:, 0], both[:, 1], nodes)
+def by_hand(problem, network, deep, keep):
+    """Two stages written out: the labels, the stage that gave them, the remaining entries and the last parameters."""
+    init, apply = network
+    _, start, rest = jax.random.split(KEY, 3)
+    features, whole, given, tx = problem.features, problem.adjacency, np.asarray(problem.mask), SMALL["tx"]
+    rows, columns = np.asarray(whole.pattern.rows), np.asarray(whole.pattern.columns)
+
+    def trained(stage, labels, mask, edges):
+        matrix = compact_to_ladder(whole, edges)
+        params = init(start, deep[stage])
+        train = lambda params, x, a, key: apply(params, x, a, key=key)
+        sample = lambda key: drop_edges(key, matrix, keep[stage])
+        data = (features, sample, jnp.asarray(labels), jnp.asarray(mask, jnp.float32))
+        run = lambda params: train_stage(train, tx, params, tx.init(params), *data, jax.random.fold_in(rest, stage), 40)
+        return jax.jit(run)(params)[0]
+
+    labels, everything = np.where(given, problem.labels, -1).astype(np.int32), np.ones(whole.nnz, bool)
+    params = trained(0, labels, given, everything)
+    fit_key, sample_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(rest, 0), 2))
+    logits = apply(params, features, whole)
+    known = (jnp.asarray(labels), jnp.asarray(given, jnp.float32))
+    head, _ = jax.jit(lambda: fit_calibration(fit_key, logits, whole, *known, epochs=10, dropout=0.5))()
+    confidence = np.asarray(jax.nn.softmax(calibrate(head, whole, logits)).max(-1))
+    predictions = np.asarray(logits.argmax(-1))
+    drawn = [drop_edges(key, whole, 0.9) for key in jax.random.split(sample_key, 3)]
+    samples = np.stack([apply(params, features, matrix).argmax(-1) for matrix in drawn])
+    new = (confidence > 0.25) & (samples == samples[0]).all(0) & ~given
+    labels, mask = np.where(new, predictions, labels), given | new
+    edges = ~(mask[rows] & mask[columns] & (predictions[rows] != predictions[columns]))
+    return labels, np.where(new, 1, np.where(given, 0, -1)), edges, trained(1, labels, mask, edges)
 
 
-def dense(matrix):
-    found = np.zeros(matrix.shape, np.float32)
-    np.add.at(found, (np.asarray(matrix.pattern.rows), np.asarray(matrix.pattern.columns)), np.asarray(matrix.values))
-    return found
+def test_it_is_its_parts_put_together_by_hand(problem, network):
+    found = run(problem, network)
+    # 21 of 300 labels are fewer than 8 %: deep at first, shallow later.
+    labels, added, edges, params = by_hand(problem, network, deep=(True, False), keep=(0.9, 0.8))
+    assert (added == 1).sum() > 20
+    assert (~edges).any()
+    np.testing.assert_array_equal(found.labels, labels)
+    np.testing.assert_array_equal(found.added, added)
+    assert int(found.adjacency.pattern.size) == edges.sum()
+    assert not found.deep
+    assert found.epochs == (40, 40)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found.params, params)
 
 
-# Parity
+def test_without_its_parts_it_is_plain_self_training(problem, network):
+    init, apply = network
+    found = run(problem, network, depth="shallow", keep=1.0, samples=0, pruned=False)
+    _, start, rest = jax.random.split(KEY, 3)
+    features, adjacency, tx, history = problem.features, problem.adjacency, SMALL["tx"], []
+
+    @jax.jit
+    def trained(labels, weights, key):
+        params = init(start, False)
+        network = lambda params, x, a, key: apply(params, x, a, key=key)
+        data = (features, lambda key: adjacency, labels, weights)
+        return train_stage(network, tx, params, tx.init(params), *data, key, 40)[0]
+
+    @jax.jit
+    def probabilities(params, labels, weights, key):
+        logits = apply(params, features, adjacency)
+        head, _ = fit_calibration(jax.random.split(key)[0], logits, adjacency, labels, weights, epochs=10, dropout=0.5)
+        return jax.nn.softmax(calibrate(head, adjacency, logits))
+
+    def train(labels, mask, stage):
+        key = jax.random.fold_in(rest, stage)
+        history.append((labels, mask.astype(jnp.float32), key))
+        return trained(*history[-1])
+
+    def predict(params):
+        labels, weights, key = history[-1]
+        return probabilities(params, labels, weights, jax.random.fold_in(key, 2))
+
+    given = jnp.where(problem.mask, problem.labels, -1)
+    plain = self_training(train, predict, given, problem.mask, stages=2, threshold=0.25)
+    np.testing.assert_array_equal(found.labels, plain.labels)
+    np.testing.assert_array_equal(found.added, plain.added)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found.params, plain.params)
 
 
-def test_six_training_steps_are_the_authors():
-    found = vectors("train_trace")
-    matrix, tx = matrix_of(found), fastrain_optimizer(0.01, 5e-4)
-    params = gcn_params(found, "p0__")
-    opt = tx.init(params)
-    stage = jax.jit(
-        lambda params, opt, sampled: train_stage(
-            gcn,
-            tx,
-            params,
-            opt,
-            jnp.asarray(found["X"]),
-            lambda key: sampled,
-            jnp.asarray(found["y"]),
-            jnp.asarray(found["train_mask"], jnp.float32),
-            KEY,
-            1,
-        )[:2]
+def test_hidden_labels_are_not_read(problem, network):
+    scrambled = problem._replace(labels=jnp.where(problem.mask, problem.labels, 10**6))
+    jax.tree.map(np.testing.assert_array_equal, run(scrambled, network), run(problem, network))
+
+
+def test_filtering_and_the_guard_only_take_away(problem, network):
+    added = lambda **changes: run(problem, network, epochs=20, **changes)
+    everything, kept, few = (
+        added(samples=0, pruned=False),
+        added(samples=5, samples_keep=0.5),
+        added(samples=0, growth=1),
     )
-    for number in range(6):
-        entries = found[f"zeroed_{number}"]
-        assert len(entries) == drop_count(matrix.nnz, float(found["edge_keep_fraction"]))
-        params, opt = stage(params, opt, zeroed(matrix, entries))
-        expected = gcn_params(found, f"p{number + 1}__")
-        # Adam divides by the root of tiny second moments, so the last digits of the gradient show.
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), params, expected)
-        logits = gcn(params, found["X"], matrix, None)
-        others = jnp.asarray(~found["train_mask"], jnp.float32)
-        loss = weighted_cross_entropy(logits, found["y"], others)
-        np.testing.assert_allclose(loss, found[f"test_loss_{number}"], rtol=1e-5)
+    plain, filtered, guarded = (np.asarray(found.added) == 1 for found in (everything, kept, few))
+    assert (plain | ~filtered).all()
+    assert plain.sum() > filtered.sum() > 0
+    assert (plain | ~guarded).all()
+    # Three labels per class, and as many new ones at most.
+    assert np.bincount(np.asarray(few.labels)[guarded], minlength=7).max() == 3
+    assert everything.adjacency.nnz == problem.adjacency.nnz
 
 
-def test_filtering_and_pruning_are_the_authors():
-    found = vectors("spf_pgp")
-    matrix = matrix_of(found)
-    samples = jnp.asarray(found["sampled_pred"])
-    assert found["zeroed"].shape == (10, drop_count(matrix.nnz, 0.9))
-    np.testing.assert_array_equal(agreeing(samples), found["robust"])
-    mask, threshold = jnp.asarray(found["train_mask"]), float(found["threshold"])
-    new = select_pseudolabels(jnp.asarray(found["confidence"]), mask, threshold, samples)
-    assert int(new.sum()) > 0
-    np.testing.assert_array_equal(mask | new, found["new_train_mask"])
-    predictions = jnp.asarray(found["pred"])
-    np.testing.assert_array_equal(jnp.where(new, predictions, found["y"]), found["pseudo_labels"])
-    keep = prune_edges(matrix.pattern, jnp.ones(matrix.nnz, bool), predictions, mask | new)
-    assert int(keep.sum()) == found["pgp_nnz_after"] < found["pgp_nnz_before"] == matrix.nnz
-    np.testing.assert_array_equal(dense(compact(matrix, np.asarray(keep))), found["pgp_adj_dense"])
+def test_a_plateau_ends_a_stage_and_nothing_runs_after_it(problem, network):
+    options = {"epochs": 60, "samples": 0, "stages": 1}
+    whole, falling, ended = (run(problem, network, plateau=share, **options) for share in (None, 0.0, 1.0))
+    assert whole.epochs == falling.epochs == (60,)
+    jax.tree.map(np.testing.assert_array_equal, falling.params, whole.params)
+    assert ended.epochs == (40,)  # no loss falls by all of itself
+    jax.tree.map(np.testing.assert_array_equal, ended.params, run(problem, network, **options | {"epochs": 40}).params)
 
 
-def test_sampled_predictions_are_the_authors():
-    found = vectors("spf_pgp")
-    params = gcn_params(found, "p__base_model__")
-    for entries, expected in zip(found["zeroed"], found["sampled_pred"], strict=True):
-        # The calibration head never changes a prediction.
-        logits = gcn(params, found["X"], zeroed(matrix_of(found), entries), None)
-        np.testing.assert_array_equal(logits.argmax(1), expected)
+def test_starts_are_the_same_draw_a_fresh_one_or_the_last_parameters(problem, network):
+    # A rate of 0 leaves the parameters as each stage found them.
+    still = {"depth": "shallow", "epochs": 20, "tx": fastrain_optimizer(0.0)}
+    one = run(problem, network, stages=1, **still).params
+    two = {start: run(problem, network, start=start, **still).params for start in ("same", "fresh", "warm")}
+    jax.tree.map(np.testing.assert_array_equal, two["same"], one)
+    jax.tree.map(np.testing.assert_array_equal, two["warm"], one)
+    assert not np.array_equal(two["fresh"]["conv_0"]["kernel"], one["conv_0"]["kernel"])
+    moved = run(problem, network, stages=1, depth="shallow", epochs=20).params
+    warm = run(problem, network, start="warm", depth="shallow", epochs=20).params
+    assert float(jnp.abs(moved["conv_0"]["kernel"] - one["conv_0"]["kernel"]).max()) > 0.1
+    assert not np.array_equal(warm["conv_0"]["kernel"], moved["conv_0"]["kernel"])
 
 
-def test_stages_are_planned_as_by_the_authors():
-    for nodes, classes, labelled, deep, keep in vectors("stage_rule")["rows"]:
-        assert stage_plan(int(nodes), int(classes), int(labelled)) == (bool(deep), keep)
-
-
-# Stages
-
-
-@pytest.mark.parametrize(("nodes", "classes", "least"), [(2708, 7, 10), (3327, 6, 14), (19717, 3, 165)])
-def test_shallow_from_the_known_label_rates(nodes, classes, least):
-    assert stage_plan(nodes, classes, (least - 1) * classes).deep
-    assert not stage_plan(nodes, classes, least * classes).deep
-
-
-def test_the_limit_itself_is_shallow_and_one_label_a_class_keeps_all_edges():
-    assert not stage_plan(1000, 7, 25).deep
-    assert stage_plan(1000, 7, 7).keep == 1.0
-    assert stage_plan(1000, 7, 8).keep == 0.9
-    assert stage_plan(1000, 7, 7, deep_below=0).keep == 0.8
+def test_smoothing_spreads_along_the_edges_alone(graph, problem, network):
+    expected = gcn_normalize(adjacency(graph.data.senders, graph.data.receivers, graph.data.nodes))
+    jax.tree.map(np.testing.assert_array_equal, loopless_adjacency(graph.adjacency), expected)
+    config = FastrainConfig(**(SMALL | {"stages": 1, "smoothed": True}))
+    state = fastrain_init(KEY, network[0], problem, config)
+    raw, smooth = (
+        fastrain_scores(state, network[1], problem, FastrainConfig(**(SMALL | {"stages": 1, "smoothed": smoothed})))
+        for smoothed in (False, True)
+    )
+    given = np.asarray(problem.mask)
+    right = lambda scores: (np.asarray(scores.argmax(1)) == np.asarray(problem.labels))[given].mean()
+    assert right(smooth) > right(raw)  # an untrained network, and given labels
 
 
 @pytest.mark.parametrize(
-    ("numbers", "message"),
-    [((10, 2, 0), "labelled=0"), ((10, 2, 11), "labelled=11"), ((10, 1, 1), "classes=1"), ((0, 2, 1), "nodes=0")],
+    ("change", "message"),
+    [
+        ({"labels": jnp.full(300, 7)}, "labels holds 7 inside the mask"),
+        ({"labels": jnp.zeros(300, int)}, r"no node of the classes \[1, 2, 3, 4, 5, 6\]"),
+        ({"labels": jnp.zeros(300)}, r"labels is float32\[300\]"),
+        ({"mask": jnp.ones(5, bool)}, r"mask bool\[5\]"),
+    ],
 )
-def test_plans_of_nothing_are_refused(numbers, message):
+def test_bad_problems(problem, network, change, message):
     with pytest.raises(ValueError, match=message):
-        stage_plan(*numbers)
+        run(problem._replace(**change), network)
 
 
-# Dropping edges
-
-
-def test_drop_counts_are_those_of_double_precision():
-    assert drop_count(190, 0.9) == 18
-    assert drop_count(190, 0.8) == 37
-    assert drop_count(13264, 0.9) == 1326
-    assert drop_count(7, 1.0) == 0
-
-
-@pytest.mark.parametrize("keep", [1.0, 0.9, 0.8, 0.123, 0.0])
-def test_exactly_so_many_real_entries_are_dropped(keep):
-    matrix = random_graph(30, 90, 0)
-    whole = matrix.nnz
-    padded = compact(matrix, np.ones(whole, bool), capacity=whole + 5)
-    count = drop_count(whole, keep)
-    drop = jax.jit(jax.vmap(lambda key: drop_edges_exactly(key, padded, count).values))
-    for values in np.asarray(drop(jax.random.split(KEY, 20))):
-        assert (values[:whole] == 0).sum() == count
-        np.testing.assert_array_equal(values[values != 0], np.asarray(padded.values)[values != 0])
-
-
-def test_a_random_share_is_dropped_without_scaling_up():
-    matrix = random_graph(300, 3000, 0)
-    values = jax.vmap(lambda key: drop_edges(key, matrix, 0.8).values)(jax.random.split(KEY, 50))
-    stayed = values != 0
-    np.testing.assert_array_equal(jnp.where(stayed, matrix.values, 0), values)
-    # Binomial: six standard errors, over all draws and for each entry.
-    count = values.size
-    assert abs(float(stayed.mean()) - 0.8) < 6 * (0.16 / count) ** 0.5
-    assert float(jnp.abs(stayed.mean(0) - 0.8).max()) < 6 * (0.16 / 50) ** 0.5
-    assert not bool((drop_edges(KEY, matrix, 0.0).values != 0).any())
-
-
-def test_a_pool_holds_compact_subsets():
-    matrix = random_graph(60, 200, 1)
-    pool = edge_pool(np.random.default_rng(0), matrix, 0.8, 6)
-    kept = matrix.nnz - drop_count(matrix.nnz, 0.8)
-    assert pool.values.shape == (6, kept)
-    whole = dense(matrix)
-    x = jax.random.normal(KEY, (60, 3))
-    both = jax.jit(lambda one, x: (one @ x, jax.vjp(lambda x: one @ x, x)[1](x)[0]))
-    seen = set()
-    for number in range(6):
-        one = jax.tree.map(lambda leaf: leaf[number], pool)  # noqa: B023
-        full = dense(one)
-        assert (full != 0).sum() == kept
-        np.testing.assert_array_equal(full[full != 0], whole[full != 0])
-        product, pulled = both(one, x)
-        np.testing.assert_allclose(product, full @ x, atol=1e-5)
-        np.testing.assert_allclose(pulled, full.T @ x, atol=1e-5)
-        seen.add(full.tobytes())
-    assert len(seen) == 6
-    pick = jax.jit(pick_subset)
-    picked = {dense(pick(key, pool)).tobytes() for key in jax.random.split(KEY, 40)}
-    assert picked <= seen
-    assert len(picked) > 3
-
-
-def test_a_pool_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="leaves none"):
-        edge_pool(np.random.default_rng(0), random_graph(5, 5, 0), 0.0, 2)
-
-
-# Pseudolabels
-
-
-def test_filtering_chooses_a_subset_of_plain_self_training():
-    rng = np.random.default_rng(0)
-    confidence, mask = jnp.asarray(rng.random(500), jnp.float32), jnp.asarray(rng.random(500) < 0.1)
-    samples = jnp.asarray(rng.integers(0, 2, (3, 500)))
-    plain = select_pseudolabels(confidence, mask, 0.5)
-    np.testing.assert_array_equal(plain, (np.asarray(confidence) > 0.5) & ~np.asarray(mask))
-    filtered = select_pseudolabels(confidence, mask, 0.5, samples)
-    assert 0 < int(filtered.sum()) < int(plain.sum())
-    assert bool((plain | ~filtered).all())
-    np.testing.assert_array_equal(select_pseudolabels(confidence, mask, 0.5, samples[:1]), plain)
-
-
-def test_the_threshold_is_exceeded_strictly():
-    confidence = jnp.array([0.5, jnp.nextafter(jnp.float32(0.5), jnp.float32(1))])
-    assert select_pseudolabels(confidence, jnp.zeros(2, bool), 0.5).tolist() == [False, True]
-    with pytest.raises(ValueError, match=r"threshold=1\.5"):
-        select_pseudolabels(confidence, jnp.zeros(2, bool), 1.5)
-
-
-# Pruning
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_what_pruning_may_and_may_not_do(seed):
-    rng = np.random.default_rng(seed)
-    matrix = random_graph(30, 90, 0)
-    rows, columns = np.asarray(matrix.pattern.rows), np.asarray(matrix.pattern.columns)
-    predictions, mask = jnp.asarray(rng.integers(0, 3, 30)), jnp.asarray(rng.random(30) < 0.6)
-    before = jnp.ones(matrix.nnz, bool)
-    keep = prune_edges(matrix.pattern, before, predictions, mask)
-    after, whole = dense(compact(matrix, np.asarray(keep))), dense(matrix)
-    np.testing.assert_array_equal(after[after != 0], whole[after != 0])
-    np.testing.assert_array_equal(after != 0, after.T != 0)
-    assert bool(keep[rows == columns].all())
-    outside = ~(np.asarray(mask)[rows] & np.asarray(mask)[columns])
-    assert bool(keep[outside].all())
-    np.testing.assert_array_equal(prune_edges(matrix.pattern, keep, predictions, mask), keep)
-    later = prune_edges(matrix.pattern, keep, jnp.asarray(rng.integers(0, 3, 30)), mask)
-    assert bool((keep | ~later).all())
-
-
-def test_nodes_may_be_renamed():
-    matrix, rng = random_graph(40, 120, 2), np.random.default_rng(0)
-    new = rng.permutation(40)
-    rows, columns = np.asarray(matrix.pattern.rows), np.asarray(matrix.pattern.columns)
-    renamed = sparse_matrix(new[rows], new[columns], np.asarray(matrix.values), (40, 40))
-    predictions, mask = rng.integers(0, 3, 40), rng.random(40) < 0.7
-    confidence, samples = rng.random(40).astype(np.float32), rng.integers(0, 2, (2, 40))
-    back = np.argsort(new)
-    pruned = lambda m, p, t: dense(compact(m, np.asarray(prune_edges(m.pattern, jnp.ones(m.nnz, bool), p, t))))
-    here = pruned(matrix, jnp.asarray(predictions), jnp.asarray(mask))
-    there = pruned(renamed, jnp.asarray(predictions[back]), jnp.asarray(mask[back]))
-    np.testing.assert_array_equal(there[new][:, new], here)
-    chosen = select_pseudolabels(jnp.asarray(confidence), jnp.asarray(mask), 0.3, jnp.asarray(samples))
-    other = select_pseudolabels(
-        jnp.asarray(confidence[back]), jnp.asarray(mask[back]), 0.3, jnp.asarray(samples[:, back])
-    )
-    np.testing.assert_array_equal(np.asarray(other)[new], chosen)
-
-
-def test_masked_compacted_and_dense_graphs_give_the_same_logits():
-    found = vectors("spf_pgp")
-    matrix, params = matrix_of(found), gcn_params(found, "p__base_model__")
-    keep = np.random.default_rng(0).random(matrix.nnz) < 0.93
-    masked = matrix._replace(values=jnp.where(keep, matrix.values, 0))
-    small = compact_to_ladder(matrix, keep)
-    assert small.nnz in nnz_ladder(matrix.nnz)
-    assert small.nnz < matrix.nnz
-    expected = gcn(params, found["X"], masked.todense(), None)
-    for adjacency in (masked, small, compact(matrix, keep)):
-        np.testing.assert_allclose(gcn(params, found["X"], adjacency, None), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_the_ladder_starts_at_the_whole_and_ends_where_it_should():
-    rungs = nnz_ladder(13264)
-    assert rungs[-1] == 13264
-    assert rungs[0] >= 0.85 * 13264
-    assert all(0.949 < low / high < 0.951 for low, high in itertools.pairwise(rungs))
-    tiny = compact_to_ladder(random_graph(20, 30, 0), np.zeros(random_graph(20, 30, 0).nnz, bool))
-    assert tiny.nnz == nnz_ladder(random_graph(20, 30, 0).nnz)[0]
-
-
-# Training
-
-
-def toy():
-    matrix = random_graph(30, 60, 3)
-    features = jax.random.normal(jax.random.key(1), (30, 5))
-    labels = jnp.arange(30) % 3
-    params = {
-        "gc1": {"weight": jax.random.normal(jax.random.key(2), (5, 8)), "bias": jnp.zeros(8)},
-        "gc2": {"weight": jax.random.normal(jax.random.key(3), (8, 3)), "bias": jnp.zeros(3)},
-    }
-    return matrix, features, labels, params
-
-
-def stage_of(params, labels, weights, key, epochs, first=0, tx=None):
-    matrix, features, *_ = toy()
-    tx = tx or fastrain_optimizer()
-    sample = lambda key: drop_edges(key, matrix, 0.8)
-    return train_stage(gcn, tx, params, tx.init(params), features, sample, labels, weights, key, epochs, first=first)
-
-
-def test_labels_outside_the_training_set_are_not_read():
-    _, _, labels, params = toy()
-    weights = (jnp.arange(30) < 9).astype(jnp.float32)
-    hidden = jnp.where(weights > 0, labels, jnp.array([-1, 99, -(2**31)])[jnp.arange(30) % 3])
-    run = jax.jit(lambda labels: stage_of(params, labels, weights, KEY, 5))
-    jax.tree.map(np.testing.assert_array_equal, run(labels), run(hidden))
-
-
-def test_a_stage_in_pieces_is_the_stage():
-    _, _, labels, params = toy()
-    weights = (jnp.arange(30) < 9).astype(jnp.float32)
-    tx = optax.sgd(0.1)
-    whole, _, losses = jax.jit(lambda p: stage_of(p, labels, weights, KEY, 6, tx=tx))(params)
-    piece = jax.jit(lambda p, first: stage_of(p, labels, weights, KEY, 3, first, tx))
-    half, _, early = piece(params, 0)
-    half, _, late = piece(half, 3)
-    jax.tree.map(np.testing.assert_array_equal, whole, half)
-    np.testing.assert_array_equal(losses, jnp.concatenate([early, late]))
-
-
-def test_labelled_sets_can_be_batched():
-    _, _, labels, params = toy()
-    weights = jax.random.bernoulli(KEY, 0.4, (3, 30)).astype(jnp.float32)
-    keys = jax.random.split(KEY, 3)
-    one = lambda weights, key: stage_of(params, labels, weights, key, 4)[2]
-    together = jax.jit(jax.vmap(one))(weights, keys)
-    alone = jax.jit(one)
-    apart = jnp.stack([alone(w, k) for w, k in zip(weights, keys, strict=True)])
-    np.testing.assert_allclose(together, apart, rtol=1e-5)
-
-
-def test_weights_scale_the_nodes():
-    logits, labels = jax.random.normal(KEY, (4, 3)), jnp.array([0, 1, 2, 0])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    weights = jnp.array([1.0, 0.5, 0.0, 0.25])
-    expected = np.average(np.asarray(losses), weights=np.asarray(weights))
-    np.testing.assert_allclose(weighted_cross_entropy(logits, labels, weights), expected, rtol=1e-6)
-
-
-def test_the_training_step_holds_the_csr_kernel_and_no_scatter_of_entries():
-    matrix, features, labels, params = toy()
-    x = sparse_matrix(*np.nonzero(np.asarray(features) > 0), None, features.shape)
-    tx = fastrain_optimizer()
-
-    def network(params, features, adjacency, key):
-        first, second = params["gc1"], params["gc2"]
-        hidden = jax.nn.relu(adjacency @ (features @ first["weight"]) + first["bias"])
-        return adjacency @ (hidden @ second["weight"]) + second["bias"]
-
-    def run(params, matrix: SparseMatrix, x: SparseMatrix):
-        sample = lambda key: drop_edges(key, matrix, 0.8)
-        return train_stage(network, tx, params, tx.init(params), x, sample, labels, jnp.ones(30), KEY, 2)[0]
-
-    text = jax.jit(run).lower(params, matrix, x).compile().as_text()
-    # Forward: X W, A H, A H; backward: the transposes of the same.
-    assert text.count("cpu_csr_sparse_dense_ffi") >= 6 or jax.default_backend() != "cpu"
-    assert f"f32[{matrix.nnz},8]" not in text
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": 0}, "stages=0"),
+        ({"samples": -1}, "samples=-1"),
+        ({"threshold": 1.5}, r"threshold=1\.5"),
+        ({"plateau": -0.1}, r"plateau=-0\.1"),
+        ({"growth": -1}, "growth=-1"),
+        ({"growth": 2, "select": "top-k"}, "limits select='threshold' only"),
+        ({"epochs": 70}, "no multiple of epochs_per_step=50. Take epochs=50, or epochs_per_step=70"),
+        ({"depth": "thick"}, "depth='thick'"),
+        ({"keep": 0.0}, r"keep=0\.0"),
+        ({"pool": 4, "exact_drop": True}, "Leave out one of them"),
+        ({"pool": 4, "keep": 1.0}, "Leave out one of them"),
+    ],
+)
+def test_bad_settings(change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        FastrainConfig(**change)

@@ -1,5 +1,6 @@
-"""GEENI's members: parity in float64, four forms of one computation, kernel calls, serving, cost, bad input."""
+"""GEENI: parity in float64, four forms of one computation, kernel calls, the one call, serving, cost, bad input."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -13,6 +14,19 @@ from effjax.core.macs import count_macs
 from effjax.graph.adjacency import gcn_adjacency
 from effjax.graph.error_nodes import error_scores, error_set
 from effjax.graph.geeni import (
+    GeeniConfig,
+    GeeniProblem,
+    choose_isolation,
+    distil_loss,
+    geeni,
+    geeni_init,
+    geeni_next,
+    geeni_step,
+    geeni_views,
+)
+from effjax.graph.geeni_serving import inductive_probabilities, serve_ensemble
+from effjax.graph.isolation import isolate, isolate_to_ladder, random_edges
+from effjax.graph.members import (
     FORMS,
     GcnMembers,
     ensemble_logits,
@@ -26,8 +40,6 @@ from effjax.graph.geeni import (
     members_loss,
     prune_width,
 )
-from effjax.graph.geeni_serving import inductive_probabilities, serve_ensemble
-from effjax.graph.isolation import isolate, random_edges
 from effjax.graph.sparse import SparseMatrix, sparse_matrix
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "geeni" / "geeni_core.npz"
@@ -224,8 +236,29 @@ def test_served_with_and_without_the_first_aggregation():
         np.testing.assert_allclose(served(), expected, atol=1e-6)
     with pytest.raises(ValueError, match="precompute=True with sparse features"):
         serve_ensemble(members, sparse, isolated, precompute=True)
-    with pytest.raises(ValueError, match=r"matrix.values has shape \(4, \d+\)"):
-        serve_ensemble(members, x, own_graphs(matrix))
+    own = own_graphs(isolated)
+    expected = ensemble_probabilities(ensemble_logits(members, x, own))
+    for features, precompute in ((x, "auto"), (sparse, False)):
+        served = serve_ensemble(members, features, own, precompute=precompute)
+        assert not served.propagated
+        np.testing.assert_allclose(served(), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="precompute=True with a graph per member"):
+        serve_ensemble(members, x, own, precompute=True)
+    with pytest.raises(ValueError, match="2 graphs for 4 members"):
+        serve_ensemble(members, x, own._replace(values=own.values[:2]))
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "rowscale"])
+def test_isolated_to_a_ladder_is_isolated(mode):
+    _, _, _, matrix, _ = world()
+    errors = np.arange(NODES) % 3 == 0
+    expected = isolate(matrix, errors, mode=mode)
+    found = isolate_to_ladder(matrix, jnp.where(errors, 0.0, 1.0), mode=mode)
+    assert expected.nnz == int(found.pattern.size) <= found.nnz < matrix.nnz
+    np.testing.assert_array_equal(found.todense(), expected.todense())
+    both = matrix._replace(values=jnp.stack([matrix.values, 2 * matrix.values]))
+    found = isolate_to_ladder(both, jnp.where(errors, 0.0, 1.0), mode=mode, weights=jnp.ones(both.values.shape))
+    np.testing.assert_array_equal(found._replace(values=found.values[0]).todense(), expected.todense())
 
 
 @pytest.mark.parametrize("capacity", [None, "exact", "less"])
@@ -270,6 +303,117 @@ def test_scores_of_members_with_one_graph_come_from_one_program():
 def test_measured_form():
     members, x, _, matrix, _ = world()
     assert fastest_members_form(members, x, matrix, training=False, rounds=1) in FORMS
+
+
+def problem_of(**changes):
+    _, _, sparse, matrix, labels = world()
+    train, val = jnp.arange(NODES) < 12, (jnp.arange(NODES) >= 12) & (jnp.arange(NODES) < 24)
+    return dataclasses.replace(GeeniProblem(sparse, matrix, labels, train, val, CLASSES), **changes)
+
+
+FEW = {"members": 2, "width": 4, "epochs": 4, "epochs_per_step": 2, "folds": 3, "fractions": (0.2,), "modes": ("full",)}
+
+
+def test_one_call_is_its_parts_and_gives_probabilities():
+    problem, config = problem_of(), GeeniConfig(**FEW, students=2, student_width=3, folded=True)
+    assert config.stages == ("members", "students")
+    served = geeni(jax.random.key(3), problem, config)
+    assert served.kernel_0.shape == (FEATURES, 2 * 3)
+    probabilities = np.asarray(served())
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+    # The first step trains the members only, the students' step the students only, and shapes stay.
+    state = geeni_init(jax.random.key(3), problem, config=config)
+    views = geeni_views(state, problem, config=config)
+    step = jax.jit(geeni_step, static_argnames=("config", "stage"))
+    first, metrics = step(state, problem, views, config=config, stage="members")
+    assert set(metrics) == {"loss"}
+    assert first.epoch == 2
+    assert (first.members.kernel_0 != state.members.kernel_0).any()
+    np.testing.assert_array_equal(first.students.kernel_0, state.students.kernel_0)
+    left = geeni_next(first, problem, config=config, stage="members")
+    np.testing.assert_allclose(left.targets.sum(1), 1, atol=1e-5)
+    second, _ = step(left, problem, views, config=config, stage="students")
+    np.testing.assert_array_equal(second.members.kernel_0, first.members.kernel_0)
+    assert (second.students.kernel_0 != first.students.kernel_0).any()
+    shape = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert shape(second) == shape(state)
+    with pytest.raises(ValueError, match="stage='students' is not one of 'members'"):
+        geeni_step(state, problem, views, config=GeeniConfig(**FEW), stage="students")
+
+
+def test_training_lowers_the_loss_of_all_members():
+    _, x, _, matrix, _ = world()
+    learnable = jnp.argmax((matrix @ x)[:, :CLASSES], axis=1)
+    config = GeeniConfig(**FEW | {"learning_rate": 0.05, "dropout": 0.0, "edge_keep": 1.0})
+    problem = problem_of(labels=learnable.astype(jnp.int32))
+    state = geeni_init(jax.random.key(0), problem, config=config)
+    views = geeni_views(state, problem, config=config)
+    step = jax.jit(geeni_step, static_argnames=("config", "stage"))
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, problem, views, config=config)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(np.log(CLASSES), abs=0.3)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_weighted_edges_are_trained_on():
+    rows, columns = np.asarray(world()[3].pattern.rows), np.asarray(world()[3].pattern.columns)
+    edges = rows != columns
+    weights = 0.5 + (rows + columns) % 3
+    matrix = gcn_adjacency(columns[edges], rows[edges], NODES, weights=weights[edges].astype(np.float32))
+    assert np.array_equal(matrix.pattern.rows, rows)
+    raw = jnp.where(edges, weights, 1.0).astype(jnp.float32)
+    with pytest.raises(ValueError, match=r"not gcn_normalize of problem.weights=1.*pass weights="):
+        geeni(jax.random.key(0), problem_of(adjacency=matrix), GeeniConfig(**FEW))
+    weighted = problem_of(adjacency=matrix, weights=raw)
+    served = geeni(jax.random.key(0), weighted, GeeniConfig(**FEW, isolate=None))
+    np.testing.assert_allclose(served.matrix.todense(), matrix.todense(), atol=1e-6)
+    state = geeni_init(jax.random.key(0), weighted, config=GeeniConfig(**FEW))
+    views = geeni_views(state, weighted, config=GeeniConfig(**FEW))
+    np.testing.assert_allclose(views.matrix.values[0], matrix.values, atol=1e-6)  # the first member sees all
+
+
+def test_students_imitate_by_cross_entropy():
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(size=(2, 5, 3)), rng.dirichlet(np.ones(3), 5)
+    log_p = logits - np.log(np.exp(logits).sum(2, keepdims=True))
+    expected = sum(-(targets * log_p[k]).sum(1).mean() for k in range(2))
+    assert float(distil_loss(jnp.asarray(logits, jnp.float32), jnp.asarray(targets, jnp.float32))) == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_bad_problems_and_configs():
+    key, config = jax.random.key(0), GeeniConfig(**FEW)
+    first = jnp.arange(NODES) < 12
+    one_way = gcn_adjacency([0], [1], NODES)
+    for changes, message in (
+        ({"val": first}, "12 nodes are in problem.train and in problem.val"),
+        ({"train": jnp.zeros(NODES, bool)}, "problem.train has no node"),
+        ({"val": jnp.zeros(NODES, bool)}, "problem.val has no node, by which isolate='learned' could be judged"),
+        ({"val": jnp.zeros(3, bool)}, r"problem.val is bool\[3\]; bool \[30\]"),
+        ({"train": jnp.zeros(NODES)}, r"problem.train is float32\[30\]"),
+        ({"labels": jnp.full(NODES, CLASSES)}, r"lie in \[4, 4\]; classes=4 allows \[0, 3\]"),
+        ({"labels": jnp.zeros(7, jnp.int32)}, r"problem.adjacency is \(30, 30\).* names 7 nodes"),
+        ({"features": jnp.ones((7, 2))}, r"problem.features has shape \(7, 2\); \[30, F\]"),
+        ({"adjacency": one_way}, "edges in one direction only"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            geeni(key, problem_of(**changes), config)
+    with pytest.raises(ValueError, match=r"denoised=0.5 needs problem.alike.*alike_edges"):
+        geeni(key, problem_of(), GeeniConfig(**FEW, denoised=0.5))
+    with pytest.raises(ValueError, match="isolate=None chooses nothing"):
+        choose_isolation(key, world()[0], problem_of(), config=GeeniConfig(**FEW, isolate=None))
+    for options, message in (
+        ({"soft": True, "isolate": "score"}, "soft=True needs probabilities"),
+        ({"denoised": 0.5, "folded": True}, "graphs of their own"),
+        ({"isolate": "learnt"}, "isolate='learnt' is not one of .*Did you mean 'learned'"),
+        ({"modes": ()}, r"modes=\(\) leaves no candidate"),
+        ({"folds": 2}, "folds=2 must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GeeniConfig(**FEW | options)
 
 
 def test_bad_input():

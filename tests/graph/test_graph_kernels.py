@@ -10,7 +10,7 @@ import pytest
 from effjax.graph.attention import weighted_sums
 from effjax.graph.layers import gcn
 from effjax.models.gnn import NodeClassifier
-from effjax.tasks.graph import masked_cross_entropy, node_task
+from effjax.tasks.graph import masked_cross_entropy, node_data
 
 KERNEL = "cpu_csr_sparse_dense_ffi"
 SHAPE = r"(%[\w.-]+) = \w+\[([\d,]*)\]"
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the CSR 
 
 @pytest.fixture(scope="module")
 def cora():
-    return node_task("cora")
+    return node_data("cora")
 
 
 def step(model, variables, task, key):

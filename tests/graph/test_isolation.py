@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from effjax.graph.adjacency import gcn_adjacency, gcn_normalize
-from effjax.graph.geeni import ensemble_logits, init_members
 from effjax.graph.isolation import (
     MODES,
     affected_nodes,
@@ -22,6 +21,7 @@ from effjax.graph.isolation import (
     strongest_edges,
     top_entries,
 )
+from effjax.graph.members import ensemble_logits, init_members
 from effjax.graph.sparse import SparseMatrix, compact, row_sums, sparse_matrix
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "geeni" / "geeni_core.npz"

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.graph.fastrain import select_pseudolabels
 from effjax.graph.self_training import (
     cluster_labels,
     enough_agreement,
@@ -17,6 +16,7 @@ from effjax.graph.self_training import (
     pseudolabel_weights,
     self_training,
 )
+from effjax.graph.stages import select_pseudolabels
 
 KEY = jax.random.key(0)
 

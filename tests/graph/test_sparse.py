@@ -240,3 +240,16 @@ def test_normalisations():
     assert np.isfinite(np.asarray(bare.values)).all()
     mean = row_normalize(adjacency(senders, receivers, 4))
     np.testing.assert_allclose(np.asarray(mean.todense()).sum(1), [1, 1, 1, 0], rtol=1e-6)
+
+
+def test_weights_of_edges():
+    senders, receivers = [0, 1, 1, 2], [1, 0, 2, 1]
+    for weights in ([3, 3, 2, 2], [0.5, 0.5, 2.0, 2.0]):  # counts, and numbers
+        dense = np.eye(3)
+        dense[receivers, senders] = weights
+        degree = dense.sum(1)
+        found = gcn_adjacency(senders, receivers, 3, weights=np.array(weights)).todense()
+        np.testing.assert_allclose(found, dense / np.sqrt(np.outer(degree, degree)), rtol=1e-6)
+    for weights, value in (([1.0, -2.0, 1.0, 1.0], "-2"), ([1.0, np.nan, 1.0, 1.0], "nan")):
+        with pytest.raises(ValueError, match=rf"weights: 1 of 4 are negative or not finite, .*weights\[1\]={value}"):
+            gcn_adjacency(senders, receivers, 3, weights=np.array(weights))

@@ -9,7 +9,7 @@ import pytest
 from effjax.graph.adjacency import gcn_adjacency
 from effjax.graph.sparse import sparse_matrix
 from effjax.models.gnn import LAYERS, NodeClassifier
-from effjax.tasks.graph import draw_split, masked_accuracy, masked_cross_entropy, node_task
+from effjax.tasks.graph import draw_split, masked_accuracy, masked_cross_entropy, node_data
 
 RELEASED = np.load(Path(__file__).resolve().parents[1] / "reference" / "fastrain_gnn" / "models_forward_grad.npz")
 KEY = jax.random.key(0, impl="rbg")
@@ -77,7 +77,7 @@ def test_released_initial_values_are_uniform_in_biases_too():
 
 @pytest.mark.parametrize(("layer", "rate"), [("gcn", 0.01), ("gat", 0.005)])
 def test_cora_is_learnt(layer, rate):
-    task = node_task("cora")
+    task = node_data("cora")
     train, _, test = draw_split(jax.random.key(0), task.labels, task.classes, 20, 30)
     model = NodeClassifier(task.classes, hidden=16, heads=2, layer=layer)
     tx = optax.chain(optax.add_decayed_weights(5e-4), optax.adam(4 * rate))

@@ -38,6 +38,8 @@ from effjax.models.sequence import (
     project_inputs,
     rnn_step,
 )
+from effjax.recurrent.irnn import IncrementalRNNCell
+from effjax.recurrent.tarnn import TARNNCell
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "irnn" / "baseline_cells.npz"
 KEY = jax.random.key(0, impl="rbg")  # quicker to compile than the default
@@ -268,6 +270,10 @@ CELLS = {
     "cornn": CoRNNCell(5),
     "lru": LRUCell(5),
     "min_gru": MinGRUCell(5),
+    "irnn": IncrementalRNNCell(5, length=10, K=2),
+    "irnn_shared": IncrementalRNNCell(5, eta_mode="shared"),
+    "tarnn": TARNNCell(5, length=10),
+    "tarnn_input": TARNNCell(5, eta_mode="input", variant="euler", first_prev="zero"),
 }
 
 
@@ -319,6 +325,8 @@ BAD = {
     "h0": (lambda: min_gru({"W": jnp.ones((3, 4)), "b": jnp.ones(4)}, X, jnp.ones((10, 3))), r"\(10, 2\)"),
     "dt": (lambda: nn.RNN(CoRNNCell(5, dt=0.0)).init(KEY, X), r"dt=0.0 must be a number in \(0"),
     "steps": (lambda: Recurrent(FastRNNCell(5, length=9)).init(KEY, X), r"length=9, but the sequence has 10 steps"),
+    "irnn's steps": (lambda: Recurrent(IncrementalRNNCell(5, length=9)).init(KEY, X), r"length=9.* has 10 steps"),
+    "tarnn's steps": (lambda: Recurrent(TARNNCell(5, length=9)).init(KEY, X), r"length=9.* has 10 steps"),
     "length": (lambda: nn.RNN(FastRNNCell(5, length=0)).init(KEY, X), r"length=0 must be an integer in \[1"),
     "epsilon": (lambda: nn.RNN(AntisymmetricRNNCell(5, epsilon=-1.0)).init(KEY, X), r"epsilon=-1.0"),
 }

@@ -1,12 +1,14 @@
 """Networks around a recurrent layer: what they read, ids and vectors, dropout, bad input."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from effjax.models.sequence import LSTMCell, Recurrent
-from effjax.models.sequence_network import SequenceNetwork
+from effjax.models.sequence_network import SequenceNetwork, step_network
+from effjax.recurrent.tarnn import TARNNCell
 
 KEY = jax.random.key(0, impl="rbg")
 X = np.random.default_rng(0).normal(size=(4, 6, 3)).astype(np.float32)
@@ -54,3 +56,41 @@ def test_bad_input(case):
     options, inputs, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(SequenceNetwork(LAYER, 2, **options).init, KEY, jnp.asarray(inputs))
+
+
+@pytest.mark.parametrize("cell", [LSTMCell(5), TARNNCell(5, length=6)])
+def test_a_network_step_by_step_is_the_network_over_sequences(cell):
+    net = step_network(cell, 2, inputs=3)
+    params = jax.jit(net.init)(KEY)
+    whole = SequenceNetwork(Recurrent(cell), 2)
+    want = whole.apply({"params": {"layer": {"cell": params["cell"]}, "head": params["head"]}}, X)
+    np.testing.assert_allclose(net.infer(params, X), want, rtol=0, atol=1e-6)
+    carry, xs = net.start(4), jnp.swapaxes(X, 0, 1)
+    for part in (xs[:2], xs[2:]):  # encoded part by part
+        encoded = net.encode(params, part)
+        for time in range(len(part)):
+            carry, state = net.cell(params, carry, jax.tree.map(lambda leaf, time=time: leaf[time], encoded))
+    np.testing.assert_allclose(net.read(params, state), want, rtol=0, atol=1e-6)
+
+
+def test_a_network_step_by_step_on_ids():
+    net = step_network(
+        LSTMCell(5), 7, vocabulary=9, read="all", adjust=lambda key, params: params | {"b": jnp.ones(20)}
+    )
+    ids = np.random.default_rng(0).integers(0, 9, (4, 6))
+    params = jax.jit(net.init)(KEY)
+    assert (params["cell"]["b"] == 1).all()
+    whole = SequenceNetwork(Recurrent(LSTMCell(5)), 7, read="all", vocabulary=9, embedding=5)
+    tree = {"layer": {"cell": params["cell"]}, "head": params["head"], "embed": params["embedding"]}
+    np.testing.assert_allclose(net.infer(params, ids), whole.apply({"params": tree}, ids), rtol=0, atol=1e-6)
+
+
+def test_step_network_bad_input():
+    with pytest.raises(TypeError, match="cell=GRUCell cannot be taken apart"):
+        step_network(nn.GRUCell(5), 2, inputs=3)
+    for sizes in ({}, {"inputs": 3, "vocabulary": 4}):
+        with pytest.raises(ValueError, match="give the one for vectors or the other for ids"):
+            step_network(LSTMCell(5), 2, **sizes)
+    net = step_network(TARNNCell(5, length=4), 2, inputs=3)
+    with pytest.raises(ValueError, match="length=4, but the sequence has 6 steps"):
+        net.infer(net.init(KEY), X)

@@ -5,8 +5,8 @@ Run it on a quiet machine, from the repository::
     python tests/peers/geeni_latency.py --out configs/geeni/results/latency-amd-epyc-2-cores.json
 
 One call gives the probabilities of all nodes. All forms of a graph are timed in turns in one process. The networks are
-trained as in the study (``effjax.recipes.geeni``). A row with an accuracy serves the very weights and graph it was
-measured with; the others isolate the nodes trusted least by the score.
+trained as in the study (``effjax.recipes.geeni``), by the public functions. A row with an accuracy serves the very
+weights and graph it was measured with; the others isolate the nodes trusted least by the score.
 """
 
 import argparse
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 GRAPHS = {"small": ("cora",), "all": ("cora", "amazon_photo", "coauthor_cs")}
 HIDDEN, MEMBERS = 64, 4
+
+METRIC = {"name": "least_ms", "goal": "min", "label": "least ms per forward pass"}
 
 
 class Row(NamedTuple):
@@ -34,21 +36,39 @@ class Row(NamedTuple):
 class Trained(NamedTuple):
     """An arm of the study after training, one seed."""
 
-    run: Any
+    config: Any
+    problem: Any
     state: Any
     members: Any
+    test: Any
 
 
-def trained(graph: str, form: str, hidden: int, seeds: int, epochs: int) -> list[Trained]:
-    from effjax.recipes.geeni import GeeniStudy, arms
+def trained(data: Any, form: str, hidden: int, seeds: int, epochs: int) -> list[Trained]:
+    """``effjax.geeni`` as the study runs it, with the study's splits, and its state kept."""
+    import jax
+
+    import effjax
+    from effjax.graph.geeni import served_members
+    from effjax.recipes.geeni import FORMS, GeeniStudy, method_config
     from effjax.recipes.spec import Budget
-    from effjax.train.loop import Prepared, fit
 
-    config = GeeniStudy(tasks=(graph,), forms=(form,), hidden=hidden, budget=Budget(epochs, "epochs"))
-    program = arms(config)[f"{graph}/{form}"].build()
-    prepared = Prepared(program, config.train)
-    states = [fit(program, seed, prepared=prepared).state for seed in range(seeds)]
-    return [Trained(program.evaluate.__self__, state, program.params(state)) for state in states]
+    study = GeeniStudy(hidden=hidden, budget=Budget(epochs, "epochs"))
+    config = method_config(study, FORMS[form])
+    step = jax.jit(effjax.geeni_step, static_argnames=("config", "stage"))
+    found = []
+    for seed in range(seeds):
+        key = jax.random.key(seed)
+        per_class = (study.train_per_class, study.val_per_class)
+        train, val, test = effjax.draw_split(jax.random.fold_in(key, 0), data.labels, data.classes, *per_class)
+        problem = effjax.GeeniProblem(data.features, data.adjacency, data.labels, train, val, data.classes)
+        state = effjax.geeni_init(key, problem, config=config)
+        for stage in config.stages:
+            views = effjax.geeni_views(state, problem, config=config)
+            for _ in range(config.steps(stage)):
+                state, _ = step(state, problem, views, config=config, stage=stage)
+            state = effjax.geeni_next(state, problem, config=config, stage=stage)
+        found.append(Trained(config, problem, state, served_members(state, config=config), test))
+    return found
 
 
 def served_graph(arm: Trained) -> Any:
@@ -57,11 +77,11 @@ def served_graph(arm: Trained) -> Any:
 
     from effjax.graph.isolation import isolate
 
-    matrix = arm.run.task.adjacency
-    if "send" not in arm.state:
+    matrix = arm.problem.adjacency
+    if arm.state.isolation is None:
         return matrix
-    silent = np.asarray(arm.state["send"] == 0)
-    return isolate(matrix, silent, mode=arm.run.config.modes[int(arm.state["mode"])])
+    silent = np.asarray(arm.state.isolation.send == 0)
+    return isolate(matrix, silent, mode=arm.config.modes[int(arm.state.isolation.mode)])
 
 
 def least_trusted(arm: Trained, share: float) -> Any:
@@ -69,30 +89,32 @@ def least_trusted(arm: Trained, share: float) -> Any:
     import numpy as np
 
     from effjax.graph.error_nodes import error_scores, error_set
-    from effjax.graph.geeni import ensemble_logits, member_probabilities
     from effjax.graph.isolation import isolate
+    from effjax.graph.members import ensemble_logits, member_probabilities
 
-    task = arm.run.task
-    logits = ensemble_logits(arm.members, task.features, task.adjacency)
-    errors = error_set(error_scores(member_probabilities(logits)).score, share, arm.state["train"] | arm.state["val"])
-    return isolate(task.adjacency, np.asarray(errors))
+    problem = arm.problem
+    logits = ensemble_logits(arm.members, problem.features, problem.adjacency)
+    score = error_scores(member_probabilities(logits)).score
+    return isolate(problem.adjacency, np.asarray(error_set(score, share, problem.train | problem.val)))
 
 
 def rows_of(graph: str, seeds: int, epochs: int) -> dict[str, Row]:
     import jax
 
-    from effjax.graph.geeni import (
+    from effjax.graph.geeni_serving import serve_ensemble
+    from effjax.graph.members import (
         ensemble_logits,
         ensemble_macs,
         ensemble_probabilities,
         fold_members,
         member_probabilities,
     )
-    from effjax.graph.geeni_serving import serve_ensemble
-    from effjax.tasks.graph import masked_accuracy
+    from effjax.recipes.geeni import GeeniStudy
+    from effjax.tasks.graph import masked_accuracy, node_data
 
+    task = node_data(graph, row_normalize=graph not in GeeniStudy.raw_features)
     single, wide, narrow, tiny, distilled, one_distilled = (
-        trained(graph, form, hidden, seeds, epochs)
+        trained(task, form, hidden, seeds, epochs)
         for form, hidden in (
             ("single", HIDDEN),
             ("ensemble", HIDDEN),
@@ -102,7 +124,6 @@ def rows_of(graph: str, seeds: int, epochs: int) -> dict[str, Row]:
             ("distilled", HIDDEN),
         )
     )
-    task = narrow[0].run.task
     matrix, dense = task.adjacency, hasattr(task.features, "ndim")
     rows = {}
 
@@ -121,7 +142,7 @@ def rows_of(graph: str, seeds: int, epochs: int) -> dict[str, Row]:
             serve_ensemble(one, task.features, matrix_of(arm), **options)
             for one, arm in zip(members, arms, strict=False)
         ]
-        accuracy = lambda one, arm: float(masked_accuracy(one(), task.labels, arm.state["test"]))
+        accuracy = lambda one, arm: float(masked_accuracy(one(), task.labels, arm.test))
         found = tuple(accuracy(one, arm) for one, arm in zip(served, arms, strict=True)) if right else ()
         macs = ensemble_macs(members[0], task.features, served[0].matrix, propagated=served[0].propagated)
         rows[name] = Row(label, role, served[0], macs.total, served[0].matrix.nnz, found)
@@ -137,7 +158,7 @@ def rows_of(graph: str, seeds: int, epochs: int) -> dict[str, Row]:
             masked_accuracy(
                 ensemble_probabilities(ensemble_logits(arm.members, task.features, matrix)),
                 task.labels,
-                arm.state["test"],
+                arm.test,
             )
         )
         for arm in wide
@@ -260,7 +281,7 @@ def benchmark(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {
             "schema": SCHEMA,
             "study": "geeni_latency",
-            "method": "geeni",
+            "groups": dict.fromkeys((arm["group"] for arm in arms.values()), METRIC),
             "preset": options.graphs,
             "seeds": list(range(options.seeds)),
             "budget": {"amount": options.rounds, "unit": "rounds"},

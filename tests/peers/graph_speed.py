@@ -48,6 +48,8 @@ ARMS = {
     "jraph": ("Jraph", "alternative"),
 }
 
+METRIC = {"name": "both_per_s", "goal": "max", "label": "training steps per second"}
+
 
 class Arm(NamedTuple):
     """A training step that returns when it is done, and what is known of it."""
@@ -58,9 +60,9 @@ class Arm(NamedTuple):
 
 def task(graph: str) -> Any:
     """The graph with labels, and 20 training nodes a class."""
-    from effjax.tasks.graph import node_task
+    from effjax.tasks.graph import node_data
 
-    return node_task(graph)
+    return node_data(graph)
 
 
 def training_nodes(labels: Any, classes: int) -> Any:
@@ -425,7 +427,7 @@ def benchmark(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "study": "graph_speed",
-        "method": "geeni",
+        "groups": {},
         "preset": options.graphs,
         "seeds": [0],
         "budget": {"amount": options.rounds, "unit": "rounds"},
@@ -449,6 +451,7 @@ def benchmark(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         document |= {
             key: document[key] + part if isinstance(part, list) else document[key] | part for key, part in more.items()
         }
+        document["groups"] = dict.fromkeys((arm["group"] for arm in document["arms"].values()), METRIC)
         yield document
     for row, arm in document["arms"].items():
         metrics = arm["metrics"]

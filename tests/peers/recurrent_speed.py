@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 RATE = 1e-3
 
+METRIC = {"name": "train_tokens_per_s", "goal": "max", "label": "training tokens per second"}
+
 
 class Size(NamedTuple):
     batch: int
@@ -450,7 +452,7 @@ def benchmark(sizes: str, device: str, rounds: int, min_time: float, threads: in
         yield {
             "schema": SCHEMA,
             "study": "recurrent_speed",
-            "method": "irnn",
+            "groups": dict.fromkeys((arm["group"] for arm in arms.values()), METRIC),
             "preset": sizes,
             "seeds": [0],
             "budget": {"amount": rounds, "unit": "rounds"},

@@ -14,7 +14,7 @@ from effjax.graph.attention import gat
 from effjax.graph.layers import gcn, sage
 from effjax.study.readme import replace_card_tables
 from effjax.study.report import read_results
-from effjax.tasks.graph import node_task
+from effjax.tasks.graph import node_data
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -27,7 +27,7 @@ def nn():
 
 @pytest.fixture(scope="module")
 def cora():
-    return node_task("cora", sparse_below=0.0)
+    return node_data("cora", sparse_below=0.0)
 
 
 def weights(layer):

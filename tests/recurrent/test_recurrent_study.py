@@ -1,44 +1,59 @@
 """The studies of recurrent cells: every layer builds and learns, claims, options reach the layers, bad input."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
+from effjax.data.pipeline import batches
+from effjax.data.sequences import sequence_data
+from effjax.models.sequence_network import SequenceNetwork
 from effjax.recipes import irnn, tarnn
-from effjax.recipes.recurrent import LAYERS, RecurrentStudy, _program, axis
-from effjax.recipes.spec import Budget
+from effjax.recipes.recurrent import LAYERS, RecurrentStudy, recurrent_groups
+from effjax.recipes.spec import Budget, choose_arms
+from effjax.recurrent.irnn import IncrementalRNN
+from effjax.recurrent.tarnn import TARNN
+from effjax.study.claims import decide
+from effjax.tasks.sequence import sequence_task
 from effjax.train.loop import fit
 from effjax.train.options import TrainOptions
+from effjax.train.trainer import supervised
 
-SMALL = RecurrentStudy(
-    tasks=("noisy-digits-12",), cells=tuple(LAYERS), hidden=4, budget=Budget(2), seeds=(0,), batch_size=8, train_rows=32
-)
+SMALL = RecurrentStudy(tasks=("noisy-digits-12",), hidden=4, budget=Budget(2), seeds=(0,), batch_size=8, train_rows=32)
 
 
-@pytest.mark.parametrize("cell", LAYERS)
-def test_every_layer_takes_a_step(cell):
-    program = _program(SMALL, "noisy-digits-12", cell)
+def built(config, name, groups=lambda config: recurrent_groups(config, {})):
+    """The Program of an arm of the first task."""
+    group = groups(config)[0]
+    return next(arm for arm in group.arms if arm.name == name).build(group.load())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_takes_a_step(name):
+    program = built(SMALL, name)
+    (phase,) = program.phases
     state = jax.eval_shape(program.init, jax.random.key(0))
-    batch = next(program.batches(0))
+    batch = next(program.loader.open(0))
     assert batch["inputs"].shape == (8, 12, 8)
-    after, metrics = jax.eval_shape(program.step, state, batch, None)
+    after, metrics = jax.eval_shape(phase.step, state, batch, None)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )
     assert metrics["loss"].shape == ()
-    assert jax.eval_shape(program.infer, program.params(state), program.example_inputs).shape == (8, 10)
+    task = program.task
+    assert jax.eval_shape(task.infer, program.params(state), task.example_inputs).shape == (8, 10)
 
 
 @pytest.mark.parametrize(("task", "shape"), [("tiny_shakespeare-chars-20", (8, 20, None)), ("add-20", (8, 1))])
 def test_tokens_are_read_at_every_step_and_values_at_the_end(task, shape):
-    program = _program(dataclasses.replace(SMALL, read="mean"), task, "tarnn-euler")
+    program = built(dataclasses.replace(SMALL, read="mean", tasks=(task,)), "tarnn-euler")
     outputs = jax.eval_shape(
-        program.infer,
+        program.task.infer,
         program.params(jax.eval_shape(program.init, jax.random.key(0))),
-        program.example_inputs[:8],
+        program.task.example_inputs,
     )
     assert outputs.shape == tuple(want or got for want, got in zip(shape, outputs.shape, strict=True))
 
@@ -56,39 +71,110 @@ def test_operands_and_chunks_reach_the_layers():
     assert LAYERS["chrono-lstm"].make(config, 100).cell.chrono_length == 100
 
 
+@pytest.mark.parametrize("name", ["lru-4", "min-gru", "irnn-equilibrium"])
+def test_remat_reaches_layers_without_a_loop_and_keeps_the_names_of_their_parameters(name):
+    texts, states = [], []
+    for remat in (False, True):
+        program = built(dataclasses.replace(SMALL, train=TrainOptions(remat=remat)), name)
+        states.append(jax.eval_shape(program.init, jax.random.key(0)))
+        texts.append(str(jax.make_jaxpr(program.phases[0].step)(states[-1], next(program.loader.open(0)), None)))
+    assert ["remat" in text or "checkpoint" in text for text in texts] == [False, True]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+
+
 def test_dropout_differs_from_step_to_step():
-    program = _program(dataclasses.replace(SMALL, dropout=0.5), "noisy-digits-12", "rnn")
-    batch = next(program.batches(0))
+    program = built(dataclasses.replace(SMALL, dropout=0.5), "rnn")
+    batch = next(program.loader.open(0))
     state = jax.jit(program.init)(jax.random.key(0, impl="rbg"))
-    loss = jax.jit(lambda state: program.step(state, batch, None)[1]["loss"])
+    loss = jax.jit(lambda state: program.phases[0].step(state, batch, None)[1]["loss"])
     first, again = loss(state), loss(state)
-    later = loss({**state, "step": state["step"] + 1})
+    later = loss(state._replace(step=state.step + 1))
     assert first == again
     assert first != later
 
 
-@pytest.mark.parametrize(("recipe", "config"), [(irnn, irnn.IrnnStudy), (tarnn, tarnn.TarnnStudy)])
-def test_claims_follow_the_numbers(recipe, config):
+# Public layers, and the study's arms of the same name.
+TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
+METHODS = {
+    "irnn": (irnn, irnn.IrnnStudy, IncrementalRNN(4, length=12)),
+    "tarnn-euler": (tarnn, tarnn.TarnnStudy, TARNN(4, variant="euler", length=12)),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_public_layer_trains_as_the_study_does(name):
+    recipe, config, layer = METHODS[name]
+    fields = {field.name: getattr(SMALL, field.name) for field in dataclasses.fields(SMALL)}
+    arm = fit(built(config(**fields), name, recipe.groups).within(3), 0).state
+
+    data = sequence_data("noisy-digits-12", train_rows=32)
+    trained = fit(supervised(sequence_task(data, SequenceNetwork(layer, 10)), TX, steps=3, batch_size=8), 0).state
+    jax.tree.map(np.testing.assert_array_equal, trained.params, arm.params)
+
+
+def test_a_loop_by_hand_trains_as_the_study_does():
+    layer, data = METHODS["irnn"][2], sequence_data("noisy-digits-12", train_rows=32)
+    program = built(SMALL, "irnn")
+    state, step = jax.jit(program.init)(jax.random.key(0)), jax.jit(program.phases[0].step)
+
+    def loss(params, batch):
+        states = layer.apply({"params": params["layer"]}, batch["inputs"])
+        logits = states[:, -1] @ params["head"]["kernel"] + params["head"]["bias"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
+
+    @jax.jit
+    def by_hand(params, opt, batch):
+        updates, opt = TX.update(jax.grad(loss)(params, batch), opt, params)
+        return optax.apply_updates(params, updates), opt
+
+    params, opt = state.params, TX.init(state.params)
+    stream, ours = batches(data.train, 8, seed=0, transform=data.draw), program.loader.open(0)
+    for _ in range(3):
+        params, opt = by_hand(params, opt, next(stream))
+        state, _ = step(state, next(ours), None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, state.params)
+
+
+def decided(recipe, config, score, arms=("*",)):
+    """Whether each claim on metrics holds where an arm has the score ``score(arm)``."""
+    groups = choose_arms(recipe.groups(config), arms)
+    found = {
+        f"{group.name}/{arm.name}": {
+            "status": "ok",
+            "role": arm.role,
+            "metrics": {group.metric.name: {"mean": score(arm.name), "values": [score(arm.name)]}},
+            "cost": {},
+        }
+        for group in groups
+        for arm in group.arms
+    }
+    metrics = {group.name: group.metric._asdict() for group in groups}
+    return decide(recipe.CLAIMS, found, metrics, timed=False)
+
+
+@pytest.mark.parametrize(("recipe", "config", "count"), [(irnn, irnn.IrnnStudy, 6), (tarnn, tarnn.TarnnStudy, 11)])
+def test_claims_follow_the_numbers(recipe, config, count):
     study = config(budget=Budget(2))
-    arms = recipe.arms(study)
-    assert {arm.role for arm in arms.values()} == {"baseline", "method", "control", "alternative"}
-    good = {name: {"accuracy": 0.1 if name.endswith("/lstm") else 0.9} for name in arms}
-    claims = [claim for claim in recipe.claims(study) if claim.of == "metrics"]
-    holds = lambda claim, m: (claim.left(m) >= claim.right(m)) if claim.op == ">=" else claim.left(m) <= claim.right(m)
-    assert all(holds(claim, good) for claim in claims)
-    bad = {name: {"accuracy": 0.9 if name.endswith("/lstm") else 0.1} for name in arms}
-    assert not any(holds(claim, bad) for claim in claims[:3])
-    assert math.isnan(claims[0].left({name: {} for name in arms}))
-    few = recipe.claims(dataclasses.replace(study, cells=("lstm",)))
-    assert len(few) == 1
+    assert {arm.role for arm in recipe.groups(study)[0].arms} == {"baseline", "method", "control", "alternative"}
+    good = decided(recipe, study, lambda arm: 0.1 if arm == "lstm" else 0.9)
+    assert len(good) == count
+    assert all(claim["holds"] for claim in good)
+    assert not any(claim["holds"] for claim in decided(recipe, study, lambda arm: 0.9 if arm == "lstm" else 0.1)[:3])
+    assert not any(claim["holds"] for claim in decided(recipe, study, lambda arm: float("nan")))
+    assert len(decided(recipe, study, lambda arm: 0.1, ("lstm",))) == 1
 
 
-def test_axes():
-    assert [axis(task).metric for task in ("noisy-digits-9", "add-9", "ptb-words-9")] == ["accuracy", "mse", "nll"]
+@pytest.mark.parametrize(("recipe", "config"), [(irnn, irnn.IrnnStudy), (tarnn, tarnn.TarnnStudy)])
+def test_where_less_is_better_the_claims_turn_round(recipe, config):
+    study = config(budget=Budget(2), tasks=("add-20",))
+    lower = decided(recipe, study, lambda arm: 0.1 if arm == "lstm" else 0.01)
+    assert lower
+    assert all(claim["holds"] and claim["op"] == "<=" for claim in lower)
+    higher = decided(recipe, study, lambda arm: 0.1 if arm == "lstm" else 0.2)
+    assert not higher[0]["holds"]
 
 
 BAD = {
-    "cell": ({"cells": ("lstmm",)}, r"cells='lstmm'.*lstm"),
     "clip": ({"clip": 0.0}, r"clip=0.0"),
     "read": ({"read": "first"}, r"read='first'"),
     "hidden": ({"hidden": 0}, r"hidden=0"),
@@ -102,12 +188,19 @@ def test_bad_input(case):
         dataclasses.replace(SMALL, **options)
 
 
+def test_unknown_names_are_refused_before_data_are_read():
+    with pytest.raises(ValueError, match=r"arms: 'lstmm' matches none of .*lstm"):
+        choose_arms(irnn.groups(irnn.IrnnStudy(budget=Budget(2))), ("lstmm",))
+    with pytest.raises(ValueError, match="Did you mean 'fsdd'"):
+        irnn.groups(irnn.IrnnStudy(budget=Budget(2), tasks=("fsd",)))
+
+
 @pytest.mark.slow
 def test_irnn_remembers_behind_noise_where_the_lstm_forgets():
     found = {}
-    for cell in ("irnn", "lstm"):
-        config = irnn.IrnnStudy(cells=(cell,), budget=Budget(25, "epochs"), seeds=(0,))
-        program = irnn.arms(config)[f"noisy-digits-200/{cell}"].build()
-        found[cell] = program.evaluate(fit(program, 0).state)["accuracy"]
+    for name in ("irnn", "lstm"):
+        program = built(irnn.IrnnStudy(budget=Budget(1), seeds=(0,)), name, irnn.groups)
+        program = program.within(25 * program.loader.epoch_steps(0))
+        found[name] = program.judged(fit(program, 0).state)["accuracy"]
     assert found["irnn"] >= 0.85
     assert found["lstm"] <= 0.2

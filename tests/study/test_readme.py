@@ -1,5 +1,6 @@
 """The README tells what the committed results say, and its Python blocks run."""
 
+import json
 import operator
 import re
 from pathlib import Path
@@ -7,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import effjax
+from effjax.study.claims import decide
 from effjax.study.readme import BEGIN, END, replace_card_tables, replace_table, results_table
 from effjax.study.report import read_results
-from effjax.study.resolve import configs_folder, resolve_saved
-from effjax.study.results import decide
+from effjax.study.resolve import configs_folder, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -27,18 +28,21 @@ def test_markers_are_needed():
     assert replace_table(f"a {BEGIN} old {END} b", "new") == f"a {BEGIN}\nnew\n{END} b"
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
 def test_committed_results_say_where_they_come_from_and_decide_their_claims(path):
     results = read_results(path)
     assert results["environment"]["commit"]
     assert results["environment"]["hardware"]["platform"]
+    compare = {">=": operator.ge, "<=": operator.le}
+    for claim in (*results["claims"], *results.get("cost_claims", ())):
+        assert claim["holds"] == compare[claim["op"]](claim["left"], claim["right"])
     if results["config"] is None:  # a benchmark against other libraries, no study
-        compare = {">=": operator.ge, "<=": operator.le}
-        assert all(claim["holds"] == compare[claim["op"]](claim["left"], claim["right"]) for claim in results["claims"])
         return
-    study = resolve_saved(results["study"], results["preset"], results["config"])
-    trained = any(arm["metrics"] for arm in results["arms"].values())
-    assert results["claims"] == decide(study.claims, results["arms"], "metrics" if trained else "cost")
+    study = resolve(f"{results['study']}:{results['preset']}")
+    assert {name: study.metrics[name] for name in results["groups"]} == results["groups"]
+    for kind, timed in (("claims", False), ("cost_claims", True)):
+        decided = decide(study.claims, results["arms"], results["groups"], timed=timed)
+        assert json.loads(json.dumps(decided)) == results[kind]
 
 
 CARDS = [ROOT / "configs" / stem / "README.md" for stem in effjax.METHODS]
@@ -64,8 +68,9 @@ def test_a_tables_marker_must_make_sense():
 def test_python_blocks_run(path):
     blocks = re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
     assert blocks
+    names = {"__name__": "readme"}  # the blocks of a page follow one another
     for block in blocks:
-        exec(compile(block, str(path), "exec"), {"__name__": "readme"})
+        exec(compile(block, str(path), "exec"), names)
 
 
 def test_the_readme_has_exactly_two_set_up_lines():

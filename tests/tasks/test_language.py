@@ -7,6 +7,7 @@ import pytest
 from effjax.data.sets import DataSet
 from effjax.models.decoder import Decoder
 from effjax.tasks.language import lm_task
+from effjax.train.grad import accumulated
 
 
 def dataset(text, splits=("train", "validation")):
@@ -44,6 +45,24 @@ def test_padding_and_dummy_rows_change_nothing(stories):
     }
     loss = jax.jit(lambda batch: task.loss(variables, batch)[0])
     assert loss(padded) == pytest.approx(float(loss({"input_ids": ids})), rel=1e-6)
+
+
+def test_parts_of_a_batch_are_weighted_by_their_tokens(stories):
+    task, variables = stories
+    ids = task.train["input_ids"][:4]
+    lengths = np.array([48, 48, 9, 5])
+    batch = {
+        "input_ids": ids,
+        "mask": np.arange(48) < lengths[:, None],
+        "weight": np.array([1, 1, 1, 0], np.float32),
+    }
+    assert task.weight(batch) == 47 + 47 + 8
+    assert task.weight({"input_ids": ids}) == 4 * 47
+    value_and_grad = jax.value_and_grad(lambda v, b: task.loss(v, b), has_aux=True)
+    whole, parts = (jax.jit(accumulated(value_and_grad, k, weight=task.weight))(variables, batch) for k in (1, 2))
+    assert float(parts[0][0]) == pytest.approx(float(whole[0][0]), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(parts[1]), jax.tree.leaves(whole[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 def test_rows_are_a_fixed_choice_of_consecutive_windows(stories):

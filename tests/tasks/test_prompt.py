@@ -39,7 +39,7 @@ def test_scores_are_the_mean_likelihood_of_the_label_words(task):
     batch = {name: column[:2] for name, column in task.train.items()}
     (value, (_, metrics)), scores = jax.jit(lambda v, b: (task.loss(v, b), task.infer(v, b)))(variables, batch)
     ids, scored = batch["input_ids"][1, 0], batch["scored"][1, 0]
-    logits = jax.nn.log_softmax(jax.jit(task.model.apply)(variables, ids[None])[0])
+    logits = jax.nn.log_softmax(jax.jit(task.module.apply)(variables, ids[None])[0])
     places = np.flatnonzero(scored)
     np.testing.assert_allclose(scores[1, 0], logits[places - 1, ids[places]].mean(), rtol=1e-5)
     expected = -jnp.take_along_axis(jax.nn.log_softmax(scores), batch["label"][:, None], 1).mean()
@@ -48,7 +48,22 @@ def test_scores_are_the_mean_likelihood_of_the_label_words(task):
     assert metrics["accuracy"] == (scores.argmax(1) == batch["label"]).mean()
 
 
+def test_rows_are_chosen_and_dummy_rows_change_nothing(task):
+    few = prompt_task(some(7), max_length=40, scan_layers=True, train_rows=3, test_rows=2)
+    places = [np.flatnonzero((task.train["input_ids"] == row).all((1, 2)))[0] for row in few.train["input_ids"]]
+    assert places == sorted(places)
+    assert (len(places), len(few.test["label"])) == (3, 2)
+    variables = task.init(jax.random.key(0))
+    plain = {name: column[:2] for name, column in task.train.items()}
+    padded = {name: np.concatenate([column, np.zeros_like(column[:1])]) for name, column in plain.items()}
+    padded["weight"] = np.array([1, 1, 0], np.float32)
+    losses = [float(jax.jit(task.loss)(variables, batch)[0]) for batch in (plain, padded)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_bad_input():
+    with pytest.raises(ValueError, match="train_rows=9"):
+        prompt_task(some(7), max_length=40, train_rows=9)
     with pytest.raises(ValueError, match="data"):
         prompt_task("tiny_shakespeare")
     with pytest.raises(ValueError, match="512 positions"):

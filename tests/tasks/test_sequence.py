@@ -4,12 +4,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from effjax.core.cost import count_compiles
 from effjax.data.pipeline import batches
 from effjax.data.sequences import SequenceData, sequence_data
-from effjax.tasks.sequence import sequence_evaluator, sequence_loss, sequence_task
+from effjax.tasks.sequence import sequence_evaluator, sequence_loss, sequence_metric, sequence_task, task_of_functions
+from effjax.train.options import TrainOptions
+from effjax.train.trainer import supervised
 
 KEY = jax.random.key(0, impl="rbg")
 
@@ -89,6 +92,57 @@ def test_losses_and_scores_equal_numpy(kind):
     assert task.evaluate(variables) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "metric"), [("class", "accuracy"), ("value", "mse"), ("tokens", "nll")])
+def test_what_a_task_says_about_itself(kind, metric):
+    data = problem(kind)
+    task = sequence_task(data, model_of(data))
+    assert task.metric.name == metric
+    assert task.metric.name in task.evaluate(jax.jit(task.init)(KEY))
+    assert task.metric.goal == ("max" if kind == "class" else "min")
+    assert (task.classes, task.details["data"]) == (None if kind == "value" else 3, data)
+    assert "draw" not in task.details
+    asked = None if kind != "tokens" else (data.train["targets"] >= 0).sum()
+    assert (task.weight and task.weight(data.train)) == asked
+
+
+def test_the_metric_is_known_from_the_name():
+    names = ("noisy-digits-9", "fsdd", "digits-pixels", "add-9", "copy-9", "ptb-words-9", "tiny_shakespeare-chars-9")
+    assert [sequence_metric(name).name for name in names] == ["accuracy"] * 3 + ["mse"] + ["nll"] * 3
+    for name in ("noisy-digits-9", "fsdd", "digits-pixels", "add-9", "copy-9", "tiny_shakespeare-chars-9"):
+        data = sequence_data(name)
+        assert sequence_task(data, model_of(data)).metric == sequence_metric(name)
+    with pytest.raises(ValueError, match="Did you mean 'fsdd'"):
+        sequence_metric("fsd")
+
+
+def test_accumulated_gradients_weigh_parts_by_what_they_ask():
+    data = problem("tokens")
+    data.train["targets"][:5] = -1  # of the two halves one asks for nothing
+    task = sequence_task(data, model_of(data))
+    batch = {name: column[:10] for name, column in data.train.items()}
+    states = []
+    for parts in (1, 2):
+        program = supervised(task, optax.sgd(1.0), batch_size=10, options=TrainOptions(accumulate=parts))
+        state = jax.jit(program.init)(KEY)
+        states.append(jax.jit(program.phases[0].step)(state, batch, None)[0].params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *states)
+
+
+def test_the_trainer_completes_batches_that_are_drawn():
+    task = sequence_task("noisy-digits-12", Pooled(10))
+    batch = next(supervised(task, optax.sgd(0.1), batch_size=4).loader.open(0))
+    assert batch["inputs"].shape == (4, 12, 8)
+
+
+def test_a_network_in_two_functions():
+    data = problem("class")
+    apply = lambda variables, inputs, key, train: (inputs.mean(1) @ variables["params"], {})
+    task = task_of_functions(data, "linear", lambda key: {"params": jnp.zeros((2, 3))}, apply)
+    assert (task.name, task.module) == ("toy/linear", None)
+    assert task.evaluate(task.init(KEY))["nll"] == pytest.approx(np.log(3), rel=1e-5)
+    assert task.loss(task.init(KEY), data.train)[0] == pytest.approx(np.log(3), rel=1e-5)
+
+
 def test_bfloat16_outputs_are_scored_in_float32():
     outputs = jnp.asarray(np.random.default_rng(0).normal(size=(64, 7)), jnp.bfloat16)
     targets = np.arange(64) % 7
@@ -127,11 +181,11 @@ def test_train_and_key_reach_a_model_with_dropout_and_statistics():
     task = sequence_task(problem("class"), Dropped())
     variables = jax.jit(task.init)(KEY)
     train_loss = jax.jit(task.loss)
-    losses = [float(train_loss(variables, task.data.train, jax.random.key(seed))[0]) for seed in (1, 1, 2)]
+    losses = [float(train_loss(variables, task.train, jax.random.key(seed))[0]) for seed in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
-    _, (state, _) = train_loss(variables, task.data.train, jax.random.key(1))
+    _, (state, _) = train_loss(variables, task.train, jax.random.key(1))
     assert jnp.abs(state["batch_stats"]["BatchNorm_0"]["mean"]).max() > 0
-    value, (state, _) = jax.jit(lambda v, batch: task.loss(v, batch, train=False))(variables, task.data.test)
+    value, (state, _) = jax.jit(lambda v, batch: task.loss(v, batch, train=False))(variables, task.test)
     jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], variables["batch_stats"])
     assert value == pytest.approx(task.evaluate(variables)["nll"], rel=1e-5)
 
@@ -158,7 +212,7 @@ def test_fresh_batches_train_a_model():
             return nn.Dense(10)(x[:, :8].reshape(len(x), -1))
 
     task = sequence_task("noisy-digits-12", First())
-    stream = batches(task.data.train, 128, seed=0, transform=task.data.draw)
+    stream = batches(task.train, 128, seed=0, transform=task.details["draw"])
 
     @jax.jit
     def step(params, batch):

@@ -14,6 +14,8 @@ from effjax.data.tokens import train_tokenizer
 from effjax.models.bert import Bert, BertClassifier
 from effjax.models.pretrained import load_pretrained
 from effjax.tasks.text import class_metrics, score_metrics, text_task
+from effjax.train.options import TrainOptions
+from effjax.train.trainer import TrainState, supervised
 
 KEY = jax.random.key(0)
 WORDS = "alpha beta gamma delta epsilon zeta eta theta"
@@ -80,6 +82,24 @@ def test_padding_and_dummy_rows_change_neither_the_loss_nor_its_gradient(small):
     value, gradient = grad(variables, nothing)
     assert value == 0
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_an_accumulated_step_is_that_of_the_whole_batch_whatever_rows_are_dummies(small, parts):
+    task, variables, _ = small
+    rows = np.arange(8)
+    data = {**batch(task, rows, 24), "weight": np.array([1, 1, 1, 0, 1, 0, 0, 0], np.float32)}
+    steps = []
+    for accumulate in (1, parts):
+        program = supervised(task, optax.sgd(1.0), options=TrainOptions(accumulate=accumulate), batch_size=8)
+        params = jax.tree.map(jnp.asarray, variables["params"])
+        state = TrainState(params, {}, optax.sgd(1.0).init(params), KEY, jnp.int32(0))
+        after, metrics = jax.jit(program.phases[0].step)(state, data, None)
+        moved = jax.tree.map(lambda new, old: np.asarray(new - old), after.params, params)
+        steps.append((float(metrics["loss"]), float(metrics["accuracy"]), moved))
+    assert steps[0][:2] == pytest.approx(steps[1][:2], rel=1e-5)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(steps[0][2])) > 1e-3
+    close(steps[0][2], steps[1][2], 1e-6)
 
 
 def test_a_packed_batch_has_the_loss_of_its_rows(small):
@@ -158,7 +178,7 @@ def test_two_choices_are_two_rows_and_one_question():
     columns = {"premise": texts(9), "choice1": texts(9, 1), "choice2": texts(9, 2), "question": ["cause"] * 9}
     labels = np.array([0, 1, 1, 0, 1, 0, 0, 1, 1], np.int32)
     task = text_task(dataset(2, label=labels, **columns), module(2), tokenizer=TOKENIZER, max_length=32, train_rows=4)
-    assert (task.choices, len(task.train["input_ids"]), len(task.test["label"])) == (2, 8, 18)
+    assert (task.details["choices"], len(task.train["input_ids"]), len(task.test["label"])) == (2, 8, 18)
     np.testing.assert_array_equal(task.test["label"].reshape(9, 2), np.eye(2)[labels])
     variables = drawn(task)
     ids, types = (task.test[name].pad(np.arange(18), 32) for name in ("input_ids", "token_type_ids"))
@@ -177,6 +197,7 @@ def test_scores_are_regressed():
     variables = drawn(task)
     metrics = task.evaluate(variables)
     assert set(metrics) == {"spearman", "mse"}
+    assert (task.metric.name, task.metric.goal, task.classes) == ("spearman", "max", 1)
     rows = np.arange(21)
     whole = batch(task, rows, 32) | {"token_type_ids": task.train["token_type_ids"].pad(rows, 32)}
     assert float(jax.jit(task.loss)(variables, whole)[0]) == pytest.approx(metrics["mse"], rel=1e-5)
@@ -236,9 +257,10 @@ def test_dropout_takes_the_key_and_named_settings_reach_the_model():
         remat=True,
         scan_layers=True,
     )
-    encoder = task.model.encoder
+    encoder = task.module.encoder
+    assert (task.dtype, task.remat, task.classes, task.pretrained) == ("bfloat16", True, 3, None)
     assert (encoder.dtype, encoder.remat, encoder.scan_layers, encoder.num_layers) == (jnp.bfloat16, True, True, 2)
-    assert (encoder.dropout, encoder.attention_dropout, task.model.dropout) == (0.5, 0.5, 0.5)
+    assert (encoder.dropout, encoder.attention_dropout, task.module.dropout) == (0.5, 0.5, 0.5)
     variables = drawn(task)
     loss = jax.jit(lambda key: task.loss(variables, batch(task, np.arange(4), 32), key)[0])
     losses = [float(loss(jax.random.key(seed))) for seed in (1, 1, 2)]
@@ -252,6 +274,7 @@ def test_minilm_has_its_own_tokenizer_and_weights():
     loaded = load_pretrained("minilm")
     variables = task.init(KEY)
     close(variables["params"]["encoder"], loaded.params, 0)
+    assert task.pretrained.folder == loaded.folder
     assert jax.eval_shape(task.infer, variables, task.example_inputs).shape == (4, 2)
 
 

@@ -20,6 +20,7 @@ from effjax.train.checkpoint import CheckpointError
 from effjax.train.logging import read_jsonl
 from effjax.train.loop import NonFiniteError, Preempted, Prepared, fit
 from effjax.train.options import MeshOptions, TrainOptions
+from effjax.train.program import Loader, Phase
 
 EVERY = TrainOptions(checkpoint_steps=7, log_steps=5, read_lag=4)
 
@@ -92,8 +93,8 @@ def test_the_step_compiles_once_for_all_seeds_and_never_after_warm_up():
     prepared = Prepared(program, TrainOptions())
     fit(program, 0, prepared=prepared)
     with count_compiles() as log:
-        fit(program._replace(total_steps=60), 1, prepared=prepared)
-    assert prepared.step.compiles == program.compiles == 1
+        fit(program._replace(phases=(program.phases[0]._replace(steps=60),)), 1, prepared=prepared)
+    assert prepared.compiles == program.compiles == 1
     assert "step" not in log.names
 
 
@@ -109,11 +110,11 @@ def test_all_batch_shapes_are_compiled_before_the_first_step_also_on_resume(tmp_
         options=EVERY,
         prepared=prepared,
         directory=tmp_path / "cut",
-        on_compile=lambda done, total: told.append((done, total, prepared.step.compiles)),
+        on_compile=lambda done, total: told.append((done, total, prepared.compiles)),
         on_steps=lambda done: told.append(done),
     )
     assert told[:3] == [(0, 2, 0), (1, 2, 1), (2, 2, 2)]
-    assert prepared.step.compiles == program.compiles == 2
+    assert prepared.compiles == program.compiles == 2
     assert_same(resumed.state, whole.state)
     with count_compiles() as log:  # another seed, the same executables, told of no compilation
         fit(program, 1, options=EVERY, prepared=prepared, on_compile=lambda done, total: told.append("again"))
@@ -122,16 +123,14 @@ def test_all_batch_shapes_are_compiled_before_the_first_step_also_on_resume(tmp_
 
 
 def test_a_batch_shape_that_was_not_declared_is_an_error():
-    with pytest.raises(ValueError, match=r"step 3 compiled .*'x': \(4, 5\).*Program.shapes must declare it"):
-        fit(uneven(shapes=lambda: uneven_shapes()[:1]), 0)
-    with pytest.raises(ValueError, match=r"compiles=1, but the 2 batch shapes .* 2 executables"):
-        fit(uneven(compiles=1), 0)
+    with pytest.raises(ValueError, match=r"step 3 compiled .*'x': \(4, 5\).*loader's shapes must declare it"):
+        fit(uneven(shapes=uneven_shapes()[:1]), 0)
 
 
 def test_training_seconds_hold_no_compilation():
     spent = []
 
-    def between(state, done):
+    def leave(state):
         start = time.perf_counter()
         jax.jit(lambda x: functools.reduce(lambda x, _: jnp.cumsum(jnp.sin(x)), range(40), x)).lower(
             state["params"]["w"]
@@ -139,7 +138,7 @@ def test_training_seconds_hold_no_compilation():
         spent.append(time.perf_counter() - start)
         return state
 
-    result = fit(toy(3, between=between), 0)
+    result = fit(toy(parts=(1, 1, 1), leave=leave), 0)
     assert result.train_s < 0.7 * sum(spent)
 
 
@@ -167,30 +166,92 @@ def test_non_finite_loss_can_be_skipped_and_is_counted():
 
 def test_batches_that_end_early_are_named():
     rows = {"x": np.ones((16, 5), np.float32), "y": np.ones(16, np.float32)}
-    program = toy(10, batches=lambda seed: batches(rows, BATCH, seed=seed, epochs=2))
-    with pytest.raises(ValueError, match="ended after 4 of total_steps=10"):
+    program = toy(10, opened=lambda seed: batches(rows, BATCH, seed=seed, epochs=2))
+    with pytest.raises(ValueError, match="ended after 4 of 10 steps"):
         fit(program, 0)
 
 
-def test_between_and_derive_run_on_the_host():
-    seen = []
+def test_phases_leave_and_begin_on_the_host():
+    left, begun = [], []
 
-    def between(state, done):
-        if done % 10:
-            return state
-        seen.append(done)
+    def leave(state):
+        left.append(float(jnp.sum(state["params"]["w"])))
         return state | {"params": {"w": jnp.zeros_like(state["params"]["w"])}}
 
-    derived = []
-
-    def derive(state):
-        derived.append(float(jnp.sum(state["params"]["w"])))
+    def aux(state):
+        begun.append(float(jnp.sum(state["params"]["w"])))
         return jnp.zeros(())
 
-    result = fit(toy(20, between=between, derive=derive), 0)
-    assert seen == [10, 20]
-    assert derived[1:] == [0.0, 0.0]
+    result = fit(toy(parts=(10, 0, 10), leave=leave, aux=aux), 0)
+    assert len(left) == 3  # a phase without steps is left too
+    assert left[1] == 0
+    assert begun[1:] == [0.0]
+    assert result.steps == 20
     np.testing.assert_array_equal(result.state["params"]["w"], 0)
+
+
+def test_a_phase_that_is_over_executes_no_further_step():
+    program = toy(parts=(50, 50), over=lambda state: jnp.sum(state["params"]["w"]) > 0)
+    reached = []
+    result = fit(program, 0, options=TrainOptions(read_lag=1), on_steps=reached.append)
+    by_hand = toy(1000)
+    state, data, lengths, count = by_hand.init(jax.random.key(0)), by_hand.loader.open(0), [], 0
+    while len(lengths) < 2:
+        state, _ = jax.jit(by_hand.phases[0].step)(state, next(data), None)
+        count += 1
+        if np.sum(state["params"]["w"]) > 0:
+            lengths.append(count)
+            count = 0
+    assert result.steps == sum(lengths) < 20
+    assert lengths[1] == 1
+    np.testing.assert_allclose(result.state["params"]["w"], state["params"]["w"], rtol=1e-5)
+    assert reached[-1] == 100  # the progress counts what was saved
+
+
+@pytest.mark.parametrize("stop", [4, 12, 13, 14, 20])
+def test_a_run_of_phases_continues_bitwise_in_a_phase_and_at_its_border(tmp_path, stop):
+    def program():
+        halve = jax.jit(lambda state: state | {"params": {"w": state["params"]["w"] / 2}})
+        return toy(parts=(13, 9, 18), leave=halve, aux=lambda state: jnp.sum(state["params"]["w"]))
+
+    options = dataclasses.replace(EVERY, read_lag=1)
+    whole = fit(program(), 0, options=options, directory=tmp_path / "whole")
+    with pytest.raises(Preempted, match=f"stopped after step {stop} of 40"):
+        fit(program(), 0, options=options, directory=tmp_path / "cut", on_steps=_StopAt(stop))
+    resumed = fit(program(), 0, options=options, directory=tmp_path / "cut")
+    assert_same(resumed.state, whole.state)
+    assert resumed.train == whole.train
+
+
+def test_a_checkpoint_of_other_phases_is_refused(tmp_path):
+    with pytest.raises(Preempted):
+        fit(toy(parts=(10, 30)), 0, options=EVERY, directory=tmp_path, on_steps=_StopAt(20))
+    with pytest.raises(CheckpointError, match=r"phases of \[10, 30\] steps, in phase 1; this run has .*\[40\]"):
+        fit(toy(40), 0, options=EVERY, directory=tmp_path)
+
+
+def test_a_program_whose_steps_are_left_to_the_budget():
+    program = toy(parts=(None, 6, None))
+    with pytest.raises(ValueError, match="phase 0 of 'toy' has no number of steps"):
+        fit(program, 0)
+    assert [phase.steps for phase in program.within(11).phases] == [6, 6, 5]
+    assert fit(program.within(11), 0).steps == 17
+
+
+def test_steps_without_batches():
+    def step(state, batch, aux):
+        assert batch is None
+        return state + aux, {"loss": jnp.float32(0)}
+
+    plain = toy()
+    program = plain._replace(
+        init=lambda key: jnp.float32(1),
+        phases=(Phase(step, 5, aux=lambda state: 2 * state),),
+        params=lambda state: {"w": state[None]},
+        loader=Loader(None, 3),
+    )
+    assert float(fit(program, 0).state) == 11
+    assert float(fit(program._replace(loader=None), 0).state) == 11
 
 
 def test_evaluation_during_training_keeps_the_best_checkpoint(tmp_path):

@@ -25,7 +25,9 @@ x = rng.normal(size=(64, 5)).astype(np.float32)
 data = {{"x": x, "y": x @ np.arange(5, dtype=np.float32)}}
 steps, pause, out = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 import time
-program = toy(steps, batches=lambda seed: batches(data, 8, seed=seed), between=lambda s, n: (time.sleep(pause), s)[1])
+program = toy(
+    opened=lambda seed: batches(data, 8, seed=seed), parts=(1,) * steps, leave=lambda s: (time.sleep(pause), s)[1]
+)
 options = TrainOptions(mesh=MeshOptions(data=-1), checkpoint_steps=50, read_lag=2)
 try:
     result = fit(program, 0, options=options, directory=out, identity={{"x": 1}})

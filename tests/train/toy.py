@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from effjax.train.program import BatchShape, Program
+from effjax.tasks.task import Metric, Task
+from effjax.train.program import BatchShape, Loader, Phase, Program
 
 ROWS, WIDTH, BATCH = 64, 5, 8
 
@@ -55,12 +56,25 @@ def uneven_shapes(steps: int = 40) -> list[BatchShape]:
     return [BatchShape(batch, steps - small, BATCH, 10 * BATCH), BatchShape(half, small, BATCH // 2, 10 * BATCH // 2)]
 
 
-def uneven(steps: int = 40, **fields) -> Program:
-    values = {"batches": UnevenBatches, "shapes": lambda: uneven_shapes(steps), "compiles": 2}
-    return toy(steps, **values | fields)
+def uneven(steps: int = 40, shapes: list[BatchShape] | None = None) -> Program:
+    return toy(steps, opened=UnevenBatches, shapes=uneven_shapes(steps) if shapes is None else shapes)
 
 
-def toy(steps: int = 40, *, rate: float = 0.05, poison: int | None = None, **fields) -> Program:
+def toy(
+    steps: int = 40,
+    *,
+    rate: float = 0.05,
+    poison: int | None = None,
+    opened=None,
+    shapes=(),
+    parts: tuple[int, ...] | None = None,
+    over=None,
+    leave=None,
+    aux=None,
+    evaluate=None,
+    **fields,
+) -> Program:
+    """``parts`` are the lengths of phases that share one step; ``over``, ``leave`` and ``aux`` are of each."""
     tx = optax.adam(rate)
 
     def init(key):
@@ -79,15 +93,17 @@ def toy(steps: int = 40, *, rate: float = 0.05, poison: int | None = None, **fie
         params = optax.apply_updates(state["params"], updates)
         return {"params": params, "opt": opt, "key": key}, {"loss": value, "norm": optax.tree.norm(params)}
 
-    values = {
-        "init": init,
-        "step": step,
-        "batches": lambda seed: ToyBatches(seed, poison),
-        "evaluate": lambda state: {"w0": float(state["params"]["w"][0])},
-        "infer": lambda params, x: x @ params["w"],
-        "params": lambda state: state["params"],
-        "example_inputs": np.zeros((4, WIDTH), np.float32),
-        "total_steps": steps,
-        "batch_size": BATCH,
-    }
-    return Program(**values | fields)
+    task = Task(
+        name="toy",
+        source="made up",
+        metric=Metric("w0", "max", "first weight"),
+        init=init,
+        loss=None,
+        infer=lambda params, x: x @ params["w"],
+        evaluate=lambda params: {"w0": float(params["w"][0])},
+        train=None,
+        example_inputs=np.zeros((4, WIDTH), np.float32),
+    )
+    phases = [Phase(step, count, over, leave, aux) for count in parts or (steps,)]
+    loader = Loader(opened or (lambda seed: ToyBatches(seed, poison)), BATCH, shapes=tuple(shapes))
+    return Program(task, init, tuple(phases), lambda state: state["params"], loader, evaluate, **fields)

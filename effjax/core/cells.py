@@ -1,0 +1,45 @@
+"""The protocol of a recurrent cell whose products with the inputs can be taken out of the loop over time."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+PyTree = Any
+Params = Mapping[str, jax.Array]
+
+
+class Cell(nn.RNNCellBase):
+    """A recurrent cell in three parts: weights, products with the inputs, and what is left to do in the loop.
+
+    It runs in ``nn.RNN`` like any cell. A loop that calls ``project`` once for all time steps and ``advance`` in each
+    gives the same states in less time. A cell defines ``weights``, ``project``, ``advance`` and ``initialize_carry``,
+    and has a field ``features``.
+    """
+
+    def __call__(self, carry: PyTree, x: jax.Array) -> tuple[PyTree, jax.Array]:
+        params = self.weights(x.shape[-1])
+        return self.advance(params, carry, self.project(params, x))
+
+    def weights(self, inputs: int) -> Params:
+        """The parameters, for inputs of that width."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def project(self, params: Params, xs: jax.Array) -> PyTree:
+        """What ``advance`` takes of the inputs ``[..., inputs]``, for any number of them at once."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def advance(self, params: Params, carry: PyTree, projected: PyTree) -> tuple[PyTree, jax.Array]:
+        """One step in time: the new carry, and the output ``[*batch, features]``."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def check_steps(self, steps: int) -> None:
+        """Raise ``ValueError`` unless the cell can take that many steps in a row."""
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1

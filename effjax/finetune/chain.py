@@ -1,0 +1,655 @@
+"""COLA: fine-tuning by a chain of merged low-rank adapters (Xia, Qin, Hazan 2024, arXiv 2401.04151).
+
+A run is ``cola_init``, then in every step ``cola_value_and_grad`` and the optimizer's update, and between steps, at a
+knot, ``cola_next``. ``effjax.finetune.cola`` is the same as one Optax transformation.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from effjax.core.errors import NoEffectWarning, check_choice, check_number
+from effjax.core.tree import leaves_at, wide, with_leaves
+from effjax.finetune.lora import (
+    Lora,
+    LoraConfig,
+    LoraRule,
+    lora_delta,
+    lora_init,
+    lora_merge,
+    lora_params,
+    lora_scales,
+    out_first,
+)
+from effjax.finetune.restart import SCHEDULES, cola_reset
+
+PyTree = Any
+Kernels = Mapping[str, jax.Array]
+Reset = Callable[[optax.GradientTransformation, PyTree, Lora, jax.Array], PyTree]
+
+_MERGES = ("master", "lazy", "plain")
+
+
+@dataclasses.dataclass(frozen=True)
+class ColaConfig:
+    """A chain of adapters; hashable, so it may be a static argument.
+
+    Attributes:
+      lora: the adapters of one link; patterns or rules stand for a ``LoraConfig`` of them.
+      knots: steps, counted from 0, at whose start a knot is tied; so many updates are done by then. Increasing.
+      links: most links of a chain whose knots are decided while it trains; else one more than ``knots``.
+      ranks: rank of every link, never growing, in place of the rules' one rank, which is the first of them. Shapes
+        stay, the entries beyond a link's rank are zero, and so are their gradients. It saves next to no compute.
+      alphas: alpha of every link, in place of the rules'. A link counts with the factor alpha / rank.
+      schedule: ``'global'``: one learning-rate schedule over the whole chain; ``'per_link'``: it restarts at knots.
+      merge: what a knot does to the kernels. ``'master'``: adds to them; those narrower than float32 have a float32
+        copy, so that no change is lost for good, though the network sees it rounded. ``'lazy'``: nothing; past links
+        stay beside the kernels as one wider adapter. That is exact whatever the base's dtype, and costs adapters of the
+        summed rank. ``'plain'``: adds and rounds; in bfloat16 this loses changes below its resolution for good.
+      reinit: the new ``a``: ``'random'``, or the leading directions of a ``'gradient'`` sample.
+      keep_links: remember the links of a merged chain, so that it can be exported as one adapter.
+
+    Raises:
+      ValueError: knots out of order, ranks that grow, a combination that cannot work.
+
+    Warns:
+      NoEffectWarning: a chain of one link, which is LoRA.
+
+    Example:
+      >>> config = ColaConfig("(query|value)/kernel", knots=(200, 400))
+      >>> config.most_links, config.ties(199), config.ties(200)
+      (3, True, False)
+    """
+
+    lora: LoraConfig | LoraRule | str | Sequence[LoraRule | str]
+    knots: Sequence[int] = ()
+    links: int | None = None
+    ranks: Sequence[int] | None = None
+    alphas: Sequence[float] | None = None
+    schedule: str = "global"
+    merge: str = "master"
+    reinit: str = "random"
+    keep_links: bool = False
+
+    def __post_init__(self) -> None:
+        lora = self.lora if isinstance(self.lora, LoraConfig) else LoraConfig(self.lora)
+        object.__setattr__(self, "lora", lora)
+        for name in ("knots", "ranks", "alphas"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("merge", self.merge, _MERGES)
+        check_choice("reinit", self.reinit, ("random", "gradient"))
+        self._check_knots()
+        self._check_ranks()
+        if self.merge == "lazy" and lora.dropout:
+            raise ValueError(
+                f"merge='lazy' with dropout={lora.dropout}: the links of the past would be dropped out too, and the "
+                "knots would change the network. Use merge='master', or dropout=0."
+            )
+
+    def _check_knots(self) -> None:
+        for i, knot in enumerate(self.knots):
+            check_number(f"knots[{i}]", knot, low=1, integer=True, hint="At step 0 there is nothing to tie.")
+        if any(before >= after for before, after in itertools.pairwise(self.knots)):
+            raise ValueError(f"knots={self.knots} must increase. Sort them and drop what occurs twice.")
+        if self.links is not None:
+            check_number("links", self.links, low=1, integer=True)
+            if self.knots:
+                raise ValueError(
+                    f"links={self.links} is for chains whose knots are decided while they train; "
+                    f"knots={self.knots} make {len(self.knots) + 1} links. Give one of the two."
+                )
+        if self.most_links == 1:
+            warnings.warn(
+                "a chain without knots is LoRA. Give knots=(step, ...), or links=n where they are decided in training.",
+                NoEffectWarning,
+                stacklevel=4,
+            )
+
+    def _check_ranks(self) -> None:
+        for name in ("ranks", "alphas"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.most_links:
+                raise ValueError(f"{name}={values} needs one entry for each of the {self.most_links} links.")
+        for i, alpha in enumerate(self.alphas or ()):
+            check_number(f"alphas[{i}]", alpha, low=0.0, open_low=True)
+        if self.ranks is None:
+            return
+        for i, rank in enumerate(self.ranks):
+            check_number(f"ranks[{i}]", rank, low=1, integer=True)
+        if any(before < after for before, after in itertools.pairwise(self.ranks)):
+            raise ValueError(f"ranks={self.ranks} grow. Ranks step down: the shapes hold the first one. Reverse them.")
+        others = {rule.rank for rule in self.lora.rules} - {self.ranks[0]}
+        if others:
+            raise ValueError(
+                f"ranks={self.ranks} begin with {self.ranks[0]}, but rules have rank {sorted(others)}. "
+                f"Give every rule rank={self.ranks[0]}."
+            )
+
+    @property
+    def most_links(self) -> int:
+        """Links of the whole chain."""
+        return len(self.knots) + 1 if self.links is None else self.links
+
+    def ties(self, step: int, every: int = 1) -> bool:
+        """Whether a link ends with this step's update, the value of ``tie`` in ``effjax.cola``.
+
+        Args:
+          step: from 0; with accumulation, that of the micro-batch.
+          every: micro-batches in one update (``every_k_schedule`` of ``optax.MultiSteps``); knots count updates.
+
+        Returns:
+          True in the last micro-batch before a knot.
+
+        Example:
+          >>> config = ColaConfig("kernel", knots=(2,))
+          >>> [config.ties(step, every=2) for step in range(5)]
+          [False, False, False, True, False]
+        """
+        updates, rest = divmod(int(step) + 1, every)
+        return rest == 0 and updates in self.knots
+
+
+class ColaState(NamedTuple):
+    """A network under a chain of adapters: all that a checkpoint needs besides the optimizer's state.
+
+    Attributes:
+      base: the model's parameters.
+      lora: the trainable adapters of the present link.
+      link: int32, its index from 0.
+      key: raw PRNG key of the draws.
+      past: the links of the past side by side, scales folded into ``b``; only with lazy knots or ``keep_links``.
+      master: float32 kernels by path, of those targets that are narrower; None if none.
+    """
+
+    base: PyTree
+    lora: Lora
+    link: Int[Array, ""]
+    key: UInt[Array, "words"]
+    past: Lora | None
+    master: dict[str, Float[Array, "..."]] | None
+
+
+def cola_init(key: jax.Array, params: PyTree, config: ColaConfig, gradients: Kernels | None = None) -> ColaState:
+    """The first link of a chain; the network computes what it did before.
+
+    Args:
+      key: PRNG key. The first adapters are ``lora_init(key, ...)``; link k draws from ``fold_in(key, k)``.
+      params: the model's parameters, kept as the base: not copied, and so consumed by the first knot that is donated.
+      config: the chain.
+      gradients: of ``cola_gradients``, for ``reinit='gradient'``; without them the first ``a`` is random.
+
+    Returns:
+      A ``ColaState``.
+
+    Raises:
+      ValueError: as ``lora_init``.
+
+    Warns:
+      UserWarning: ``merge='plain'`` on kernels narrower than float32.
+
+    Example:
+      >>> params = {"Dense_0": {"kernel": jnp.ones((16, 8))}}
+      >>> state = cola_init(jax.random.key(0), params, ColaConfig("kernel", knots=(10, 20)))
+      >>> state.lora["Dense_0/kernel"]["a"].shape
+      (16, 8)
+    """
+    raw = jnp.copy(jax.random.key_data(key))  # a donated knot would consume the caller's key
+    lora = lora_init(key, params, config.lora)
+    if gradients is not None:
+        lora = _informed(lora, gradients)
+    past, master = chain_memory(params, lora, config)
+    return ColaState(params, lora, jnp.zeros((), jnp.int32), raw, past, master)
+
+
+def chain_memory(params: PyTree, lora: Lora, config: ColaConfig) -> tuple[Lora | None, dict[str, jax.Array] | None]:
+    """What a chain remembers at its start: room for the past links, float32 copies of narrower kernels."""
+    kernels = leaves_at(params, lora)
+    whole = [path for path, kernel in kernels.items() if not jnp.issubdtype(kernel.dtype, jnp.inexact)]
+    if whole and config.merge != "lazy":
+        raise ValueError(
+            f"merge={config.merge!r} cannot add a knot to {len(whole)} quantised kernels, e.g. {whole[0]} of dtype "
+            f"{kernels[whole[0]].dtype}. Use merge='lazy'."
+        )
+    narrow = {path: kernel for path, kernel in kernels.items() if jnp.dtype(kernel.dtype).itemsize < 4}
+    if narrow and config.merge == "plain":
+        path, kernel = next(iter(narrow.items()))
+        warnings.warn(
+            f"merge='plain' adds knots to {len(narrow)} {kernel.dtype} kernels ({path}, ...): what is below their "
+            "resolution is lost. Of changes of size 1e-5 in weights of size 0.02, bfloat16 keeps a third. Use "
+            "merge='master' or 'lazy'.",
+            stacklevel=3,
+        )
+    master = {path: wide(kernel) for path, kernel in narrow.items()} if config.merge == "master" else {}
+    past = None
+    if config.most_links > 1 and (config.merge == "lazy" or config.keep_links):
+        grow = config.most_links - 1
+        past = {
+            path: {
+                "a": jnp.zeros_like(jnp.concatenate([adapter["a"]] * grow, axis=-1)),
+                "b": jnp.zeros_like(jnp.concatenate([adapter["b"]] * grow, axis=-2)),
+            }
+            for path, adapter in lora.items()
+        }
+    return past, master or None
+
+
+def cola_adapters(state: ColaState, config: ColaConfig) -> tuple[Lora, dict[str, Any]]:
+    """The adapters that count now and their scales: the present link, with lazy knots all links in one.
+
+    For NNX and Equinox: ``lora_merge(state.base, *cola_adapters(state, config))``, or their factored form.
+
+    Args:
+      state: of the chain.
+      config: the chain.
+
+    Returns:
+      ``(lora, scales)``, the last two arguments of ``lora_params`` and ``lora_merge``.
+
+    Example:
+      >>> config = ColaConfig("kernel", knots=(10,), merge="lazy")
+      >>> state = cola_init(jax.random.key(0), {"kernel": jnp.ones((16, 8))}, config)
+      >>> cola_adapters(state, config)[0]["kernel"]["a"].shape
+      (16, 16)
+    """
+    lora, scales = _active(state.lora, state.link, config), _scales(state.lora, state.link, config)
+    if config.merge != "lazy" or state.past is None:
+        return lora, scales
+    joined = {path: _beside(state.past[path], _folded(lora[path], scales[path])) for path in lora}
+    return joined, dict.fromkeys(lora, 1.0)
+
+
+def cola_params(state: ColaState, config: ColaConfig) -> PyTree:
+    """Linen parameters for ``lora_apply``, in factored form: no W + s a b, no gradient of W's size.
+
+    Differentiate with respect to ``state.lora``, or let ``cola_value_and_grad`` do it.
+
+    Args:
+      state: of the chain.
+      config: the chain.
+
+    Returns:
+      The base with ``lora_a`` and ``lora_b`` beside the adapted kernels.
+
+    Example:
+      >>> config = ColaConfig("kernel", knots=(10,))
+      >>> state = cola_init(jax.random.key(0), {"kernel": jnp.ones((16, 8))}, config)
+      >>> sorted(cola_params(state, config))
+      ['kernel', 'lora_a', 'lora_b']
+    """
+    return lora_params(state.base, *cola_adapters(state, config))
+
+
+def cola_value_and_grad(
+    loss: Callable[..., Any], config: ColaConfig, *, has_aux: bool = False
+) -> Callable[..., tuple[Any, Lora]]:
+    """Loss and gradient with respect to the present link alone.
+
+    Args:
+      loss: ``(params, *args) -> loss``, or ``(loss, aux)``; its params are those of ``cola_params``, for
+        ``lora_apply(module.apply)``.
+      config: the chain.
+      has_aux: whether it returns ``aux``.
+
+    Returns:
+      Function ``(state, *args) -> (loss, gradient)``, the gradient shaped like ``state.lora``.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> from effjax.finetune.lora import lora_apply
+      >>> model, config = nn.Dense(8), ColaConfig("kernel", knots=(10,))
+      >>> state = cola_init(jax.random.key(0), model.init(jax.random.key(1), jnp.ones((1, 16)))["params"], config)
+      >>> loss = lambda params, x: lora_apply(model.apply)({"params": params}, x).sum()
+      >>> value, grads = cola_value_and_grad(loss, config)(state, jnp.ones((1, 16)))
+      >>> bool((grads["kernel"]["a"] == 0).all()), bool((grads["kernel"]["b"] != 0).all())
+      (True, True)
+    """
+
+    def value_and_grad(state: ColaState, *args: Any) -> tuple[Any, Lora]:
+        def of(lora: Lora) -> Any:
+            return loss(cola_params(state._replace(lora=lora), config), *args)
+
+        return jax.value_and_grad(of, has_aux=has_aux)(state.lora)
+
+    return value_and_grad
+
+
+def cola_merge(state: ColaState, config: ColaConfig, *, float32: bool = False) -> PyTree:
+    """Plain parameters of the model with the whole chain in them, for inference at the base's cost.
+
+    Args:
+      state: of the chain.
+      config: the chain.
+      float32: return the targets in float32, with all that was learned, whatever the base's dtype.
+
+    Returns:
+      A tree like ``state.base``.
+
+    Example:
+      >>> config = ColaConfig("kernel", knots=(10,))
+      >>> state = cola_init(jax.random.key(0), {"kernel": jnp.ones((16, 8), jnp.bfloat16)}, config)
+      >>> cola_merge(state, config)["kernel"].dtype, cola_merge(state, config, float32=True)["kernel"].dtype
+      (dtype(bfloat16), dtype('float32'))
+    """
+    masters = state.master or {}
+    kernels = {path: masters.get(path, wide(kernel)) for path, kernel in leaves_at(state.base, state.lora).items()}
+    merged = lora_merge(with_leaves(state.base, kernels), *cola_adapters(state, config))
+    if float32:
+        return merged
+    dtypes = {path: kernel.dtype for path, kernel in leaves_at(state.base, state.lora).items()}
+    return with_leaves(merged, {path: leaf.astype(dtypes[path]) for path, leaf in leaves_at(merged, dtypes).items()})
+
+
+def cola_extend(state: ColaState, config: ColaConfig, gradients: Kernels | None = None) -> ColaState:
+    r"""Tie the knot and extend the chain; the network computes what it did before.
+
+    .. math:: W \leftarrow W + s\, a\, b, \qquad a \sim \mathrm{init}, \qquad b \leftarrow 0
+
+    The optimizer's state is not touched: use ``cola_next``, which resets it as well. For use inside ``jit`` with the
+    state donated.
+
+    Args:
+      state: at the end of a link.
+      config: the chain.
+      gradients: of ``cola_gradients``, for ``reinit='gradient'``.
+
+    Returns:
+      The state at the start of the next link. A full chain comes back as it was.
+
+    Raises:
+      ValueError: ``reinit='gradient'`` without gradients; outside ``jit``, a chain that is full.
+
+    Example:
+      >>> config = ColaConfig("kernel", knots=(10,))
+      >>> state = cola_init(jax.random.key(0), {"kernel": jnp.zeros((16, 8))}, config)
+      >>> trained = {"kernel": {"a": jnp.ones((16, 8)), "b": jnp.ones((8, 8))}}
+      >>> state = cola_extend(state._replace(lora=trained), config)
+      >>> state.base["kernel"][0, 0].item(), state.lora["kernel"]["b"][0, 0].item()
+      (16.0, 0.0)
+    """
+    _check_room(state, config)
+    hold = state.link >= config.most_links - 1
+    lora, scales = _active(state.lora, state.link, config), _scales(state.lora, state.link, config)
+    link = state.link + jnp.where(hold, 0, 1).astype(state.link.dtype)
+    past, base, master = state.past, state.base, state.master
+    if past is not None:
+        written = {path: _written(past[path], _folded(lora[path], scales[path]), state.link) for path in past}
+        past = select_tree(hold, past, written)
+    if config.merge != "lazy":
+        deltas = {path: lora_delta(adapter, jnp.where(hold, 0.0, scales[path])) for path, adapter in lora.items()}
+        deltas = {path: delta.mT if out_first(path) else delta for path, delta in deltas.items()}
+        master = None if master is None else {path: master[path] + deltas[path] for path in master}
+        kernels = leaves_at(base, lora)
+        sums = {path: (master or {}).get(path, wide(kernel) + deltas[path]) for path, kernel in kernels.items()}
+        base = with_leaves(base, {path: sums[path].astype(kernel.dtype) for path, kernel in kernels.items()})
+    fresh = select_tree(hold, state.lora, _fresh(state, link, config, gradients))
+    return ColaState(base, fresh, link, state.key, past, master)
+
+
+def cola_next(
+    tx: optax.GradientTransformation, config: ColaConfig, reset: Reset | None = None
+) -> Callable[..., tuple[ColaState, PyTree]]:
+    """From one link to the next, between steps: extend the chain and reset the optimizer.
+
+    It is jitted, its arguments are donated and the shardings stay, so that it holds no second copy of the base. (In a
+    ``lax.cond`` inside the step there would always be one.) Call it before step t for every t of ``config.knots``.
+
+    Args:
+      tx: the optimizer of the adapters.
+      config: the chain.
+      reset: ``(tx, opt_state, lora, key) -> opt_state`` in place of ``cola_reset`` by ``config.schedule``.
+
+    Returns:
+      Function ``(state, opt_state, gradients=None) -> (state, opt_state)``.
+
+    Raises:
+      ValueError: at the call, a chain that is full, or as ``cola_extend`` and ``cola_reset``.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> from effjax.finetune.lora import lora_apply
+      >>> model, config, tx = nn.Dense(8), ColaConfig("kernel", knots=(2, 4)), optax.adam(1e-2)
+      >>> x = jnp.ones((4, 16))
+      >>> loss = lambda params, x: (lora_apply(model.apply)({"params": params}, x) ** 2).mean()
+      >>> @jax.jit
+      ... def step(state, opt_state, x):
+      ...     value, grads = cola_value_and_grad(loss, config)(state, x)
+      ...     updates, opt_state = tx.update(grads, opt_state, state.lora)
+      ...     return state._replace(lora=optax.apply_updates(state.lora, updates)), opt_state, value
+      >>> state = cola_init(jax.random.key(0), model.init(jax.random.key(1), x)["params"], config)
+      >>> opt_state, knot = tx.init(state.lora), cola_next(tx, config)
+      >>> for t in range(6):
+      ...     if t in config.knots:
+      ...         state, opt_state = knot(state, opt_state)
+      ...     state, opt_state, value = step(state, opt_state, x)
+      >>> state.link.item()
+      2
+    """
+
+    def knot(state: ColaState, opt_state: PyTree, gradients: Kernels | None) -> tuple[ColaState, PyTree]:
+        return extend_and_reset(tx, state, opt_state, config, reset, gradients)
+
+    @functools.cache
+    def jitted(structure: Any, shardings: tuple[NamedSharding | None, ...]) -> Callable[..., Any]:
+        out = jax.tree.unflatten(structure, shardings)
+        return jax.jit(knot, donate_argnums=(0, 1), out_shardings=out)
+
+    def call(state: ColaState, opt_state: PyTree, gradients: Kernels | None = None) -> tuple[ColaState, PyTree]:
+        _check_room(state, config)
+        leaves, structure = jax.tree.flatten((state, opt_state))
+        found = (getattr(leaf, "sharding", None) for leaf in leaves)
+        shardings = tuple(sharding if isinstance(sharding, NamedSharding) else None for sharding in found)
+        return jitted(structure, shardings)(state, opt_state, gradients)
+
+    return call
+
+
+def extend_and_reset(
+    tx: optax.GradientTransformation,
+    state: ColaState,
+    opt_state: PyTree,
+    config: ColaConfig,
+    reset: Reset | None,
+    gradients: Kernels | None,
+) -> tuple[ColaState, PyTree]:
+    """The traceable part of ``cola_next``."""
+    after = cola_extend(state, config, gradients)
+    if reset is None:
+        return after, cola_reset(tx, opt_state, after.lora, config.schedule)[0]
+    return after, reset(tx, opt_state, after.lora, _link_key(after.key, after.link))
+
+
+def cola_gradients(loss: Callable[..., Float[Array, ""]], state: ColaState, config: ColaConfig, *args: Any) -> Kernels:
+    """The gradient of the loss with respect to the adapted kernels, for ``reinit='gradient'``.
+
+    The one place where a gradient of W's size exists: call it at knots only, on a batch that is worth it.
+
+    Args:
+      loss: ``(params, *args) -> loss`` of the model's plain parameters (``module.apply``, without ``lora_apply``).
+      state: of the chain.
+      config: the chain.
+      *args: the batch.
+
+    Returns:
+      ``{kernel path: gradient}``.
+
+    Example:
+      >>> config = ColaConfig("kernel", knots=(10,), reinit="gradient")
+      >>> state = cola_init(jax.random.key(0), {"kernel": jnp.ones((16, 8))}, config)
+      >>> gradients = cola_gradients(lambda params, x: (x @ params["kernel"]).sum(), state, config, jnp.ones(16))
+      >>> cola_extend(state, config, gradients).lora["kernel"]["a"].shape
+      (16, 8)
+    """
+    merged = cola_merge(state, config)
+    return jax.grad(lambda kernels: loss(with_leaves(merged, kernels), *args))(leaves_at(merged, state.lora))
+
+
+def cola_links(state: ColaState, config: ColaConfig) -> tuple[Lora, ...]:
+    """The links of the chain that the state remembers, first to present, scales folded into ``b``.
+
+    All of them with lazy knots or ``keep_links``; else the present one only, so collect it before every knot.
+
+    Args:
+      state: of the chain, outside ``jit``.
+      config: the chain.
+
+    Returns:
+      Adapters of the links' own ranks and scale 1.
+
+    Example:
+      >>> config = ColaConfig(LoraRule("kernel", rank=4), knots=(10,), ranks=(4, 2), keep_links=True)
+      >>> state = cola_extend(cola_init(jax.random.key(0), {"kernel": jnp.ones((16, 8))}, config), config)
+      >>> [link["kernel"]["a"].shape for link in cola_links(state, config)]
+      [(16, 4), (16, 2)]
+    """
+    link = int(state.link)
+    scales = _scales(state.lora, state.link, config)
+    present = {path: _folded(adapter, scales[path]) for path, adapter in state.lora.items()}
+    ranks = (None,) * config.most_links if config.ranks is None else config.ranks
+
+    def cut(lora: Lora, k: int, start: int) -> Lora:
+        def one(path: str) -> dict[str, jax.Array]:
+            width = state.lora[path]["a"].shape[-1]
+            rows = slice(start * width, start * width + (width if ranks[k] is None else ranks[k]))
+            return {"a": lora[path]["a"][..., rows], "b": lora[path]["b"][..., rows, :]}
+
+        return {path: one(path) for path in lora}
+
+    before = () if state.past is None else tuple(cut(state.past, k, k) for k in range(link))
+    return (*before, cut(present, link, 0))
+
+
+def cola_export(links: Sequence[Lora]) -> Lora:
+    r"""A whole chain as ONE adapter of the summed rank and scale 1, exactly.
+
+    .. math:: a = [a_1, \dots, a_K], \qquad b = [s_1 b_1; \dots; s_K b_K], \qquad a b = \sum_k s_k a_k b_k
+
+    Args:
+      links: of ``cola_links``.
+
+    Returns:
+      Adapters for ``lora_params``, ``lora_merge`` or a PEFT folder, to be used with the base of before the chain and
+      scale 1 (alpha equal to the rank).
+
+    Raises:
+      ValueError: no links, or links of different kernels.
+
+    Example:
+      >>> link = {"kernel": {"a": jnp.ones((16, 4)), "b": jnp.ones((4, 8))}}
+      >>> cola_export([link, link])["kernel"]["b"].shape
+      (8, 8)
+    """
+    if not links or any(set(link) != set(links[0]) for link in links):
+        raise ValueError(
+            f"links: {len(links)} of them, with kernels {[sorted(link)[:3] for link in links]}; at least one is "
+            "needed, all of the same kernels. Pass those of cola_links(state, config)."
+        )
+    return functools.reduce(lambda left, right: {path: _beside(left[path], right[path]) for path in left}, links)
+
+
+def _check_room(state: ColaState, config: ColaConfig) -> None:
+    if not isinstance(state.link, jax.core.Tracer) and int(state.link) >= config.most_links - 1:
+        raise ValueError(
+            f"the chain has its {config.most_links} links already (knots={config.knots}, links={config.links}). Give "
+            "more knots, or links=n where they are decided in training."
+        )
+
+
+def _fresh(state: ColaState, link: Array, config: ColaConfig, gradients: Kernels | None) -> Lora:
+    drawn = lora_init(_link_key(state.key, link), state.base, config.lora)
+    if config.reinit == "gradient":
+        if gradients is None:
+            raise ValueError(
+                "reinit='gradient' needs gradients=cola_gradients(loss, state, config, batch) at every knot."
+            )
+        drawn = _informed(drawn, gradients)
+    # The sum takes over the sharding of the old adapters, on explicit meshes too.
+    fresh = jax.tree.map(lambda old, new: jnp.zeros_like(old) + new.astype(old.dtype), state.lora, drawn)
+    return _active(fresh, link, config)
+
+
+def _link_key(key: Array, link: Array) -> Array:
+    return jax.random.fold_in(jax.random.wrap_key_data(key), link)
+
+
+def _informed(lora: Lora, gradients: Kernels) -> Lora:
+    """Replace every ``a`` by the kernel gradient's leading directions on the input side, columns as long as before."""
+    missing = sorted(set(lora) - set(gradients))
+    if missing:
+        raise ValueError(f"gradients lack the kernels {missing[:5]}. Use cola_gradients(loss, state, config, batch).")
+
+    def informed(path: str, adapter: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        a, b = adapter["a"], adapter["b"]
+        gradient = wide(gradients[path])
+        gradient = gradient.mT if out_first(path) else gradient
+        rank, lead = a.shape[-1], b.shape[:-2]
+        directions = jnp.linalg.svd(gradient.reshape(*lead, -1, b.shape[-1]), full_matrices=False)[0][..., :rank]
+        length = jnp.sqrt(jnp.sum(wide(a) ** 2) / (rank * math.prod(lead)))
+        return {"a": (length * directions).reshape(a.shape).astype(a.dtype), "b": b}
+
+    return {path: informed(path, adapter) for path, adapter in lora.items()}
+
+
+def _scales(lora: Lora, link: Array, config: ColaConfig) -> dict[str, Any]:
+    scales = lora_scales(lora, config.lora)
+    if config.ranks is None and config.alphas is None:
+        return scales
+    root = math.sqrt if config.lora.rslora else float
+
+    def table(path: str) -> list[float]:
+        width = lora[path]["a"].shape[-1]
+        ranks = config.ranks or (width,) * config.most_links
+        alphas = config.alphas or (scales[path] * root(width),) * config.most_links
+        return [alpha / root(rank) for alpha, rank in zip(alphas, ranks, strict=True)]
+
+    return {path: jnp.asarray(table(path), float)[link] for path in lora}
+
+
+def _active(lora: Lora, link: Array, config: ColaConfig) -> Lora:
+    """Zero beyond the link's rank: there the gradients vanish as well."""
+    if config.ranks is None:
+        return lora
+    rank = jnp.asarray(config.ranks, jnp.int32)[link]
+
+    def mask(adapter: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        used = jnp.arange(adapter["a"].shape[-1]) < rank
+        a, b = adapter["a"], adapter["b"]
+        return {"a": jnp.where(used, a, jnp.zeros_like(a)), "b": jnp.where(used[:, None], b, jnp.zeros_like(b))}
+
+    return {path: mask(adapter) for path, adapter in lora.items()}
+
+
+def _folded(adapter: Mapping[str, jax.Array], scale: Any) -> dict[str, jax.Array]:
+    b = adapter["b"]
+    return {"a": adapter["a"], "b": (b * scale).astype(b.dtype)}
+
+
+def _beside(left: Mapping[str, jax.Array], right: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {
+        "a": jnp.concatenate([left["a"], right["a"]], axis=-1),
+        "b": jnp.concatenate([left["b"], right["b"]], axis=-2),
+    }
+
+
+def _written(past: Mapping[str, jax.Array], adapter: Mapping[str, jax.Array], link: Array) -> dict[str, jax.Array]:
+    start = link * adapter["a"].shape[-1]
+    return {
+        name: jax.lax.dynamic_update_slice_in_dim(past[name], adapter[name], start, axis=axis)
+        for name, axis in (("a", adapter["a"].ndim - 1), ("b", adapter["b"].ndim - 2))
+    }
+
+
+def select_tree(hold: Bool[Array, ""], old: PyTree, new: PyTree) -> PyTree:
+    """``old`` where ``hold``, else ``new``; leafwise."""
+    return jax.tree.map(lambda a, b: jax.lax.select_n(hold, b, a), old, new)

@@ -1,0 +1,221 @@
+"""Per stem: a loop of a user's own with the public functions, and the study's arm; both give parameters.
+
+To join: a function ``() -> (parameters of the loop, parameters of the arm)`` in ``CASES``. It may use the recipe for
+the arm alone; what the loop needs is written out.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from small_graph import write_small_cora
+
+import effjax
+from effjax.data.bucket_sampler import BucketSampler
+from effjax.data.pipeline import batches
+from effjax.data.sequences import sequence_data
+from effjax.finetune.chain import ColaConfig, cola_init, cola_next, cola_value_and_grad
+from effjax.finetune.lora import LoraRule, lora_apply
+from effjax.models.mlp import MLP
+from effjax.models.sequence import LSTMCell
+from effjax.models.sequence_network import SequenceNetwork, step_network
+from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
+from effjax.optim.scale_by_batch_size import scale_by_batch_size
+from effjax.recurrent.drivers import fptt_step
+from effjax.recurrent.fptt import fptt, fptt_terminal_loss
+from effjax.recurrent.irnn import IncrementalRNN
+from effjax.recurrent.tarnn import TARNN
+from effjax.study.resolve import resolve
+from effjax.tasks.image import image_task
+from effjax.tasks.sequence import sequence_task
+from effjax.tasks.text import text_task
+from effjax.train.loop import fit
+from effjax.train.trainer import supervised
+from effjax.transformers.token_drop import token_drop_columns, vocabulary_stop_ids
+
+KEY = jax.random.key(0)
+
+
+def arm(study, name, *words):
+    """The program of a smoke preset's arm, its final state, and its task."""
+    program = resolve(f"{study}:smoke", [str(word) for word in words]).build(name)
+    return program, fit(program, 0).state
+
+
+def samuel_loop():
+    program, state = arm("samuel", "digits-mlp-64-offline/samuel", "--settings", "offline", "--budget.amount", 20)
+
+    task = image_task("digits", MLP((64,), classes=10))
+    tx = samuel(lambda rate: optax.sgd(rate, 0.9), (1.0, 0.1, 0.01, 0.001, 0.0001), period=2, total_steps=20)
+    losses_and_grads = samuel_value_and_grad(lambda params, batch: task.loss({"params": params}, batch)[0], loop="vmap")
+
+    @jax.jit
+    def step(params, opt, batch):
+        losses, grads = losses_and_grads(params, batch)
+        updates, opt = tx.update(grads, opt, params, value=losses)
+        return samuel_sync(optax.apply_updates(params, updates), opt), opt
+
+    params = samuel_init(task.init(KEY)["params"], 5)
+    opt, stream = tx.init(params), batches(task.train, 64, seed=0)
+    for _ in range(20):
+        params, opt = step(params, opt, next(stream))
+    return samuel_eval_params(opt, params), program.params(state)["params"]
+
+
+def cola_loop():
+    words = ("--tasks", "digits/mlp-8", "--budget.amount", 12, "--batch-size", 8, "--links", 3)
+    _, state = arm("cola", "digits-mlp-8/cola-3", *words)
+
+    start, drawn = jax.random.split(KEY)
+    config = ColaConfig(LoraRule("kernel$", rank=1, alpha=2.0), knots=(4, 8), keep_links=True)
+    tx = optax.adamw(optax.linear_schedule(1e-2, 0.0, 12), weight_decay=0.0)
+    pretrained = resolve("cola:smoke", ["--tasks", "digits/mlp-8"]).groups()[0].load()
+    apply = lora_apply(pretrained.loss)
+    value_and_grad = cola_value_and_grad(lambda params, batch: apply({"params": params}, batch)[0], config)
+
+    @jax.jit
+    def step(chain, opt, batch):
+        _, grads = value_and_grad(chain, batch)
+        updates, opt = tx.update(grads, opt, chain.lora)
+        return chain._replace(lora=optax.apply_updates(chain.lora, updates)), opt
+
+    chain = cola_init(drawn, jax.tree.map(jnp.copy, pretrained.init(start)["params"]), config)
+    opt, knot, stream = tx.init(chain.lora), cola_next(tx, config), batches(pretrained.train, 8, seed=0)
+    for t in range(12):
+        if t in config.knots:
+            chain, opt = knot(chain, opt)
+        chain, opt = step(chain, opt, next(stream))
+    return (chain.lora, chain._replace(lora=None)), (state.params["lora"], state.model["frozen"])
+
+
+def _texts(columns, arm_name, study):
+    words = ("--tasks", "sms_spam/encoder-1x8", "--train-rows", 100, "--test-rows", 20, "--max-length", 16)
+    words += ("--budget.amount", 1, "--max-shapes", 2, "--dropout", 0.0)
+    program, state = arm(study, f"sms_spam-encoder-1x8/{arm_name}", *words)
+
+    task = text_task("sms_spam", "encoder-1x8", max_length=16, train_rows=100, test_rows=20, dropout=0.0)
+    sampler = BucketSampler(columns(task), seed=0, epochs=1, pad_id=task.tokenizer.pad_id, cap=32, max_shapes=2)
+    tx = optax.chain(
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(0.0),
+        scale_by_batch_size(base=32),
+        optax.scale_by_learning_rate(optax.linear_schedule(1e-3, 0.0, sampler.total_steps)),
+    )
+
+    @jax.jit
+    def step(params, opt, batch):
+        grads = jax.grad(lambda params: task.loss({"params": params}, batch)[0])(params)
+        updates, opt = tx.update(grads, opt, params, batch_size=batch["weight"].sum())
+        return optax.apply_updates(params, updates), opt
+
+    params = task.init(jax.random.split(KEY)[0])["params"]
+    opt = tx.init(params)
+    for batch in sampler:
+        params, opt = step(params, opt, batch)
+    return params, program.params(state)["params"]
+
+
+def bucket_sampler_loop():
+    return _texts(lambda task: task.train, "buckets", "bucket_sampler")
+
+
+def token_drop_loop():
+    stops = lambda task: vocabulary_stop_ids(task.tokenizer)
+    return _texts(
+        lambda task: token_drop_columns(task.train, stops(task), seed=0, period=5), "token-drop", "token_drop"
+    )
+
+
+def _layer(layer, study, name):
+    words = ("--tasks", "noisy-digits-12", "--hidden", 4, "--batch-size", 8, "--train-rows", 32, "--budget.amount", 3)
+    _, state = arm(study, f"noisy-digits-12/{name}", *words)
+
+    data = sequence_data("noisy-digits-12", train_rows=32)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
+    trained = fit(supervised(sequence_task(data, SequenceNetwork(layer, 10)), tx, steps=3, batch_size=8), 0).state
+    return trained.params, state.params
+
+
+def irnn_layer():
+    return _layer(IncrementalRNN(4, length=12), "irnn", "irnn")
+
+
+def tarnn_layer():
+    return _layer(TARNN(4, variant="euler", length=12), "tarnn", "tarnn-euler")
+
+
+def fptt_loop():
+    words = ("--tasks", "digits-permuted", "--cells", "lstm", "--hidden", 6, "--parts", 4, "--batch-size", 8)
+    words += ("--train-rows", 32, "--test-rows", 16, "--budget.amount", 6, "--alphas", 0.02)
+    _, state = arm("fptt", "digits-permuted-lstm-6/fptt-0.02", *words)
+
+    data = sequence_data("digits-permuted", train_rows=32, test_rows=16)
+    net = step_network(LSTMCell(6), outputs=10, inputs=1)
+    loss = lambda w, h, labels, part: fptt_terminal_loss(net.read(w, h), labels, part, auxiliary="none")
+    tx = fptt(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(2e-3)), alpha=0.02)
+    train = fptt_step(net.cell, loss, tx, parts=4, terminal=True, encode=net.encode, time_axis=1)
+    train = jax.jit(train, donate_argnums=(0, 1))
+    w = jax.jit(net.init)(KEY)
+    opt, stream = jax.jit(tx.init)(w), batches(data.train, 8, seed=0)
+    for _ in range(6):
+        batch = next(stream)
+        w, opt, _, _ = train(w, opt, net.start(8), batch["inputs"], batch["targets"])
+    return (w, opt), (state.params, state.opt)
+
+
+def fastrain_call(tmp_path):
+    graph = write_small_cora(tmp_path / "small.npz")
+    words = ("--tasks", graph, "--per-class", 3, "--hidden", 8, "--stages", 2, "--epochs-per-step", 5)
+    words += ("--budget.amount", 20, "--budget.unit", "epochs", "--samples", 2, "--calibration-epochs", 3)
+    words += ("--threshold", 0.3, "--arms", "fastrain")
+    _, state = arm("fastrain", "small-3/fastrain", *words)
+
+    data = effjax.node_data(graph)
+    mask = effjax.draw_labelled(jax.random.split(KEY, 3)[0], data.labels, data.classes, 3)
+    problem = effjax.NodeProblem(data.features, data.adjacency, data.labels, mask, data.classes)
+    network = functools.partial(effjax.NodeClassifier, data.classes, hidden=8, dropout=0.5, initializer="released")
+    depth = lambda params: len([name for name in params if name.startswith("conv_")])
+
+    def init(key, deep):
+        return network(depth=3 if deep else 2).init(key, data.features, data.adjacency)["params"]
+
+    def apply(params, features, adjacency, *, key=None):
+        rngs = None if key is None else {"dropout": key}
+        module = network(depth=depth(params))
+        return module.apply({"params": params}, features, adjacency, train=key is not None, rngs=rngs)
+
+    config = effjax.FastrainConfig(
+        stages=2, epochs=10, epochs_per_step=5, samples=2, calibration_epochs=3, threshold=0.3
+    )
+    found = effjax.fastrain(KEY, init, apply, problem, config)
+    return (found.params, found.labels, found.added), (effjax.fastrain_params(state), state.labels, state.added)
+
+
+def geeni_call():
+    small = {"members": 2, "folds": 3, "modes": ("full",), "fractions": (0.1, 0.3), "epochs_per_step": 5}
+    words = ("--hidden", 8, "--train-per-class", 6, "--val-per-class", 10, "--members", 2)
+    words += ("--folds", 3, "--modes", "full", "--fractions", 0.1, 0.3, "--epochs-per-step", 5)
+    words += ("--budget.amount", 30, "--budget.unit", "epochs", "--arms", "geeni-learned")
+    _, state = arm("geeni", "cora/geeni-learned", *words)
+
+    data = effjax.node_data("cora", row_normalize=True)
+    train, val, _ = effjax.draw_split(jax.random.fold_in(KEY, 0), data.labels, data.classes, 6, 10)
+    problem = effjax.GeeniProblem(data.features, data.adjacency, data.labels, train, val, data.classes)
+    config = effjax.GeeniConfig(**small, width=4, epochs=30, isolate="learned", precompute=False)
+    found = effjax.geeni(KEY, problem, config)
+    served = effjax.geeni_serve(state, problem, config=config)
+    return found, served
+
+
+CASES = {
+    "samuel": samuel_loop,
+    "cola": cola_loop,
+    "bucket_sampler": bucket_sampler_loop,
+    "token_drop": token_drop_loop,
+    "irnn": irnn_layer,
+    "tarnn": tarnn_layer,
+    "fptt": fptt_loop,
+    "fastrain": fastrain_call,
+    "geeni": geeni_call,
+}

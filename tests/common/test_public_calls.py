@@ -1,0 +1,33 @@
+"""What the README shows is what the study trains: the public call and the study's arm give the same bits."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from public_calls import CASES
+
+import effjax
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """Tiny programs: compiling takes longer than running them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def bits(leaf):
+    return jax.random.key_data(leaf) if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key) else leaf
+
+
+@pytest.mark.parametrize("stem", effjax.METHODS)
+def test_the_public_call_gives_the_bits_of_the_study_s_arm(stem, tmp_path):
+    case = CASES[stem]
+    loop, arm = case(tmp_path) if "tmp_path" in inspect.signature(case).parameters else case()
+    assert jax.tree.structure(loop) == jax.tree.structure(arm)
+    assert jax.tree.leaves(loop)
+    for left, right in zip(jax.tree.leaves(loop), jax.tree.leaves(arm), strict=True):
+        np.testing.assert_array_equal(bits(left), bits(right))

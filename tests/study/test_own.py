@@ -1,0 +1,192 @@
+"""`compare` on a user's own networks and data, read from a CSV: killed and continued, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import optax
+import pytest
+
+from effjax.recipes.spec import Claim
+from effjax.study.compare import compare
+from effjax.tasks.custom import task
+from effjax.train.options import Budget, TrainOptions
+from effjax.train.trainer import supervised
+
+SCRIPT = """
+import csv, sys
+import equinox as eqx, flax.linen as nn, jax, numpy as np, optax
+from flax import nnx
+from effjax.study.compare import compare
+from effjax.tasks.custom import task
+from effjax.train.options import TrainOptions
+from effjax.train.trainer import supervised
+
+kind, path, out, steps = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+rows = list(csv.DictReader(open(path)))
+x = np.array([[float(row["a"]), float(row["b"])] for row in rows], np.float32)
+label = np.array([int(row["kind"]) for row in rows], np.int32)
+data = {"train": {"x": x[:150], "label": label[:150]}, "test": {"x": x[150:], "label": label[150:]}}
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.first, self.norm = nnx.Linear(2, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+        self.drop, self.last = nnx.Dropout(0.1, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
+    def __call__(self, x):
+        return self.last(self.drop(nnx.relu(self.norm(self.first(x)))))
+
+networks = {
+    "nnx": lambda: Nnx,
+    "equinox": lambda: lambda key: eqx.nn.MLP(2, 2, 8, 1, key=key),
+    "linen": lambda: nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)]),
+}
+mine = task(networks[kind](), data, name=f"mine-{kind}")
+options = TrainOptions(checkpoint_steps=8, log_steps=5)
+compare(
+    task=mine,
+    arms={
+        "sgd": optax.sgd(0.1),
+        "adam": supervised(mine, optax.adam(0.01), options=options),
+        "cosine": lambda steps: optax.sgd(optax.cosine_decay_schedule(0.3, steps)),
+    },
+    budget=steps, seeds=(0, 1), options=options, out=out, quiet=True,
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def csv(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    rng = np.random.default_rng(0)
+    rows = ["a,b,kind"]
+    for a, b in rng.normal(size=(200, 2)):
+        rows.append(f"{a:.4f},{b:.4f},{int(a * b > 0)}")
+    (folder / "points.csv").write_text("\n".join(rows))
+    (folder / "script.py").write_text(SCRIPT)
+    return folder
+
+
+def start(folder: Path, kind: str, out: Path, cache: Path):
+    words = [sys.executable, folder / "script.py", kind, folder / "points.csv", out, "64"]
+    cached = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = {**os.environ, **cached, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen):
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("kind", ["nnx", "equinox", "linen"])
+def test_three_arms_on_a_network_of_ones_own_killed_and_continued(kind, csv, tmp_path):
+    finish(start(csv, kind, tmp_path / "whole", tmp_path / "cache"))
+    cut = start(csv, kind, tmp_path / "cut", tmp_path / "cache")
+    while cut.poll() is None and not list((tmp_path / "cut").glob(".work/arms/*/adam/0/checkpoints/*")):
+        time.sleep(0.02)
+    assert cut.poll() is None, "it ended before it could be killed"
+    cut.send_signal(signal.SIGKILL)
+    cut.communicate()
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("done.json")}
+    assert done  # the arm before is finished and kept
+    finish(start(csv, kind, tmp_path / "cut", tmp_path / "cache"))
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut")]
+    metrics = [{name: arm["metrics"] for name, arm in result["arms"].items()} for result in results]
+    assert metrics[0] == metrics[1]
+    assert results[0]["groups"] == {f"mine-{kind}": {"name": "accuracy", "goal": "max", "label": "test accuracy"}}
+    assert (tmp_path / "cut" / "report.png").exists()
+    assert f"mine-{kind}/sgd" in results[0]["arms"]
+
+
+def small():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 2)).astype(np.float32)
+    columns = {"x": x, "label": (x[:, 0] > 0).astype(np.int32)}
+    init = lambda key: {"w": np.zeros((2, 2), np.float32)}
+    return task((init, lambda params, x: x @ params["w"]), {"train": columns, "test": columns}, name="small")
+
+
+def test_budgets_claims_and_arms_that_do_nothing(tmp_path):
+    mine = small()
+    found = compare(
+        task=mine,
+        arms={"sgd": optax.sgd(0.5), "same": lambda steps: optax.sgd(0.5), "still": optax.sgd(0.0)},
+        budget=Budget(3, "epochs"),
+        batch_size=16,
+        seeds=(0,),
+        claims=[Claim("sgd", ">=", "still"), Claim("sgd", ">=", "nobody"), Claim("still", ">=", 0.99)],
+        out=tmp_path,
+        quiet=True,
+    )
+    assert found["idle"] == [["small/sgd", "small/same"]]
+    assert [(claim["text"], claim["holds"]) for claim in found["claims"]] == [
+        ("the test accuracy of sgd is at least that of still", True),
+        ("the test accuracy of still is at least 0.99", False),
+    ]
+    assert found["budget"] == {"amount": 3, "unit": "epochs"}
+    steps = json.loads((tmp_path / "curves.json").read_text())["small/sgd"]["0"]["step"]
+    assert steps[-1] == 12
+    again = compare(
+        task=mine,
+        arms={"sgd": optax.sgd(0.5), "same": optax.sgd(0.5), "still": optax.sgd(0.0)},
+        budget=Budget(3, "epochs"),
+        batch_size=16,
+        seeds=(0,),
+        out=tmp_path,
+        quiet=True,
+    )
+    assert again["arms"] == found["arms"]
+    with pytest.raises(ValueError, match=r"holds another comparison:\s+config.batch_size: 16 there, 32 here"):
+        compare(
+            task=mine,
+            arms={"sgd": optax.sgd(0.5), "same": optax.sgd(0.5), "still": optax.sgd(0.0)},
+            budget=Budget(3, "epochs"),
+            batch_size=32,
+            seeds=(0,),
+            out=tmp_path,
+            quiet=True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "needs a study such as 'samuel:smoke', or task, arms and budget"),
+        ({"task": small(), "arms": {"a": optax.sgd(0.1)}}, ValueError, "budget is missing"),
+        ({"task": small(), "arms": {}, "budget": 5}, ValueError, "leaves nothing to compare"),
+        ({"task": small(), "arms": {"a/b": optax.sgd(0.1)}, "budget": 5}, ValueError, "'a/b' cannot be a name"),
+        ({"task": small(), "arms": {"a": 3}, "budget": 5}, TypeError, r"arms\['a'\] is a int"),
+        ({"task": "digits", "arms": {"a": 3}, "budget": 5}, TypeError, "task is a str; make one by effjax.task"),
+        ({"study": "samuel:smoke", "budget": 5}, ValueError, "a study has its own"),
+        (
+            {
+                "task": small(),
+                "arms": {"a": supervised(small(), optax.sgd(0.1))},
+                "budget": 5,
+                "options": TrainOptions(accumulate=2),
+            },
+            ValueError,
+            "the arm 'a' is a Program, which has its own",
+        ),
+        (
+            {
+                "task": small(),
+                "arms": {"a": optax.sgd(0.1)},
+                "budget": 5,
+                "options": TrainOptions(dtype="bfloat16"),
+            },
+            ValueError,
+            "train.dtype='bfloat16', but 'small' was made with dtype='float32'",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(arguments, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        compare(**arguments, out=tmp_path / "out", quiet=True)
+    assert not list(tmp_path.rglob("results.json"))
