@@ -34,7 +34,7 @@ def write(path, content):
         ("tab.tsv", "body\tkind\nWin now\tspam\nHi\tham\n"),
         ("UPPER.CSV", "body,kind\nWin now,spam\nHi,ham\n"),
         ("wide.csv", "body,kind\nWin now,spam\nHi,ham\n".encode("utf-16")),
-        ("packed.csv.gz", gzip.compress(b"body,kind\nWin now,spam\nHi,ham\n")),
+        ("packed.csv.gz", gzip.compress(b"body,kind\nWin now,spam\nHi,ham\n", mtime=0)),
         ("lines.jsonl", '{"body": "Win now", "kind": "spam"}\n{"kind": "ham", "body": "Hi"}\n'),
         ("lines.ndjson", '{"body": "Win now", "kind": "spam"}\r\n\r\n{"kind": "ham", "body": "Hi"}'),
         ("lines.json", '{"body": "Win now", "kind": "spam"}\n{"kind": "ham", "body": "Hi"}\n'),
