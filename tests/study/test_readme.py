@@ -65,7 +65,8 @@ def test_a_tables_marker_must_make_sense():
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *CARDS], ids=lambda path: path.parent.name)
-def test_python_blocks_run(path):
+def test_python_blocks_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where blocks write
     blocks = re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
     assert blocks
     names = {"__name__": "readme"}  # the blocks of a page follow one another
