@@ -75,6 +75,7 @@ class SamuelStudy(StudyConfig):
         super().__post_init__()
         for name in ("batch_size", "phases", "one_gradient_every"):
             check_number(name, getattr(self, name), low=1, integer=True)
+        check_number("momentum", self.momentum, low=0, high=1, open_high=True)
         check_number("period_fraction", self.period_fraction, low=0, high=1, open_low=True)
         for name in ("grid", "cosine_grid", "experts", "one_gradient_rates"):
             for rate in getattr(self, name):

@@ -1,12 +1,13 @@
 """The words of a study: config, group, arm, sweep and claim, all of them data."""
 
+import collections
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from effjax.core.errors import near
+from effjax.core.errors import check_number, near
 from effjax.data.files import read_data
 from effjax.tasks.task import Metric
 from effjax.train.options import Budget, TrainOptions
@@ -156,8 +157,8 @@ class StudyConfig:
     def __post_init__(self):
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={self.seeds} must be one or more different integers, e.g. 0 1 2.")
-        if any(isinstance(seed, bool) or seed < 0 for seed in self.seeds):
-            raise ValueError(f"seeds={self.seeds} must not be negative.")
+        for seed in self.seeds:
+            check_number("seeds", seed, low=0, high=2**32 - 1, integer=True)
         if not self.arms:
             raise ValueError("arms=() leaves nothing to compare. Give names or patterns; '*' takes all.")
 
@@ -167,7 +168,7 @@ def choose_arms(groups: Sequence[Group], patterns: Sequence[str]) -> list[Group]
     ``!pattern`` matches. Sweeps without members and groups without arms are left out.
 
     Raises:
-      ValueError: a pattern that matches no arm of any group, or no arm left.
+      ValueError: no group, a name that comes twice, a pattern that matches no arm of any group, or no arm left.
 
     Example:
       >>> arms = [Arm(name, "baseline", lambda task: None) for name in ("sgd-1", "sgd-2", "adam")]
@@ -175,6 +176,7 @@ def choose_arms(groups: Sequence[Group], patterns: Sequence[str]) -> list[Group]
       >>> [arm.name for arm in choose_arms([group], ("sgd-*", "!sgd-2"))[0].arms]
       ['sgd-1']
     """
+    _check_once(groups)
     names = sorted({arm.name for group in groups for arm in group.arms})
     for pattern in patterns:
         bare = pattern.removeprefix("!")
@@ -192,3 +194,15 @@ def choose_arms(groups: Sequence[Group], patterns: Sequence[str]) -> list[Group]
     if not found:
         raise ValueError(f"arms={tuple(patterns)} leaves nothing to compare.")
     return found
+
+
+def _check_once(groups: Sequence[Group]) -> None:
+    """Refuse what would overwrite another's results, before anything is trained."""
+    if not groups:
+        raise ValueError("the config leaves no task to compare arms on. Give at least one of each kind of setting.")
+    lists = {"group": [group.name for group in groups]}
+    lists |= {f"arm of {group.name}": [*(arm.name for arm in group.arms), *group.sweeps] for group in groups}
+    for what, names in lists.items():
+        twice = [name for name, count in collections.Counter(names).items() if count > 1]
+        if twice:
+            raise ValueError(f"the {what} {twice[0]!r} would come twice. Give every task, rate or number once.")

@@ -10,6 +10,7 @@ import numpy as np
 
 from effjax.core.errors import check_choice
 from effjax.core.tree import leaf_paths
+from effjax.study.lock import FolderLock
 from effjax.study.progress import Progress
 from effjax.study.resolve import Study, resolve_saved
 from effjax.train.checkpoint import Checkpoints, describe_difference
@@ -34,11 +35,12 @@ def train_arm(study: Study, arm: str | None, seed: int, out: Path | None) -> dic
     out = out or study.default_out.with_name(f"{study.default_out.name}-{re.sub('[^A-Za-z0-9.]+', '-', arm)}-{seed}")
     identity = {"study": study.stem, "preset": study.preset, "arm": arm, "config": study.config_dict}
     program = study.build(arm)
-    with Progress(quiet=jax.process_index() > 0) as progress:
+    first = jax.process_index() == 0
+    with Progress(quiet=not first) as progress, FolderLock(out, first=first, say=progress.say):
         progress.plan(program.total_steps)
         label = f"{arm}, seed {seed}"
         progress.say(label)
-        if jax.process_index() == 0:
+        if first:
             _mark(out, {**identity, "seed": seed})
         result = fit(
             program,
@@ -50,7 +52,7 @@ def train_arm(study: Study, arm: str | None, seed: int, out: Path | None) -> dic
             on_compile=progress.compiling(label),
         )
     metrics = {**result.train, **program.judged(result.state), "train_s": result.train_s, "skipped": result.skipped}
-    if jax.process_index() == 0:
+    if first:
         write_json(out / "metrics.json", metrics)
     return metrics
 

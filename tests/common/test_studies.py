@@ -67,8 +67,11 @@ def test_a_tiny_study_writes_everything(stem, tmp_path, capsys):
     assert "left]" in capsys.readouterr().err  # progress with the time left
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("stem", STEMS)
+# Of whole smoke presets the README's is in the default suite; the others come with `-m nightly`.
+SMOKE = [pytest.param(stem, marks=pytest.mark.study if stem == "samuel" else pytest.mark.nightly) for stem in STEMS]
+
+
+@pytest.mark.parametrize("stem", SMOKE)
 def test_a_smoke_preset_runs_from_the_command_line(stem, tmp_path):
     code, out, err = finish(start(f"{stem}:smoke", "--out", tmp_path / "out"))
     assert code == 0, err

@@ -186,3 +186,17 @@ def test_arms_are_chosen_by_pattern_and_empty_sweeps_go():
         chosen("a-3")
     with pytest.raises(ValueError, match="leaves nothing to compare"):
         chosen("b", "!b")
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([], "leaves no task to compare"),
+        ([group("a"), group("a")], "the group 'g' would come twice"),
+        ([group("a", "b", "a")], "the arm of g 'a' would come twice"),
+        ([group("a", a="*")], "the arm of g 'a' would come twice"),
+    ],
+)
+def test_names_that_would_overwrite_one_another_are_refused(groups, message):
+    with pytest.raises(ValueError, match=message):
+        choose_arms(groups, ("*",))
