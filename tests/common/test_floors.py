@@ -71,10 +71,20 @@ def test_no_import_runs_up(path):
     assert complaints(parts[0], path.read_text(), package) == []
 
 
-def test_families_export_nothing():
+def test_packages_import_none_of_their_modules_before_they_are_used():
     for path in PACKAGE.glob("*/__init__.py"):
-        body = ast.parse(path.read_text()).body
-        assert all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body), path
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert ast.unparse(node) in ("import importlib", "from typing import Any"), path
+
+
+def test_the_namespace_of_training_gives_what_it_lists():
+    import effjax
+
+    assert set(effjax.train.__all__) <= set(dir(effjax.train))
+    assert all(callable(getattr(effjax.train, name)) for name in effjax.train.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'superwised'"):
+        effjax.train.superwised  # noqa: B018
 
 
 @pytest.mark.parametrize(
