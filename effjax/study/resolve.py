@@ -142,7 +142,9 @@ def resolve(target: str, overrides: Sequence[str] = (), own: OwnData | None = No
     config = _override(base, [*words, *overrides], f"effjax ... {stem}:{preset}")
     recipe = importlib.import_module(f"effjax.recipes.{stem}")
     config = config if own is None else with_own(config, recipe, own)
-    return Study(stem, preset, config, config != base, recipe)
+    study = Study(stem, preset, config, config != base, recipe)
+    study.groups()  # refuses patterns that match no arm
+    return study
 
 
 def resolve_saved(stem: str, preset: str, values: Mapping[str, Any]) -> Study:

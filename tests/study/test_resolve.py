@@ -57,7 +57,7 @@ def test_bad_overrides_exit_with_a_suggestion(words, message, capsys):
     [
         (["--seeds", "1", "1"], "seeds=.* different"),
         (["--budget.amount", "-3"], "budget.amount=-3"),
-        (["--others", "adamm"], "Did you mean 'adam'"),
+        (["--arms", "adamm"], "Did you mean 'adam'"),
         (["--tasks", "digits"], "DATA/MODEL"),
         (["--train.accumulate", "0"], "accumulate=0"),
     ],
