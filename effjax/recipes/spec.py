@@ -163,6 +163,19 @@ class StudyConfig:
             raise ValueError("arms=() leaves nothing to compare. Give names or patterns; '*' takes all.")
 
 
+def chosen(name: str, patterns: Sequence[str]) -> bool:
+    """Whether ``StudyConfig.arms`` chooses an arm of this name.
+
+    Example:
+      >>> chosen("adam", ("!sgd-*",)), chosen("sgd-2", ("sgd-*", "!sgd-2"))
+      (True, False)
+    """
+    wanted = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
+    unwanted = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    hit = lambda some: any(fnmatch.fnmatchcase(name, pattern) for pattern in some)
+    return hit(wanted) and not hit(unwanted)
+
+
 def choose_arms(groups: Sequence[Group], patterns: Sequence[str]) -> list[Group]:
     """The groups with the arms that ``StudyConfig.arms`` chooses: those that a pattern matches, less those that a
     ``!pattern`` matches. Sweeps without members and groups without arms are left out.
@@ -182,12 +195,9 @@ def choose_arms(groups: Sequence[Group], patterns: Sequence[str]) -> list[Group]
         bare = pattern.removeprefix("!")
         if not fnmatch.filter(names, bare):
             raise ValueError(f"arms: {pattern!r} matches none of {', '.join(names)}.{near(bare, names)}")
-    wanted = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
-    unwanted = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
-    hit = lambda name, some: any(fnmatch.fnmatchcase(name, pattern) for pattern in some)
     found = []
     for group in groups:
-        arms = [arm for arm in group.arms if hit(arm.name, wanted) and not hit(arm.name, unwanted)]
+        arms = [arm for arm in group.arms if chosen(arm.name, patterns)]
         sweeps = {name: sweep for name, sweep in group.sweeps.items() if any(sweep.matches(arm.name) for arm in arms)}
         if arms:
             found.append(group._replace(arms=arms, sweeps=sweeps))

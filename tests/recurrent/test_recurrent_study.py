@@ -12,12 +12,13 @@ from effjax.data.pipeline import batches
 from effjax.data.sequences import sequence_data
 from effjax.models.sequence_network import SequenceNetwork
 from effjax.recipes import irnn, tarnn
-from effjax.recipes.recurrent import LAYERS, RecurrentStudy, recurrent_groups
+from effjax.recipes.recurrent import RecurrentStudy, recurrent_groups
 from effjax.recipes.spec import Budget, choose_arms
-from effjax.recurrent.irnn import IncrementalRNN
+from effjax.recurrent.irnn import IncrementalRNN, IncrementalRNNCell
 from effjax.recurrent.tarnn import TARNN
 from effjax.study.claims import decide
 from effjax.tasks.sequence import sequence_task
+from effjax.tasks.sequence_layers import LAYERS, sequence_cell, sequence_layer
 from effjax.train.loop import fit
 from effjax.train.options import TrainOptions
 from effjax.train.trainer import supervised
@@ -60,15 +61,26 @@ def test_tokens_are_read_at_every_step_and_values_at_the_end(task, shape):
 
 def test_operands_and_chunks_reach_the_layers():
     options = TrainOptions(dtype="bfloat16", remat=True)
-    config = dataclasses.replace(SMALL, train=options, unroll=2)
+    config = dataclasses.replace(SMALL, tasks=("noisy-digits-100",), train=options, unroll=2)
+    layer = lambda name, **fields: built(dataclasses.replace(config, **fields), name).task.module.layer
     for name in ("irnn", "tarnn-euler", "lru"):
-        assert LAYERS[name].make(config, 100).dtype == jnp.bfloat16
-    assert LAYERS["lstm"].make(config, 100).cell.dtype == jnp.bfloat16
+        assert layer(name).dtype == jnp.bfloat16
+    assert layer("lstm").cell.dtype == jnp.bfloat16
     for name in ("irnn", "lstm", "chrono-lstm"):
-        assert LAYERS[name].make(config, 100).chunk == 10
-        assert LAYERS[name].make(dataclasses.replace(config, chunk=7), 100).chunk == 7
-        assert LAYERS[name].make(config, 100).unroll == 2
-    assert LAYERS["chrono-lstm"].make(config, 100).cell.chrono_length == 100
+        assert layer(name).chunk == 10
+        assert layer(name, chunk=7).chunk == 7
+        assert layer(name).unroll == 2
+    assert layer("chrono-lstm").cell.chrono_length == 100
+
+
+def test_layers_and_cells_by_name():
+    assert isinstance(sequence_cell("irnn", 4, length=12), IncrementalRNNCell)
+    assert sequence_cell("tarnn-convex-shared", 4, length=12).eta_mode == "shared"
+    assert sequence_layer("fastrnn-per-time", 4, length=12).cell.length == 12
+    with pytest.raises(ValueError, match="Did you mean 'irnn'"):
+        sequence_layer("irn", 4, length=12)
+    with pytest.raises(ValueError, match="name='dual-ode' is not one of"):
+        sequence_cell("dual-ode", 4, length=12)
 
 
 @pytest.mark.parametrize("name", ["lru-4", "min-gru", "irnn-equilibrium"])
