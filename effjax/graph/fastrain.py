@@ -61,63 +61,72 @@ class NodeProblem(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FastrainConfig:
+class FastrainSettings:
+    """How stages are trained and their pseudolabels chosen: what the arms of a study share."""
+
+    stages: int = 4
+    """Number of stages of self-training."""
+    epochs_per_step: int = 50
+    """Epochs in one compiled step; a plateau is looked for after each step."""
+    start: Literal["same", "fresh", "warm"] = "same"
+    """Parameters at the start of a stage: the same draw every time (the authors'), a new one, or, where the depth is
+    the same, those of the last."""
+    exact_drop: bool = False
+    """Drop an exact number of edges in every epoch, as the authors do, by a sort; else each with a probability."""
+    threshold: float = 0.8
+    """Calibrated confidence above which a prediction may become a label."""
+    deep_below: float = 0.025
+    """Share of the nodes with a label below which the network is deep, where its depth is planned."""
+    samples: int = 10
+    """Number of predictions on graphs with dropped edges that must agree; 0 filters nothing."""
+    samples_keep: float = 0.9
+    """Share of the edges that such a graph keeps."""
+    calibration_epochs: int = 200
+    """Epochs of the calibration head."""
+    calibration_dropout: bool = False
+    """Leave the frozen network's dropout on while its head is trained, as the authors' program does; the network then
+    runs in every epoch of the head."""
+    top_k: int = 70
+    """Nodes per class that top-k self-training labels in its only round, and M3S in each."""
+    clusters: int = 200
+    """Number of clusters of M3S."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FastrainConfig(FastrainSettings):
     """Settings of FASTRAIN; other values make plain self-training, top-k self-training and M3S of it.
 
+    The other fields are those of ``FastrainSettings``.
+
     Attributes:
-      stages: how often to train.
       epochs: per stage, at most; a multiple of ``epochs_per_step``.
-      epochs_per_step: epochs in one ``fastrain_step``, compiled as one program.
       depth: of every stage's network; 'plan' for dynamic sizing (``stage_plan``).
       keep: share of the edges that an epoch keeps; 'plan' for dynamic regularisation.
-      deep_below: share of the nodes with a label below which 'plan' takes the deep network.
-      exact_drop: drop an exact number of edges, as the authors do, which takes a sort; else each with a probability.
       pool: epochs take their graph from as many subsets of the edges, drawn once per stage; None draws for each epoch.
       pruned: remove edges between members of the training set that are predicted to differ.
       select: 'threshold' gives confident nodes a label, 'top-k' the most confident of each class, 'm3s' those of them
         whose cluster agrees.
-      threshold: calibrated probability above which a prediction may become a label.
-      samples: predictions on graphs with dropped edges that must agree; 0 for no filtering.
-      samples_keep: share of the edges that such a graph keeps.
-      top_k: nodes per class and stage that 'top-k' and 'm3s' label.
-      clusters: of 'm3s'.
       weighted: pseudolabels weigh as much as the network is sure of them; else as much as labels.
       growth: for few labels, beyond the paper: a stage labels at most this many times the labelled nodes per class
         (``guard_pseudolabels``); None sets no limit.
       agreement: with ``growth``, the share of the confident nodes whose samples must agree, or none gets a label.
       plateau: beyond the paper: a stage ends when the mean loss of a step fell by less than this share; None trains all
         epochs. With steps of few epochs Adam's slow start looks like a plateau; 50 epochs are safe.
-      start: parameters that a stage starts from: the 'same' draw every time, as the authors do, a 'fresh' one, or
-        'warm', those of the last stage where the depth is the same.
-      calibration_epochs: of the calibration head.
-      calibration_dropout: leave the network's dropout on while the head is trained, as the authors' program does.
       head_dropout: rate on the head's hidden layer.
       smoothed: Correct & Smooth the last stage's predictions.
       tx: optimizer of a stage.
     """
 
-    stages: int = 4
     epochs: int = 300
-    epochs_per_step: int = 50
     depth: Literal["plan", "deep", "shallow"] = "plan"
     keep: float | Literal["plan"] = "plan"
-    deep_below: float = 0.025
-    exact_drop: bool = False
     pool: int | None = None
     pruned: bool = True
     select: Literal["threshold", "top-k", "m3s"] = "threshold"
-    threshold: float = 0.8
-    samples: int = 10
-    samples_keep: float = 0.9
-    top_k: int = 70
-    clusters: int = 200
     weighted: bool = False
     growth: float | None = None
     agreement: float = 0.8
     plateau: float | None = None
-    start: Literal["same", "fresh", "warm"] = "same"
-    calibration_epochs: int = 200
-    calibration_dropout: bool = False
     head_dropout: float = 0.5
     smoothed: bool = False
     tx: optax.GradientTransformation = _OPTIMIZER
@@ -444,6 +453,30 @@ def fastrain_scores(state: FastrainState, apply: Apply, problem: NodeProblem, co
         labels = jnp.where(mask, state.labels, 0)
         scores = correct_and_smooth(loopless_adjacency(problem.adjacency), jax.nn.softmax(scores), labels, mask)
     return scores
+
+
+def fastrain_metrics(
+    state: FastrainState, apply: Apply, problem: NodeProblem, config: FastrainConfig
+) -> dict[str, float]:
+    """How good a run is, at its end or in its midst. Runs on the host.
+
+    Args:
+      state: of the run.
+      apply: see ``fastrain``.
+      problem: the graph, with all labels.
+      config: settings.
+
+    Returns:
+      Those of ``evaluate_stages``, up to the present stage; with ``pruned`` the share ``edges_kept`` of the edges, with
+      a ``plateau`` the ``epochs`` of all stages.
+    """
+    predictions = state.predictions[: int(state.stage)]
+    if len(predictions) < config.stages:  # in the middle of a run
+        now = fastrain_scores(state, apply, problem, config).argmax(-1).astype(jnp.int32)
+        predictions = jnp.concatenate([predictions, now[None]])
+    found = evaluate_stages(problem.labels, state.labels, state.added, predictions)
+    found |= {"edges_kept": float(jnp.mean(state.edges))} if config.pruned else {}
+    return found | ({} if config.plateau is None else {"epochs": float(state.epochs.sum())})
 
 
 # A stage's plan and parameters

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from effjax.core.errors import check_number
-from effjax.graph.adjacency import gcn_normalize
+from effjax.core.errors import check_choice, check_number
+from effjax.graph.adjacency import gcn_normalize, loopless_adjacency
 from effjax.graph.error_nodes import error_auc, error_scores, label_free_trust, spread_errors
 from effjax.graph.geeni import (
     GeeniConfig,
@@ -27,11 +28,19 @@ from effjax.graph.members import (
     fold_members,
     member_probabilities,
 )
+from effjax.graph.propagation import correct_and_smooth
 from effjax.graph.sparse import SparseMatrix
+
+_correct_and_smooth = jax.jit(correct_and_smooth)
 
 
 def geeni_metrics(
-    state: GeeniState, problem: GeeniProblem, test: Bool[Array, "nodes"], *, config: GeeniConfig
+    state: GeeniState,
+    problem: GeeniProblem,
+    test: Bool[Array, "nodes"],
+    *,
+    config: GeeniConfig,
+    after: Literal["drop-edges", "correct-smooth"] | None = None,
 ) -> dict[str, Float[Array, ""] | float]:
     """What the served ensemble is worth on the test nodes. Runs on the host.
 
@@ -40,6 +49,8 @@ def geeni_metrics(
       problem: the graph, with the labels of the test nodes.
       test: bool [N].
       config: of the method.
+      after: what a rival does with the probabilities before its accuracy is taken: 'drop-edges' takes their mean over
+        edge subsets (``over_edge_subsets``), 'correct-smooth' propagates the known labels (``correct_and_smooth``).
 
     Returns:
       By name: 'accuracy' of ``geeni_serve``; where several networks are served their mean 'accuracy_member' and
@@ -51,7 +62,7 @@ def geeni_metrics(
     members, (matrix, _) = served_members(state, config=config), member_graphs(problem, config)
     score = lambda found: _accuracy(found, problem.labels, test)
     served = geeni_serve(state, problem, config=config)
-    metrics = {"accuracy": score(served())}
+    metrics = {"accuracy": score(_afterwards(after, served(), state, problem, config))}
     if members.count > 1:
         metrics["accuracy_member"] = _member_accuracy(members, problem, matrix, test)
         metrics["accuracy_ensemble"] = score(geeni_serve(state, problem, config=whole)())
@@ -65,6 +76,18 @@ def geeni_metrics(
         metrics["edges_removed"] = 1 - int(served.matrix.pattern.size) / int(matrix.pattern.size)
         metrics["isolated"] = jnp.mean(state.isolation.send == 0)
     return metrics
+
+
+def _afterwards(
+    after: str | None, found: jax.Array, state: GeeniState, problem: GeeniProblem, config: GeeniConfig
+) -> jax.Array:
+    check_choice("after", after, (None, "drop-edges", "correct-smooth"))
+    if after == "drop-edges":
+        return jnp.mean(over_edge_subsets(state, problem, config=config), axis=0)
+    if after == "correct-smooth":
+        known = problem.train | problem.val
+        return _correct_and_smooth(loopless_adjacency(problem.adjacency), found, problem.labels, known)
+    return found
 
 
 def _accuracy(found: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:

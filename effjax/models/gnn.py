@@ -1,5 +1,8 @@
 """Node classifiers: stacks of one kind of graph layer."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 from jax.typing import DTypeLike
@@ -128,3 +131,39 @@ class NodeClassifier(nn.Module):
         if self.layer == "gcnii" and 0 < index < self.depth - 1:
             return GCNIIConv(index, **options)(x, first, adjacency)
         return Linear(width, **options)(x)
+
+
+def sized_networks(
+    module: Callable[..., nn.Module], features: Features, adjacency: SparseMatrix, *, shallow: int = 2, deep: int = 3
+) -> tuple[Callable[[jax.Array, bool], Any], Callable[..., jax.Array]]:
+    """``init`` and ``apply`` of ``fastrain``, for networks of two depths; the parameters tell which one they are of.
+
+    Args:
+      module: ``depth -> module``, of ``depth`` entries of parameters: a partial ``NodeClassifier``.
+      features: X, for the shapes.
+      adjacency: S, for the shapes.
+      shallow: depth of the shallow network.
+      deep: of the deep one.
+
+    Returns:
+      ``(key, deep) -> params`` and ``(params, features, adjacency, *, key=None) -> logits``; ``key`` is of dropout.
+
+    Example:
+      >>> import functools
+      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> graph, x = gcn_adjacency([0, 1], [1, 0], 3), jax.numpy.ones((3, 5))
+      >>> init, apply = sized_networks(functools.partial(NodeClassifier, 2, hidden=8), x, graph)
+      >>> params = init(jax.random.key(0), True)
+      >>> len(params), apply(params, x, graph).shape
+      (3, (3, 2))
+    """
+
+    def init(key: jax.Array, is_deep: bool) -> Any:
+        return module(depth=deep if is_deep else shallow).init(key, features, adjacency)["params"]
+
+    def apply(params: Any, features: Features, adjacency: SparseMatrix, *, key: jax.Array | None = None) -> jax.Array:
+        streams = {} if key is None else {"dropout": key}
+        network = module(depth=len(params))
+        return network.apply({"params": params}, features, adjacency, train=key is not None, rngs=streams)
+
+    return init, apply

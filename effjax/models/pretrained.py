@@ -287,6 +287,17 @@ def _carried(pretrained: Pretrained) -> dict[str, np.ndarray]:
     return {name: tensor for name, tensor in read_tensors(find_weights(pretrained.folder)).items() if name in names}
 
 
+def is_decoder(source: str | os.PathLike[str]) -> bool:
+    """Whether a pretrained model, a name or a folder of ``model_folder``, predicts the next token.
+
+    Example:
+      >>> is_decoder("stories260k")
+      True
+    """
+    folder = model_folder(source, holds="model.safetensors*")
+    return _read_config(folder / "config.json")["model_type"] in ("opt", "llama")
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())

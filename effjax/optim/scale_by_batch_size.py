@@ -86,3 +86,30 @@ def scale_by_batch_size(
         return jax.tree.map(lambda u: (wide(u) * factor).astype(u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def adamw_by_batch_size(
+    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.0, base: float | None = 64
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW with ``scale_by_batch_size``, where it belongs.
+
+    Args:
+      learning_rate: meant for batches of ``base`` examples.
+      weight_decay: of AdamW.
+      base: see ``scale_by_batch_size``; None for AdamW as it is.
+
+    Returns:
+      A transformation whose ``update`` needs ``batch_size``, unless ``base`` is None.
+
+    Example:
+      >>> tx = adamw_by_batch_size(0.5, base=4)
+      >>> updates, _ = tx.update(jnp.ones(1), tx.init(jnp.ones(1)), jnp.ones(1), batch_size=16)
+      >>> round(updates.item(), 4)
+      -1.0
+    """
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(weight_decay),
+        *([] if base is None else [scale_by_batch_size(base=base)]),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -3,71 +3,51 @@
 import dataclasses
 import functools
 import itertools
-import json
-import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
 from effjax.core.errors import check_number
-from effjax.core.folders import model_folder
-from effjax.core.tree import leaves_at
 from effjax.data.ragged import Ragged, padded_columns
 from effjax.data.sets import load
-from effjax.data.shift import permute_pixels
-from effjax.finetune.chain import ColaConfig, cola_export, cola_links, cola_next
-from effjax.finetune.lora import LoraConfig, LoraRule, lora_scales
+from effjax.finetune.chain import ColaConfig, cola_next
+from effjax.finetune.lora import LoraConfig, LoraRule
 from effjax.finetune.restart import cola_reset
 from effjax.finetune.rivals import plora_next, rac_lora, relora_reset, relora_schedule
-from effjax.models.mlp import MLP
+from effjax.models.pretrained import is_decoder
 from effjax.optim.by_part import by_part
-from effjax.recipes.spec import Arm, Claim, Group, StudyConfig
-from effjax.recipes.texts import (
-    Plan,
-    adamw,
-    bucketed,
-    check_epochs,
-    check_tasks,
-    group_name,
-    padded,
-    text_metric,
-)
+from effjax.optim.scale_by_batch_size import adamw_by_batch_size
+from effjax.recipes.spec import Arm, Claim, Group
+from effjax.recipes.texts import Plan, TextFields, bucketed, check_epochs, group_name, padded, text_metric
 from effjax.tasks.adapted import (
-    chain_of,
     cola_task,
     full_task,
     head_task,
     kernels_task,
     lora_task,
-    save_adapters,
-    save_merged,
+    next_link,
+    periodic_task,
+    save_adapted,
 )
-from effjax.tasks.image import image_task
 from effjax.tasks.language import lm_task
 from effjax.tasks.prompt import prompt_task
 from effjax.tasks.task import Metric, Task
 from effjax.tasks.text import text_task, train_and_test
 from effjax.train.loaders import column_loader, planned_loader
-from effjax.train.loop import fit
-from effjax.train.program import Loader, Phase, Program
-from effjax.train.trainer import TrainState, supervised
+from effjax.train.permuted import permuted_task
+from effjax.train.program import Loader, Program
+from effjax.train.trainer import supervised, with_knots
 from effjax.transformers.token_drop import token_drop_columns, vocabulary_stop_ids
-
-PyTree = Any
 
 MODALITY, OWN_MODEL = "text", "minilm"
 LANGUAGE = ("tiny_shakespeare", "wikitext2", "ptb")
 """Data without labels: the task is to predict the next token."""
-_MLP = re.compile(r"mlp((?:-\d+)+)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ColaStudy(StudyConfig):
+class ColaStudy(TextFields):
     """Config of the COLA study."""
 
     tasks: tuple[str, ...] = ("digits/mlp-64-64",)
@@ -96,30 +76,18 @@ class ColaStudy(StudyConfig):
     """Initial learning rate of GaLore."""
     galore_every: int = 20
     """Steps between two projections of GaLore."""
-    weight_decay: float = 0.0
-    """Weight decay of AdamW."""
     batch_size: int = 64
     """Examples of one step."""
     batch_sizes: tuple[int, ...] = ()
     """Examples of one step, with a group of arms for each number; () for the one group of batch_size."""
     partial_batches: bool = False
     """Whether the last texts of an epoch, which do not fill a batch, are trained on too, beside dummy rows."""
-    train_rows: int | None = None
-    """Most training texts used; all when None."""
-    test_rows: int | None = None
-    """Most test texts used; all when None."""
-    max_length: int = 64
-    """Tokens of a text; longer ones are truncated, shorter ones padded."""
     dropout: float = 0.0
     """Every dropout rate of an encoder."""
-    scan_layers: bool = False
-    """Whether one layer is compiled instead of all of them."""
     max_shapes: int = 6
     """Number of batch shapes that BucketSampler may use."""
     bucket_passes: int = 2
     """Passes over the data of the arms with BucketSampler, per pass of the others: theirs are several times shorter."""
-    tokens: int = 8192
-    """Most padded tokens of one of BucketSampler's batches."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -129,7 +97,6 @@ class ColaStudy(StudyConfig):
             for value in getattr(self, name):
                 check_number(name, value, low=low, integer=True, hint="One link is LoRA." if low == 2 else "")
         check_number("rival_links", self.rival_links, low=2, integer=True)
-        check_tasks(self.tasks)
 
 
 def groups(config: ColaStudy) -> list[Group]:
@@ -158,21 +125,17 @@ def claims(config: ColaStudy) -> dict[str, tuple[Claim, ...]]:
         Claim("lora", "<=", "materialised", of="step_ms", why="factored adapters against materialised ones"),
         Claim("lora", "<=", "materialised", of="peak_bytes", why="factored adapters against materialised ones"),
     )
-    stack = tuple(Claim(arm, "<=", "lora", until="lora") for arm in ("lora-dynamic", "lora-buckets", "stacked"))
-    return {
-        group.name: cost if config.batch_sizes else (*_quality(config, group.metric.goal), *stack)
-        for group in groups(config)
-    }
-
-
-def _quality(config: ColaStudy, goal: str) -> Iterator[Claim]:
-    op = ">=" if goal == "max" else "<="
+    better = functools.partial(Claim, op="no worse")
     chained = [f"cola-{links}" for links in sorted(config.links)]
-    yield from (Claim(arm, op, "lora") for arm in chained)
-    yield from (Claim(b, op, a, why="longer chains are better") for a, b in itertools.pairwise(chained))
-    for times in config.summed:
-        yield Claim(f"lora-x{times}", op, f"cola-{times}", why="LoRA of the summed rank, where its memory is there")
-    yield Claim(f"cola-{config.rival_links}", op, "resets", why="the merge does it, not the restart of the optimizer")
+    summed = "LoRA of the summed rank, where its memory is there"
+    quality = (
+        *(better(arm, than="lora") for arm in chained),
+        *(better(b, than=a, why="longer chains are better") for a, b in itertools.pairwise(chained)),
+        *(better(f"lora-x{times}", than=f"cola-{times}", why=summed) for times in config.summed),
+        better(f"cola-{config.rival_links}", than="resets", why="the merge does it, not the restart of the optimizer"),
+        *(Claim(arm, "<=", "lora", until="lora") for arm in ("lora-dynamic", "lora-buckets", "stacked")),
+    )
+    return dict.fromkeys((group.name for group in groups(config)), cost if config.batch_sizes else quality)
 
 
 def _arms(config: ColaStudy, task: str) -> Iterator[Arm]:
@@ -224,49 +187,17 @@ def _metric(task: str) -> Metric:
 def _load(config: ColaStudy, name: str) -> Task:
     data, _, model = name.rpartition("/")
     if data == "digits" and config.own is None:
-        return _digits(model)
-    made = {"dtype": config.train.dtype, "remat": config.train.remat, "scan_layers": config.scan_layers}
+        return permuted_task(data, model)
     if data in LANGUAGE and config.own is None:
-        rows = {"train_rows": config.train_rows, "test_rows": config.test_rows}
-        return lm_task(data, model, length=config.max_length, **rows, **made)
+        return lm_task(data, model, length=config.max_length, **config.made)
     data, model = config.data(data, MODALITY), config.model(model)
-    data = load(data) if isinstance(data, str) else data
+    data, made = load(data) if isinstance(data, str) else data, {"max_length": config.max_length, **config.made}
     for split, columns in zip(("train_rows", "test_rows"), train_and_test(data), strict=True):
-        most = getattr(config, split)
-        made[split] = None if most is None else min(most, len(next(iter(columns.values()))))
-    if not model.startswith("encoder-"):
-        folder = model_folder(model, holds="model.safetensors*")
-        if json.loads((folder / "config.json").read_text())["model_type"] in ("opt", "llama"):
-            return prompt_task(data, model, max_length=config.max_length, **made)
-    return text_task(data, model, max_length=config.max_length, dropout=config.dropout, **made)
-
-
-def _digits(model: str) -> Task:
-    """An MLP trained on the digits, to be adapted to the digits with their pixels permuted."""
-    widths = _MLP.fullmatch(model)
-    if not widths:
-        raise ValueError(f"tasks='digits/{model}': the model must be like 'mlp-64-64', the widths of hidden layers.")
-    data = load("digits")
-    module = MLP(tuple(map(int, widths[1][1:].split("-"))), classes=len(data.classes))
-    before, steps = image_task(data, module), 1500
-    rows = np.random.default_rng(0).integers(0, len(before.train["label"]), (steps, 64))
-    drawn = lambda batch, index, rng: {name: column[rows[index]] for name, column in before.train.items()}
-    tx = optax.adam(optax.linear_schedule(3e-3, 0.0, steps))
-    trained = fit(supervised(before, tx, steps=steps, loader=column_loader(before.train, 64, transform=drawn)), seed=0)
-    params = jax.tree.map(jnp.asarray, trained.state.params)
-    permuted = permute_pixels(0, data.splits["train"]["image"].shape[1:])
-    splits = {name: permuted(columns) for name, columns in data.splits.items()}
-    after = image_task(dataclasses.replace(data, splits=splits), module)
-    return after._replace(
-        name=f"digits, pixels permuted/{model}",
-        init=lambda key: {"params": params},
-        example_inputs=after.test["image"][:64],
-    )
-
-
-def _targets(task: Task) -> str:
-    """The kernels of a transformer's query and value, or all of them."""
-    return "(query|value)/kernel$" if task.tokenizer is not None else "kernel$"
+        if made[split] is not None:
+            made[split] = min(made[split], len(next(iter(columns.values()))))
+    if not model.startswith("encoder-") and is_decoder(model):
+        return prompt_task(data, model, **made)
+    return text_task(data, model, dropout=config.dropout, **made)
 
 
 # The arms
@@ -280,120 +211,103 @@ class _Run(NamedTuple):
     loader: Loader
     steps: int
 
-    def adamw(self, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-        size = self.config.batch_size if self.loader.shapes else None
-        return adamw(rate, self.config.weight_decay, size)
+    @property
+    def targets(self) -> str:
+        """The kernels to adapt: those of a transformer's query and value, or all of them."""
+        return self.config.targets or ("(query|value)/kernel$" if self.task.tokenizer is not None else "kernel$")
 
     def falling(self, peak: float, steps: int | None = None) -> optax.Schedule:
         """From ``peak`` linearly to zero, over the run or ``steps``."""
         return optax.linear_schedule(peak, 0.0, steps or self.steps)
 
+    def adamw(self, rate: optax.Schedule | None = None) -> optax.GradientTransformation:
+        """AdamW, with the falling rate of the adapters where none is given."""
+        rate = rate or self.falling(self.config.learning_rate)
+        base = self.config.batch_size if self.loader.shapes else None
+        return adamw_by_batch_size(rate, weight_decay=self.config.weight_decay, base=base)
+
     def lora(self, times: int = 1) -> LoraConfig:
         """Adapters of ``times`` the study's rank; alpha / rank stays."""
         rank = times * self.config.rank
-        return LoraConfig(LoraRule(self.config.targets or _targets(self.task), rank, self.config.scale * rank))
+        return LoraConfig(LoraRule(self.targets, rank, self.config.scale * rank))
 
-    def knots(self, links: int) -> tuple[int, ...]:
+    def chain(self, links: int, **options: Any) -> ColaConfig:
         """Equal links over the run."""
-        return tuple(round(link * self.steps / links) for link in range(1, links))
+        knots = tuple(round(link * self.steps / links) for link in range(1, links))
+        return ColaConfig(self.lora(), knots=knots, **options)
 
     def program(
         self,
         own: Task,
         optimizers: Mapping[str, optax.GradientTransformation],
-        *,
-        head_rate: float | None = None,
         knots: tuple[int, ...] = (),
-        leave: Callable[[TrainState], TrainState] | None = None,
-        adapters: Callable[[TrainState], tuple[PyTree, Any]] | None = None,
+        leave: Callable[..., tuple[Any, Any]] | None = None,
     ) -> Program:
-        """Ordinary training of an adapted task, left for a moment at its knots.
+        """Ordinary training of an adapted task.
 
         Args:
           own: the adapted task.
-          optimizers: of its parts, but for the head, which trains beside them and never restarts.
-          head_rate: initial learning rate of the head; None for that of the adapters.
-          knots: steps at whose start ``leave`` is called.
-          leave: from one link to the next.
-          adapters: ``state -> (adapters, scales)``, against the pretrained network.
+          optimizers: of its parts; a head, if there is one, trains as the adapters do, and never restarts.
+          knots: see ``with_knots``.
+          leave: see ``with_knots``.
         """
-        if "body" in self.task.details:
-            head = self.adamw(self.falling(head_rate or self.config.learning_rate))
-            optimizers = {**optimizers, "head": head}
+        parts = {"head": self.adamw(), **optimizers}
+        if "body" not in self.task.details:
+            del parts["head"]
         program = supervised(
             own,
-            by_part(optimizers),
+            by_part(parts),
             steps=self.steps,
             loader=self.loader,
             options=self.config.train,
             train_metrics=lambda means: {"train_loss": means["loss"]},
         )
-        network = lambda state: own.details["merge"](program.params(state))
-
-        def export(state: TrainState, out: Path, *, merged: bool = False) -> None:
-            head = state.params.get("head")
-            if merged:
-                save_merged(out, self.task, network(state)["params"], head)
-            elif adapters is None:
-                raise ValueError(f"--out {out}: this arm has no adapters. Add --merged, or export NAME.safetensors.")
-            else:
-                save_adapters(out, self.task, *adapters(state), head)
-
-        step, edges = program.phases[0].step, (0, *knots, self.steps)
-        lengths = [after - before for before, after in itertools.pairwise(edges)]
-        return program._replace(
+        return with_knots(program, knots, leave)._replace(
             task=self.task,
             # The half of the key that the network starts from is dropout's, too; the other half draws adapters.
             init=lambda key: program.init(key)._replace(key=jax.random.split(key)[0]),
-            phases=(*(Phase(step, length, leave=leave) for length in lengths[:-1]), Phase(step, lengths[-1])),
-            params=network,
+            params=lambda state: own.details["merge"](state.variables),
             trained=lambda state: state.params,
-            export=export,
+            export=lambda state, out, *, merged=False: save_adapted(out, own, state.variables, merged=merged),
         )
 
 
 def _run(config: ColaStudy, plan: Plan | None, passes: int, task: Task) -> _Run:
-    size = config.batch_size
-    if plan is not None:
-        check_epochs(config)
-        if not isinstance(task.train.get("input_ids"), Ragged):
-            raise ValueError(
-                f"{task.name} has no texts of different lengths, so its batches cannot be planned by them."
-            )
-        epochs = int(config.budget.amount) * passes
-        return _Run(config, task, *planned_loader(functools.partial(plan, task), config.seeds, epochs, size))
-    ragged = isinstance(task.train.get("input_ids"), Ragged)
-    columns = padded_columns(task.train, config.max_length, task.tokenizer.pad_id) if ragged else task.train
-    loader = column_loader(columns, size)
-    return _Run(config, task, loader, config.budget.steps(size, loader.epoch_steps))
+    size, ragged = config.batch_size, isinstance(task.train.get("input_ids"), Ragged)
+    if plan is None:
+        columns = padded_columns(task.train, config.max_length, task.tokenizer.pad_id) if ragged else task.train
+        loader = column_loader(columns, size)
+        return _Run(config, task, loader, config.budget.steps(size, loader.epoch_steps))
+    check_epochs(config)
+    if not ragged:
+        raise ValueError(f"{task.name} has no texts of different lengths, so its batches cannot be planned by them.")
+    epochs = int(config.budget.amount) * passes
+    return _Run(config, task, *planned_loader(functools.partial(plan, task), config.seeds, epochs, size))
 
 
 def _lora(run: _Run, times: int = 1) -> Program:
     """LoRA of ``times`` the rank."""
-    config = run.lora(times)
-    adapters = lambda state: (state.params["lora"], lora_scales(state.params["lora"], config))
-    tx = run.adamw(run.falling(run.config.learning_rate))
-    return run.program(lora_task(run.task, config), {"lora": tx}, adapters=adapters)
+    return run.program(lora_task(run.task, run.lora(times)), {"lora": run.adamw()})
 
 
 def _materialised(run: _Run) -> Program:
     """LoRA whose kernels W + s a b are formed in every step: what factored adapters save."""
-    own, tx = lora_task(run.task, run.lora()), run.adamw(run.falling(run.config.learning_rate))
+    own = lora_task(run.task, run.lora())
     merge, plain = own.details["merge"], run.task.loss
     loss = lambda variables, batch, key=None, *, train=True: plain(merge(variables), batch, key, train=train)
-    return run.program(own._replace(loss=loss), {"lora": tx})
+    return run.program(own._replace(loss=loss), {"lora": run.adamw()})
 
 
 def _resets(run: _Run) -> Program:
     """LoRA whose optimizer restarts where a chain has its knots, and nothing else: no merge, no new adapters."""
-    tx = run.adamw(run.falling(run.config.learning_rate))
+    tx = run.adamw()
     reset = jax.jit(lambda opt, adapters: cola_reset(tx, opt, adapters)[0])
 
-    def leave(state: TrainState) -> TrainState:
-        return state._replace(opt={**state.opt, "lora": reset(state.opt["lora"], state.params["lora"])})
+    def leave(variables: Any, opt: Any) -> tuple[Any, Any]:
+        return variables, {**opt, "lora": reset(opt["lora"], variables["params"]["lora"])}
 
-    own = lora_task(run.task, run.lora())
-    return run.program(own, {"lora": tx}, knots=run.knots(run.config.rival_links), leave=leave)
+    knots = run.chain(run.config.rival_links).knots
+    return run.program(lora_task(run.task, run.lora()), {"lora": tx}, knots, leave)
 
 
 def _chain(
@@ -402,28 +316,14 @@ def _chain(
     tx: optax.GradientTransformation | None = None,
     *,
     schedule: str = "global",
-    reset: Callable[..., PyTree] | None = None,
+    reset: Callable[..., Any] | None = None,
 ) -> Program:
     """COLA: ``links`` adapters one after another, as in the README: ``cola_init``, steps, ``cola_next``."""
-    if tx is None:
-        length = run.steps if schedule == "global" else -(-run.steps // links)
-        tx = run.adamw(run.falling(run.config.learning_rate, length))
-    config = ColaConfig(run.lora(), knots=run.knots(links), schedule=schedule, keep_links=True)
-    knot = cola_next(tx, config, reset)
-
-    chain_in = lambda state: chain_of({"params": state.params, **state.model})
-
-    def leave(state: TrainState) -> TrainState:
-        chain, opt = knot(chain_in(state), state.opt["lora"])
-        return state._replace(
-            params={**state.params, "lora": chain.lora},
-            model={"frozen": chain._replace(lora=None)},
-            opt={**state.opt, "lora": opt},
-        )
-
-    adapters = lambda state: (cola_export(cola_links(chain_in(state), config)), 1.0)
-    own = cola_task(run.task, config)
-    return run.program(own, {"lora": tx}, knots=config.knots, leave=leave, adapters=adapters)
+    length = run.steps if schedule == "global" else -(-run.steps // links)
+    tx = tx or run.adamw(run.falling(run.config.learning_rate, length))
+    config = run.chain(links, schedule=schedule, keep_links=True)
+    leave = next_link(cola_next(tx, config, reset))
+    return run.program(cola_task(run.task, config), {"lora": tx}, config.knots, leave)
 
 
 def _relora(run: _Run) -> Program:
@@ -445,44 +345,22 @@ def _rac(run: _Run) -> Program:
 
 def _periodic(run: _Run) -> Program:
     """Periodic LoRA: a knot unloads a running mean of the links."""
-    tx = run.adamw(run.falling(run.config.learning_rate))
-    config = ColaConfig(run.lora(), knots=run.knots(run.config.rival_links))
-    chained, knot = cola_task(run.task, config), plora_next(tx, config)
-
-    def init(key: jax.Array) -> dict[str, PyTree]:
-        variables = chained.init(key)
-        kernels = leaves_at(variables["frozen"].base, variables["params"]["lora"])
-        return {**variables, "momentum": {path: jnp.zeros(leaf.shape, jnp.float32) for path, leaf in kernels.items()}}
-
-    def leave(state: TrainState) -> TrainState:
-        chain = chain_of({"params": state.params, **state.model})
-        chain, momentum, opt = knot(chain, state.model["momentum"], state.opt["lora"])
-        return state._replace(
-            params={**state.params, "lora": chain.lora},
-            model={"frozen": chain._replace(lora=None), "momentum": momentum},
-            opt={**state.opt, "lora": opt},
-        )
-
-    plain = lambda variables: {name: tree for name, tree in variables.items() if name != "momentum"}
-    own = chained._replace(
-        init=init,
-        loss=lambda variables, *rest, **options: chained.loss(plain(variables), *rest, **options),
-        details={**chained.details, "merge": lambda variables: chained.details["merge"](plain(variables))},
-    )
-    return run.program(own, {"lora": tx}, knots=config.knots, leave=leave)
+    config, tx = run.chain(run.config.rival_links), run.adamw()
+    leave = next_link(plora_next(tx, config))
+    return run.program(periodic_task(run.task, config), {"lora": tx}, config.knots, leave)
 
 
 def _galore(run: _Run) -> Program:
     """GaLore on the kernels that the adapters would sit on, at the same rank."""
     config, rate = run.config, run.falling(run.config.galore_rate)
     tx = optax.contrib.galore(rate, config.rank, config.galore_every, weight_decay=config.weight_decay)
-    return run.program(kernels_task(run.task, config.targets or _targets(run.task)), {"kernels": tx})
+    return run.program(kernels_task(run.task, run.targets), {"kernels": tx})
 
 
 def _full(run: _Run) -> Program:
-    """All parameters."""
-    rate = run.config.full_rate
-    return run.program(full_task(run.task), {"params": run.adamw(run.falling(rate))}, head_rate=rate)
+    """All parameters, those of the head at the same rate."""
+    tx = run.adamw(run.falling(run.config.full_rate))
+    return run.program(full_task(run.task), {"params": tx, "head": tx})
 
 
 def _head(run: _Run) -> Program:

@@ -16,19 +16,20 @@ from effjax.graph.adjacency import loopless_adjacency
 from effjax.graph.fastrain import (
     Apply,
     FastrainConfig,
+    FastrainSettings,
     FastrainState,
     Init,
     NodeProblem,
     fastrain_graph,
     fastrain_init,
+    fastrain_metrics,
     fastrain_next,
     fastrain_params,
-    fastrain_scores,
     fastrain_step,
 )
 from effjax.graph.propagation import label_propagation
 from effjax.graph.stages import evaluate_stages, fastrain_optimizer
-from effjax.models.gnn import NodeClassifier
+from effjax.models.gnn import NodeClassifier, sized_networks
 from effjax.recipes.spec import Arm, Claim, Group, StudyConfig
 from effjax.tasks.graph import NodeData, draw_labelled, node_data, node_task
 from effjax.tasks.task import Metric, Task
@@ -36,15 +37,13 @@ from effjax.train.options import TrainOptions
 from effjax.train.program import Loader, Phase, Program
 from effjax.train.trainer import check_options
 
+MODALITY, OWN = "graph", {"large": ()}
 MAIN = ("st-shallow", "st-deep", "fastrain", "st-shallow-plateau", "st-deep-plateau", "fastrain-plateau", "appnp")
 METRIC = Metric("accuracy", "max", "accuracy on unlabelled nodes")
 
 
-MODALITY, OWN = "graph", {"large": ()}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FastrainStudy(StudyConfig):
+class FastrainStudy(StudyConfig, FastrainSettings):
     """Config of the FASTRAIN study. The budget is of all stages together, in epochs or in steps of several epochs."""
 
     tasks: tuple[str, ...] = ("cora",)
@@ -65,35 +64,10 @@ class FastrainStudy(StudyConfig):
     """Learning rate of Adam."""
     weight_decay: float = 5e-4
     """Strength of the L2 penalty, whose gradient is added before Adam."""
-    stages: int = 4
-    """Number of stages of self-training, among which the budget is divided."""
-    epochs_per_step: int = 50
-    """Epochs in one compiled step; a plateau is looked for after each step."""
     plateau: float = 0.3
     """Arms that stop at a plateau end a stage when the loss of a step fell by less than this share."""
-    start: Literal["same", "fresh", "warm"] = "same"
-    """Parameters at the start of a stage: the same draw every time (the authors'), a new one, or those of the last."""
-    exact_drop: bool = False
-    """Drop an exact number of edges in every epoch, as the authors do, by a sort; else each with a probability."""
     pool: int = 32
     """Number of graphs in the pool of the arm that draws no new one in every epoch."""
-    threshold: float = 0.8
-    """Confidence above which a prediction may become a label."""
-    deep_below: float = 0.025
-    """Share of the nodes with a label below which the network is deep."""
-    samples: int = 10
-    """Number of predictions on graphs with dropped edges that must agree."""
-    samples_keep: float = 0.9
-    """Share of the edges that such a graph keeps."""
-    calibration_epochs: int = 200
-    """Epochs of the calibration head."""
-    calibration_dropout: bool = False
-    """Leave the frozen network's dropout on while its head is trained, as the authors' program does; the network then
-    runs in every epoch of the head."""
-    top_k: int = 70
-    """Nodes per class that top-k self-training labels in its only round, and M3S in each."""
-    clusters: int = 200
-    """Number of clusters of M3S."""
     guard_agreement: float = 0.8
     """The guard labels nothing unless the samples of this share of the confident nodes agree."""
     guard_growth: float = 5.0
@@ -103,9 +77,8 @@ class FastrainStudy(StudyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_number("hidden", self.hidden, low=1, integer=True)
-        check_number("pool", self.pool, low=1, integer=True)
-        check_number("samples", self.samples, low=1, integer=True)
+        for name in ("hidden", "pool", "samples"):
+            check_number(name, getattr(self, name), low=1, integer=True)
         check_number("plateau", self.plateau, low=0, high=1)
         check_number("dropout", self.dropout, low=0, high=1, open_high=True)
         for name in ("tasks", "per_class"):
@@ -128,9 +101,7 @@ class FastrainStudy(StudyConfig):
 
     def method(self, **changes: Any) -> FastrainConfig:
         """The settings of an arm that differs from FASTRAIN by ``changes``."""
-        shared = ("stages", "epochs_per_step", "start", "exact_drop", "threshold", "deep_below", "samples")
-        shared += ("samples_keep", "calibration_epochs", "calibration_dropout", "top_k", "clusters")
-        fields = {name: getattr(self, name) for name in shared}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(FastrainSettings)}
         fields |= {"epochs": self.stage_steps * self.epochs_per_step, "head_dropout": self.dropout}
         fields |= {"agreement": self.guard_agreement, "tx": fastrain_optimizer(self.learning_rate, self.weight_decay)}
         return FastrainConfig(**(fields | changes))
@@ -213,14 +184,7 @@ def _load(c: FastrainStudy, graph: str, per_class: int) -> _Loaded:
 
 def _network(module: Any, data: NodeData, per_class: int) -> tuple[Task, Init, Apply]:
     """A network of two depths, which its parameters tell."""
-
-    def init(key: jax.Array, deep: bool) -> Any:
-        return module(depth=3 if deep else 2).init(key, data.features, data.adjacency)["params"]
-
-    def apply(params: Any, features: Any, adjacency: Any, *, key: jax.Array | None = None) -> jax.Array:
-        streams = {} if key is None else {"dropout": key}
-        network = module(depth=len(params))
-        return network.apply({"params": params}, features, adjacency, train=key is not None, rngs=streams)
+    init, apply = sized_networks(module, data.features, data.adjacency)
 
     def infer(variables: Any, inputs: Any) -> jax.Array:
         nodes, features, adjacency = inputs
@@ -239,15 +203,6 @@ def _program(c: FastrainStudy, loaded: _Loaded, layer: str | None, config: Fastr
     def begin(key: jax.Array) -> FastrainState:
         return fastrain_init(key, init, problem._replace(mask=loaded.drawn(key)), config, labelled=loaded.labelled)
 
-    def evaluate(state: FastrainState) -> dict[str, float]:
-        predictions = state.predictions[: int(state.stage)]
-        if len(predictions) < config.stages:  # in the middle of a run
-            now = fastrain_scores(state, apply, problem, config).argmax(-1).astype(jnp.int32)
-            predictions = jnp.concatenate([predictions, now[None]])
-        found = evaluate_stages(problem.labels, state.labels, state.added, predictions)
-        found |= {"edges_kept": float(jnp.mean(state.edges))} if config.pruned else {}
-        return found | ({} if config.plateau is None else {"epochs": float(state.epochs.sum())})
-
     phase = Phase(
         step=lambda state, batch, graph: fastrain_step(state, graph, apply, config),
         steps=c.stage_steps,
@@ -261,7 +216,7 @@ def _program(c: FastrainStudy, loaded: _Loaded, layer: str | None, config: Fastr
         (phase,) * config.stages,
         lambda state: {"params": fastrain_params(state)},
         Loader(None, len(problem.labels) * c.epochs_per_step),
-        evaluate,
+        lambda state: fastrain_metrics(state, apply, problem, config),
         train_metrics=lambda means: {"train_loss": means["loss"]},
     )
 
@@ -286,9 +241,8 @@ def _propagation(c: FastrainStudy, loaded: _Loaded) -> Program:
         return {**state, "scores": scores}, {"loss": jnp.float32(0)}
 
     def evaluate(state: Any) -> dict[str, float]:
-        hidden = ~np.asarray(state["mask"]) & (np.asarray(problem.labels) >= 0)
-        right = np.asarray(state["scores"].argmax(-1)) == np.asarray(problem.labels)
-        return {"accuracy": float(right[hidden].mean())}
+        added = jnp.where(state["mask"], 0, -1)
+        return evaluate_stages(problem.labels, state["labels"], added, state["scores"].argmax(-1)[None])
 
     return Program(
         task,

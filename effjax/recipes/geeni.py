@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.errors import check_number
-from effjax.graph.adjacency import loopless_adjacency
 from effjax.graph.geeni import (
     GeeniConfig,
     GeeniProblem,
@@ -19,29 +18,23 @@ from effjax.graph.geeni import (
     GeeniState,
     geeni_init,
     geeni_next,
-    geeni_serve,
     geeni_step,
     geeni_views,
     served_members,
     with_measured_form,
 )
-from effjax.graph.geeni_measures import geeni_metrics, over_edge_subsets
+from effjax.graph.geeni_measures import geeni_metrics
 from effjax.graph.isolation import alike_edges
 from effjax.graph.members import ensemble_logits, ensemble_probabilities, fold_members
-from effjax.graph.propagation import correct_and_smooth
 from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig
-from effjax.tasks.graph import NodeData, draw_split, masked_accuracy, node_data
+from effjax.tasks.graph import NodeData, draw_split, node_data
 from effjax.tasks.task import Metric, Task
 from effjax.train.options import TrainOptions
 from effjax.train.program import Loader, Phase, Program
 from effjax.train.trainer import check_options
 
 PyTree = Any
-METRIC = Metric("accuracy", "max", "test accuracy")
-_correct_and_smooth = jax.jit(correct_and_smooth)
-
-
-MODALITY = "graph"
+MODALITY, METRIC = "graph", Metric("accuracy", "max", "test accuracy")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,52 +127,36 @@ FORMS: dict[str, Variant] = {
 }
 
 # An ensemble gains a point, isolation by an honest detector loses nothing, and neither do cheaper rivals beat it.
+_CHEAPER = ("correct-smooth", "narrow-correct-smooth", "jaccard")
+_LABEL_FREE = ("auc_score", "auc_agreement", "auc_mutual")
 _CLAIMS = (
     Claim("narrow", ">=", "single", plus=0.01),
     Claim("narrow", ">=", "ensemble", plus=-0.005),
     Claim("narrow-folded", ">=", "narrow", plus=-0.005),
     Claim("geeni-distilled", ">=", "single"),
     Claim("geeni-distilled", ">=", "ensemble", plus=-0.005),
-    Claim("geeni-learned", ">=", "narrow"),
-    Claim("geeni-soft", ">=", "narrow"),
+    *(Claim(arm, ">=", "narrow") for arm in ("geeni-learned", "geeni-soft")),
     Claim("geeni-distilled", ">=", "narrow-distilled"),
-    Claim("geeni-learned", ">=", "geeni-score"),
-    Claim("geeni-learned", ">=", "correct-smooth"),
-    Claim("geeni-learned", ">=", "narrow-correct-smooth"),
-    Claim("geeni-learned", ">=", "jaccard"),
+    *(Claim("geeni-learned", ">=", rival) for rival in ("geeni-score", *_CHEAPER)),
     Claim("geeni-distilled", ">=", "distilled"),
-    Claim(
-        *("geeni-learned", ">=", "geeni-learned", "auc_learned"),
-        than_of=("auc_score", "auc_agreement", "auc_mutual"),
-        plus=0.03,
-    ),
+    Claim("geeni-learned", ">=", "geeni-learned", "auc_learned", than_of=_LABEL_FREE, plus=0.03),
 )
 
 
 def claims(config: GeeniStudy) -> dict[str, Sequence[Claim]]:
     """By group; isolation by the ORACLE must gain more where the graph is poisoned."""
     gain = lambda task: Claim("oracle", ">=", "narrow", plus=0.03 if "/" in task else 0.02)
-    return {_group(task): (*_CLAIMS, gain(task)) for task in config.tasks}
+    return {task.replace("/", "-"): (*_CLAIMS, gain(task)) for task in config.tasks}
 
 
 def groups(config: GeeniStudy) -> list[Group]:
     """Every form on every graph."""
-    return [
-        Group(
-            _group(task),
-            METRIC,
-            functools.partial(_load, config, task),
-            [
-                Arm(name, form.role, functools.partial(program, config, form, fixed="/" in task), form.label)
-                for name, form in FORMS.items()
-            ],
-        )
-        for task in config.tasks
-    ]
-
-
-def _group(task: str) -> str:
-    return task.replace("/", "-")
+    found = []
+    for task in config.tasks:
+        build = functools.partial(program, config, fixed="/" in task)
+        arms = [Arm(name, form.role, functools.partial(build, form), form.label) for name, form in FORMS.items()]
+        found.append(Group(task.replace("/", "-"), METRIC, functools.partial(_load, config, task), arms))
+    return found
 
 
 def _load(config: GeeniStudy, task: str) -> NodeData:
@@ -191,14 +168,10 @@ def _load(config: GeeniStudy, task: str) -> NodeData:
 
 def method_config(study: GeeniStudy, form: Variant) -> GeeniConfig:
     """What ``geeni`` is given for an arm."""
-    hidden, narrow = study.hidden, study.hidden // study.members
-    members, width = {
-        "one": (1, hidden),
-        "one-wide": (1, hidden * study.members),
-        "wide": (study.members, hidden),
-        "narrow": (study.members, narrow),
-    }[form.networks]
-    students, student_width = {None: (0, 1), "one": (1, hidden), "narrow": (study.members, narrow)}[form.students]
+    count, hidden = study.members, study.hidden
+    sizes = {None: (0, 1), "one": (1, hidden), "one-wide": (1, hidden * count)}
+    sizes |= {"wide": (count, hidden), "narrow": (count, hidden // count)}
+    (members, width), (students, student_width) = sizes[form.networks], sizes[form.students]
     amount = study.budget.steps(1, lambda epoch: 1)
     own = {
         "members": members,
@@ -277,21 +250,8 @@ def program(study: GeeniStudy, form: Variant, data: NodeData, *, fixed: bool) ->
         phases=tuple(phase(stage) for stage in config.stages),
         params=functools.partial(served_members, config=config),
         loader=Loader(None, data.data.nodes),
-        evaluate=lambda state: evaluate(state, problem(state.key), masks(state.key)[2], config, form.after),
+        evaluate=lambda state: geeni_metrics(
+            state, problem(state.key), masks(state.key)[2], config=config, after=form.after
+        ),
         sharding=((f"^({networks})/", ("expert",)),) if config.members > 1 else (),
     )
-
-
-def evaluate(
-    state: GeeniState, problem: GeeniProblem, test: jax.Array, config: GeeniConfig, after: str | None
-) -> dict[str, Any]:
-    """``geeni_metrics``, the accuracy after what is done with the probabilities."""
-    metrics = geeni_metrics(state, problem, test, config=config)
-    if after is None:
-        return metrics
-    if after == "drop-edges":
-        found = jnp.mean(over_edge_subsets(state, problem, config=config), axis=0)
-    else:
-        served, known = geeni_serve(state, problem, config=config), problem.train | problem.val
-        found = _correct_and_smooth(loopless_adjacency(problem.adjacency), served(), problem.labels, known)
-    return metrics | {"accuracy": masked_accuracy(found, problem.labels, test)}

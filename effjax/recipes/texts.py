@@ -11,11 +11,11 @@ import optax
 from effjax.core.errors import check_number
 from effjax.data.bucket_sampler import BucketSampler, PlannedBatches
 from effjax.data.length_grouping import PaddedBatches
-from effjax.optim.scale_by_batch_size import scale_by_batch_size
+from effjax.optim.scale_by_batch_size import adamw_by_batch_size
 from effjax.recipes.spec import Arm, Group, Role, StudyConfig, Sweep
 from effjax.tasks.task import Metric, Task
 from effjax.tasks.text import text_task
-from effjax.train.loaders import planned_loader
+from effjax.train.loaders import planned_loader, token_counts
 from effjax.train.program import Program
 from effjax.train.trainer import supervised
 
@@ -25,26 +25,19 @@ Plan = Callable[[Task, int, int], PlannedBatches]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextStudy(StudyConfig):
-    """The fields of studies that train text classifiers on batches of different sizes."""
+class TextFields(StudyConfig):
+    """The fields of every study on texts."""
 
-    tasks: tuple[str, ...] = ("sst2/encoder-2x64",)
-    """Data set and model: sms_spam/encoder-2x64, sst2/minilm, glue/rte/roberta-base, ...; the last part is the model:
-    one trained from scratch, a folder in EFFJAX_MODELS, or an installed one."""
+    tasks: tuple[str, ...]
+    """Data sets and models."""
     max_length: int = 64
-    """Tokens of a sequence; longer texts are truncated."""
+    """Tokens of a text; longer ones are truncated."""
     train_rows: int | None = None
-    """Number of training texts used; all when None."""
+    """Most training texts used; all when None."""
     test_rows: int | None = None
-    """Number of test texts used; all when None."""
-    batch_size: int = 32
-    """Texts of a step; where a step has another number, its update is scaled by sqrt(number / batch_size)."""
-    learning_rates: tuple[float, ...] = (1e-3,)
-    """Initial learning rates of AdamW, which fall linearly to 0 over the run; several are a sweep for every arm."""
+    """Most test texts used; all when None."""
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
-    dropout: float = 0.1
-    """Every dropout rate of the model."""
     scan_layers: bool = False
     """Whether one layer is compiled instead of all of them."""
     max_shapes: int = 9
@@ -54,15 +47,41 @@ class TextStudy(StudyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_epochs(self)
         for name in ("max_shapes", "tokens"):
             check_number(name, getattr(self, name), low=1, integer=True)
+        for task in self.tasks:
+            if not all(task.rpartition("/")):
+                raise ValueError(f"tasks={task!r} must be DATA/MODEL, such as 'sst2/encoder-2x64'.")
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """What a maker of tasks is told about data and network."""
+        own = {name: getattr(self, name) for name in ("train_rows", "test_rows", "scan_layers")}
+        return own | {"dtype": self.train.dtype, "remat": self.train.remat}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextStudy(TextFields):
+    """The fields of studies that train text classifiers on batches of different sizes."""
+
+    tasks: tuple[str, ...] = ("sst2/encoder-2x64",)
+    """Data set and model: sms_spam/encoder-2x64, sst2/minilm, glue/rte/roberta-base, ...; the last part is the model:
+    one trained from scratch, a folder in EFFJAX_MODELS, or an installed one."""
+    batch_size: int = 32
+    """Texts of a step; where a step has another number, its update is scaled by sqrt(number / batch_size)."""
+    learning_rates: tuple[float, ...] = (1e-3,)
+    """Initial learning rates of AdamW, which fall linearly to 0 over the run; several are a sweep for every arm."""
+    dropout: float = 0.1
+    """Every dropout rate of the model."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_epochs(self)
         check_number("batch_size", self.batch_size, low=8, integer=True)
         if self.batch_size % 8:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of 8, as BucketSampler's batches are.")
         if not self.learning_rates:
             raise ValueError("learning_rates=() holds no rate. Give one or more.")
-        check_tasks(self.tasks)
 
 
 class TextArm(NamedTuple):
@@ -83,7 +102,11 @@ class TextArm(NamedTuple):
 
 def text_groups(config: TextStudy, arms: Mapping[str, TextArm]) -> list[Group]:
     """Every arm on every task; with several learning rates ``arm-rate``, and a sweep under the arm's name."""
-    several = len(config.learning_rates) > 1
+    count = len(config.learning_rates)
+    several = count > 1
+    arms = {
+        name: arm._replace(dropout=config.dropout if arm.dropout is None else arm.dropout) for name, arm in arms.items()
+    }
     found = [
         Arm(
             name + (f"-{rate:g}" if several else ""),
@@ -94,9 +117,8 @@ def text_groups(config: TextStudy, arms: Mapping[str, TextArm]) -> list[Group]:
         for name, arm in arms.items()
         for rate in config.learning_rates
     ]
-    count = len(config.learning_rates)
     sweeps = {name: Sweep(f"{name}-[0-9]*", f"{arm.label}, sweep of {count}") for name, arm in arms.items()}
-    dropouts = {_dropout(config, arm) for arm in arms.values()}
+    dropouts = {arm.dropout for arm in arms.values()}
     return [
         Group(
             group_name(task),
@@ -120,16 +142,6 @@ def text_metric(task: str) -> Metric:
     return Metric(name, "max", f"test {name}")
 
 
-def adamw(rate: optax.ScalarOrSchedule, weight_decay: float, batch_size: int | None) -> optax.GradientTransformation:
-    """AdamW; with ``batch_size`` its updates grow with the square root of a batch's examples, 1 at that size."""
-    return optax.chain(
-        optax.scale_by_adam(),
-        optax.add_decayed_weights(weight_decay),
-        *([] if batch_size is None else [scale_by_batch_size(base=batch_size)]),
-        optax.scale_by_learning_rate(rate),
-    )
-
-
 def padded(config: Any, **options: Any) -> Plan:
     """Batches of ``config.batch_size`` texts, padded."""
 
@@ -150,11 +162,6 @@ def bucketed(config: Any, columns: Callable[[Task, int], Any] = lambda task, see
     return plan
 
 
-def token_counts(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Step metrics: positions that the model processes, and those that are no padding."""
-    return {"tokens": float(batch["input_ids"].size), "real_tokens": batch["mask"].sum()}
-
-
 def check_epochs(config: StudyConfig) -> None:
     """Refuse a budget that batches planned ahead cannot have."""
     if config.budget.unit != "epochs" or config.budget.amount % 1:
@@ -164,35 +171,27 @@ def check_epochs(config: StudyConfig) -> None:
         )
 
 
-def check_tasks(tasks: tuple[str, ...]) -> None:
-    """Refuse tasks without data or model."""
-    for task in tasks:
-        if not all(task.rpartition("/")):
-            raise ValueError(f"tasks={task!r} must be DATA/MODEL, such as 'sst2/encoder-2x64'.")
-
-
-def _dropout(config: TextStudy, arm: TextArm) -> float:
-    return config.dropout if arm.dropout is None else arm.dropout
-
-
 def _load(config: TextStudy, name: str, dropouts: set[float]) -> dict[float, Task]:
     """The task with each dropout rate that its arms have."""
     data, _, model = name.rpartition("/")
-    settings = {"max_length": config.max_length, "train_rows": config.train_rows, "test_rows": config.test_rows}
-    settings |= {"dtype": config.train.dtype, "remat": config.train.remat, "scan_layers": config.scan_layers}
-    data, model = config.data(data, MODALITY), config.model(model)
-    return {rate: text_task(data, model, dropout=rate, **settings) for rate in sorted(dropouts)}
+    data, model, made = (
+        config.data(data, MODALITY),
+        config.model(model),
+        {"max_length": config.max_length, **config.made},
+    )
+    return {rate: text_task(data, model, dropout=rate, **made) for rate in sorted(dropouts)}
 
 
 def _build(config: TextStudy, arm: TextArm, rate: float, loaded: Mapping[float, Task]) -> Program:
     """AdamW on planned batches; its rate falls linearly over the exact number of steps."""
-    task = loaded[_dropout(config, arm)]
+    task = loaded[arm.dropout]
     plan = functools.partial(arm.plan, task)
     loader, steps = planned_loader(plan, config.seeds, int(config.budget.amount), config.batch_size)
+    falling = optax.linear_schedule(rate, 0.0, steps)
     return supervised(
         # Half of the key starts the network, the other half is dropout's.
         task._replace(init=lambda key: task.init(jax.random.split(key)[0])),
-        adamw(optax.linear_schedule(rate, 0.0, steps), config.weight_decay, config.batch_size),
+        adamw_by_batch_size(falling, weight_decay=config.weight_decay, base=config.batch_size),
         steps=steps,
         loader=loader,
         options=config.train,

@@ -4,14 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from effjax.core.errors import check_number
-from effjax.data.ragged import Ragged
 from effjax.recipes.spec import Claim, Group
 from effjax.recipes.texts import MODALITY, TextArm, TextStudy, bucketed, text_groups
 from effjax.tasks.task import Task
-from effjax.transformers.token_drop import drop_as_many, token_drop, token_drop_columns, vocabulary_stop_ids
+from effjax.transformers.token_drop import drop_as_many_columns, token_drop_columns, vocabulary_stop_ids
 
 __all__ = ["CLAIMS", "MODALITY", "TokenDropStudy", "groups"]
 
@@ -53,36 +50,19 @@ def groups(config: TokenDropStudy) -> list[Group]:
     stops = lambda task: vocabulary_stop_ids(task.tokenizer)
     method = lambda task, seed: token_drop_columns(task.train, stops(task), seed=seed, period=config.period)
     # As many tokens of every row as TokenDrop leaves out, but others; never special ones.
-    random = lambda ids, rng: rng.random(len(ids.values))
-    end = lambda ids, rng: -ids.positions
-    instead = lambda priority: lambda task, seed: _columns(task, stops(task), seed, config.period, priority)
+    instead = lambda priority: (
+        lambda task, seed: drop_as_many_columns(
+            task.train, stops(task), priority, special_ids=task.tokenizer.special_ids, seed=seed, period=config.period
+        )
+    )
+    random = instead(lambda ids, rng: rng.random(len(ids.values)))
+    end = instead(lambda ids, rng: -ids.positions)
     arms = {
         "buckets": arm("baseline", "BucketSampler", whole, full),
         "token-drop": arm("method", f"+ TokenDrop, period {config.period}", method, low),
         "buckets-low": arm("baseline", "BucketSampler", whole, low),
         "token-drop-full": arm("method", f"+ TokenDrop, period {config.period}", method, full),
-        "random": arm("control", "+ as many random tokens dropped", instead(random), low),
-        "truncated": arm("alternative", "+ as many tokens cut from the end", instead(end), low),
+        "random": arm("control", "+ as many random tokens dropped", random, low),
+        "truncated": arm("alternative", "+ as many tokens cut from the end", end, low),
     }
     return text_groups(config, arms)
-
-
-def _columns(
-    task: Task,
-    stops: np.ndarray,
-    seed: int,
-    period: int,
-    priority: Callable[[Ragged, np.random.Generator], np.ndarray],
-) -> Callable[[int], dict[str, Any]]:
-    """Columns of an epoch whose rows lose as many tokens as with TokenDrop, those of least ``priority``."""
-    ids, types = task.train["input_ids"], task.train.get("token_type_ids")
-    special = np.isin(ids.values, list(task.tokenizer.special_ids))
-
-    def read(epoch: int) -> dict[str, Any]:
-        short, _ = token_drop(ids, stops, seed=seed, epoch=epoch, period=period)
-        order = np.where(special, np.inf, priority(ids, np.random.default_rng((seed, epoch))))
-        kept = drop_as_many(ids, ids.lengths - short.lengths, order)
-        more = {} if types is None else {"token_type_ids": types.keep(kept)}
-        return {**task.train, "input_ids": ids.keep(kept), **more}
-
-    return read

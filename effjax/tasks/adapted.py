@@ -1,15 +1,24 @@
 """Tasks of which a part is trained: adapters beside a frozen network, and chains of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.tree import leaf_paths, leaves_at, select, with_leaves
-from effjax.finetune.chain import ColaConfig, ColaState, cola_init, cola_merge, cola_params
-from effjax.finetune.lora import LoraConfig, lora_apply, lora_init, lora_merge, lora_params, lora_scales
+from effjax.finetune.chain import (
+    ColaConfig,
+    ColaState,
+    cola_export,
+    cola_init,
+    cola_links,
+    cola_merge,
+    cola_params,
+)
+from effjax.finetune.lora import Lora, LoraConfig, Scales, lora_apply, lora_init, lora_merge, lora_params, lora_scales
 from effjax.finetune.lora_files import save_lora
 from effjax.models.convert import write_tensors
 from effjax.models.decoder import Decoder
@@ -24,6 +33,7 @@ def adapted_task(
     split: Callable[[jax.Array, PyTree], tuple[PyTree, dict[str, PyTree]]],
     network: Network,
     merged: Network | None = None,
+    adapters: Callable[[Variables], tuple[Lora, Scales]] | None = None,
 ) -> Task:
     """A task whose parameters are those that are trained; the rest of the network is the collection ``frozen``.
 
@@ -36,10 +46,12 @@ def adapted_task(
       network: ``(frozen, trained) -> params`` for the loss.
       merged: the same for ``infer`` and ``evaluate``, plain parameters, where ``network`` returns adapters for
         ``lora_apply``.
+      adapters: ``variables -> (adapters, scales)``, all that was trained but for the head, against the pretrained
+        parameters; None where what is trained are no adapters.
 
     Returns:
       A ``Task`` whose variables are ``{"params": {part: ...}, "frozen": ...}``; ``details["merge"]`` turns them into
-      the variables of ``task``, jitted.
+      the variables of ``task``, jitted, and ``details["adapters"]`` is ``adapters``.
     """
     body = task.details.get("body")
     loss_of = task.loss if merged is None else lora_apply(task.loss)
@@ -67,7 +79,7 @@ def adapted_task(
         loss=loss,
         infer=lambda variables, inputs: task.infer(merge(variables), inputs),
         evaluate=lambda variables: task.evaluate(merge(variables)),
-        details={**task.details, "merge": merge},
+        details={**task.details, "merge": merge, "adapters": adapters},
     )
 
 
@@ -93,20 +105,22 @@ def lora_task(task: Task, config: LoraConfig) -> Task:
         lambda key, params: (params, {"lora": lora_init(key, params, config)}),
         lambda base, trained: lora_params(base, trained["lora"], scales(trained)),
         lambda base, trained: lora_merge(base, trained["lora"], scales(trained)),
+        lambda variables: (variables["params"]["lora"], scales(variables["params"])),
     )
 
 
 def cola_task(task: Task, config: ColaConfig) -> Task:
     """A task that trains the present link of a chain, the part ``lora`` of the parameters.
 
-    Between steps, at a knot, give ``chain_of(variables)`` to ``cola_next``.
+    Between steps, at a knot, call ``next_link(cola_next(tx, config))``.
 
     Args:
       task: on the plain network.
       config: the chain.
 
     Returns:
-      A ``Task``; see ``adapted_task``. ``frozen`` is a ``ColaState`` without its adapters.
+      A ``Task``; see ``adapted_task``. ``frozen`` is a ``ColaState`` without its adapters; to be saved as one adapter
+      the chain needs ``keep_links``.
 
     Example:
       >>> from effjax.tasks.language import lm_task
@@ -125,12 +139,71 @@ def cola_task(task: Task, config: ColaConfig) -> Task:
         split,
         lambda frozen, trained: cola_params(frozen._replace(lora=trained["lora"]), config),
         lambda frozen, trained: cola_merge(frozen._replace(lora=trained["lora"]), config),
+        lambda variables: (cola_export(cola_links(chain_of(variables), config)), 1.0),
     )
 
 
 def chain_of(variables: Variables) -> ColaState:
     """The chain in the variables of a ``cola_task``."""
     return variables["frozen"]._replace(lora=variables["params"]["lora"])
+
+
+def periodic_task(task: Task, config: ColaConfig) -> Task:
+    """A task that trains the present link of periodic LoRA, the part ``lora`` of the parameters.
+
+    Between steps, at a knot, call ``next_link(plora_next(tx, config))``.
+
+    Args:
+      task: on the plain network.
+      config: the chain.
+
+    Returns:
+      A ``Task``; see ``cola_task``. The collection ``momentum`` is the running mean of the links, zero at the start. It
+      is as large as the kernels, so what was trained is no adapter.
+
+    Example:
+      >>> from effjax.tasks.language import lm_task
+      >>> config = ColaConfig("(query|value)/kernel", knots=(10,))
+      >>> task = periodic_task(lm_task(length=16, train_rows=4, test_rows=4), config)
+      >>> sorted(task.init(jax.random.key(0)))
+      ['frozen', 'momentum', 'params']
+    """
+    chained = cola_task(task, config)
+    without = lambda variables: {name: tree for name, tree in variables.items() if name != "momentum"}
+    merge = chained.details["merge"]
+
+    def init(key: jax.Array) -> Variables:
+        variables = chained.init(key)
+        kernels = leaves_at(variables["frozen"].base, variables["params"]["lora"])
+        return {**variables, "momentum": {path: jnp.zeros(leaf.shape, jnp.float32) for path, leaf in kernels.items()}}
+
+    return chained._replace(
+        init=init,
+        loss=lambda variables, *rest, **options: chained.loss(without(variables), *rest, **options),
+        infer=lambda variables, inputs: chained.infer(without(variables), inputs),
+        evaluate=lambda variables: chained.evaluate(without(variables)),
+        details={**chained.details, "merge": lambda variables: merge(without(variables)), "adapters": None},
+    )
+
+
+def next_link(knot: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Variables, dict[str, PyTree]]]:
+    """From one link to the next of a ``cola_task`` or a ``periodic_task``; a head keeps its state.
+
+    Args:
+      knot: of ``cola_next``, or of ``plora_next`` for a ``periodic_task``. It may donate its arguments.
+
+    Returns:
+      Function ``(variables, opt_state) -> (variables, opt_state)``, the latter as of ``by_part``, for ``with_knots``.
+    """
+
+    def leave(variables: Variables, opt: Mapping[str, PyTree]) -> tuple[Variables, dict[str, PyTree]]:
+        names = [name for name in ("momentum",) if name in variables]
+        chain, *others, lora = knot(chain_of(variables), *(variables[name] for name in names), opt["lora"])
+        params = {**variables["params"], "lora": chain.lora}
+        after = {"params": params, "frozen": chain._replace(lora=None), **dict(zip(names, others, strict=True))}
+        return {**variables, **after}, {**opt, "lora": lora}
+
+    return leave
 
 
 def kernels_task(task: Task, pattern: str) -> Task:
@@ -166,6 +239,27 @@ def head_task(task: Task) -> Task:
     if "body" not in task.details:
         raise ValueError(f"{task.name} has no head of its own, so nothing is left to train.")
     return adapted_task(task, lambda key, params: (params, {}), lambda frozen, trained: frozen)
+
+
+def save_adapted(folder: Path, task: Task, variables: Variables, *, merged: bool = False) -> None:
+    """Write what an adapted task trained: ``save_adapters``, or with ``merged`` ``save_merged``.
+
+    Args:
+      folder: made, or replaced.
+      task: of ``adapted_task``.
+      variables: of it.
+      merged: write the whole network.
+
+    Raises:
+      ValueError: what was trained are no adapters, or the task has no pretrained network to be merged into.
+    """
+    head = variables["params"].get("head")
+    if merged:
+        save_merged(folder, task, task.details["merge"](variables)["params"], head)
+    elif task.details["adapters"] is None:
+        raise ValueError(f"--out {folder}: this arm has no adapters. Add --merged, or export NAME.safetensors.")
+    else:
+        save_adapters(folder, task, *task.details["adapters"](variables), head)
 
 
 def save_adapters(folder: Path, task: Task, lora: PyTree, scales: Any, head: PyTree | None = None) -> None:

@@ -1,6 +1,6 @@
 """Loaders: columns in a seeded order, and batches that are planned ahead."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,3 +87,8 @@ def examples_in(batch: Any) -> jax.Array | int:
     if isinstance(batch, dict) and "weight" in batch:
         return batch["weight"].sum()
     return int(np.shape(jax.tree.leaves(batch)[0])[0])
+
+
+def token_counts(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Step metrics of a batch of texts: positions that the model processes, and those that are no padding."""
+    return {"tokens": float(batch["input_ids"].size), "real_tokens": batch["mask"].sum()}

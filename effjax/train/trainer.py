@@ -1,6 +1,7 @@
 """The one trainer of everything that is ordinary training by an Optax optimizer."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,11 @@ class TrainState(NamedTuple):
     def after(self, params: PyTree, model: Mapping[str, PyTree], opt: PyTree) -> "TrainState":
         """The state after an update."""
         return self._replace(params=params, model={**self.model, **model}, opt=opt, step=self.step + 1)
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """The task's variables."""
+        return {"params": self.params, **self.model}
 
     @property
     def step_key(self) -> jax.Array:
@@ -129,8 +135,11 @@ def supervised(
         return state.after(optax.apply_updates(state.params, updates), model, opt), metrics
 
     def variables(state: TrainState) -> PyTree:
-        params = state.params if eval_params is None else eval_params(state.opt, state.params)
-        return {"params": params, **state.model}
+        return (
+            state.variables
+            if eval_params is None
+            else {**state.variables, "params": eval_params(state.opt, state.params)}
+        )
 
     aux = (lambda state: task.train) if task.full_batch and loader is None else None
     return Program(
@@ -143,6 +152,35 @@ def supervised(
         trained=None,
         train_metrics=train_metrics,
     )
+
+
+def with_knots(program: Program, knots: Sequence[int], leave: Callable[..., tuple[Any, Any]]) -> Program:
+    """A program of ``supervised`` that is left for a moment at its knots.
+
+    Args:
+      program: of a known number of steps.
+      knots: increasing steps, counted from 0, at whose start ``leave`` is called.
+      leave: ``(variables, opt_state) -> (variables, opt_state)`` on the host, such as ``next_link``.
+
+    Returns:
+      The program with one phase per link; all of them share one step.
+
+    Example:
+      >>> from effjax.tasks.image import image_task
+      >>> program = supervised(image_task("digits", "mlp"), optax.adam(1e-3), steps=6)
+      >>> [phase.steps for phase in with_knots(program, (2,), lambda variables, opt: (variables, opt)).phases]
+      [2, 4]
+    """
+    (phase,) = program.phases
+
+    def left(state: TrainState) -> TrainState:
+        model, opt = leave(state.variables, state.opt)
+        model = dict(model)
+        return state._replace(params=model.pop("params"), model=model, opt=opt)
+
+    *links, last = (after - before for before, after in itertools.pairwise((0, *knots, program.total_steps)))
+    phases = (*(phase._replace(steps=steps, leave=left) for steps in links), phase._replace(steps=last))
+    return program._replace(phases=phases)
 
 
 def check_options(

@@ -238,6 +238,48 @@ def token_drop_columns(
     return read
 
 
+def drop_as_many_columns(
+    columns: Mapping[str, Any],
+    stop_of_id: Integer[np.ndarray, "vocab"],
+    priority: Callable[[Ragged, np.random.Generator], np.ndarray],
+    *,
+    special_ids: Sequence[int],
+    seed: int,
+    **options: Any,
+) -> Callable[[int], dict[str, Any]]:
+    """The columns of every epoch, of which every row loses as many tokens as with ``token_drop_columns``, but others.
+
+    Args:
+      columns: see ``token_drop_columns``.
+      stop_of_id: see ``token_drop``.
+      priority: ``(ids, rng) -> numbers [total]``; the tokens of least priority go.
+      special_ids: tokens that go last.
+      seed: see ``token_drop``; the generator is seeded by it and the epoch.
+      **options: of ``token_drop``.
+
+    Returns:
+      ``epoch -> columns``.
+
+    Example:
+      >>> columns = {"input_ids": Ragged.of([[0, 1, 1, 1, 2, 3, 0]])}
+      >>> end = lambda ids, rng: -ids.positions
+      >>> read = drop_as_many_columns(columns, np.array([-1, 0, -1, -1]), end, special_ids=[0], seed=0)
+      >>> read(0)["input_ids"][0].tolist()
+      [0, 1, 1, 1, 0]
+    """
+    ids, types = columns["input_ids"], columns.get("token_type_ids")
+    special = np.isin(ids.values, list(special_ids))
+
+    def read(epoch: int) -> dict[str, Any]:
+        short, _ = token_drop(ids, stop_of_id, seed=seed, epoch=epoch, **options)
+        order = np.where(special, np.inf, priority(ids, np.random.default_rng((seed, epoch))))
+        kept = drop_as_many(ids, ids.lengths - short.lengths, order)
+        more = {} if types is None else {"token_type_ids": types.keep(kept)}
+        return {**columns, "input_ids": ids.keep(kept), **more}
+
+    return read
+
+
 def drop_as_many(ids: Ragged, counts: np.ndarray, priority: np.ndarray) -> np.ndarray:
     """Which tokens stay if the ``counts[i]`` of least ``priority`` go from row ``i``.
 
