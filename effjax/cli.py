@@ -28,10 +28,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if os.environ.get("EFFJAX_TRACEBACK"):
             raise
-        print(f"effjax: {error}\n(EFFJAX_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"effjax: {_readable(error, options)}\n(EFFJAX_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
     except Exception as error:
         return _expected(error)
+
+
+def _readable(error: Exception, options: argparse.Namespace) -> str:
+    """The message; with data of one's own, options are named as they are typed."""
+    if getattr(options, "data", None) is None:
+        return str(error)
+    from effjax.study.own_files import as_flags
+    from effjax.study.resolve import words_of
+
+    return as_flags(str(error), *words_of(options.study))
 
 
 def _expected(error: Exception) -> int:
@@ -64,9 +74,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if arguments[:1] == ["compare"]:
-        from effjax.study.own_files import add_arguments
-
-        add_arguments(verb)
+        _add_own(verb)
         if {"-h", "--help"} & set(arguments):
             from effjax.study.resolve import studies
 
@@ -81,6 +89,8 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     verb.add_argument("study", help="STEM, STEM:PRESET or a TOML file" + overrides)
     verb.add_argument("--arm", help="name of the arm; without it they are listed")
     verb.add_argument("--seed", type=int, default=0)
+    if arguments[:1] == ["train"]:
+        _add_own(verb)
     verb.add_argument("--out", type=Path, help="folder of checkpoints (default runs/STEM-PRESET-ARM-SEED)")
     verb.add_argument("--config-help", action="store_true", help="list the config's fields and values")
     verb.set_defaults(run=_train, overrides=True)
@@ -99,6 +109,12 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     verb.add_argument("--merged", action="store_true", help="in that folder the network, adapters merged")
     verb.set_defaults(run=_export)
     return parser
+
+
+def _add_own(verb: argparse.ArgumentParser) -> None:
+    from effjax.study.own_files import add_arguments
+
+    add_arguments(verb)
 
 
 def _resolve(options: argparse.Namespace, rest: list[str]):

@@ -46,6 +46,10 @@ class Facts(NamedTuple):
         classes = f"{len(shown)} classes: {', '.join(shown[:_LISTED])}{more}." if shown else ""
         return tuple(filter(None, (f"Rows: {rows}.", classes, self.sizes, self.split, *self.notes)))
 
+    def source(self, path: str) -> str:
+        """What ``Task.source`` holds: the path, all sentences, and the begin of the fingerprint."""
+        return f"{path} ({self.summary}): {' '.join(self.sentences)} SHA-256 {self.fingerprint[:12]}."
+
 
 def fingerprint(*parts: Any) -> str:
     """SHA-256 of arrays, texts, numbers and nested containers of them.

@@ -226,8 +226,8 @@ def _indices(path: Path, graph: Arrays, which_split: int | None) -> Arrays:
             several = max(several, len(mask))
             if len(mask) > 1 and (which_split is None or not 0 <= which_split < len(mask)):
                 raise ValueError(
-                    f"{path}: '{split}_mask' holds {len(mask)} splits; which_split={which_split}. Choose one of "
-                    f"0 to {len(mask) - 1}."
+                    f"{path}: '{split}_mask' holds {len(mask)} splits; which_split={which_split}. Choose one: "
+                    f"which_split=0 to {len(mask) - 1}."
                 )
             mask = mask[which_split if len(mask) > 1 else 0]
         if mask.shape != (nodes,) or mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
@@ -264,7 +264,13 @@ def _checked(path: Path, graph: Arrays) -> Arrays:
         if key.startswith(("edge_index", "directed_edges")):
             check(array.ndim == 2 and array.shape[0] == 2, f"{key!r} of shape [2, E]")
         if key.startswith(("edge_index", "directed_edges")) or key.endswith("_idx"):
-            check(array.dtype.kind in "iu" and _inside(array, nodes), f"node numbers below N={nodes} in {key!r}")
+            check(array.dtype.kind in "iu", f"node numbers below N={nodes} in {key!r}")
+            if not _inside(array, nodes):
+                bad = array[(array < 0) | (array >= nodes)][0]
+                raise ValueError(
+                    f"{path}: expected node numbers below N={nodes} in {key!r}, as many as labels; it holds node "
+                    f"{bad}. Remove such entries, or add the nodes."
+                )
         if key.startswith("geom_"):
             check(array.dtype == np.uint8 and array.shape[1:] == (-(-nodes // 8),), f"bit-packed masks of N in {key!r}")
     if "edge_weight" in graph:

@@ -111,7 +111,7 @@ def graph_from_files(
     if len(np.unique(known)) < 2:
         raise ValueError(f"{file}: every node of known class is of one class. There is nothing to tell apart.")
     facts = _facts(graph, arrays, names, [*leave_out, *left], undirected)
-    return graph._replace(source=f"{os.fspath(path)} ({facts.summary})", facts=facts)
+    return graph._replace(source=facts.source(os.fspath(path)), facts=facts)
 
 
 def _names(file: Path, classes: int, leave_out: list[str]) -> tuple[tuple[str, ...], list[str]]:

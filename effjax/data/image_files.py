@@ -213,7 +213,8 @@ def _beside(tables: Mapping[str, Table]) -> list[str]:
 
 def _decode(table: Table, name: str, options: _Options) -> np.ndarray:
     column = table.columns[pick(table, "image", name)]
-    where = f"image={name!r} of {table.where}"
+    files = isinstance(column, list) and all(isinstance(item, Path) for item in column)
+    where = table.where if files else f"image={name!r} of {table.where}"
     if isinstance(column, np.ndarray):
         return _array(where, column, options)
     pictures = []

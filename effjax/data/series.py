@@ -146,7 +146,7 @@ def series_data(
     )
     return SequenceData(
         name=own_name(path),
-        source=f"{os.fspath(path)} ({facts.summary})",
+        source=facts.source(os.fspath(path)),
         kind="class" if classes else "value",
         train=columns["train"],
         test=columns["test"],

@@ -10,7 +10,7 @@ import numpy as np
 from effjax.core.errors import check_number
 from effjax.data.facts import Facts, class_counts, fingerprint
 from effjax.data.sets import DataSet
-from effjax.data.tables import Column
+from effjax.data.tables import Column, existing
 
 OWN = "the user's own"
 SPLIT = 0.2
@@ -85,6 +85,8 @@ def own_splits(
             raise ValueError(f"split={split!r} and test={os.fspath(test)!r}: give one of them.")
         if len(found) > 1:
             raise ValueError(f"test={os.fspath(test)!r}: {os.fspath(path)} already has the splits {sorted(found)}.")
+        if not os.fspath(test).startswith("hf:"):
+            existing(test, "test")
         held = read(test)
         if len(held) > 1:
             raise ValueError(f"test={os.fspath(test)!r} holds the splits {sorted(held)}; expected one.")
@@ -151,7 +153,7 @@ def data_set(
         notes=tuple(notes),
         fingerprint=fingerprint(splits, classes),
     )
-    return DataSet(own_name(path), splits, classes, OWN, f"{os.fspath(path)} ({facts.summary})", modality, facts)
+    return DataSet(own_name(path), splits, classes, OWN, facts.source(os.fspath(path)), modality, facts)
 
 
 def own_name(path: str | os.PathLike) -> str:

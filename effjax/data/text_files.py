@@ -68,7 +68,8 @@ def text_data(
     target, named = ("label", label) if score is None else ("score", score)
     column = pick(first, target, named, LABELS)
     if text == column or text_b in (text, column):
-        raise ValueError(f"text={text!r}, text_b={text_b!r}, {target}={column!r}: give a column of its own to each.")
+        second = "" if text_b is None else f"text_b={text_b!r}, "
+        raise ValueError(f"text={text!r}, {second}{target}={column!r}: give a column of its own to each.")
     tables, hidden = known_splits(tables, column) if test is None else (tables, ())
     splits, classes = {}, ()
     for name, table in tables.items():

@@ -115,15 +115,21 @@ def row_normalize(matrix: SparseMatrix) -> SparseMatrix:
 
 
 def loopless_adjacency(matrix: SparseMatrix) -> SparseMatrix:
-    """``gcn_normalize`` of the edges of a matrix, each of weight 1, without self-loops. Runs on the host.
+    r"""``gcn_normalize`` of the edges of a normalised adjacency, without its self-loops. Runs on the host.
 
     Labels are spread along it (``label_propagation``, ``correct_and_smooth``): a node's own label is no neighbour's.
+    A self-loop of weight 1 became 1 / D_ii, which tells the weights:
+
+    .. math:: A_{ij} = S_{ij} / \sqrt{S_{ii} S_{jj}}
 
     Args:
-      matrix: [N, N]; its values are not read.
+      matrix: [N, N], of ``gcn_adjacency``, or of ``adjacency`` with self-loops.
 
     Returns:
       A ``SparseMatrix`` [N, N].
+
+    Raises:
+      ValueError: a node without a self-loop, so that the weights of its edges cannot be told.
 
     Example:
       >>> loopless_adjacency(gcn_adjacency([0, 1], [1, 0], 2)).todense()
@@ -132,5 +138,16 @@ def loopless_adjacency(matrix: SparseMatrix) -> SparseMatrix:
     """
     size = int(matrix.pattern.size)
     rows, columns = np.asarray(matrix.pattern.rows)[:size], np.asarray(matrix.pattern.columns)[:size]
+    values, loops = np.asarray(matrix.values)[:size].astype(np.float64), np.zeros(matrix.shape[0])
     edges = rows != columns
-    return gcn_normalize(adjacency(columns[edges], rows[edges], matrix.shape[0]))
+    loops[rows[~edges]] = values[~edges]
+    if (bare := np.flatnonzero(loops[np.union1d(rows, columns)] <= 0)).size:
+        raise ValueError(
+            f"matrix: {bare.size} nodes with edges have no self-loop, so that the weights of their edges cannot be "
+            "told. Make it by gcn_adjacency."
+        )
+    rows, columns = rows[edges], columns[edges]
+    weights = values[edges] / np.sqrt(loops[rows] * loops[columns])
+    # Rounding of the matrix aside, an edge without a weight has exactly 1.
+    weights = np.where(np.abs(weights - 1) < 1e-5, 1, weights).astype(np.float32)
+    return gcn_normalize(adjacency(columns, rows, matrix.shape[0], weights=weights))

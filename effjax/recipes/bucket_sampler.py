@@ -65,7 +65,7 @@ def groups(config: BucketSamplerStudy) -> list[Group]:
 
 def claims(config: BucketSamplerStudy) -> dict[str, tuple[Claim, ...]]:
     """Fewer tokens, less time to the same extent, the same quality, few executables."""
-    return {group_name(task): _claims(config, task.rpartition("/")[0]) for task in config.tasks}
+    return {group_name(task): _claims(config, "" if config.own else task.rpartition("/")[0]) for task in config.tasks}
 
 
 def _claims(config: BucketSamplerStudy, data: str) -> tuple[Claim, ...]:

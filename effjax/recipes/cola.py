@@ -41,7 +41,7 @@ from effjax.train.program import Loader, Program
 from effjax.train.trainer import supervised, with_knots
 from effjax.transformers.token_drop import token_drop_columns, vocabulary_stop_ids
 
-MODALITY, OWN_MODEL = "text", "minilm"
+MODALITY, OWN_MODEL, OWN_PRESET = "text", "minilm", "text"
 LANGUAGE = ("tiny_shakespeare", "wikitext2", "ptb")
 """Data without labels: the task is to predict the next token."""
 
@@ -161,7 +161,7 @@ def _arms(config: ColaStudy, task: str) -> Iterator[Arm]:
     yield arm("cola", "method", chain.format(links), _chain, links=links)
     yield arm("full", "alternative", "full fine-tuning", _full)
     yield arm("materialised", "control", f"{plain}, W + s a b formed", _materialised)
-    if task.startswith("digits/") or _data(task) in LANGUAGE:
+    if config.own is None and (task.startswith("digits/") or _data(task) in LANGUAGE):
         return
     yield arm("head", "control", "head alone, encoder frozen", _head)
     passes = config.bucket_passes
@@ -196,6 +196,11 @@ def _load(config: ColaStudy, name: str) -> Task:
         if made[split] is not None:
             made[split] = min(made[split], len(next(iter(columns.values()))))
     if not model.startswith("encoder-") and is_decoder(model):
+        if config.own is not None:
+            raise ValueError(
+                f"model={model!r} is a decoder, which is taught by prompts, and these are written for named data sets "
+                "only. Give an encoder, such as minilm."
+            )
         return prompt_task(data, model, **made)
     return text_task(data, model, dropout=config.dropout, **made)
 

@@ -113,7 +113,9 @@ def groups(config: FastrainStudy) -> list[Group]:
     for graph, count in itertools.product((*config.tasks, *config.large), config.per_class):
         arms = [arm for arm in _arms(config) if graph not in config.large or arm.name in config.large_arms]
         load = functools.partial(_load, config, graph, count)
-        found.append(Group(f"{Path(graph).stem}-{count}", METRIC, load, arms))
+        # How many labels one's own graph has depends on its split.
+        name = graph if config.own is not None and len(config.per_class) == 1 else f"{Path(graph).stem}-{count}"
+        found.append(Group(name, METRIC, load, arms))
     return found
 
 
@@ -156,18 +158,32 @@ class _Loaded(NamedTuple):
     per_class: int
     labelled: int
     networks: dict[str | None, tuple[Task, Init, Apply]]
+    own: jax.Array | None = None
 
     def drawn(self, key: jax.Array) -> jax.Array:
-        """The labelled nodes of a seed, the same for all arms."""
+        """The labelled nodes of a seed, the same for all arms; those of the user's own split in every seed."""
+        if self.own is not None:
+            return self.own
         return draw_labelled(jax.random.split(key, 3)[0], self.problem.labels, self.problem.classes, self.per_class)
 
 
 def _load(c: FastrainStudy, graph: str, per_class: int) -> _Loaded:
     data = node_data(c.data(graph, MODALITY))
-    known = np.asarray(data.labels)
+    labels, own = data.labels, None
+    if c.own is not None and data.data.train is not None:
+        labels, own = _own_split(c, data)
+    elif c.own is not None:
+        data = data._replace(source=f"{data.source} Per seed, {per_class} nodes per class were drawn to be labelled.")
+    known = np.asarray(labels)
     sizes = np.bincount(known[known >= 0], minlength=data.classes)
     if not sizes.all():
         raise ValueError(f"{data.name}: class {sizes.argmin()} has no node, so none of it can be labelled.")
+    if own is None and (sizes <= per_class).all():
+        raise ValueError(
+            f"per_class={per_class}: no class of {data.name} has more nodes ({sizes.max()} at most), so that none is "
+            "left to test on. Give a smaller --per-class."
+        )
+    labelled = int(np.minimum(sizes, per_class).sum() if own is None else own.sum())
     module = functools.partial(
         NodeClassifier,
         classes=data.classes,
@@ -175,11 +191,33 @@ def _load(c: FastrainStudy, graph: str, per_class: int) -> _Loaded:
         dropout=c.dropout,
         dtype=None if c.train.dtype == "float32" else jnp.dtype(c.train.dtype),
     )
-    own = functools.partial(module, layer=c.layer, initializer="released")
-    networks = {None: _network(own, data, per_class)}
+    plain = functools.partial(module, layer=c.layer, initializer="released")
+    networks = {None: _network(plain, data, per_class)}
     networks["appnp"] = _network(functools.partial(module, layer="appnp"), data, per_class)
-    problem = NodeProblem(data.features, data.adjacency, data.labels, None, data.classes)
-    return _Loaded(problem, per_class, int(np.minimum(sizes, per_class).sum()), networks)
+    problem = NodeProblem(data.features, data.adjacency, labels, None, data.classes)
+    return _Loaded(problem, per_class, labelled, networks, own)
+
+
+def _own_split(c: FastrainStudy, data: NodeData) -> tuple[jax.Array, jax.Array]:
+    """The labels of the training and test nodes of the user's own split, and the mask of its training nodes."""
+    if len(c.per_class) > 1:
+        raise ValueError(
+            f"per_class={c.per_class}, but {data.name} has training nodes of its own, which are taken instead. Give "
+            "one number; or leave the split out (--leave-out, with the names of its arrays) to have nodes drawn."
+        )
+    known, mask = np.asarray(data.labels), np.zeros(data.data.nodes, bool)
+    mask[data.data.train] = True
+    if not (sizes := np.bincount(known[mask], minlength=data.classes)).all():
+        raise ValueError(f"{data.name}: its training nodes hold none of class {sizes.argmin()}. Add some.")
+    judged = known >= 0
+    if data.data.test is not None:
+        judged[:] = mask
+        judged[data.data.test] = True
+    elif data.data.val is not None:
+        judged[data.data.val] = False
+    if not (judged & ~mask).any():
+        raise ValueError(f"{data.name}: every node with a class is a training node, so that none is left to test on.")
+    return jnp.asarray(np.where(judged, known, -1)), jnp.asarray(mask)
 
 
 def _network(module: Any, data: NodeData, per_class: int) -> tuple[Task, Init, Apply]:

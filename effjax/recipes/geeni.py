@@ -161,9 +161,41 @@ def groups(config: GeeniStudy) -> list[Group]:
 
 def _load(config: GeeniStudy, task: str) -> NodeData:
     if config.own is not None:
-        return node_data(config.data(task, MODALITY))
+        data = node_data(config.data(task, MODALITY))
+        return _with_test(data) if data.data.train is not None else _large_enough(config, data)
     name, _, attack = task.partition("/")
     return node_data(name, row_normalize=name not in config.raw_features, attack=attack or None)
+
+
+def _with_test(data: NodeData) -> NodeData:
+    """The user's own split; all other nodes with a class are for the test where it says none."""
+    graph = data.data
+    if graph.val is None:
+        raise ValueError(
+            f"{data.name}: has training nodes, but no validation nodes, on which isolation is chosen. Add val_mask (or "
+            "'val' in --node-split); or leave the split out (--leave-out) to have one drawn."
+        )
+    if graph.test is not None:
+        return data
+    known = np.flatnonzero(graph.labels >= 0)
+    test = np.setdiff1d(known, np.concatenate([graph.train, graph.val])).astype(np.int32)
+    if not test.size:
+        raise ValueError(f"{data.name}: every node with a class is for training or validation. Leave some for a test.")
+    return data._replace(data=graph._replace(test=test))
+
+
+def _large_enough(config: GeeniStudy, data: NodeData) -> NodeData:
+    """The graph, if a split that is drawn leaves every class a validation node and some a test node."""
+    labels = np.asarray(data.labels)
+    sizes = np.bincount(labels[labels >= 0], minlength=data.classes)
+    if sizes.min() <= config.train_per_class or (sizes <= config.train_per_class + config.val_per_class).all():
+        raise ValueError(
+            f"{data.name}: its classes have {sizes.min()} to {sizes.max()} nodes, too few for "
+            f"train_per_class={config.train_per_class} and val_per_class={config.val_per_class} with others left to "
+            "test on. Give smaller --train-per-class and --val-per-class."
+        )
+    drawn = f"{config.train_per_class} and {config.val_per_class} nodes per class"
+    return data._replace(source=f"{data.source} Per seed, {drawn} were drawn to train and to validate on.")
 
 
 def method_config(study: GeeniStudy, form: Variant) -> GeeniConfig:
@@ -231,7 +263,7 @@ def program(study: GeeniStudy, form: Variant, data: NodeData, *, fixed: bool) ->
 
     task = Task(
         name=f"{data.name}/gcn",
-        source=f"{data.name}: {data.source}",
+        source=data.source,
         metric=METRIC,
         init=lambda key: geeni_init(key, problem(key), config=config).members,
         loss=None,  # the method's own

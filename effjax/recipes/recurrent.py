@@ -72,10 +72,21 @@ def recurrent_groups(config: RecurrentStudy, roles: Mapping[str, str]) -> list[G
 
 def load_sequences(config: StudyConfig, task: str, streams: int | None = None) -> SequenceData:
     """The problem of a study's ``train_rows`` and ``test_rows``, or the user's own."""
-    data, rows = config.data(task, MODALITY), {"train": config.train_rows, "test": config.test_rows}
+    data = config.data(task, MODALITY)
     if isinstance(data, str):
-        return sequence_data(data, train_rows=rows["train"], test_rows=rows["test"], streams=streams)
-    return few_rows(data, **rows)
+        return sequence_data(data, train_rows=config.train_rows, test_rows=config.test_rows, streams=streams)
+    if "lengths" in data.train:
+        if dict(config.own.columns).get("pad") == "end":
+            raise ValueError(
+                "pad='end': the series differ in length, and the networks of this study read the last step, which "
+                "would be filling. Leave it out: they are filled at the start."
+            )
+        if getattr(config, "read", "last") == "mean":
+            raise ValueError(
+                "read='mean': the series differ in length, and the mean over time would take in their filling. Give "
+                "--read last, or series of one length."
+            )
+    return few_rows(data, train=config.train_rows, test=config.test_rows)
 
 
 def _program(config: RecurrentStudy, name: str, data: SequenceData) -> Program:

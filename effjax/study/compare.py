@@ -17,6 +17,7 @@ from effjax.study.claims import decide
 from effjax.study.lock import FolderLock
 from effjax.study.metering import measure
 from effjax.study.own import own_study
+from effjax.study.own_files import check_unchanged
 from effjax.study.progress import Progress
 from effjax.study.report import read_results, write_report
 from effjax.study.resolve import Study, bounded, resolve
@@ -106,6 +107,7 @@ class _Comparison:
         self.work = out / ".work"
         self.groups = study.groups()
         self.prepared: dict[str, Prepared] = {}
+        self.evaluated: set[str] = set()
 
     def run(self) -> dict[str, Any]:
         finished = self._claim_folder()
@@ -148,6 +150,7 @@ class _Comparison:
             self._check_same(
                 {"study": found["study"], "preset": found["preset"], "cost_only": not trained, "config": config}
             )
+            check_unchanged(self.study.config, self.study.recipe, found["environment"].get("data", []), self.out)
             return found
         elif self.first:
             write_json(mark, self._identity())
@@ -218,7 +221,8 @@ class _Comparison:
         if begun != self.sources:
             raise ValueError(
                 f"out={str(self.out)!r} was begun on other data:\n  there {begun}\n  here  {self.sources}\n"
-                "Set EFFJAX_DATA as it was, or choose another --out."
+                f"{'Your files have changed: restore them' if self.study.config.own else 'Set EFFJAX_DATA as it was'}, "
+                "or choose another --out."
             )
 
     # Training
@@ -273,6 +277,10 @@ class _Comparison:
         except NonFiniteError as error:
             run = {"status": "diverged", "metrics": {}, "train_s": error.train_s, "evaluate_s": 0.0, "why": str(error)}
         else:
+            group = name.rpartition("/")[0]
+            if group not in self.evaluated:  # compiling the group's evaluation is no cost of the arm that comes first
+                program.judged(result.state)
+                self.evaluated.add(group)
             run = self._judge(program, result)
         run["compiles"] = prepared.compiles
         if self.first:

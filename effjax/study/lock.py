@@ -56,10 +56,12 @@ class FolderLock:
         self._first = first
         self._say = say or (lambda note: print(note, file=sys.stderr, flush=True))
         self._mine: dict[str, Any] | None = None
+        self._made = False
 
     def __enter__(self) -> "FolderLock":
         if not self._first:
             return self
+        self._made = not self._path.parent.exists()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         mine = {
             "pid": os.getpid(),
@@ -76,6 +78,9 @@ class FolderLock:
         mine, self._mine = self._mine, None
         if mine is not None and _read(self._path) == mine:
             self._path.unlink(missing_ok=True)
+            if error is not None and self._made:
+                with contextlib.suppress(OSError):  # something is in it
+                    self._path.parent.rmdir()
 
     def _take_over(self, mine: Mapping[str, Any]) -> bool:
         """Take over a stale lock; False to try again from the start.

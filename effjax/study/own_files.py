@@ -1,45 +1,78 @@
 """The command line's words for a user's own data: ``--data FILE --text NAME --label NAME --model PATH``."""
 
 import argparse
+import ast
 import dataclasses
+import difflib
 import inspect
 import re
+import shlex
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from effjax.core.errors import near
 from effjax.data.files import READERS
 from effjax.recipes.spec import OwnData, StudyConfig
 
 _WITH_MODEL = ("text", "image")
+_PATHS = ("test", "nodes", "labels", "features")
+_OTHERS = {"path": "--data", "model": "--model", "seed": "--split-seed"}
+# A keyword and its value in a message: a quoted text, a list or tuple, or one word.
+_VALUE = r"""'[^']*'|"[^"]*"|\[[^\[\]]*\]|\((?:[^()]*)\)|[\w/-]+(?:\.\w+)*"""
 
 
 def keywords() -> dict[str, inspect.Parameter]:
     """The keywords of all readers, by name."""
     found: dict[str, inspect.Parameter] = {}
-    for read in READERS.values():
-        for name, item in inspect.signature(read).parameters.items():
-            if item.kind is item.KEYWORD_ONLY:
-                found.setdefault(name, item)
+    for modality in READERS:
+        found |= {name: item for name, item in _keywords(modality).items() if name not in found}
     return found
+
+
+def _keywords(modality: str) -> dict[str, inspect.Parameter]:
+    items = inspect.signature(READERS[modality]).parameters.items()
+    return {name: item for name, item in items if item.kind is item.KEYWORD_ONLY}
+
+
+def flag(name: str) -> str:
+    """The option of a reader's keyword.
+
+    Example:
+      >>> flag("text_b"), flag("seed")
+      ('--text-b', '--split-seed')
+    """
+    return _OTHERS.get(name, f"--{name.replace('_', '-')}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--data``, ``--model`` and one option per keyword of ``effjax.data.files``."""
     own = parser.add_argument_group("your own data, in place of the study's")
     own.add_argument("--data", metavar="PATH", help="file, folder, or hf:owner/name")
-    own.add_argument("--model", metavar="PATH", help="a model by name, or a folder with a checkpoint")
+    own.add_argument(
+        "--model", metavar="NAME", help="text, image: a model by name; text: also the folder of a checkpoint"
+    )
     for name, item in keywords().items():
-        takes = [modality for modality, read in READERS.items() if name in inspect.signature(read).parameters]
-        flag = f"--{name.replace('_', '-')}"
-        options: dict[str, Any] = {"dest": f"own_{name}", "help": f"for {', '.join(takes)} data"}
+        takes = [modality for modality in READERS if name in _keywords(modality)]
+        options: dict[str, Any] = {"dest": f"own_{name}", "help": f"{', '.join(takes)}: {_about(takes[0], name)}"}
         kind, many = _type(item.annotation)
         if kind is bool:
-            action = argparse.BooleanOptionalAction
-            own.add_argument(flag, action=action, default=None, **options)
+            own.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=None, **options)
         else:
-            own.add_argument(flag, type=kind, nargs="+" if many else None, metavar=kind.__name__.upper(), **options)
+            word = {int: "N", float: "SHARE"}.get(kind, "FILE" if name in _PATHS else "NAME")
+            many, word = (2, ("HEIGHT", "WIDTH")) if name == "size" else ("+" if many else None, word)
+            own.add_argument(flag(name), type=kind, nargs=many, metavar=word, **options)
+
+
+def _about(modality: str, name: str) -> str:
+    """What the docstring says of a keyword, for ``--help``."""
+    doc = inspect.getdoc(READERS[modality])
+    found = re.search(rf"^  {name}: (.+?)(?=^  \w+: |^$)", doc, re.MULTILINE | re.DOTALL)
+    text = re.sub(r"[;.] ``[^`]*``( and the like)? when None|``", "", " ".join(found[1].split()))
+    text = f"{name} {text}" if text.startswith("of ") else text
+    return text.rstrip(".").replace("None", "left out").replace("%", "%%")
 
 
 def _type(annotation: Any) -> tuple[type, bool]:
@@ -57,10 +90,10 @@ def _type(annotation: Any) -> tuple[type, bool]:
 
 
 def from_arguments(options: argparse.Namespace) -> OwnData | None:
-    """What ``add_arguments`` read; None without ``--data``.
+    """What ``add_arguments`` read; None without ``--data``. Paths become absolute, for a run may go on elsewhere.
 
     Raises:
-      ValueError: a column without ``--data``.
+      ValueError: another option without ``--data``.
     """
     given = {
         name.removeprefix("own_"): tuple(value) if isinstance(value, list) else value
@@ -69,26 +102,121 @@ def from_arguments(options: argparse.Namespace) -> OwnData | None:
     }
     if options.data is None:
         if given or options.model is not None:
-            named = "--model" if options.model is not None else f"--{next(iter(given)).replace('_', '-')}"
+            named = "--model" if options.model is not None else flag(next(iter(given)))
             raise ValueError(f"{named} is about data of your own. Give them with --data FILE_OR_FOLDER.")
         return None
-    path = options.data if options.data.startswith("hf:") else str(Path(options.data).absolute())
-    return OwnData(path=path, model=options.model, columns=tuple(sorted(given.items())))
+    given |= {name: _absolute(given[name]) for name in _PATHS if name in given}
+    model = options.model
+    if model is not None and Path(model).expanduser().exists():
+        model = _absolute(model)
+    return OwnData(path=_absolute(options.data), model=model, columns=tuple(sorted(given.items())))
 
 
-def with_own(config: StudyConfig, recipe: Any, own: OwnData) -> StudyConfig:
+def _absolute(path: str) -> str:
+    return path if path.startswith("hf:") else str(Path(path).expanduser().absolute())
+
+
+def check_words(words: Sequence[str], config: StudyConfig) -> None:
+    """Refuse a misspelled option of one's own data; misspelled fields of the config are refused by their parser.
+
+    Raises:
+      ValueError: with the near names.
+    """
+    fields = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config)}
+    known = ["--data", "--model", *map(flag, keywords())]
+    for word in words:
+        name = word.partition("=")[0]
+        if not name.startswith("--") or "." in name or name.removeprefix("--no-") in fields or name in fields:
+            continue
+        if hint := _near(name, known):
+            raise ValueError(f"{name} is no option.{hint}")
+
+
+def _near(name: str, options: Sequence[str]) -> str:
+    return near(name, difflib.get_close_matches(name, options, n=2, cutoff=0.8))
+
+
+def with_own(config: StudyConfig, recipe: Any, own: OwnData, stem: str = "this study") -> StudyConfig:
     """The config of a study on a user's own data.
 
     Raises:
-      ValueError: a study that takes none.
+      ValueError: a study that takes none, an option for data of another kind, or a model where none is taken.
     """
     modality = getattr(recipe, "MODALITY", None)
     if modality is None:
-        raise ValueError(f"--data {own.path}: this study takes no data of your own.")
-    name = re.sub(r"[^A-Za-z0-9_.]+", "-", Path(own.path.removeprefix("hf:")).stem) or "data"
+        raise ValueError(f"--data {own.path}: {stem} takes no data of your own.")
+    legal = [flag(name) for name in _keywords(modality)]
+    for name, _ in own.columns:
+        if flag(name) not in legal:
+            takes = " and ".join(other for other in READERS if name in _keywords(other))
+            raise ValueError(
+                f"{flag(name)} is for {takes} data, and {stem} takes {modality} data.{_near(flag(name), legal)} "
+                f"Its options: {', '.join(legal)}."
+            )
+    name = re.sub(r"[^A-Za-z0-9_.]+", "-", Path(own.path.removeprefix("hf:")).stem).strip("-.") or "data"
     if modality in _WITH_MODEL:
         default = getattr(recipe, "OWN_MODEL", config.tasks[0].rpartition("/")[2])
         name += f"/{Path(own.model).name if own.model else default}"
     elif own.model is not None:
-        raise ValueError(f"--model {own.model}: the arms of a study on {modality} data bring their own networks.")
+        raise ValueError(f"--model {own.model}: the arms of {stem}, on {modality} data, bring their own networks.")
     return dataclasses.replace(config, own=own, tasks=(name,), **getattr(recipe, "OWN", {}))
+
+
+def with_all_rows(config: StudyConfig) -> StudyConfig:
+    """A preset without its numbers of rows, which were chosen for its own data."""
+    names = [name for name in ("train_rows", "test_rows") if hasattr(config, name)]
+    return dataclasses.replace(config, **dict.fromkeys(names))
+
+
+def check_unchanged(config: StudyConfig, recipe: Any, sources: Sequence[str], out: Path) -> None:
+    """Refuse to take finished results for those of the user's data if these have changed since.
+
+    Raises:
+      ValueError: the files hold something else than when the results were written.
+    """
+    if config.own is None:
+        return
+    facts = config.data("", recipe.MODALITY).facts
+    if not any(f"SHA-256 {facts.fingerprint[:12]}" in source for source in sources):
+        raise ValueError(
+            f"out={str(out)!r} holds results on other data:\n  there {sources}\n  here  "
+            f"{facts.source(config.own.path)}\n{config.own.path} has changed. Choose another --out, or delete it."
+        )
+
+
+def as_flags(message: str, modality: str | None = None, fields: Sequence[str] = ()) -> str:
+    """An error's text with the options as they are typed in place of keywords.
+
+    Args:
+      message: the text.
+      modality: of the data, whose reader has the keywords; None for those of all readers.
+      fields: of the study's config.
+
+    Example:
+      >>> as_flags("label='kid' is not a column of a.csv. Name it: label=COLUMN.")
+      '--label kid is not a column of a.csv. Name it: --label COLUMN.'
+      >>> as_flags("Give size=(8, 9), scale16=True or quotes=False; leave_out=['a', 'b c'].")
+      "Give --size 8 9, --scale16 or --no-quotes; --leave-out a 'b c'."
+    """
+    flags = {name: flag(name) for name in (_keywords(modality) if modality in READERS else keywords())} | _OTHERS
+    flags |= {field: f"--{field.replace('_', '-')}" for field in fields}
+    flags |= {"source": "--model"} if modality in _WITH_MODEL else {}  # how loaders of models call it
+    pattern = rf"(?<![\w.-])({'|'.join(flags)})=({_VALUE})?"
+    return re.sub(pattern, lambda match: _typed(flags[match[1]], match[2]), message)
+
+
+def _typed(name: str, given: str | None) -> str:
+    if given in (None, "True"):
+        return name
+    if given == "False":
+        return f"--no-{name.removeprefix('--')}"
+    if given == "None":
+        return f"{name} (not given)"
+    if given[0] in "'\"[(":
+        try:
+            value = ast.literal_eval(given)
+        except (ValueError, SyntaxError):
+            return f"{name} {given.strip('()[]').replace(',', '')}"
+        values = value if isinstance(value, list | tuple) else [value]
+        return " ".join([name, *(shlex.quote(str(item)) for item in values)])
+    return f"{name} {given}"

@@ -42,6 +42,10 @@ _LEGEND = (
     "a run. `tokens` are the positions processed in a run, padding included; `trained` are the numbers that the "
     "optimizer moves; `between` is the first work between two steps (a knot)."
 )
+_CACHED = (
+    " Programs may have come from JAX's folder of compiled programs (JAX_COMPILATION_CACHE_DIR): compile and total "
+    "seconds may be less than those of a first run."
+)
 
 
 class Table(NamedTuple):
@@ -132,6 +136,7 @@ def blocks(results: Mapping[str, Any]) -> Iterator[Block]:
     """The parts of the report."""
     yield Heading(f"{results['study']}: {results['preset']}", 1)
     yield _where(results)
+    yield from _about_data(results)
     idle = results.get("idle", [])
     yield from _claims("Claims", results["claims"], results, idle)
     timed = [claim for claim in results.get("cost_claims", []) if claim not in results["claims"]]
@@ -162,8 +167,19 @@ def _where(results: Mapping[str, Any]) -> str:
     return (
         f"{_budget(results)} per run, seeds {_seeds(results)}. {hardware_name(environment['hardware'])}; "
         f"jax {packages['jax']}, optax {packages['optax']}, Python {packages['python']}; "
-        f"commit {environment['commit'] or 'unknown'}; {environment['date']}. {'. '.join(_facts(_data(results)))}"
-    ).strip()
+        f"commit {environment['commit'] or 'unknown'}; {environment['date']}."
+    ) + (_CACHED if environment.get("compile_cache") else "")
+
+
+def _about_data(results: Mapping[str, Any]) -> Iterator[Block]:
+    """What was trained and tested on: of data of one's own all that is known of them."""
+    once = [re.sub(r" \([^()]*\): Rows: ", ": Rows: ", fact) for fact in _facts(_data(results))]
+    found = [fact if fact.endswith(".") else f"{fact}." for fact in once]
+    for rows, what in (("train_rows", "training"), ("test_rows", "test")):
+        if isinstance(most := results["config"].get(rows), int):
+            found.append(f"Of the {what} rows {most:,} were used ({rows}).")
+    if found:
+        yield f"**Data**: {' '.join(found)}"
 
 
 def _budget(results: Mapping[str, Any]) -> str:
@@ -191,7 +207,9 @@ def _facts(data: Any) -> list[str]:
 
 
 def _holds_for(results: Mapping[str, Any]) -> str:
-    size = [*_facts(_data(results)), f"{_budget(results)} per run"]
+    # A source of one's own goes on after the numbers of rows and classes.
+    size = [fact.partition("): Rows: ")[0] + ")" * ("): Rows: " in fact) for fact in _facts(_data(results))]
+    size += [f"{_budget(results)} per run"]
     size += [f"seed{'s' * (len(results['seeds']) > 1)} {_seeds(results)}"]
     size += [hardware_name(results["environment"]["hardware"])]
     return f"This holds for: {'; '.join(size)}. Another size or machine may order the arms differently."

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import effjax
 from effjax.core.errors import check_choice
 from effjax.recipes.spec import Claim, Group, OwnData, StudyConfig, choose_arms
-from effjax.study.own_files import with_own
+from effjax.study.own_files import check_words, with_all_rows, with_own
 from effjax.train.options import Budget
 from effjax.train.program import Program
 
@@ -125,7 +125,7 @@ def resolve(target: str, overrides: Sequence[str] = (), own: OwnData | None = No
       target: ``stem``, ``stem:preset`` or the path of a TOML file with ``study = "stem"``, optionally
         ``preset = "cpu"``, and the fields to change.
       overrides: command-line words; they win over the file's.
-      own: a user's own data, in place of the study's.
+      own: a user's own data, in place of the study's. All of their rows are used unless ``overrides`` say otherwise.
 
     Raises:
       ValueError: unknown study, preset or file, with near names.
@@ -136,12 +136,18 @@ def resolve(target: str, overrides: Sequence[str] = (), own: OwnData | None = No
         target, words = _read_toml(Path(target))
     stem, _, preset = target.partition(":")
     known = presets(stem)
-    preset = preset or DEFAULT_PRESET
+    recipe = importlib.import_module(f"effjax.recipes.{stem}")
+    preset = preset or (DEFAULT_PRESET if own is None else getattr(recipe, "OWN_PRESET", DEFAULT_PRESET))
     check_choice(f"preset of {stem}", preset, tuple(known))
     base = known[preset]
-    config = _override(base, [*words, *overrides], f"effjax ... {stem}:{preset}")
-    recipe = importlib.import_module(f"effjax.recipes.{stem}")
-    config = config if own is None else with_own(config, recipe, own)
+    start = base if own is None else with_all_rows(base)
+    if own is not None:
+        check_words([*words, *overrides], base)
+    config = _override(start, [*words, *overrides], f"effjax ... {stem}:{preset}")
+    if own is not None:
+        if config.tasks != base.tasks:
+            raise ValueError(f"--tasks together with --data {own.path}: your data are the one task. Leave --tasks out.")
+        config = with_own(config, recipe, own, stem)
     study = Study(stem, preset, config, config != base, recipe)
     study.groups()  # refuses patterns that match no arm
     return study
@@ -172,12 +178,22 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
+def words_of(target: str) -> tuple[str | None, tuple[str, ...]]:
+    """The kind of data of one's own that a study takes, and the fields of its config; none where it is not known."""
+    stem = target.partition(":")[0]
+    if stem not in effjax.METHODS:
+        return None, ()
+    fields = tuple(field.name for field in dataclasses.fields(next(iter(presets(stem).values()))))
+    return getattr(importlib.import_module(f"effjax.recipes.{stem}"), "MODALITY", None), fields
+
+
 def studies() -> str:
     """Every study with its presets and the data that it takes, a line each."""
     lines = []
     for stem in effjax.METHODS:
-        modality = getattr(importlib.import_module(f"effjax.recipes.{stem}"), "MODALITY", None)
-        takes = f"--data: {modality}" if modality else ""
+        recipe = importlib.import_module(f"effjax.recipes.{stem}")
+        takes = f"--data: {recipe.MODALITY}" if hasattr(recipe, "MODALITY") else ""
+        takes += f" (preset {recipe.OWN_PRESET})" if hasattr(recipe, "OWN_PRESET") else ""
         lines.append(f"  {stem:<16} {' '.join(presets(stem)):<50} {takes}".rstrip())
     return "\n".join(lines)
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import effjax
 from effjax.core.cost import hardware
 from effjax.study.claims import value
@@ -126,7 +128,7 @@ def idle_arms(fingerprints: Mapping[str, Sequence[int | None]]) -> list[list[str
 
 
 def environment() -> dict[str, Any]:
-    """Packages, hardware, commit (null outside git) and date of this run."""
+    """Packages, hardware, commit (null outside git) and date of this run; ``compile_cache`` where JAX keeps one."""
     packages = {"python": platform.python_version(), "effjax": effjax.__version__}
     for name in PACKAGES:
         try:
@@ -138,6 +140,7 @@ def environment() -> dict[str, Any]:
         "hardware": hardware(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **({"compile_cache": True} if jax.config.jax_compilation_cache_dir else {}),
     }
 
 

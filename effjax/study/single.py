@@ -36,6 +36,8 @@ def train_arm(study: Study, arm: str | None, seed: int, out: Path | None) -> dic
     identity = {"study": study.stem, "preset": study.preset, "arm": arm, "config": study.config_dict}
     program = study.build(arm)
     first = jax.process_index() == 0
+    if study.config.own is not None:  # their files may change between two starts
+        identity["source"] = program.task.source
     with Progress(quiet=not first) as progress, FolderLock(out, first=first, say=progress.say):
         progress.plan(program.total_steps)
         label = f"{arm}, seed {seed}"

@@ -82,7 +82,7 @@ def image_task(
     train = _columns(dataset, "train", train_rows)
     test = _columns(dataset, "test", test_rows)
     module = _module(model, classes, dtype, remat)
-    mean, std = _statistics(dataset.name, train["image"])
+    mean, std = _statistics("" if dataset.facts else dataset.name, train["image"])
     example = test["image"][:1]
 
     def inputs(images: Images) -> jax.Array:

@@ -192,7 +192,7 @@ def text_task(
     metric = "spearman" if target == "score" else "accuracy"
     return Task(
         name=f"{dataset.name}/{Path(model).name if isinstance(model, str) else type(model).__name__}",
-        source=dataset.source,
+        source=dataset.source + _cut(dataset, columns, max_length),
         metric=Metric(metric, "max", f"test {metric}"),
         init=init,
         loss=loss,
@@ -381,6 +381,12 @@ def _check_positions(module: nn.Module, max_length: int) -> None:
     check_number(
         "max_length", max_length, high=positions, integer=True, hint=f"The model has {positions} positions; truncate."
     )
+
+
+def _cut(dataset: DataSet, columns: Mapping[str, Columns], max_length: int) -> str:
+    """How many of the user's own texts may have lost their end."""
+    full = sum(int((part["input_ids"].lengths == max_length).sum()) for part in columns.values())
+    return f" {full} texts fill max_length={max_length} tokens; longer ones were cut." if dataset.facts and full else ""
 
 
 def _tokens(texts: _Texts, tokenizer: Tokenizer, max_length: int) -> Columns:

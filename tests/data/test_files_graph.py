@@ -86,7 +86,8 @@ def test_layouts(tmp_path, layout):
     assert "The class of 1 nodes is unknown." in graph.facts.notes
     assert "Edge weights from 1 to 5." in graph.facts.notes
     assert ("Not read: 'node_names'." in graph.facts.notes) == (layout == "benchmark")
-    assert graph.source == f"{tmp_path / 'g.npz'} (nodes 4, edges 6, 2 classes)"
+    assert graph.source.startswith(f"{tmp_path / 'g.npz'} (nodes 4, edges 6, 2 classes): Rows: 4 nodes, 6 edges. ")
+    assert graph.source.endswith(f" SHA-256 {graph.facts.fingerprint[:12]}.")
 
 
 def test_weights_enter_the_adjacency(tmp_path):
@@ -144,7 +145,9 @@ def test_several_splits(tmp_path):
     masks["test_mask"][1] = [True, False, False, False]
     for arrays in (masks, {name: mask.T for name, mask in masks.items()}):
         path = save(tmp_path / "g.npz", edge_index=EDGES, y=Y, **arrays)
-        with pytest.raises(ValueError, match=r"'train_mask' holds 2 splits; which_split=None. Choose one of 0 to 1"):
+        with pytest.raises(
+            ValueError, match=r"'train_mask' holds 2 splits; which_split=None. Choose one: which_split=0"
+        ):
             graph_from_files(path)
         graph = graph_from_files(path, which_split=1)
         assert (graph.train.tolist(), graph.val.tolist(), graph.test.tolist()) == ([1], [2], [0])

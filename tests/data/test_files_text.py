@@ -32,7 +32,8 @@ def test_texts_of_a_csv_file(tmp_path):
             number = int(re.match(r"message (\d+),", text)[1])
             assert label == (1 if number % 2 == 0 else 0)
     assert (data.name, data.modality) == ("messages", "text")
-    assert data.source == f"{tmp_path / 'messages.csv'} (train 8, test 2, 2 classes)"
+    assert data.source.startswith(f"{tmp_path / 'messages.csv'} (train 8, test 2, 2 classes): Rows: 8 train, 2 test. ")
+    assert data.source.endswith(f" SHA-256 {data.facts.fingerprint[:12]}.")
     facts = data.facts
     assert facts.rows == {"train": 8, "test": 2}
     assert facts.classes == {"ham": (4, 1), "spam": (4, 1)}

@@ -190,3 +190,18 @@ def test_what_cannot_be_compared_is_refused(arguments, error, message, tmp_path)
     with pytest.raises(error, match=message):
         compare(**arguments, out=tmp_path / "out", quiet=True)
     assert not list(tmp_path.rglob("results.json"))
+
+
+def test_compiling_the_evaluation_is_no_cost_of_the_arm_that_comes_first(tmp_path):
+    calls = []
+
+    def evaluate(variables):
+        calls.append(time.sleep(0 if calls else 0.5))
+        return judged(variables)
+
+    mine = small()
+    judged, mine = mine.evaluate, mine._replace(evaluate=evaluate)
+    arms = {"first": optax.sgd(0.1), "second": optax.sgd(0.2)}
+    results = compare(task=mine, arms=arms, budget=4, seeds=(0,), out=tmp_path / "out", quiet=True)
+    assert len(calls) == 3
+    assert all(arm["cost"]["evaluate_s"] < 0.4 for arm in results["arms"].values())

@@ -47,12 +47,35 @@ def test_one_seed_has_no_error():
     assert level(arms, ACCURACY) == ["g/best", "g/same"]
 
 
+# What was trained on
+
+
+def test_data_of_ones_own_are_told_in_a_paragraph_and_in_short_at_the_end():
+    source = "mine/mlp: /a/b.csv (train 8, test 2, 2 classes): Rows: 8 train, 2 test. 2 classes: x (4 + 1), y (4 + 1)."
+    found = render(results(SECONDS, data=[source], config={"train_rows": 4, "test_rows": None}))
+    (paragraph,) = [line for line in found.splitlines() if line.startswith("**Data**")]
+    assert paragraph == (
+        "**Data**: mine/mlp: /a/b.csv: Rows: 8 train, 2 test. 2 classes: x (4 + 1), y (4 + 1). Of the training rows 4 "
+        "were used (train_rows)."
+    )
+    assert "This holds for: mine/mlp: /a/b.csv (train 8, test 2, 2 classes); 1,200 steps per run;" in found
+
+
+def test_a_cache_of_compiled_programs_is_told():
+    environment = {**results(SECONDS)["environment"], "compile_cache": True}
+    assert "compile and total seconds may be less" in render(results(SECONDS, environment=environment))
+    assert "compile and total seconds may be less" not in render(results(SECONDS))
+
+
 # Clocks that disagree
 
 
 def test_an_arm_that_trains_fastest_but_compiles_long_pays_from_a_number_of_examples_on():
     (sentence,) = clocks(named(SECONDS), ACCURACY)
-    assert "`buckets` trains fastest (5 s) but compiles for 60 s: in total `static` is faster" in sentence
+    # The worse arm `bad` is faster by either clock.
+    assert sentence.startswith(
+        "Among `static` and `buckets`, `buckets` trains fastest (5 s) but compiles for 60 s: in total `static` is"
+    )
     assert "(38.5 s against 65.5 s)" in sentence
     # 52 s more of compiling, 25 s less per 1,000 examples
     assert "pays from about 2,080 examples on (2.08 times this run)" in sentence
