@@ -214,7 +214,9 @@ def test_texts_have_no_arms_that_would_repeat_another():
 
 
 def test_arms_with_a_cell_of_their_own_run_once():
-    found = {group.name: {arm.name for arm in group.arms} for group in groups(dataclasses.replace(STUDY, cells=tuple(CELLS)))}
+    found = {
+        group.name: {arm.name for arm in group.arms} for group in groups(dataclasses.replace(STUDY, cells=tuple(CELLS)))
+    }
     assert {"chrono-lstm", "lru"} <= found["add-12-lstm-6"]
     assert found["add-12-gru-6"] == found["add-12-lstm-6"] - {"chrono-lstm", "lru"}
 
