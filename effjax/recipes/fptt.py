@@ -22,7 +22,7 @@ from effjax.tasks.sequence_layers import LAYERS, sequence_cell
 from effjax.tasks.sequence_networks import cell_task
 from effjax.tasks.task import Task
 from effjax.train.program import Program
-from effjax.train.through_time import through_time
+from effjax.train.sequence_trainer import through_time
 
 CELLS = {
     "lstm": "lstm",

@@ -6,6 +6,7 @@ from typing import Any
 _NAMES = {
     "supervised": "trainer",
     "TrainState": "trainer",
+    "through_time": "sequence_trainer",
     "Program": "program",
     "Phase": "program",
     "Loader": "program",
