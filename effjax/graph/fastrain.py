@@ -28,6 +28,7 @@ from effjax.graph.stages import (
     drop_edges,
     drop_edges_exactly,
     edge_pool,
+    evaluate_stages,
     fastrain_optimizer,
     pick_subset,
     prune_edges,
