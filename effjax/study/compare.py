@@ -107,7 +107,7 @@ class _Comparison:
         self.work = out / ".work"
         self.groups = study.groups()
         self.prepared: dict[str, Prepared] = {}
-        self.evaluated: set[str] = set()
+        self.evaluated: set[Any] = set()
 
     def run(self) -> dict[str, Any]:
         finished = self._claim_folder()
@@ -277,10 +277,10 @@ class _Comparison:
         except NonFiniteError as error:
             run = {"status": "diverged", "metrics": {}, "train_s": error.train_s, "evaluate_s": 0.0, "why": str(error)}
         else:
-            group = name.rpartition("/")[0]
-            if group not in self.evaluated:  # compiling the group's evaluation is no cost of the arm that comes first
+            evaluation = program.evaluate or program.task.evaluate
+            if evaluation not in self.evaluated:  # arms share it, and its compilation is no cost of the first of them
                 program.judged(result.state)
-                self.evaluated.add(group)
+                self.evaluated.add(evaluation)
             run = self._judge(program, result)
         run["compiles"] = prepared.compiles
         if self.first:
