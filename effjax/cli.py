@@ -3,7 +3,9 @@
 import argparse
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and not getattr(options, "overrides", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return options.run(options, rest) or 0
+        status = options.run(options, rest) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except USER_ERRORS as error:
         if os.environ.get("EFFJAX_TRACEBACK"):
             raise
@@ -163,9 +170,12 @@ def _report(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _methods(options: argparse.Namespace, rest: list[str]) -> None:
+    width = max(40, shutil.get_terminal_size().columns)
     for method in effjax.methods(options.pattern):
-        print(f"{method.stem:<18} {method.summary}  [{method.kind}; {method.paper}]")
-        print(f"{'':<18} effjax.{', effjax.'.join(method.names)}")
+        about = f"{method.summary}  [{method.kind}; {method.paper}]"
+        names = ", ".join(f"effjax.{name}" for name in method.names)
+        first = textwrap.wrap(about, width, initial_indent=f"{method.stem:<18} ", subsequent_indent=" " * 19)
+        print("\n".join([*first, *textwrap.wrap(names, width, initial_indent=" " * 19, subsequent_indent=" " * 19)]))
 
 
 def _export(options: argparse.Namespace, rest: list[str]) -> None:

@@ -132,7 +132,7 @@ def resolve(target: str, overrides: Sequence[str] = (), own: OwnData | None = No
       SystemExit: an override that does not fit the config's fields; the message is on stderr.
     """
     words: list[str] = []
-    if target.endswith(".toml"):
+    if target.lower().endswith(".toml"):
         target, words = _read_toml(Path(target))
     stem, _, preset = target.partition(":")
     known = presets(stem)
@@ -208,14 +208,17 @@ def _override(base: StudyConfig, words: list[str], program: str) -> StudyConfig:
 
 def _read_toml(path: Path) -> tuple[str, list[str]]:
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # editors on Windows begin with a mark
     except FileNotFoundError:
         raise FileNotFoundError(f"config file {str(path)!r} does not exist.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config file {str(path)!r} is not TOML: {error}.") from None
     if "study" not in table:
         raise ValueError(f'config file {str(path)!r} names no study. Add a line such as study = "samuel".')
-    stem, preset = table.pop("study"), table.pop("preset", DEFAULT_PRESET)
+    stem, colon, named = str(table.pop("study")).partition(":")
+    preset = table.pop("preset", named or DEFAULT_PRESET)
+    if colon and preset != named:
+        raise ValueError(f"config file {str(path)!r} names the presets {named!r} and {preset!r}. Keep one of them.")
     return f"{stem}:{preset}", list(_as_words(table))
 
 

@@ -1,12 +1,16 @@
 """The command line in this process: verbs, messages, exit codes."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from effjax.cli import main
 
-TINY = ["--budget.amount", "20", "--grid", "0.1", "--others", "--train.log-steps", "5"]
+ARMS = ["--arms", "sgd-*", "cosine-*", "samuel", "uniform", "one-gradient"]
+TINY = ["--budget.amount", "20", "--grid", "0.1", *ARMS, "--train.log-steps", "5"]
 
 pytestmark = pytest.mark.study
 
@@ -22,7 +26,7 @@ def test_methods_lists_names(capsys):
         (["compare", "samule"], "Did you mean 'samuel'"),
         (["compare", "samuel:smoke", "--tasks", "digitz/mlp"], "digits"),
         (["compare", "samuel:smoke", "--experts", "0.1"], "is one expert"),
-        (["compare", "samuel:smoke", "--experts", "0.1", "-0.1"], "learning_rates"),
+        (["compare", "samuel:smoke", "--experts", "0.1", "-0.1"], "experts=-0.1"),
         (["compare", "samuel:smoke", "--experts", "0.1", "0.1"], "repeat"),
         (["compare", "samuel:smoke", "--batch-size", "100000"], "100000"),
         (["compare", "samuel:smoke", "--train.mesh.data", "7"], "needs 7 devices and 1 are there"),
@@ -46,11 +50,19 @@ def test_bad_input_is_one_readable_message(words, message, capsys, tmp_path, mon
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
-    import sys
-
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert main(["compare", "samuel:smoke", "--seeds", "3"]) == 2
     assert 'tyro is not installed. pip install "effjax[study]"' in capsys.readouterr().err
+
+
+def test_methods_fit_the_terminal_and_a_closed_pipe_is_no_error():
+    environment = {**os.environ, "COLUMNS": "60"}
+    command = f"set -o pipefail; {sys.executable} -m effjax methods | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.startswith("samuel ")
+    assert len(done.stdout.rstrip()) <= 60
 
 
 def test_compare_twice_only_writes_the_report_again(tmp_path, capsys):

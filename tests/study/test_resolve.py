@@ -78,6 +78,16 @@ def test_a_config_file_is_a_preset_with_changes(tmp_path):
     assert (study.config.seeds, study.config.budget.amount, study.config.train.donate) == ((6,), 10, False)
 
 
+def test_a_config_file_as_editors_on_windows_write_it_names_its_preset_with_the_study(tmp_path):
+    path = tmp_path / "MINE.TOML"
+    path.write_bytes(b"\xef\xbb\xbf" + b'study = "samuel:smoke"\r\nseeds = [5]\r\n')
+    study = resolve(str(path))
+    assert (study.preset, study.config.seeds) == ("smoke", (5,))
+    path.write_text('study = "samuel:smoke"\npreset = "cpu"\n')
+    with pytest.raises(ValueError, match="names the presets 'smoke' and 'cpu'"):
+        resolve(str(path))
+
+
 @pytest.mark.parametrize(
     ("text", "message"), [("seeds = [1]\n", "names no study"), ("study = [\n", "is not TOML"), ("\xff", "is not TOML")]
 )
