@@ -111,11 +111,18 @@ def stop_ids_top_k(
 def vocabulary_stop_ids(tokenizer: Any) -> Int[np.ndarray, "vocabulary"]:
     """The ``stop_ids`` of a tokenizer's vocabulary, by the rule that its tokens follow.
 
+    Args:
+      tokenizer: with ``token(index)``, ``vocab_size`` and ``special_ids``, such as ``effjax.load_tokenizer`` returns.
+
+    Returns:
+      int32 [vocabulary], see ``stop_ids``.
+
     Example:
-      >>> from effjax.data.tokens import load_tokenizer
-      >>> tokenizer = load_tokenizer("stories260k")
-      >>> [tokenizer.token(index) for index in np.flatnonzero(vocabulary_stop_ids(tokenizer) >= 0)[:3]]
-      [' a', ' the', ' to']
+      >>> from types import SimpleNamespace
+      >>> words = ["<s>", " the", " cat", " to", "the"]
+      >>> made = SimpleNamespace(token=words.__getitem__, vocab_size=5, special_ids=(0,))
+      >>> [words[index] for index in np.flatnonzero(vocabulary_stop_ids(made) >= 0)]
+      [' the', ' to']
     """
     tokens = [tokenizer.token(index) for index in range(tokenizer.vocab_size)]
     rule = "space_word" if any(token[:1] in _SPACES and token[1:].isalpha() for token in tokens) else "word"
