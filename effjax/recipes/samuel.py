@@ -26,7 +26,6 @@ from effjax.tasks.image import image_task
 from effjax.tasks.task import Metric, Task
 from effjax.train.grad import accumulated
 from effjax.train.loaders import column_loader
-from effjax.train.mesh import make_mesh
 from effjax.train.program import Phase, Program
 from effjax.train.trainer import TrainState, check_options, supervised
 
@@ -223,7 +222,7 @@ def _experts(config: SamuelStudy, task: Task, *, shorter: int = 1, loop: str | N
     period = max(1, max(1, round(config.period_fraction * steps)) // shorter)
     base = lambda rate: optax.sgd(rate, momentum=config.momentum)
     tx = samuel(base, config.experts, period=period, total_steps=steps, **options)
-    mesh = make_mesh(config.train.mesh)
+    mesh = config.train.mesh.built
     spread = mesh is not None and mesh.shape["expert"] > 1
 
     def loss(params, model, batch, key):

@@ -16,7 +16,7 @@ from effjax.core.tree import leaf_paths, tree_where
 from effjax.data.pipeline import prefetch_to_device, put_batch
 from effjax.train.checkpoint import CheckpointError, Checkpoints
 from effjax.train.logging import JsonlLog, jsonable
-from effjax.train.mesh import batch_sharding, make_mesh, state_shardings
+from effjax.train.mesh import batch_sharding, state_shardings
 from effjax.train.options import TrainOptions
 from effjax.train.program import Phase, Program
 from effjax.train.signals import StopSignal
@@ -75,7 +75,7 @@ class Prepared:
         if options.compile_cache:
             jax.config.update("jax_compilation_cache_dir", options.compile_cache)
         self._program = program
-        self._mesh = mesh = make_mesh(options.mesh)
+        self._mesh = mesh = options.mesh.built
         self._warm: set[Executables] = set()
         shapes = jax.eval_shape(program.init, jax.random.key(0))
         shardings = state_shardings(mesh, shapes, program.sharding)

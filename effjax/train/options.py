@@ -1,8 +1,9 @@
 """Typed settings of the training loop."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from effjax.core.errors import check_choice, check_number
 
@@ -60,6 +61,13 @@ class MeshOptions:
                 check_number(f"mesh.{axis}", size, low=1, integer=True, hint="Use -1 for all remaining devices.")
         if list(sizes.values()).count(-1) > 1:
             raise ValueError(f"mesh={sizes}: only one axis may be -1.")
+
+    @functools.cached_property
+    def built(self) -> Any:
+        """The mesh, made when it is first asked for and once; None where one device does everything."""
+        from effjax.train.mesh import make_mesh
+
+        return make_mesh(self)
 
 
 @dataclasses.dataclass(frozen=True)
