@@ -39,7 +39,7 @@ def test_evaluation_equals_the_plain_mean_whatever_the_batch(small):
     logits = np.asarray(task.infer(variables, task.test["image"]), np.float64)
     nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, task.test["label"][:, None], 1)[:, 0]
     for size in (1, 3, 4, 10, 64):
-        scores = image_task(toy(), task.model, eval_batch=size).evaluate(variables)
+        scores = image_task(toy(), task.module, eval_batch=size).evaluate(variables)
         assert scores["accuracy"] == (logits.argmax(-1) == task.test["label"]).mean()
         assert scores["nll"] == pytest.approx(nll.mean(), rel=1e-5)
 
@@ -60,7 +60,7 @@ def test_loss_is_the_smoothed_cross_entropy(small):
     images, labels = plain.train["image"], plain.train["label"]
     p = np.asarray(jax.nn.log_softmax(plain.infer(variables, images)))
     for smoothing in (0.0, 0.3):
-        task = image_task(toy(), plain.model, label_smoothing=smoothing)
+        task = image_task(toy(), plain.module, label_smoothing=smoothing)
         q = np.eye(3)[labels] * (1 - smoothing) + smoothing / 3
         loss, (state, metrics) = jax.jit(task.loss)(variables, task.train)
         assert loss == pytest.approx(-(q * p).sum(-1).mean(), rel=1e-5)
@@ -72,7 +72,7 @@ def test_loss_is_the_smoothed_cross_entropy(small):
 def test_batch_statistics_change_in_training_only():
     task = image_task(toy(), CNN((4,), classes=3, norm="batch"))
     variables = jax.jit(task.init)(KEY)
-    assert task.has_state
+    assert set(variables) == {"params", "batch_stats"}
     _, (state, _) = jax.jit(task.loss)(variables, task.train)
     assert set(state) == {"batch_stats"}
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state["batch_stats"], variables["batch_stats"])
@@ -87,7 +87,7 @@ def test_pixels_are_normalised_on_the_device():
     variables = tasks[0].init(KEY)
     np.testing.assert_allclose(*(task.infer(variables, task.test["image"]) for task in tasks), rtol=1e-4, atol=1e-5)
     task = tasks[0]
-    pixels = (task.train["image"] / 255.0 - task.mean) / task.std
+    pixels = (task.train["image"] / 255.0 - task.details["mean"]) / task.details["std"]
     assert pixels.mean() == pytest.approx(0, abs=1e-5)
     assert pixels.std() == pytest.approx(1, abs=1e-5)
     head = variables["params"]["head"]
@@ -110,7 +110,7 @@ def test_dropout_takes_the_key():
 
 def test_bfloat16_and_remat_reach_a_named_model():
     task = image_task(toy(), "cnn", dtype="bfloat16", remat=True)
-    assert (task.model.dtype, task.model.remat, task.model.classes) == (jnp.bfloat16, True, 3)
+    assert (task.module.dtype, task.module.remat, task.module.classes) == (jnp.bfloat16, True, 3)
     shapes = jax.eval_shape(task.init, KEY)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     assert jax.eval_shape(task.loss, shapes, task.train)[0].dtype == jnp.float32
