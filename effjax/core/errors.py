@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+__all__ = ["NoEffectWarning"]
+
 
 class NoEffectWarning(UserWarning):
     """A setting that changes nothing: a pattern without matches, a ladder larger than the data."""

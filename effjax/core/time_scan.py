@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from effjax.core.errors import NoEffectWarning, check_number
 from effjax.core.loops import fastest_form
 
+__all__ = ["fastest_unroll", "scan_time"]
+
 PyTree = Any
 
 

@@ -16,6 +16,8 @@ from effjax.core.shapes import check_ladder, fit_ladder, pad_to
 from effjax.data.pipeline import Batch, _process
 from effjax.data.ragged import Ragged, narrow_integers
 
+__all__ = ["BucketSampler", "official_cap", "plan_epoch", "plan_epoch_official"]
+
 Columns = Mapping[str, Any]
 
 # The paper's code: bucket edges, and the largest batch of each that an 11 GB card holds with a base-size model.

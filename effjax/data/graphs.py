@@ -11,6 +11,8 @@ from effjax.data.facts import Facts
 from effjax.data.graph_files import read_graph
 from effjax.data.sets import DataSet, load
 
+__all__ = ["graph_data"]
+
 
 class CsrFeatures(NamedTuple):
     """Node features by row, zeros not stored.

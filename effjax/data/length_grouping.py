@@ -9,6 +9,8 @@ from jaxtyping import Int, Integer
 from effjax.core.errors import check_number
 from effjax.data.bucket_sampler import BatchPlan, Columns, PlannedBatches
 
+__all__ = ["PaddedBatches"]
+
 
 def length_grouped_order(
     lengths: Integer[np.ndarray, "n"], batch_size: int, *, rng: np.random.Generator

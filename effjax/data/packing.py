@@ -11,6 +11,8 @@ from effjax.data.bucket_sampler import Columns, PlannedBatches
 from effjax.data.pipeline import Batch
 from effjax.data.ragged import Ragged
 
+__all__ = ["PackedBatches"]
+
 
 def best_fit(
     lengths: Integer[np.ndarray, "n"], capacity: int, *, max_segments: int | None = None

@@ -9,6 +9,8 @@ from jaxtyping import Int, Integer
 
 from effjax.core.errors import check_number
 
+__all__ = ["Ragged"]
+
 
 @dataclass(frozen=True, eq=False)
 class Ragged:

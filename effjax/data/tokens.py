@@ -14,6 +14,8 @@ from effjax.core.errors import check_number
 from effjax.core.folders import model_folder
 from effjax.data.ragged import Ragged
 
+__all__ = ["load_tokenizer"]
+
 if TYPE_CHECKING:
     import tokenizers
 

@@ -33,6 +33,20 @@ from effjax.finetune.lora import (
 )
 from effjax.finetune.restart import SCHEDULES, cola_reset
 
+__all__ = [
+    "ColaConfig",
+    "cola_adapters",
+    "cola_export",
+    "cola_extend",
+    "cola_gradients",
+    "cola_init",
+    "cola_links",
+    "cola_merge",
+    "cola_next",
+    "cola_params",
+    "cola_value_and_grad",
+]
+
 PyTree = Any
 Kernels = Mapping[str, jax.Array]
 Reset = Callable[[optax.GradientTransformation, PyTree, Lora, jax.Array], PyTree]

@@ -21,6 +21,8 @@ from effjax.finetune.chain import (
 )
 from effjax.finetune.lora import Lora, check_fit
 
+__all__ = ["cola", "cola_state"]
+
 PyTree = Any
 
 

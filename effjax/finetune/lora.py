@@ -19,6 +19,18 @@ from jaxtyping import Array, Float
 from effjax.core.errors import check_choice, check_number, near
 from effjax.core.tree import path_name, select, wide
 
+__all__ = [
+    "LoraConfig",
+    "LoraRule",
+    "lora_apply",
+    "lora_init",
+    "lora_merge",
+    "lora_params",
+    "lora_scales",
+    "lora_shardings",
+    "scale_lora_b",
+]
+
 PyTree = Any
 Lora = dict[str, dict[str, jax.Array]]
 Scales = Any  # a number or scalar array for all adapters, or a mapping from kernel path to one

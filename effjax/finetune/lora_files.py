@@ -17,6 +17,8 @@ from effjax.core.errors import near
 from effjax.core.tree import path_name
 from effjax.finetune.lora import Lora, LoraConfig, LoraRule, Scales, is_kernel, lora_scales, out_first, scale_of
 
+__all__ = ["load_lora", "save_lora"]
+
 PyTree = Any
 Names = Callable[[str, int | None], str | None] | Mapping[str, str | Sequence[str]]
 

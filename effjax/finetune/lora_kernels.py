@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from effjax.core.tree import path_name
 from effjax.finetune.lora import Lora, Scales, check_fit, out_first, scale_of
 
+__all__ = ["lora_hooks", "lora_kernels"]
+
 PyTree = Any
 
 

@@ -9,6 +9,8 @@ import optax
 from effjax.core.errors import check_choice
 from effjax.core.tree import leaf_paths, path_name
 
+__all__ = ["cola_reset"]
+
 PyTree = Any
 
 SCHEDULES = ("global", "per_link")

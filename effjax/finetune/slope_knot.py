@@ -8,6 +8,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_number
 
+__all__ = ["SlopeKnot"]
+
 
 class SlopeState(NamedTuple):
     """State of ``SlopeKnot`` within one link.

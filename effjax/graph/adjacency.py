@@ -7,6 +7,8 @@ from jax.typing import ArrayLike
 
 from effjax.graph.sparse import SparseMatrix, row_sums, sparse_matrix, take_columns, take_rows
 
+__all__ = ["adjacency", "gcn_adjacency", "gcn_normalize", "loopless_adjacency", "row_normalize"]
+
 
 def adjacency(
     senders: ArrayLike,

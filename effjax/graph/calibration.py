@@ -13,6 +13,8 @@ from effjax.graph.layers import dropout as random_dropout
 from effjax.graph.sparse import SparseMatrix
 from effjax.graph.stages import fastrain_optimizer, weighted_cross_entropy
 
+__all__ = ["brier_score", "calibrate", "expected_calibration_error", "fit_calibration"]
+
 PyTree = Any
 
 

@@ -16,6 +16,19 @@ from effjax.core.errors import check_number
 from effjax.graph.propagation import label_propagation
 from effjax.graph.sparse import SparseMatrix, matmul, row_sums, spmm, take_columns, take_rows
 
+__all__ = [
+    "error_auc",
+    "error_scores",
+    "error_set",
+    "feature_view",
+    "fit_detector",
+    "held_out_trust",
+    "label_view",
+    "learned_trust",
+    "neighbour_agreement",
+    "spread_errors",
+]
+
 _TINY = 1e-12
 
 

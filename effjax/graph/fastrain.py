@@ -37,6 +37,18 @@ from effjax.graph.stages import (
     train_stage,
 )
 
+__all__ = [
+    "FastrainConfig",
+    "NodeProblem",
+    "fastrain",
+    "fastrain_graph",
+    "fastrain_init",
+    "fastrain_next",
+    "fastrain_params",
+    "fastrain_scores",
+    "fastrain_step",
+]
+
 PyTree = Any
 Init = Callable[[jax.Array, bool], PyTree]
 Apply = Callable[..., jax.Array]

@@ -43,6 +43,19 @@ from effjax.graph.members import (
 )
 from effjax.graph.sparse import SparseMatrix
 
+__all__ = [
+    "GeeniConfig",
+    "GeeniProblem",
+    "choose_isolation",
+    "distil_targets",
+    "geeni",
+    "geeni_init",
+    "geeni_next",
+    "geeni_serve",
+    "geeni_step",
+    "geeni_views",
+]
+
 PyTree = Any
 Stage = Literal["members", "students"]
 Detector = Literal["score", "agreement", "mutual", "learned", "oracle"]

@@ -31,6 +31,8 @@ from effjax.graph.members import (
 from effjax.graph.propagation import correct_and_smooth
 from effjax.graph.sparse import SparseMatrix
 
+__all__ = ["detector_aucs", "geeni_metrics"]
+
 _correct_and_smooth = jax.jit(correct_and_smooth)
 
 

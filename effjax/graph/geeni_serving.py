@@ -14,6 +14,8 @@ from effjax.graph.isolation import Mode, isolated_values, top_entries
 from effjax.graph.members import GcnMembers, aggregate_members, ensemble_logits, member_probabilities
 from effjax.graph.sparse import SparseMatrix, matmul, spmm
 
+__all__ = ["ServedEnsemble", "inductive_probabilities", "serve_ensemble"]
+
 
 class ServedEnsemble(NamedTuple):
     """What is kept to answer for a fixed graph: members side by side, as one network with a block-diagonal kernel.

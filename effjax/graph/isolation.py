@@ -16,6 +16,19 @@ from effjax.core.shapes import smallest_fit
 from effjax.graph.sparse import SparseMatrix, SparsePattern, compact, row_sums, take_columns, take_rows
 from effjax.graph.stages import nnz_ladder
 
+__all__ = [
+    "affected_nodes",
+    "agreeing_edges",
+    "alike_edges",
+    "edge_jaccard",
+    "isolate",
+    "isolate_to_ladder",
+    "isolated_values",
+    "random_edges",
+    "strongest_edges",
+    "top_entries",
+]
+
 Mode = Literal["none", "full", "rowscale"]
 MODES = ("none", "full", "rowscale")
 

@@ -19,6 +19,14 @@ from jaxtyping import Float, Int
 from effjax.core.errors import check_number
 from effjax.graph.sparse import SparseMatrix, sparse_matrix
 
+__all__ = [
+    "from_graphs_tuple",
+    "get_fully_connected_graph",
+    "to_graphs_tuple",
+    "with_zero_out_padding_outputs",
+    "zero_out_padding",
+]
+
 PyTree = Any
 
 

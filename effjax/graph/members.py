@@ -16,6 +16,20 @@ from effjax.core.loops import stacked_map
 from effjax.core.timing import time_interleaved
 from effjax.graph.sparse import SparseMatrix, matmul, spmm
 
+__all__ = [
+    "GcnMembers",
+    "ensemble_logits",
+    "ensemble_macs",
+    "ensemble_probabilities",
+    "fastest_members_form",
+    "fold_members",
+    "init_members",
+    "mask_features",
+    "member_probabilities",
+    "members_loss",
+    "prune_width",
+]
+
 Form = Literal["columns", "vmap", "map", "unroll"]
 FORMS = ("columns", "vmap", "map", "unroll")
 

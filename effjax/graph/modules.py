@@ -13,6 +13,8 @@ from effjax.graph.attention import gat, gatv2, supergat
 from effjax.graph.layers import Features, dense, gcn, gcnii, released_gat, sage, sgc
 from effjax.graph.sparse import SparseMatrix
 
+__all__ = ["GATConv", "GCNConv", "GCNIIConv", "ReleasedGATConv", "SAGEConv", "SGCConv"]
+
 Initializer = Callable[..., jax.Array]
 
 

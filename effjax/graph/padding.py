@@ -16,6 +16,8 @@ from effjax.core.errors import check_number
 from effjax.core.shapes import ladder
 from effjax.graph.jraph_graphs import check_graphs_tuple
 
+__all__ = ["GraphBatches", "ShapeGate", "graph_ladder", "pad_graphs", "padding_masks"]
+
 PyTree = Any
 
 

@@ -12,6 +12,8 @@ from effjax.core.errors import check_number
 from effjax.core.tree import wide
 from effjax.graph.sparse import SparseMatrix, spmm
 
+__all__ = ["correct_and_smooth", "label_propagation"]
+
 # A node whose correction is this many times smaller than the usual error lies too far from any label to be scaled.
 _FARTHEST = 1000.0
 

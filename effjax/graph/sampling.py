@@ -20,6 +20,8 @@ from effjax.core.shapes import pad_to
 from effjax.data.pipeline import Batches
 from effjax.graph.sparse import SparseMatrix, SparsePattern, spmm
 
+__all__ = ["NeighbourSampler", "block_mean", "block_sum"]
+
 # Up to this fan-out the forward pass is a chain of gathers and additions, which XLA fuses into one loop.
 _UNROLLED = 32
 

@@ -10,6 +10,15 @@ from jaxtyping import Array, Bool, Float, Int
 from effjax.core.errors import check_number
 from effjax.graph.stages import agreeing, select_pseudolabels
 
+__all__ = [
+    "cluster_labels",
+    "enough_agreement",
+    "guard_pseudolabels",
+    "most_confident",
+    "pseudolabel_weights",
+    "self_training",
+]
+
 PyTree = Any
 Select = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 

@@ -16,6 +16,8 @@ from effjax.core.errors import check_choice
 from effjax.core.shapes import pad_to
 from effjax.graph.sparse import SparseMatrix, sparse_matrix, spmm
 
+__all__ = ["shard_matrix", "shard_rows", "sharded_spmm"]
+
 PyTree = Any
 
 

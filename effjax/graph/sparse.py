@@ -20,6 +20,19 @@ from effjax.core.errors import check_choice, check_number
 from effjax.core.timing import time_interleaved
 from effjax.graph.buckets import BucketTable, bucket_product, bucket_table
 
+__all__ = [
+    "SparseMatrix",
+    "SparsePattern",
+    "column_sums",
+    "compact",
+    "fastest_spmm",
+    "row_sums",
+    "sparse_matrix",
+    "spmm",
+    "take_columns",
+    "take_rows",
+]
+
 Form = Literal["auto", "csr", "segment", "buckets", "dense"]
 FORMS = ("csr", "segment", "buckets", "dense")
 _UNROLLED = 16

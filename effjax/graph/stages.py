@@ -18,6 +18,21 @@ from effjax.core.shapes import smallest_fit
 from effjax.graph.layers import hashed_bits
 from effjax.graph.sparse import SparseMatrix, SparsePattern, compact
 
+__all__ = [
+    "agreeing",
+    "compact_to_ladder",
+    "drop_count",
+    "drop_edges",
+    "drop_edges_exactly",
+    "edge_pool",
+    "fastrain_optimizer",
+    "pick_subset",
+    "prune_edges",
+    "select_pseudolabels",
+    "stage_plan",
+    "train_stage",
+]
+
 PyTree = Any
 Network = Callable[[PyTree, Any, SparseMatrix, jax.Array], jax.Array]
 

@@ -13,6 +13,8 @@ from effjax.graph.layers import Features, appnp, dropout
 from effjax.graph.modules import GATConv, GCNConv, GCNIIConv, Linear, ReleasedGATConv, SAGEConv, SGCConv
 from effjax.graph.sparse import SparseMatrix
 
+__all__ = ["NodeClassifier"]
+
 ATTENTION = ("gat", "gatv2", "supergat")
 LAYERS = ("gcn", "sage", "sage-max", *ATTENTION, "released-gat", "appnp", "sgc", "gcnii", "mlp")
 # Those whose papers and code drop inputs too.

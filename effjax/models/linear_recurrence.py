@@ -16,6 +16,8 @@ from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
 from effjax.models.sequence import Hidden, Projected, check_carry, chrono_bias, project_inputs
 
+__all__ = ["LRU", "LRUCell", "MinGRU", "MinGRUCell", "linear_scan"]
+
 
 def linear_scan(
     a: Inexact[Array, "time ..."], u: Inexact[Array, "time ..."], h0: Inexact[Array, "..."] | None = None

@@ -30,6 +30,8 @@ from effjax.models.convert import (
 )
 from effjax.models.decoder import Decoder
 
+__all__ = ["load_pretrained", "save_pretrained"]
+
 PyTree = Any
 _log = logging.getLogger("effjax")
 _BESIDE = (

@@ -22,6 +22,18 @@ from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
 
+__all__ = [
+    "AntisymmetricRNNCell",
+    "CoRNNCell",
+    "FastGRNNCell",
+    "FastRNNCell",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "Recurrent",
+    "chrono_bias",
+]
+
 Projected = Float[Array, "*batch width"]
 Hidden = Float[Array | np.ndarray, "*batch hidden"]
 

@@ -13,6 +13,8 @@ from effjax.core.cells import Cell, Params, PyTree
 from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import wide
 
+__all__ = ["SequenceNetwork"]
+
 
 class SequenceNetwork(nn.Module):
     """Embedding (of ids), a layer of states over time, and a linear head on the last state, their mean, or all.

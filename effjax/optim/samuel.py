@@ -17,6 +17,15 @@ from effjax.core.loops import LOOPS, fastest_loop, stacked_map
 from effjax.core.tree import wide
 from effjax.optim.expert_weights import WeightRule, check_concrete, check_rates, draw, log_probabilities, raw_key
 
+__all__ = [
+    "samuel",
+    "samuel_eval_params",
+    "samuel_init",
+    "samuel_probabilities",
+    "samuel_sync",
+    "samuel_value_and_grad",
+]
+
 PyTree = Any
 Base = Callable[[Any], optax.GradientTransformation]
 

@@ -13,6 +13,8 @@ from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import wide
 from effjax.optim.expert_weights import WeightRule, check_concrete, check_rates, draw, log_probabilities, raw_key
 
+__all__ = ["samuel_one_gradient"]
+
 PyTree = Any
 
 # Log-weights stay this close to the best one, so that a rate that lost, or diverged, can come back.

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 from effjax.core.errors import check_number
 from effjax.core.tree import wide
 
+__all__ = ["scale_by_batch_size"]
+
 
 def scale_by_batch_size(
     base: float = 64, power: float = 0.5, max_factor: float | None = None

@@ -15,6 +15,14 @@ from jaxtyping import Array, Float, Int
 
 from effjax.core.errors import check_number
 
+__all__ = [
+    "covering_intervals",
+    "preconditioner_regret",
+    "strongly_adaptive_init",
+    "strongly_adaptive_run",
+    "strongly_adaptive_step",
+]
+
 PyTree = Any
 
 

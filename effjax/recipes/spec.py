@@ -13,6 +13,8 @@ from effjax.tasks.task import Metric
 from effjax.train.options import Budget, TrainOptions
 from effjax.train.program import Program
 
+__all__ = ["Claim"]
+
 Role = Literal["baseline", "method", "control", "alternative"]
 
 

@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from effjax.core.errors import NoEffectWarning, check_choice, check_number
 from effjax.core.tree import path_name, wide
 
+__all__ = ["SequencePart", "bptt_step", "fptt_online", "fptt_step", "tbptt_step"]
+
 PyTree = Any
 Cell = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
 Loss = Callable[[PyTree, PyTree, PyTree, "SequencePart"], Any]

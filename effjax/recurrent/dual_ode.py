@@ -30,6 +30,8 @@ from effjax.recurrent.cells import (
     steps_over_time,
 )
 
+__all__ = ["DualODE", "dual_ode", "dual_ode_project", "dual_ode_step"]
+
 
 def dual_ode(
     params: Params,

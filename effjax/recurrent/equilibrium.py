@@ -27,6 +27,8 @@ from effjax.recurrent.cells import (
     kernel_params,
 )
 
+__all__ = ["EquilibriumRNN", "equilibrium", "irnn_equilibrium", "limit_norm"]
+
 
 def equilibrium(
     U: Float[Array, "hidden hidden"],

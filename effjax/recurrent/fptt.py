@@ -11,6 +11,17 @@ from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import wide
 from effjax.recurrent.drivers import SequencePart
 
+__all__ = [
+    "fptt",
+    "fptt_epoch_end",
+    "fptt_eval_params",
+    "fptt_terminal_loss",
+    "qbar_first_errors",
+    "qbar_init",
+    "qbar_means",
+    "qbar_sums",
+]
+
 PyTree = Any
 
 _AUXILIARY = ("none", "uniform", "qbar")

@@ -33,6 +33,8 @@ from effjax.recurrent.cells import (
     steps_over_time,
 )
 
+__all__ = ["IncrementalRNN", "IncrementalRNNCell", "irnn", "irnn_project", "irnn_step"]
+
 
 def irnn(
     params: Params,

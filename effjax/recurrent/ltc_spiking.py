@@ -19,6 +19,15 @@ from effjax.core.products import dot
 from effjax.core.tree import wide
 from effjax.recurrent.cells import check_hidden
 
+__all__ = [
+    "LTCSpikingCell",
+    "LeakyReadoutCell",
+    "leaky_readout_step",
+    "ltc_spiking_init",
+    "ltc_spiking_step",
+    "surrogate_spike",
+]
+
 Params = Mapping[str, jax.Array]
 Neurons = Float[Array, "*batch hidden"]
 

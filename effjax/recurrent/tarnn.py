@@ -35,6 +35,20 @@ from effjax.recurrent.cells import (
     steps_over_time,
 )
 
+__all__ = [
+    "TARNN",
+    "TARNNCell",
+    "b_tarnn_lstm",
+    "b_tarnn_lstm_project",
+    "b_tarnn_lstm_step",
+    "old_b_tarnn",
+    "old_b_tarnn_project",
+    "old_b_tarnn_step",
+    "tarnn",
+    "tarnn_project",
+    "tarnn_step",
+]
+
 _VARIANTS = ("euler", "convex")
 _FIRST = ("repeat", "zero")
 # Step sizes of the input stay below these, where a held state would start to oscillate and grow.

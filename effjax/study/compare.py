@@ -31,6 +31,8 @@ from effjax.train.mesh import start_distributed
 from effjax.train.options import Budget, TrainOptions
 from effjax.train.program import Program
 
+__all__ = ["compare"]
+
 CURVE_POINTS = 200
 _START_AGAIN = "Delete {0} to start again, or choose another --out."
 

@@ -15,6 +15,8 @@ from effjax.data.sets import DataSet
 from effjax.tasks.networks import as_network
 from effjax.tasks.task import Metric, Task, Variables
 
+__all__ = ["Score", "task"]
+
 PyTree = Any
 Columns = dict[str, np.ndarray]
 PerExample = Callable[[PyTree, Mapping[str, jax.Array]], jax.Array]

@@ -21,6 +21,8 @@ from effjax.train.options import TrainOptions
 from effjax.train.program import Phase, Program
 from effjax.train.signals import StopSignal
 
+__all__ = ["fit"]
+
 PyTree = Any
 
 RESUME_EXIT_CODE = 75

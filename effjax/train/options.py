@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from effjax.core.errors import check_choice, check_number
 
+__all__ = ["TrainOptions"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Budget:

@@ -8,6 +8,8 @@ import jax
 from effjax.data.pipeline import ResumableIterator
 from effjax.tasks.task import Task
 
+__all__ = ["Program"]
+
 PyTree = Any
 State = PyTree
 Batch = PyTree

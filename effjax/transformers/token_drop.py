@@ -14,6 +14,8 @@ from effjax.core.errors import NoEffectWarning, check_choice, check_number
 from effjax.core.shapes import check_ladder
 from effjax.data.ragged import Ragged
 
+__all__ = ["stop_ids", "stop_ids_top_k", "token_drop", "token_drop_columns"]
+
 _PUNCTUATION = ("-", ".", ";", "...", "(", ")")
 # NLTK's English stop words without negations, "same" and clitics, as in the paper's code, plus punctuation. Its eight
 # entries with an apostrophe ("you're", "should've") are never one token and are left out.
