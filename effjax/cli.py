@@ -173,7 +173,7 @@ def _methods(options: argparse.Namespace, rest: list[str]) -> None:
     width = max(40, shutil.get_terminal_size().columns)
     for method in effjax.methods(options.pattern):
         about = f"{method.summary}  [{method.kind}; {method.paper}]"
-        names = ", ".join(f"effjax.{name}" for name in method.names)
+        names = ", ".join(method.names)
         first = textwrap.wrap(about, width, initial_indent=f"{method.stem:<18} ", subsequent_indent=" " * 19)
         print("\n".join([*first, *textwrap.wrap(names, width, initial_indent=" " * 19, subsequent_indent=" " * 19)]))
 

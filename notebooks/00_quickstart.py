@@ -113,18 +113,18 @@ cosine = train(chain(optax.cosine_decay_schedule(0.3, STEPS)), init(jax.random.k
 # %%
 RATES = (1.0, 0.1, 0.01, 0.001, 0.0001)
 tx = effjax.samuel(chain, RATES, period=STEPS // 16, total_steps=STEPS)
-losses_and_grads = effjax.samuel_value_and_grad(loss, loop="vmap")
+losses_and_grads = effjax.optim.samuel_value_and_grad(loss, loop="vmap")
 
 
 @jax.jit
 def step(params, state, batch):
     losses, grads = losses_and_grads(params, batch)
     updates, state = tx.update(grads, state, params, value=losses)
-    params = effjax.samuel_sync(optax.apply_updates(params, updates), state)
-    return params, state, (losses[state.current_expert], effjax.samuel_probabilities(state))
+    params = effjax.optim.samuel_sync(optax.apply_updates(params, updates), state)
+    return params, state, (losses[state.current_expert], effjax.optim.samuel_probabilities(state))
 
 
-params = effjax.samuel_init(init(jax.random.key(0)), experts=len(RATES))
+params = effjax.optim.samuel_init(init(jax.random.key(0)), experts=len(RATES))
 state = tx.init(params)
 records = []
 for i in range(STEPS):

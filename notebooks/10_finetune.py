@@ -59,11 +59,14 @@ print(jax.devices())
 try:
     SOURCE, RATE = "minilm", 2e-3
     pretrained = effjax.load_pretrained(SOURCE, classes=2, pool="cls", scan_layers=True)
-    targets = [effjax.LoraRule("attention/(query|value)/kernel$"), effjax.LoraRule("head/kernel$", rank=2)]
+    targets = [
+        effjax.finetune.LoraRule("attention/(query|value)/kernel$"),
+        effjax.finetune.LoraRule("head/kernel$", rank=2),
+    ]
 except FileNotFoundError:
     SOURCE, RATE = "stories260k", 1e-2
     pretrained = effjax.load_pretrained(SOURCE, scan_layers=True)
-    targets = [effjax.LoraRule("(attention|mlp)/.*kernel$")]
+    targets = [effjax.finetune.LoraRule("(attention|mlp)/.*kernel$")]
 tokenizer = effjax.load_tokenizer(SOURCE)
 folder = Path(tempfile.mkdtemp())
 effjax.save_pretrained(folder / "base", pretrained)  # a new classifier is random: adapters belong to this one
@@ -96,7 +99,7 @@ def columns(split, rows=None):
 
 
 training, test = columns("train"), columns("test", 256 if SMOKE else None)
-stop_words = effjax.stop_ids(
+stop_words = effjax.transformers.stop_ids(
     tokenizer.token,
     tokenizer.vocab_size,
     rule="word" if SOURCE == "minilm" else "space_word",
@@ -104,10 +107,10 @@ stop_words = effjax.stop_ids(
 )
 settings = {"seed": 0, "epochs": EPOCHS, "pad_id": tokenizer.pad_id}
 buckets = {"max_shapes": 2 if SMOKE else 6, "tokens": 64 * ROWS, "cap": 2 * ROWS}
-dropped = effjax.token_drop_columns(training, stop_words, seed=0)
+dropped = effjax.transformers.token_drop_columns(training, stop_words, seed=0)
 batches = {
-    "padded to 64": effjax.PaddedBatches(training, batch_size=ROWS, length=64, **settings),
-    "padded to the\nlongest row": effjax.PaddedBatches(training, batch_size=ROWS, **settings),
+    "padded to 64": effjax.data.PaddedBatches(training, batch_size=ROWS, length=64, **settings),
+    "padded to the\nlongest row": effjax.data.PaddedBatches(training, batch_size=ROWS, **settings),
     "BucketSampler": effjax.BucketSampler(training, **buckets, **settings),
     "BucketSampler\n+ TokenDrop": effjax.BucketSampler(dropped, **buckets, **settings),
 }
@@ -121,26 +124,26 @@ print("shapes (rows, tokens):", train.shapes)
 # do. `scale_by_batch_size` adapts the rate to batches of unlike sizes.
 
 # %%
-chain = effjax.ColaConfig(targets, knots=(STEPS // 3, 2 * STEPS // 3), keep_links=True)
+chain = effjax.finetune.ColaConfig(targets, knots=(STEPS // 3, 2 * STEPS // 3), keep_links=True)
 rate = optax.cosine_decay_schedule(RATE, STEPS)
 tx = effjax.cola(optax.chain(optax.adamw(rate), effjax.scale_by_batch_size(base=ROWS)), chain)
 
-start = effjax.cola_init(jax.random.key(0), pretrained.params, chain)
+start = effjax.finetune.cola_init(jax.random.key(0), pretrained.params, chain)
 params = {"base": start.base, "lora": start.lora}
 opt_state = tx.init(params)
 print(f"{sum(leaf.size for leaf in jax.tree.leaves(start.lora)):,} of {size:,} parameters are trained at a time")
 
 
 def loss(params, batch):
-    logits = scores(effjax.lora_apply(pretrained.module.apply), params, batch)
+    logits = scores(effjax.finetune.lora_apply(pretrained.module.apply), params, batch)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     return (batch["weight"] * each).sum() / batch["weight"].sum()
 
 
 @functools.partial(jax.jit, static_argnames="tie", donate_argnums=(0, 1))
 def step(params, opt_state, batch, tie):
-    state = effjax.cola_state(params, opt_state)
-    value, grads = effjax.cola_value_and_grad(loss, chain)(state, batch)
+    state = effjax.finetune.cola_state(params, opt_state)
+    value, grads = effjax.finetune.cola_value_and_grad(loss, chain)(state, batch)
     rows = batch["weight"].sum()
     updates, opt_state = tx.update({"lora": grads}, opt_state, params, tie=tie, batch_size=rows)
     return optax.apply_updates(params, updates), opt_state, value
@@ -166,8 +169,8 @@ for i in range(STEPS):
     params, opt_state, value = step(params, opt_state, next(train), tie=chain.ties(i))
     losses.append(value)
 losses = np.array(losses)
-state = effjax.cola_state(params, opt_state)
-tuned = effjax.cola_merge(state, chain)
+state = effjax.finetune.cola_state(params, opt_state)
+tuned = effjax.finetune.cola_merge(state, chain)
 print(f"test accuracy {before:.3f} before, {accuracy(tuned):.3f} after; 'ham' always: {1 - test['label'].mean():.3f}")
 
 # %%
@@ -201,11 +204,11 @@ plt.show()
 
 # %%
 base = effjax.load_pretrained(folder / "base", classes=2 if SOURCE == "minilm" else None, pool="cls", scan_layers=True)
-whole = effjax.cola_export(effjax.cola_links(state, chain))
-effjax.save_lora(folder / "adapter", whole, 1.0, base.module_name, base_model=str(folder / "base"))
+whole = effjax.finetune.cola_export(effjax.finetune.cola_links(state, chain))
+effjax.finetune.save_lora(folder / "adapter", whole, 1.0, base.module_name, base_model=str(folder / "base"))
 
-lora, config = effjax.load_lora(folder / "adapter", base.params, base.module_name)
-again = effjax.lora_merge(base.params, lora, effjax.lora_scales(lora, config))
+lora, config = effjax.finetune.load_lora(folder / "adapter", base.params, base.module_name)
+again = effjax.finetune.lora_merge(base.params, lora, effjax.finetune.lora_scales(lora, config))
 difference = np.abs(predict(again, held_out[0]) - predict(tuned, held_out[0])).max()
 print(sorted(path.name for path in (folder / "adapter").iterdir()), f"largest difference of a score {difference:.1e}")
 assert difference < 1e-3
@@ -215,7 +218,7 @@ assert difference < 1e-3
 # Adapters are a plain tree, so any model can carry them. For `nnx.Linear`, `lora_hooks` and `lora_kernels` put them in
 # the kernels' places: no merged weight is ever formed. The network here stands for one of your own; it reads a message
 # as the mean of the checkpoint's token embeddings. For a chain, write
-# `effjax.lora_kernels(state.base, *effjax.cola_adapters(state, chain))`.
+# `effjax.lora_kernels(state.base, *effjax.finetune.cola_adapters(state, chain))`.
 
 # %%
 table = np.asarray(base.params.get("encoder", base.params)["embeddings"]["word"]["embedding"])
@@ -231,10 +234,10 @@ inputs, labels = mean_embeddings(training["input_ids"]), training["label"]
 network = nnx.Sequential(
     nnx.Linear(table.shape[1], 64, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(64, 2, rngs=nnx.Rngs(1))
 )
-graph, weights = nnx.split(effjax.lora_hooks(network))
-config = effjax.LoraConfig(effjax.LoraRule("kernel$", rank=2))
-lora = effjax.lora_init(jax.random.key(0), weights, config)
-scales = effjax.lora_scales(lora, config)
+graph, weights = nnx.split(effjax.finetune.lora_hooks(network))
+config = effjax.finetune.LoraConfig(effjax.finetune.LoraRule("kernel$", rank=2))
+lora = effjax.finetune.lora_init(jax.random.key(0), weights, config)
+scales = effjax.finetune.lora_scales(lora, config)
 
 
 def nnx_loss(lora):
@@ -255,7 +258,7 @@ def nnx_step(lora, state):
 adam_state = adam.init(lora)
 for _ in range(100):
     lora, adam_state, value = nnx_step(lora, adam_state)
-merged = nnx.merge(graph, effjax.lora_merge(weights, lora, scales))  # an ordinary model again
+merged = nnx.merge(graph, effjax.finetune.lora_merge(weights, lora, scales))  # an ordinary model again
 right = (merged(mean_embeddings(test["input_ids"])).argmax(1) == test["label"]).mean()
 print(f"test accuracy {right:.3f} with {sum(leaf.size for leaf in jax.tree.leaves(lora)):,} numbers trained")
 

@@ -61,17 +61,17 @@ LENGTH = 40 if SMOKE else 200
 EPOCHS = 1 if SMOKE else 20
 HIDDEN = BATCH = 64
 
-data = effjax.sequence_data(f"noisy-digits-{LENGTH}")
+data = effjax.data.sequence_data(f"noisy-digits-{LENGTH}")
 print(data.source, data.train["inputs"].shape, "of", data.length, "steps")
 
 layers = few(
     {
-        "LSTM": effjax.Recurrent(effjax.LSTMCell(HIDDEN)),
-        "Chrono-LSTM": effjax.Recurrent(effjax.LSTMCell(HIDDEN, chrono_length=LENGTH)),
-        "iRNN, a step size for every time": effjax.IncrementalRNN(HIDDEN, length=LENGTH),
-        "iRNN, one step size": effjax.IncrementalRNN(HIDDEN, eta_mode="shared"),
-        "TARNN, a step size for every time": effjax.TARNN(HIDDEN, length=LENGTH, variant="euler"),
-        "TARNN, step sizes from the input": effjax.TARNN(HIDDEN, eta_mode="input", variant="euler"),
+        "LSTM": effjax.models.Recurrent(effjax.models.LSTMCell(HIDDEN)),
+        "Chrono-LSTM": effjax.models.Recurrent(effjax.models.LSTMCell(HIDDEN, chrono_length=LENGTH)),
+        "iRNN, a step size for every time": effjax.recurrent.IncrementalRNN(HIDDEN, length=LENGTH),
+        "iRNN, one step size": effjax.recurrent.IncrementalRNN(HIDDEN, eta_mode="shared"),
+        "TARNN, a step size for every time": effjax.recurrent.TARNN(HIDDEN, length=LENGTH, variant="euler"),
+        "TARNN, step sizes from the input": effjax.recurrent.TARNN(HIDDEN, eta_mode="input", variant="euler"),
     }
 )
 
@@ -109,7 +109,7 @@ def train_classifier(network, seed=0):
     return params, curve
 
 
-networks = {name: effjax.SequenceNetwork(layer, data.outputs) for name, layer in layers.items()}
+networks = {name: effjax.models.SequenceNetwork(layer, data.outputs) for name, layer in layers.items()}
 trained = {name: train_classifier(network) for name, network in networks.items()}
 
 # %%
@@ -157,8 +157,8 @@ plt.show()
 STEPS = 200
 ROWS = 32
 
-add = effjax.sequence_data(f"add-{STEPS}")
-cell = effjax.LSTMCell(32)
+add = effjax.data.sequence_data(f"add-{STEPS}")
+cell = effjax.models.LSTMCell(32)
 head = nn.Dense(1)
 carry = cell.initialize_carry(jax.random.key(0), (ROWS, add.features))
 
@@ -202,12 +202,14 @@ def temporary_bytes(make, tx, steps, **settings):
 lengths = (100, 1000) if SMOKE else (100, 1000, 10_000)
 ways = few(
     {
-        "BPTT": lambda steps: temporary_bytes(effjax.bptt_step, base, steps),
+        "BPTT": lambda steps: temporary_bytes(effjax.recurrent.bptt_step, base, steps),
         "BPTT with remat": lambda steps: temporary_bytes(
-            effjax.bptt_step, base, steps, part_length=round(steps**0.5), remat=True
+            effjax.recurrent.bptt_step, base, steps, part_length=round(steps**0.5), remat=True
         ),
-        "FPTT, parts of 20 steps": lambda steps: temporary_bytes(effjax.fptt_step, tethered, steps, part_length=20),
-        "FPTT, 10 parts": lambda steps: temporary_bytes(effjax.fptt_step, tethered, steps, parts=10),
+        "FPTT, parts of 20 steps": lambda steps: temporary_bytes(
+            effjax.recurrent.fptt_step, tethered, steps, part_length=20
+        ),
+        "FPTT, 10 parts": lambda steps: temporary_bytes(effjax.recurrent.fptt_step, tethered, steps, parts=10),
     }
 )
 memory = {name: [way(steps) / 2**20 for steps in lengths] for name, way in ways.items()}
@@ -222,12 +224,16 @@ for name, used in memory.items():
 UPDATES = 20 if SMOKE else 1000
 arms = few(
     {
-        "BPTT": (effjax.bptt_step, base, {}),
-        "10 updates a sequence": (effjax.fptt_step, base, {"parts": 10}),
-        r"FPTT: with regulariser, $\alpha$ = 0.02": (effjax.fptt_step, tethered, {"parts": 10}),
-        r"FPTT: with regulariser, $\alpha$ = 0.5": (effjax.fptt_step, effjax.fptt(base, alpha=0.5), {"parts": 10}),
-        "BPTT of the same 10 losses": (effjax.bptt_step, base, {"parts": 10}),
-        "truncated BPTT": (effjax.tbptt_step, base, {"parts": 10}),
+        "BPTT": (effjax.recurrent.bptt_step, base, {}),
+        "10 updates a sequence": (effjax.recurrent.fptt_step, base, {"parts": 10}),
+        r"FPTT: with regulariser, $\alpha$ = 0.02": (effjax.recurrent.fptt_step, tethered, {"parts": 10}),
+        r"FPTT: with regulariser, $\alpha$ = 0.5": (
+            effjax.recurrent.fptt_step,
+            effjax.fptt(base, alpha=0.5),
+            {"parts": 10},
+        ),
+        "BPTT of the same 10 losses": (effjax.recurrent.bptt_step, base, {"parts": 10}),
+        "truncated BPTT": (effjax.recurrent.tbptt_step, base, {"parts": 10}),
     }
 )
 
@@ -290,7 +296,7 @@ READERS, PART = 8, 32
 PARTS = 24 if SMOKE else 2400
 CHANGE = PARTS // 2
 
-text = effjax.sequence_data(f"tiny_shakespeare-chars-{PART}", train_rows=PARTS * READERS, streams=READERS)
+text = effjax.data.sequence_data(f"tiny_shakespeare-chars-{PART}", train_rows=PARTS * READERS, streams=READERS)
 print(text.source)
 letters = np.arange(text.vocabulary)
 letters[-26:] = np.random.default_rng(0).permutation(letters[-26:])  # the small letters have the last 26 ids
@@ -300,7 +306,7 @@ for i in range(PARTS):
     part = text.train["inputs"][rows], text.train["targets"][rows]
     stream.append(part if i < CHANGE else tuple(letters[ids] for ids in part))
 
-reader = effjax.GRUCell(128)
+reader = effjax.models.GRUCell(128)
 
 
 def start(seed):
@@ -316,7 +322,7 @@ def next_character(params, states, targets, part):
 
 def learner(tx):
     return jax.jit(
-        effjax.fptt_online(
+        effjax.recurrent.fptt_online(
             cell=reader.advance,
             encode=lambda params, ids: reader.project(params, params["embedding"][ids]),
             loss=next_character,
@@ -376,9 +382,9 @@ plt.show()
 
 # %%
 pictures = data.test["inputs"][:8]
-rnn = nn.RNN(effjax.TARNNCell(HIDDEN, length=LENGTH))
+rnn = nn.RNN(effjax.recurrent.TARNNCell(HIDDEN, length=LENGTH))
 weights = rnn.init(jax.random.key(0), pictures)["params"]
-layer = effjax.TARNN(HIDDEN, length=LENGTH)
+layer = effjax.recurrent.TARNN(HIDDEN, length=LENGTH)
 difference = rnn.apply({"params": weights}, pictures) - layer.apply({"params": weights["cell"]}, pictures)
 print(f"largest difference {np.abs(difference).max():.1e}")
 
@@ -407,7 +413,7 @@ for chunk in (None, 32) if SMOKE else (None, 8, 32, 128):
 # %%
 class Classifier(nnx.Module):
     def __init__(self, example, classes, rngs):
-        layer = effjax.TARNN(HIDDEN, eta_mode="input", variant="euler")
+        layer = effjax.recurrent.TARNN(HIDDEN, eta_mode="input", variant="euler")
         self.states = nnx.bridge.ToNNX(layer, rngs=rngs).lazy_init(example)
         self.head = nnx.Linear(HIDDEN, classes, rngs=rngs)
 
@@ -448,7 +454,7 @@ class Adder(nnx.Module):
 graph, weights, rest = nnx.split(Adder(nnx.Rngs(0)), nnx.Param, ...)
 model_of = lambda weights: nnx.merge(graph, weights, rest)
 train = jax.jit(
-    effjax.fptt_step(
+    effjax.recurrent.fptt_step(
         cell=lambda weights, carry, x: model_of(weights).cell(carry, x),
         loss=lambda weights, last, y, part: part.progress * ((model_of(weights).head(last)[:, 0] - y) ** 2).mean(),
         tx=tethered,

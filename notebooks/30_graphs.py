@@ -52,18 +52,18 @@ print(jax.devices())
 
 # %%
 cora = effjax.node_data("cora")
-train, val, test = effjax.draw_split(jax.random.key(0), cora.labels, cora.classes, 8, 30)
+train, val, test = effjax.tasks.draw_split(jax.random.key(0), cora.labels, cora.classes, 8, 30)
 print(f"{cora.data.nodes} nodes, {cora.adjacency.nnz} entries of the adjacency, {int(train.sum())} labels for training")
 
 
 def fit(model, epochs=EPOCHS, seed=0):
     """Full-batch training; every epoch is one step."""
     params = model.init(jax.random.key(seed), cora.features, cora.adjacency)["params"]
-    tx = effjax.fastrain_optimizer()  # Adam with L2, as the citation benchmarks have it
+    tx = effjax.graph.fastrain_optimizer()  # Adam with L2, as the citation benchmarks have it
 
     def loss(params, key, features, adjacency):
         logits = model.apply({"params": params}, features, adjacency, train=True, rngs={"dropout": key})
-        return effjax.masked_cross_entropy(logits, cora.labels, train)
+        return effjax.tasks.masked_cross_entropy(logits, cora.labels, train)
 
     @jax.jit
     def run(params, key, features, adjacency):  # the graph is an argument: as a constant XLA would fold it
@@ -85,18 +85,18 @@ def fit(model, epochs=EPOCHS, seed=0):
 
 accuracies = {}
 for layer in ("mlp", "gcn") if SMOKE else ("mlp", "gcn", "sage", "gat", "appnp"):
-    logits, losses, seconds = fit(effjax.NodeClassifier(classes=cora.classes, layer=layer))
-    accuracies[layer] = float(effjax.masked_accuracy(logits, cora.labels, test))
+    logits, losses, seconds = fit(effjax.models.NodeClassifier(classes=cora.classes, layer=layer))
+    accuracies[layer] = float(effjax.tasks.masked_accuracy(logits, cora.labels, test))
     print(f"{layer:6} accuracy {accuracies[layer]:.3f}, {seconds:.1f} s with compilation")
 
 # %% [markdown]
 # No training at all: spreading the known labels along the edges, and Correct & Smooth on top of a network.
 
 # %%
-plain = effjax.gcn_normalize(effjax.adjacency(cora.data.senders, cora.data.receivers, cora.data.nodes))
+plain = effjax.graph.gcn_normalize(effjax.adjacency(cora.data.senders, cora.data.receivers, cora.data.nodes))
 known = jnp.where(train, cora.labels, 0)
-spread = effjax.label_propagation(plain, known, train, cora.classes)
-print("label propagation", float(effjax.masked_accuracy(spread, cora.labels, test)))
+spread = effjax.graph.label_propagation(plain, known, train, cora.classes)
+print("label propagation", float(effjax.tasks.masked_accuracy(spread, cora.labels, test)))
 
 # %% [markdown]
 # ## 2. What makes a step fast
@@ -108,12 +108,12 @@ print("label propagation", float(effjax.masked_accuracy(spread, cora.labels, tes
 rng = np.random.default_rng(0)
 nodes, degree, width = (2000 if SMOKE else 20000), 20, 64
 pairs = np.unique(rng.integers(0, nodes, (nodes * degree, 2)), axis=0)
-graph = effjax.sparse_matrix(pairs[:, 0], pairs[:, 1], None, (nodes, nodes), buckets=True)
+graph = effjax.graph.sparse_matrix(pairs[:, 0], pairs[:, 1], None, (nodes, nodes), buckets=True)
 x = jnp.asarray(rng.normal(size=(nodes, width)), jnp.float32)
 forms = ("csr", "segment", "buckets")
 milliseconds = []
 for form in forms:
-    both = jax.jit(lambda graph, x, form=form: jax.vjp(lambda x: effjax.spmm(graph, x, form=form), x)[1](x))
+    both = jax.jit(lambda graph, x, form=form: jax.vjp(lambda x: effjax.graph.spmm(graph, x, form=form), x)[1](x))
     jax.block_until_ready(both(graph, x))
     times = []
     for _ in range(5):
@@ -125,7 +125,7 @@ plt.figure(figsize=(4, 2))
 plt.barh(forms, milliseconds)
 plt.xlabel("ms, product and gradient")
 plt.show()
-print("to take here:", effjax.fastest_spmm(graph, width))
+print("to take here:", effjax.graph.fastest_spmm(graph, width))
 
 # %% [markdown]
 # ## 3. FASTRAIN: self-training with few labels
@@ -137,7 +137,7 @@ print("to take here:", effjax.fastest_spmm(graph, width))
 
 # %%
 def network(deep):
-    return effjax.NodeClassifier(classes=cora.classes, depth=3 if deep else 2)
+    return effjax.models.NodeClassifier(classes=cora.classes, depth=3 if deep else 2)
 
 
 def init(key, deep):
@@ -152,14 +152,14 @@ def apply(params, features, adjacency, *, key=None):
 sets = range(1 if SMOKE else 3)
 rows = {"GCN": [], "FASTRAIN": []}
 for seed in sets:
-    labelled = effjax.draw_labelled(jax.random.key(seed), cora.labels, cora.classes, 8)
+    labelled = effjax.tasks.draw_labelled(jax.random.key(seed), cora.labels, cora.classes, 8)
     hidden = ~labelled & (cora.labels >= 0)
-    problem = effjax.NodeProblem(cora.features, cora.adjacency, cora.labels, labelled, cora.classes)
-    config = effjax.FastrainConfig(stages=2 if SMOKE else 4, epochs=EPOCHS, epochs_per_step=30)
+    problem = effjax.graph.NodeProblem(cora.features, cora.adjacency, cora.labels, labelled, cora.classes)
+    config = effjax.graph.FastrainConfig(stages=2 if SMOKE else 4, epochs=EPOCHS, epochs_per_step=30)
     found = effjax.fastrain(jax.random.key(seed), init, apply, problem, config)
     train = labelled
-    rows["GCN"].append(float(effjax.masked_accuracy(fit(network(False))[0], cora.labels, hidden)))
-    rows["FASTRAIN"].append(float(effjax.masked_accuracy(found.scores, cora.labels, hidden)))
+    rows["GCN"].append(float(effjax.tasks.masked_accuracy(fit(network(False))[0], cora.labels, hidden)))
+    rows["FASTRAIN"].append(float(effjax.tasks.masked_accuracy(found.scores, cora.labels, hidden)))
     print(
         f"set {seed}: GCN {rows['GCN'][-1]:.3f}, FASTRAIN {rows['FASTRAIN'][-1]:.3f}, "
         f"{int((found.added > 0).sum())} pseudolabels, "
@@ -181,16 +181,16 @@ plt.show()
 # the ensemble is unsure of then stop sending messages: they still get a prediction, and their edges are gone.
 
 # %%
-train, val, test = effjax.draw_split(jax.random.key(0), cora.labels, cora.classes, 20, 30)
-members = effjax.init_members(jax.random.key(0), 4, cora.features.shape[1], 16, cora.classes)
-tx = effjax.fastrain_optimizer()
+train, val, test = effjax.tasks.draw_split(jax.random.key(0), cora.labels, cora.classes, 20, 30)
+members = effjax.graph.init_members(jax.random.key(0), 4, cora.features.shape[1], 16, cora.classes)
+tx = effjax.graph.fastrain_optimizer()
 
 
 @jax.jit
 def train_members(members, features, adjacency):
     def loss(members, key):
-        logits = effjax.ensemble_logits(members, features, adjacency, dropout=0.5, key=key)
-        return effjax.members_loss(logits, cora.labels, train)
+        logits = effjax.graph.ensemble_logits(members, features, adjacency, dropout=0.5, key=key)
+        return effjax.graph.members_loss(logits, cora.labels, train)
 
     def epoch(carry, key):
         members, opt = carry
@@ -202,24 +202,28 @@ def train_members(members, features, adjacency):
 
 members = train_members(members, cora.features, cora.adjacency)
 # Where the mean of logits will do, the ensemble folds to ONE network, at exactly the price of one.
-folded = effjax.fold_members(members)
+folded = effjax.graph.fold_members(members)
 for name, network in (("four members", members), ("folded", folded)):
-    answer = effjax.ensemble_probabilities(effjax.ensemble_logits(network, cora.features, cora.adjacency))
-    macs = effjax.ensemble_macs(network, cora.features, cora.adjacency).total
-    print(f"{name}: {float(effjax.masked_accuracy(answer, cora.labels, test)):.3f}, {macs / 1e6:.1f} million MACs")
+    answer = effjax.graph.ensemble_probabilities(effjax.graph.ensemble_logits(network, cora.features, cora.adjacency))
+    macs = effjax.graph.ensemble_macs(network, cora.features, cora.adjacency).total
+    print(
+        f"{name}: {float(effjax.tasks.masked_accuracy(answer, cora.labels, test)):.3f}, {macs / 1e6:.1f} million MACs"
+    )
 
-probabilities = effjax.member_probabilities(effjax.ensemble_logits(members, cora.features, cora.adjacency))
-scores = effjax.error_scores(probabilities)
+probabilities = effjax.graph.member_probabilities(effjax.graph.ensemble_logits(members, cora.features, cora.adjacency))
+scores = effjax.graph.error_scores(probabilities)
 wrong = scores.label != cora.labels
-print(f"the score finds wrong nodes with an AUC of {float(effjax.error_auc(scores.score, wrong, test)):.2f}")
+print(f"the score finds wrong nodes with an AUC of {float(effjax.graph.error_auc(scores.score, wrong, test)):.2f}")
 
 fractions = (0, 0.05, 0.1, 0.2, 0.3)
 curves = {"score": [], "ORACLE (reads test labels)": []}
 for fraction in fractions:
     for name, trust in (("score", scores.score), ("ORACLE (reads test labels)", -wrong.astype(jnp.float32))):
-        errors = effjax.error_set(trust, fraction, train | val)
-        served = effjax.serve_ensemble(members, cora.features, effjax.isolate(cora.adjacency, np.asarray(errors)))
-        curves[name].append(float(effjax.masked_accuracy(served(), cora.labels, test)))
+        errors = effjax.graph.error_set(trust, fraction, train | val)
+        served = effjax.graph.serve_ensemble(
+            members, cora.features, effjax.graph.isolate(cora.adjacency, np.asarray(errors))
+        )
+        curves[name].append(float(effjax.tasks.masked_accuracy(served(), cora.labels, test)))
 plt.figure(figsize=(4, 3))
 for name, values in curves.items():
     plt.plot(fractions, values, "o-", label=name)
@@ -238,10 +242,10 @@ plt.show()
 
 # %%
 senders, receivers = np.array([0, 1, 1, 2, 2, 3]), np.array([1, 0, 2, 1, 3, 2])
-mine = effjax.gcn_adjacency(senders, receivers, 4)
-model = effjax.NodeClassifier(classes=2, hidden=8)
+mine = effjax.graph.gcn_adjacency(senders, receivers, 4)
+model = effjax.models.NodeClassifier(classes=2, hidden=8)
 variables = model.init(jax.random.key(0), jnp.eye(4), mine)
 print(model.apply(variables, jnp.eye(4), mine).shape)
 
-tuple_ = effjax.to_graphs_tuple(mine, nodes=jnp.eye(4))
+tuple_ = effjax.graph.to_graphs_tuple(mine, nodes=jnp.eye(4))
 print(type(tuple_).__name__, tuple_.senders.shape)

@@ -57,6 +57,8 @@ from effjax.data.series import series_data
 from effjax.data.sets import DataSet
 from effjax.data.text_files import text_data
 
+__all__ = ["read_data"]
+
 Modality = Literal["text", "image", "sequence", "graph"]
 READERS: dict[str, Callable] = {
     "text": text_data,

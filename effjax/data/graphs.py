@@ -11,7 +11,7 @@ from effjax.data.facts import Facts
 from effjax.data.graph_files import read_graph
 from effjax.data.sets import DataSet, load
 
-__all__ = ["graph_data"]
+__all__ = ["GraphData", "graph_data"]
 
 
 class CsrFeatures(NamedTuple):

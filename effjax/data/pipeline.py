@@ -18,6 +18,8 @@ import numpy as np
 
 from effjax.core.errors import check_number
 
+__all__ = ["batches", "prefetch_to_device", "wrap_grain"]
+
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Batch, int, np.random.Generator], Batch]
 

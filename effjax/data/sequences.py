@@ -16,7 +16,7 @@ from effjax.data.pipeline import Transform
 from effjax.data.sets import DataSet, load, pad_ragged
 from effjax.data.synthetic_sequences import SYMBOLS, add_examples, append_noise, copy_examples
 
-__all__ = ["sequence_data"]
+__all__ = ["SequenceData", "sequence_data"]
 
 Columns = dict[str, np.ndarray]
 Kind = Literal["class", "value", "tokens"]

@@ -27,7 +27,7 @@ from effjax.data.graph_files import read_graph
 from effjax.data.npz_files import READ_ERRORS, first_line, read_arrays
 from effjax.data.ragged import narrow_integers
 
-__all__ = ["load_data"]
+__all__ = ["DataSet", "load_data"]
 
 Column = np.ndarray | list
 BUILTIN = Path(__file__).parent / "builtin"

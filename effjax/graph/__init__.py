@@ -1,1 +1,5 @@
 """Graph methods: message passing, FASTRAIN self-training and GEENI ensembles."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -288,7 +288,7 @@ def geeni(key: jax.Array, problem: GeeniProblem, config: GeeniConfig | None = No
     Example:
       >>> import effjax
       >>> cora = effjax.node_data("cora")
-      >>> train, val, test = effjax.draw_split(jax.random.key(0), cora.labels, cora.classes, 20, 30)
+      >>> train, val, test = effjax.tasks.draw_split(jax.random.key(0), cora.labels, cora.classes, 20, 30)
       >>> problem = GeeniProblem(cora.features, cora.adjacency, cora.labels, train, val, cora.classes)
       >>> served = geeni(jax.random.key(1), problem, GeeniConfig(width=4, epochs=10, fractions=(0.1,)))
       >>> served().shape

@@ -20,6 +20,8 @@ from effjax.models.attention import (
     token_positions,
 )
 
+__all__ = ["Bert", "BertClassifier"]
+
 
 class Bert(nn.Module):
     """Bidirectional transformer encoder, norms after the residuals.

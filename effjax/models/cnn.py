@@ -8,6 +8,8 @@ from jax.typing import DTypeLike
 from effjax.core.tree import wide
 from effjax.models.layers import Images, call, norm_layer
 
+__all__ = ["CNN"]
+
 
 class _Layer(nn.Module):
     channels: int

@@ -24,6 +24,8 @@ from effjax.models.attention import (
     token_positions,
 )
 
+__all__ = ["Decoder", "generate"]
+
 PyTree = Any
 
 

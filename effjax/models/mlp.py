@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 from effjax.core.tree import wide
 from effjax.models.layers import call
 
+__all__ = ["MLP"]
+
 
 class _Layer(nn.Module):
     features: int

@@ -30,7 +30,7 @@ from effjax.models.convert import (
 )
 from effjax.models.decoder import Decoder
 
-__all__ = ["load_pretrained", "save_pretrained"]
+__all__ = ["Pretrained", "load_pretrained", "save_pretrained"]
 
 PyTree = Any
 _log = logging.getLogger("effjax")

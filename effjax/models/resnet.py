@@ -14,6 +14,8 @@ from effjax.core.tree import wide
 from effjax.models.convert import Rule, load_weights
 from effjax.models.layers import Images, call, norm_layer
 
+__all__ = ["ResNet", "pretrained_resnet"]
+
 # (features, strides=, norm=, dtype=, name=) -> a module called as module(x, train).
 BlockFactory = Callable[..., nn.Module]
 

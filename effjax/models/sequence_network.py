@@ -75,7 +75,7 @@ class SequenceNetwork(nn.Module):
 
 
 class StepNetwork(NamedTuple):
-    """A recurrent network as pure functions of one time step, for ``effjax.fptt_step`` and ``effjax.bptt_step``.
+    """A recurrent network as pure functions of one time step, for ``fptt_step`` and ``bptt_step``.
 
     The parameters are one tree: ``{"cell", "head"}`` and, where inputs are ids, ``"embedding"``.
 

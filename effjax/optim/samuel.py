@@ -476,7 +476,7 @@ def _check_stacked(argument: str, tree: PyTree, size: int) -> None:
         if jnp.shape(leaf)[:1] != (size,):
             raise ValueError(
                 f"{argument}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but needs a leading axis of "
-                f"{size}, the number of experts. Stack the parameters with effjax.samuel_init(params, {size})."
+                f"{size}, the number of experts. Stack the parameters with effjax.optim.samuel_init(params, {size})."
             )
 
 
@@ -486,7 +486,7 @@ def _check_losses(value: Any, params: PyTree, updates: PyTree, size: int) -> Flo
     if value is None:
         raise ValueError(
             "samuel needs value, the losses of the experts: "
-            "losses, grads = effjax.samuel_value_and_grad(loss)(params, batch); "
+            "losses, grads = effjax.optim.samuel_value_and_grad(loss)(params, batch); "
             "tx.update(grads, state, params, value=losses)."
         )
     _check_stacked("params", params, size)
@@ -499,7 +499,7 @@ def _check_losses(value: Any, params: PyTree, updates: PyTree, size: int) -> Flo
 def _leading(tree: PyTree) -> int:
     leaves = jax.tree.leaves(tree)
     if not leaves or not jnp.ndim(leaves[0]):
-        raise ValueError("params must be stacked arrays [E, ...]: use effjax.samuel_init(params, experts).")
+        raise ValueError("params must be stacked arrays [E, ...]: use effjax.optim.samuel_init(params, experts).")
     return leaves[0].shape[0]
 
 

@@ -42,7 +42,7 @@ class GeeniStudy(StudyConfig, GeeniSettings):
     """Config of the GEENI study."""
 
     tasks: tuple[str, ...] = ("cora",)
-    """Graphs of effjax.graph_data; a poisoned one as cora_attacked/meta_0.15, on the split it was poisoned for."""
+    """Graphs of effjax.data.graph_data; a poisoned one as cora_attacked/meta_0.15, on the split it was poisoned for."""
     hidden: int = 64
     """Width of the single network, and of all narrow members together."""
     train_per_class: int = 20

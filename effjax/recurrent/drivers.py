@@ -94,7 +94,7 @@ def fptt_step(
 
     Args:
       cell: ``(params, carry, x) -> (carry, out)``, one step in time; pure, for a whole batch. Of a Linen cell it is
-        ``lambda params, carry, x: cell.apply({"params": params}, carry, x)``, of ``effjax.LSTMCell(...)`` and its like
+        ``lambda params, carry, x: cell.apply({"params": params}, carry, x)``, of ``effjax.models.LSTMCell(...)`` it is
         ``lstm.advance``, with ``encode=lstm.project``.
       loss: ``(params, outs, targets, part) -> scalar``, or ``(scalar, aux)``, of one part. Without ``terminal``,
         ``outs`` and ``targets`` are stacked over the part's steps; with it, ``outs`` is the last step's and ``targets``

@@ -25,6 +25,8 @@ from effjax.models.decoder import Decoder
 from effjax.models.pretrained import save_pretrained
 from effjax.tasks.task import Batch, PyTree, Task, Variables
 
+__all__ = ["cola_task", "lora_task"]
+
 Network = Callable[[PyTree, Variables], PyTree]
 
 

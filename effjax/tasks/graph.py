@@ -17,7 +17,15 @@ from effjax.graph.adjacency import row_normalize as divide_rows
 from effjax.graph.sparse import SparseMatrix, sparse_matrix
 from effjax.tasks.task import Metric, Task, Variables
 
-__all__ = ["draw_labelled", "draw_split", "masked_accuracy", "masked_cross_entropy", "node_data", "node_task"]
+__all__ = [
+    "NodeData",
+    "draw_labelled",
+    "draw_split",
+    "masked_accuracy",
+    "masked_cross_entropy",
+    "node_data",
+    "node_task",
+]
 
 
 class NodeData(NamedTuple):

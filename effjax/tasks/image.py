@@ -18,6 +18,8 @@ from effjax.models.mlp import MLP
 from effjax.models.resnet import SIZES, resnet
 from effjax.tasks.task import Metric, Task, Variables
 
+__all__ = ["image_task"]
+
 Batch = Mapping[str, Shaped[Array | np.ndarray, "batch ..."]]
 Columns = dict[str, np.ndarray]
 Images = Shaped[Array | np.ndarray, "batch height width channels"]

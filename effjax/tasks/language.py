@@ -23,6 +23,8 @@ from effjax.models.pretrained import load_pretrained
 from effjax.tasks.task import Metric, Task, Variables
 from effjax.tasks.text import computes_in
 
+__all__ = ["lm_task"]
+
 Batch = Mapping[str, Array | np.ndarray]
 
 

@@ -20,6 +20,8 @@ from effjax.models.pretrained import load_pretrained
 from effjax.tasks.task import Metric, Task, Variables
 from effjax.tasks.text import class_metrics, computes_in, train_and_test
 
+__all__ = ["prompt_task"]
+
 Batch = Mapping[str, Array | np.ndarray]
 
 # Templates and label words (in the order of the labels) of MeZO, Malladi et al. 2023, and one of ours for SMS.

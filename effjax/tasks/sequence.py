@@ -17,6 +17,8 @@ from effjax.core.tree import wide
 from effjax.data.sequences import Kind, SequenceData, sequence_data, sequence_kind
 from effjax.tasks.task import Metric, Task
 
+__all__ = ["sequence_task"]
+
 PyTree = Any
 Variables = Mapping[str, PyTree]
 Batch = Mapping[str, Shaped[Array | np.ndarray, "batch ..."]]

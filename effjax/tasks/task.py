@@ -6,6 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+__all__ = ["Metric", "Task"]
+
 PyTree = Any
 Variables = Mapping[str, PyTree]
 Batch = PyTree

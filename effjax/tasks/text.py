@@ -23,6 +23,8 @@ from effjax.models.bert import Bert, BertClassifier
 from effjax.models.pretrained import Pretrained, load_pretrained
 from effjax.tasks.task import Metric, Task, Variables
 
+__all__ = ["text_task"]
+
 PyTree = Any
 Batch = Mapping[str, Array | np.ndarray]
 Columns = dict[str, Any]

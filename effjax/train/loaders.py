@@ -11,6 +11,8 @@ from effjax.data.bucket_sampler import PlannedBatches
 from effjax.data.pipeline import batches
 from effjax.train.program import BatchShape, Loader
 
+__all__ = ["column_loader", "planned_loader"]
+
 Plan = Callable[[int, int], PlannedBatches]
 """(seed, epochs) -> all batches of a run."""
 

@@ -21,7 +21,7 @@ from effjax.train.options import TrainOptions
 from effjax.train.program import Phase, Program
 from effjax.train.signals import StopSignal
 
-__all__ = ["fit"]
+__all__ = ["FitResult", "fit"]
 
 PyTree = Any
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from effjax.core.errors import check_choice, check_number
 
-__all__ = ["TrainOptions"]
+__all__ = ["Budget", "MeshOptions", "TrainOptions"]
 
 
 @dataclasses.dataclass(frozen=True)

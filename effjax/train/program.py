@@ -8,7 +8,7 @@ import jax
 from effjax.data.pipeline import ResumableIterator
 from effjax.tasks.task import Task
 
-__all__ = ["Program"]
+__all__ = ["Loader", "Phase", "Program"]
 
 PyTree = Any
 State = PyTree

@@ -14,6 +14,8 @@ from effjax.train.options import TrainOptions
 from effjax.train.program import Phase, Program
 from effjax.train.trainer import check_options
 
+__all__ = ["through_time"]
+
 PyTree = Any
 
 

@@ -14,6 +14,8 @@ from effjax.train.loaders import column_loader, examples_in
 from effjax.train.options import TrainOptions
 from effjax.train.program import Loader, Phase, Program, Rules
 
+__all__ = ["TrainState", "supervised"]
+
 PyTree = Any
 
 

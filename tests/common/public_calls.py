@@ -172,9 +172,11 @@ def fastrain_call(tmp_path):
     _, state = arm("fastrain", "small-3/fastrain", *words)
 
     data = effjax.node_data(graph)
-    mask = effjax.draw_labelled(jax.random.split(KEY, 3)[0], data.labels, data.classes, 3)
-    problem = effjax.NodeProblem(data.features, data.adjacency, data.labels, mask, data.classes)
-    network = functools.partial(effjax.NodeClassifier, data.classes, hidden=8, dropout=0.5, initializer="released")
+    mask = effjax.tasks.draw_labelled(jax.random.split(KEY, 3)[0], data.labels, data.classes, 3)
+    problem = effjax.graph.NodeProblem(data.features, data.adjacency, data.labels, mask, data.classes)
+    network = functools.partial(
+        effjax.models.NodeClassifier, data.classes, hidden=8, dropout=0.5, initializer="released"
+    )
     depth = lambda params: len([name for name in params if name.startswith("conv_")])
 
     def init(key, deep):
@@ -185,11 +187,11 @@ def fastrain_call(tmp_path):
         module = network(depth=depth(params))
         return module.apply({"params": params}, features, adjacency, train=key is not None, rngs=rngs)
 
-    config = effjax.FastrainConfig(
+    config = effjax.graph.FastrainConfig(
         stages=2, epochs=10, epochs_per_step=5, samples=2, calibration_epochs=3, threshold=0.3
     )
     found = effjax.fastrain(KEY, init, apply, problem, config)
-    return (found.params, found.labels, found.added), (effjax.fastrain_params(state), state.labels, state.added)
+    return (found.params, found.labels, found.added), (effjax.graph.fastrain_params(state), state.labels, state.added)
 
 
 def geeni_call():
@@ -200,11 +202,11 @@ def geeni_call():
     _, state = arm("geeni", "cora/geeni-learned", *words)
 
     data = effjax.node_data("cora", row_normalize=True)
-    train, val, _ = effjax.draw_split(jax.random.fold_in(KEY, 0), data.labels, data.classes, 6, 10)
-    problem = effjax.GeeniProblem(data.features, data.adjacency, data.labels, train, val, data.classes)
-    config = effjax.GeeniConfig(**small, width=4, epochs=30, isolate="learned", precompute=False)
+    train, val, _ = effjax.tasks.draw_split(jax.random.fold_in(KEY, 0), data.labels, data.classes, 6, 10)
+    problem = effjax.graph.GeeniProblem(data.features, data.adjacency, data.labels, train, val, data.classes)
+    config = effjax.graph.GeeniConfig(**small, width=4, epochs=30, isolate="learned", precompute=False)
     found = effjax.geeni(KEY, problem, config)
-    served = effjax.geeni_serve(state, problem, config=config)
+    served = effjax.graph.geeni_serve(state, problem, config=config)
     return found, served
 
 

@@ -54,19 +54,19 @@ def trained(data: Any, form: str, hidden: int, seeds: int, epochs: int) -> list[
 
     study = GeeniStudy(hidden=hidden, budget=Budget(epochs, "epochs"))
     config = method_config(study, FORMS[form])
-    step = jax.jit(effjax.geeni_step, static_argnames=("config", "stage"))
+    step = jax.jit(effjax.graph.geeni_step, static_argnames=("config", "stage"))
     found = []
     for seed in range(seeds):
         key = jax.random.key(seed)
         per_class = (study.train_per_class, study.val_per_class)
-        train, val, test = effjax.draw_split(jax.random.fold_in(key, 0), data.labels, data.classes, *per_class)
-        problem = effjax.GeeniProblem(data.features, data.adjacency, data.labels, train, val, data.classes)
-        state = effjax.geeni_init(key, problem, config=config)
+        train, val, test = effjax.tasks.draw_split(jax.random.fold_in(key, 0), data.labels, data.classes, *per_class)
+        problem = effjax.graph.GeeniProblem(data.features, data.adjacency, data.labels, train, val, data.classes)
+        state = effjax.graph.geeni_init(key, problem, config=config)
         for stage in config.stages:
-            views = effjax.geeni_views(state, problem, config=config)
+            views = effjax.graph.geeni_views(state, problem, config=config)
             for _ in range(config.steps(stage)):
                 state, _ = step(state, problem, views, config=config, stage=stage)
-            state = effjax.geeni_next(state, problem, config=config, stage=stage)
+            state = effjax.graph.geeni_next(state, problem, config=config, stage=stage)
         found.append(Trained(config, problem, state, served_members(state, config=config), test))
     return found
 

@@ -1,0 +1,170 @@
+"""The methods of this package as data: what each is, where it lives and where it comes from."""
+
+import fnmatch
+import importlib
+from typing import NamedTuple
+
+__all__ = ["METHODS", "Method", "methods"]
+
+
+class Method(NamedTuple):
+    """One row of ``METHODS``.
+
+    Attributes:
+      stem: names the module, the config folder, the test file and the study.
+      summary: one line.
+      modules: where it lives, the method's own module first.
+      kind: what a user gets.
+      paper: where it comes from.
+    """
+
+    stem: str
+    summary: str
+    modules: tuple[str, ...]
+    kind: str
+    paper: str
+
+    @property
+    def module(self) -> str:
+        """The module that is named after the method."""
+        return self.modules[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The public names of its modules, as one writes them: ``effjax.samuel``, ``effjax.optim.samuel_init``."""
+        return tuple(
+            public_path(module, name)
+            for module in self.modules
+            for name in importlib.import_module(module).__all__  # which imports JAX
+        )
+
+
+def public_path(module: str, name: str) -> str:
+    """How one writes a public name: at the top level where it is offered there, else by its package."""
+    top = importlib.import_module("effjax")
+    return f"effjax.{name}" if name in top.__all__ else f"effjax.{module.split('.')[1]}.{name}"
+
+
+_TOKENS = "Nagarajan, Raghunathan 2023, Findings of EMNLP (2023.findings-emnlp.782)"
+
+METHODS: dict[str, Method] = {
+    row.stem: row
+    for row in (
+        Method(
+            stem="samuel",
+            summary="learning-rate experts by multiplicative weights",
+            modules=("effjax.optim.samuel", "effjax.optim.samuel_one_gradient", "effjax.optim.strongly_adaptive"),
+            kind="Optax transformation",
+            paper="Lu, Xia, Arora, Hazan 2022, arXiv:2203.01400",
+        ),
+        Method(
+            stem="cola",
+            summary="Chain of LoRA: fine-tuning by adapters that are merged and restarted",
+            modules=(
+                "effjax.finetune.cola",
+                "effjax.finetune.chain",
+                "effjax.finetune.restart",
+                "effjax.finetune.slope_knot",
+                "effjax.finetune.lora",
+                "effjax.finetune.lora_kernels",
+                "effjax.finetune.lora_files",
+            ),
+            kind="Optax transformation and pure functions",
+            paper="Xia, Qin, Hazan 2024, arXiv:2401.04151",
+        ),
+        Method(
+            stem="bucket_sampler",
+            summary="length-aware batches of few static shapes",
+            modules=(
+                "effjax.data.bucket_sampler",
+                "effjax.data.length_grouping",
+                "effjax.data.packing",
+                "effjax.data.ragged",
+                "effjax.optim.scale_by_batch_size",
+            ),
+            kind="resumable sampler",
+            paper=_TOKENS,
+        ),
+        Method(
+            stem="token_drop",
+            summary="drop insignificant tokens anew in every epoch",
+            modules=("effjax.transformers.token_drop",),
+            kind="data transform",
+            paper=_TOKENS,
+        ),
+        Method(
+            stem="irnn",
+            summary="incremental RNN: the state is the increment of an ODE run at every input",
+            modules=("effjax.recurrent.irnn", "effjax.recurrent.equilibrium", "effjax.recurrent.dual_ode"),
+            kind="Flax cell and pure functions",
+            paper="Kag, Zhang, Saligrama 2020, ICLR (OpenReview HylpqA4FwS)",
+        ),
+        Method(
+            stem="tarnn",
+            summary="time-adaptive RNN: a learned time constant of input and state",
+            modules=("effjax.recurrent.tarnn",),
+            kind="Flax cell and pure functions",
+            paper="Kag, Saligrama 2021, CVPR (pp. 15149-15158)",
+        ),
+        Method(
+            stem="fptt",
+            summary="forward propagation through time: updates in every part of a sequence",
+            modules=("effjax.recurrent.fptt", "effjax.recurrent.drivers", "effjax.recurrent.ltc_spiking"),
+            kind="Optax transformation and training steps",
+            paper="Kag, Saligrama 2021, ICML (PMLR 139:5189-5200)",
+        ),
+        Method(
+            stem="fastrain",
+            summary="fast and accurate self-training of graph neural networks",
+            modules=(
+                "effjax.graph.fastrain",
+                "effjax.graph.stages",
+                "effjax.graph.self_training",
+                "effjax.graph.calibration",
+            ),
+            kind="pure functions and a staged loop",
+            paper="Nagarajan, Raghunathan 2023, TMLR (OpenReview 1IYJfwJtjQ)",
+        ),
+        Method(
+            stem="geeni",
+            summary="ensembles of graph networks that run as one, without the messages of doubtful nodes",
+            modules=(
+                "effjax.graph.geeni",
+                "effjax.graph.members",
+                "effjax.graph.geeni_serving",
+                "effjax.graph.geeni_measures",
+                "effjax.graph.isolation",
+                "effjax.graph.error_nodes",
+            ),
+            kind="pure functions",
+            paper="Nagarajan, Raghunathan 2022, DAC (10.1145/3489517.3530416); reconstructed from abstracts",
+        ),
+    )
+}
+
+
+def methods(pattern: str = "*") -> list[Method]:
+    """The methods whose stem or module path (``optim/samuel``) matches a shell pattern.
+
+    Args:
+      pattern: a pattern as in a shell, such as ``"*"`` or ``"graph/*"``.
+
+    Returns:
+      The rows of ``METHODS``, in their order.
+
+    Raises:
+      ValueError: if nothing matches.
+
+    Example:
+      >>> [method.stem for method in methods("optim/*")]
+      ['samuel']
+    """
+    found = [
+        row
+        for row in METHODS.values()
+        if fnmatch.fnmatch(row.stem, pattern)
+        or fnmatch.fnmatch(row.module.removeprefix("effjax.").replace(".", "/"), pattern)
+    ]
+    if not found:
+        raise ValueError(f"pattern={pattern!r} matches none of the methods {sorted(METHODS)}.")
+    return found

@@ -1,0 +1,13 @@
+from .loaders import column_loader as column_loader
+from .loaders import planned_loader as planned_loader
+from .loop import FitResult as FitResult
+from .loop import fit as fit
+from .options import Budget as Budget
+from .options import MeshOptions as MeshOptions
+from .options import TrainOptions as TrainOptions
+from .program import Loader as Loader
+from .program import Phase as Phase
+from .program import Program as Program
+from .sequence_trainer import through_time as through_time
+from .trainer import TrainState as TrainState
+from .trainer import supervised as supervised
