@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,11 +57,11 @@ class StepAnalysis(NamedTuple):
     @property
     def peak_bytes(self) -> int | None:
         """Arguments + outputs - aliased + temporaries."""
-        parts = (self.argument_bytes, self.output_bytes, self.alias_bytes, self.temp_bytes)
-        if None in parts:
+        if self.argument_bytes is None or self.output_bytes is None:
             return None
-        arguments, outputs, aliased, temporaries = parts
-        return arguments + outputs - aliased + temporaries
+        if self.alias_bytes is None or self.temp_bytes is None:
+            return None
+        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
 
 
 class Executables:
@@ -209,7 +209,7 @@ class CompileLog:
 
 
 @contextlib.contextmanager
-def count_compiles() -> Iterator[CompileLog]:
+def count_compiles() -> Generator[CompileLog]:
     """Count every compilation by the backend inside the block, whoever asks for it.
 
     A program read from the persistent compilation cache counts too: it was not in memory.
@@ -227,10 +227,10 @@ def count_compiles() -> Iterator[CompileLog]:
     """
     log = CompileLog()
 
-    def listen(event: str, seconds: float, **details: Any) -> None:
+    def listen(event: str, duration_secs: float, **details: str | int) -> None:
         if event == _COMPILE_EVENT:
             log.names.append(str(details.get("fun_name", "")))
-            log.seconds += seconds
+            log.seconds += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

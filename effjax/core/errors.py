@@ -15,9 +15,9 @@ class NoEffectWarning(UserWarning):
     """A setting that changes nothing: a pattern without matches, a ladder larger than the data."""
 
 
-def near(name: str, legal: Iterable[str], n: int = 3) -> str:
+def near(name: object, legal: Iterable[object], n: int = 3) -> str:
     """` Did you mean a, b?` for the names of ``legal`` closest to ``name``, or an empty string."""
-    close = difflib.get_close_matches(str(name), [str(item) for item in legal], n=n, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), map(str, legal), n=n, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(item) for item in close)}?" if close else ""
 
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from effjax.core.errors import check_number, near
 
 Equation = Any  # jax.extend.core.JaxprEqn
 Rule = Callable[[Equation], int | None]
+N = TypeVar("N", int, float)
 
 
 class MacCount(NamedTuple):
@@ -168,14 +169,14 @@ class _Counter:
         return _unknown("while", scope, detail, trip.unknown)._replace(least=test.least)
 
     def condition(self, branches: list[MacCount], scope: str) -> MacCount:
-        most = [branch.most for branch in branches]
+        most = _known([branch.most for branch in branches])
         expected = [branch.expected for branch in branches]
         if all(branch == branches[0] for branch in branches):
             return branches[0]
         self.scopes.append(scope)
         return MacCount(
             least=min(branch.least for branch in branches),
-            most=None if None in most else max(most),
+            most=None if most is None else max(most),
             expected=_expectation(self.row(len(branches), scope), expected),
             unknown=_unique(branches),
         )
@@ -196,8 +197,17 @@ class _Counter:
 def _expectation(row: Sequence[float] | None, expected: Sequence[float | None]) -> float | None:
     if row is None:
         return None
-    used = [(p, macs) for p, macs in zip(row, expected, strict=True) if p > 0]
-    return None if any(macs is None for _, macs in used) else sum(p * macs for p, macs in used)
+    return _sum([None if macs is None else p * macs for p, macs in zip(row, expected, strict=True) if p > 0])
+
+
+def _known(numbers: Sequence[N | None]) -> list[N] | None:
+    known = [number for number in numbers if number is not None]
+    return known if len(known) == len(numbers) else None
+
+
+def _sum(numbers: Sequence[N | None]) -> N | None:
+    known = _known(numbers)
+    return None if known is None else cast(N, sum(known))
 
 
 def _unknown(name: str, scope: str, detail: str = "", inside: tuple[str, ...] = ()) -> MacCount:
@@ -211,12 +221,10 @@ def _unique(counts: Iterable[MacCount]) -> tuple[str, ...]:
 
 def _total(counts: Iterable[MacCount]) -> MacCount:
     counts = list(counts)
-    most = [count.most for count in counts]
-    expected = [count.expected for count in counts]
     return MacCount(
         least=sum(count.least for count in counts),
-        most=None if None in most else sum(most),
-        expected=None if None in expected else sum(expected),
+        most=_sum([count.most for count in counts]),
+        expected=_sum([count.expected for count in counts]),
         unknown=_unique(counts),
     )
 
@@ -224,8 +232,12 @@ def _total(counts: Iterable[MacCount]) -> MacCount:
 def _scaled(count: MacCount, repeats: int) -> MacCount:
     if repeats == 0:
         return _NOTHING
-    numbers = (None if macs is None else macs * repeats for macs in count[:3])
-    return MacCount(*numbers, count.unknown)
+    return MacCount(
+        least=count.least * repeats,
+        most=None if count.most is None else count.most * repeats,
+        expected=None if count.expected is None else count.expected * repeats,
+        unknown=count.unknown,
+    )
 
 
 def _inner_jaxprs(eqn: Equation) -> Iterator[Any]:

@@ -90,7 +90,7 @@ def spread(lengths: Iterable[int], unit: str) -> str:
     return f"{lengths.min()} to {lengths.max()} {unit}, median {np.median(lengths):g}"
 
 
-def class_counts(splits: Mapping[str, np.ndarray], classes: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def class_counts(splits: Mapping[str, Any], classes: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """class -> its rows in each split."""
     counts = [np.bincount(labels, minlength=len(classes)) for labels in splits.values()]
     return {name: tuple(int(count[index]) for count in counts) for index, name in enumerate(classes)}

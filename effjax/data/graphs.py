@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,7 +73,7 @@ class GraphData(NamedTuple):
         return len(self.labels)
 
 
-def graph_data(name: str, *, root: str | os.PathLike | None = None) -> GraphData:
+def graph_data(name: str | os.PathLike, *, root: str | os.PathLike | None = None) -> GraphData:
     """A graph of ``effjax.load_data``, or of an ``.npz`` file of one's own.
 
     ``cora`` and ``citeseer`` come with the package; ``dblp``, ``amazon_photo``, ``amazon_computers``,
@@ -100,19 +100,19 @@ def graph_data(name: str, *, root: str | os.PathLike | None = None) -> GraphData
       >>> cora.nodes, cora.senders.shape, cora.features.shape, cora.classes
       (2708, (10556,), (2708, 1433), 7)
     """
-    if str(name).lower().endswith(".npz"):
+    if os.fspath(name).lower().endswith(".npz"):
         path = Path(name).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"name={os.fspath(name)!r} is not a file. Give a registered name or a file's path.")
         return build_graph(path.stem, str(path), read_graph(path))
-    found: DataSet = load(name, root=root)
+    found: DataSet = load(os.fspath(name), root=root)
     if found.modality != "graph":
         raise ValueError(f"name={name!r} is a set of {found.modality}s, not a graph, such as cora, citeseer or dblp.")
     return build_graph(found.name.removeprefix("graphs/"), found.source, found.splits["graph"])
 
 
 def build_graph(
-    name: str, source: str, arrays: Mapping[str, np.ndarray], *, undirected: bool = False, facts: Facts | None = None
+    name: str, source: str, arrays: Mapping[str, Any], *, undirected: bool = False, facts: Facts | None = None
 ) -> GraphData:
     """A ``GraphData`` of the arrays that ``read_graph`` returns; ``undirected`` adds the reverse of every edge."""
     labels = arrays["y"].astype(np.int32)

@@ -112,7 +112,7 @@ def series_data(
     parted = part(splits, target, classes, split, seed, f"{target}={column!r} of {tables['train'].where}")
     chosen = {}
     for name in ("train", "test"):
-        held = found["train"] if len(found) == 1 else found.get(name, found.get("validation"))
+        held = found["train"] if len(found) == 1 else found[name if name in found else "validation"]
         chosen[name] = [held.values[row] for row in parted.splits[name]["row"]]
     if "validation" in parted.splits:
         notes.append("Not read: the split 'validation', for there is a 'test'.")

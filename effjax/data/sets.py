@@ -53,7 +53,7 @@ class DataSet:
     """
 
     name: str
-    splits: dict[str, dict[str, Column]] = field(repr=False)
+    splits: Mapping[str, Mapping[str, Any]] = field(repr=False)
     classes: tuple[str, ...]
     licence: str
     source: str

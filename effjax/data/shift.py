@@ -9,14 +9,15 @@ act on images. All fit into the ``transform`` of a pipeline:
         return phases[min(index // 300, 2)](batch)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from effjax.core.errors import check_number
 from effjax.data.augment import check_images
 
-Batch = dict[str, np.ndarray]
+Batch = Mapping[str, Any]
 
 
 def permute_pixels(seed: int, shape: tuple[int, int, int]) -> Callable[[Batch], Batch]:

@@ -1,7 +1,7 @@
 """Rows to train and to test on, for the user's own data."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +68,7 @@ def split_sentence(train: int, test: int, share: float, seed: int, stratified: b
 class Parted(NamedTuple):
     """Splits of columns, and a sentence on how they came about."""
 
-    splits: dict[str, dict[str, Column]]
+    splits: Mapping[str, Mapping[str, Any]]
     sentence: str
 
 
@@ -106,7 +106,7 @@ def own_splits(
 
 
 def part(
-    splits: dict[str, dict[str, Column]],
+    splits: Mapping[str, Mapping[str, Column]],
     target: str,
     classes: tuple[str, ...],
     split: float | None,
@@ -121,7 +121,7 @@ def part(
         return Parted(splits, f"The test rows ({len(splits['test'][target])}) are the files' own.")
     columns = splits["train"]
     share = SPLIT if split is None else split
-    labels = columns["label"] if target == "label" else None
+    labels = np.asarray(columns["label"]) if target == "label" else None
     train, test = hold_out(labels, len(columns[target]), share, seed, classes, where)
     chosen = {"train": train, "test": test}
     return Parted(

@@ -135,8 +135,9 @@ def numbers(where: str, column: Column) -> np.ndarray:
     Raises:
       ValueError: a value is missing, is no number, or is not finite; the message names the rows.
     """
-    values = column
-    if isinstance(column, list):
+    if isinstance(column, np.ndarray):
+        values = column
+    else:
         if rows := missing(column):
             raise ValueError(f"{where}: {rows_text(rows)} without a value. Remove or fill them.")
         parsed = [_number(value) for value in column]
@@ -285,7 +286,7 @@ def _delimiter(text: str, quotes: bool) -> str:
             widths.pop()
         if widths and widths[0] > 1:
             found[delimiter] = (sum(width == widths[0] for width in widths) / len(widths), widths[0])
-    return max(found, key=found.get) if found else ","
+    return max(found, key=lambda delimiter: found[delimiter]) if found else ","
 
 
 def _lines(path: Path, text: str) -> dict[str, Column]:
@@ -390,11 +391,12 @@ def _joined(tables: list[Table]) -> Table:
     for other in tables[1:]:
         if other.columns.keys() != first.columns.keys() or other.class_names != first.class_names:
             raise ValueError(f"{other.where}: its columns {list(other.columns)} differ from {first.where}'s.")
-    columns = {}
+    columns: dict[str, Column] = {}
     for name in first.columns:
         held = [table.columns[name] for table in tables]
-        alike = all(isinstance(column, np.ndarray) and column.dtype == held[0].dtype for column in held)
-        columns[name] = np.concatenate(held) if alike else _typed([value for column in held for value in list(column)])
+        arrays = [column for column in held if isinstance(column, np.ndarray)]
+        alike = len(arrays) == len(held) and len({column.dtype for column in arrays}) == 1
+        columns[name] = np.concatenate(arrays) if alike else _typed([value for column in held for value in column])
     return Table(f"{first.where} and {len(tables) - 1} more", columns, first.class_names)
 
 

@@ -1,6 +1,7 @@
 """Texts of the user's own, from tables."""
 
 import os
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def text_data(
     tables, hidden = known_splits(tables, column) if test is None else (tables, ())
     splits, classes = {}, ()
     for name, table in tables.items():
-        columns = {"text" if text_b is None else "sentence1": _texts(table, "text", text)}
+        columns: dict[str, Column] = {"text" if text_b is None else "sentence1": _texts(table, "text", text)}
         if text_b is not None:
             columns["sentence2"] = _texts(table, "text_b", text_b)
         splits[name] = columns
@@ -99,14 +100,14 @@ def _texts(table: Table, argument: str, name: str) -> list[str]:
     return list(column)
 
 
-def _lengths(splits: dict[str, dict[str, Column]]) -> str:
+def _lengths(splits: Mapping[str, Mapping[str, Column]]) -> str:
     names = [name for name in ("text", "sentence1", "sentence2") if name in splits["train"]]
     rows = [zip(*(columns[name] for name in names), strict=True) for columns in splits.values()]
     kind = "Texts" if len(names) == 1 else "Pairs"
     return f"{kind} of {spread((sum(map(len, row)) for split in rows for row in split), 'characters')}."
 
 
-def _repeated(splits: dict[str, dict[str, Column]]) -> tuple[str, ...]:
+def _repeated(splits: Mapping[str, Mapping[str, Column]]) -> tuple[str, ...]:
     def rows(columns: dict[str, Column]) -> list[tuple]:
         return list(
             zip(*(columns[name] for name in ("text", "sentence1", "sentence2") if name in columns), strict=True)

@@ -167,7 +167,7 @@ def attend(
 
 
 def rope_angles(
-    positions: Int[Array, "rows length"], width: int, theta: float
+    positions: Int[Array | np.ndarray, "rows length"], width: int, theta: float
 ) -> tuple[Float[Array, "rows length half"], Float[Array, "rows length half"]]:
     """Cosines and sines of rotary position embeddings (Su et al. 2021, arXiv 2104.09864).
 
@@ -246,7 +246,8 @@ class _Attention(nn.Module):
         heads = lambda name, count: _dense(count * width, spec, name)(x).reshape(*x.shape[:2], count, width)
         query, key, value = heads("query", spec.num_heads), heads("key", kv_heads), heads("value", kv_heads)
         if rope is not None:
-            query, key = rotate(query, *rope, spec.rope_style), rotate(key, *rope, spec.rope_style)
+            cosine, sine = rope
+            query, key = rotate(query, cosine, sine, spec.rope_style), rotate(key, cosine, sine, spec.rope_style)
         if self.cache_length is not None:
             key, value = self._cached("keys", key, start), self._cached("values", value, start)
         drop = None
@@ -399,7 +400,7 @@ class Embeddings(nn.Module):
             self.token_type = table(self.type_vocab_size)
         if self.norm_eps is not None:
             self.norm = norm_module("layer", self.norm_eps, self.dtype, name=None)
-        if self.output_size not in (None, self.features):
+        if self.output_size is not None and self.output_size != self.features:
             self.projection = nn.Dense(self.output_size, dtype=self.dtype, kernel_init=_init)
         self.drop = nn.Dropout(self.dropout)
 

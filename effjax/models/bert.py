@@ -202,7 +202,7 @@ def _members(
 ) -> Float[Array, "batch segments length"]:
     """1 where a token is a real one of the segment."""
     real = jnp.ones(hidden.shape[:2], bool) if mask is None else jnp.asarray(mask)
-    if segment_ids is None:
+    if segment_ids is None or segments is None:
         return real[:, None].astype(jnp.float32)
     index = jnp.arange(1, segments + 1)[None, :, None]
     return ((jnp.asarray(segment_ids)[:, None] == index) & real[:, None]).astype(jnp.float32)

@@ -68,7 +68,7 @@ class CNN(nn.Module):
     def __call__(
         self, x: Images, *, train: bool = False, capture: bool = False
     ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
-        x = x.astype(self.dtype)
+        x = jnp.asarray(x).astype(self.dtype)
         out = {}
         for index, channels in enumerate(self.channels):
             layer = _Layer(channels, self.norm, self.dtype, name=f"layer{index}")

@@ -58,7 +58,7 @@ class MLP(nn.Module):
     def __call__(
         self, x: Float[Array | np.ndarray, "batch ..."], *, train: bool = False, capture: bool = False
     ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
-        x = x.reshape(x.shape[0], -1).astype(self.dtype)
+        x = jnp.asarray(x).reshape(x.shape[0], -1).astype(self.dtype)
         out = {}
         for index, features in enumerate(self.features):
             layer = _Layer(features, self.activation, self.dtype, name=f"layer{index}")

@@ -133,7 +133,7 @@ class ResNet(nn.Module):
     ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
         if len(self.stages) != len(self.widths):
             raise ValueError(f"stages={self.stages} and widths={self.widths} must have one entry for each stage.")
-        out = {"stem": self._stem(x.astype(self.dtype), train)}
+        out = {"stem": self._stem(jnp.asarray(x).astype(self.dtype), train)}
         x = out["stem"]
         for index, (stage, width) in enumerate(zip(self.stages, self.widths, strict=True), start=1):
             for position, factory in enumerate((self.block,) * stage if isinstance(stage, int) else stage):
@@ -189,7 +189,8 @@ def resnet(name: str, **fields: Any) -> ResNet:
       (5, 5, 5)
     """
     blocks = SIZES[check_choice("name", name, SIZES)]
-    return ResNet(**{"stages": (blocks,) * 3, **fields})
+    fields = {"stages": (blocks,) * 3, **fields}
+    return ResNet(**fields)
 
 
 def _batch_norm_rules(source: str, target: str) -> tuple[Rule, ...]:

@@ -134,7 +134,7 @@ def cola_task(task: Task, config: ColaConfig) -> Task:
 
     def split(key: jax.Array, params: PyTree) -> tuple[ColaState, dict[str, PyTree]]:
         chain = cola_init(key, params, config)
-        return chain._replace(lora=None), {"lora": chain.lora}
+        return chain._replace(lora={}), {"lora": chain.lora}
 
     return adapted_task(
         task,
@@ -202,7 +202,7 @@ def next_link(knot: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Varia
         names = [name for name in ("momentum",) if name in variables]
         chain, *others, lora = knot(chain_of(variables), *(variables[name] for name in names), opt["lora"])
         params = {**variables["params"], "lora": chain.lora}
-        after = {"params": params, "frozen": chain._replace(lora=None), **dict(zip(names, others, strict=True))}
+        after = {"params": params, "frozen": chain._replace(lora={}), **dict(zip(names, others, strict=True))}
         return {**variables, **after}, {**opt, "lora": lora}
 
     return leave
@@ -261,7 +261,8 @@ def save_adapted(folder: Path, task: Task, variables: Variables, *, merged: bool
     elif task.details["adapters"] is None:
         raise ValueError(f"--out {folder}: this arm has no adapters. Add --merged, or export NAME.safetensors.")
     else:
-        save_adapters(folder, task, *task.details["adapters"](variables), head)
+        lora, scales = task.details["adapters"](variables)
+        save_adapters(folder, task, lora, scales, head)
 
 
 def save_adapters(folder: Path, task: Task, lora: PyTree, scales: Any, head: PyTree | None = None) -> None:

@@ -29,12 +29,12 @@ class Score(NamedTuple):
     Attributes:
       name: of the metric.
       goal: ``'min'`` or ``'max'``.
-      of: ``(outputs, batch) -> [rows]``.
+      of: ``(outputs, batch) -> [rows]``; None for the loss of each row.
     """
 
     name: str
     goal: Literal["min", "max"]
-    of: PerExample
+    of: PerExample | None
 
 
 def task(
@@ -91,7 +91,7 @@ def task(
     chosen = _inputs(train, inputs)
     of_row, judged = _loss(loss, train, test), _metric(metric, loss)
 
-    def given(batch: Mapping[str, jax.Array]) -> PyTree:
+    def given(batch: Mapping[str, Any]) -> PyTree:
         return batch[chosen] if isinstance(chosen, str) else {column: batch[column] for column in chosen}
 
     example = {column: values[:1] for column, values in test.items()}

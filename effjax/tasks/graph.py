@@ -51,7 +51,7 @@ class NodeData(NamedTuple):
 
 
 def node_data(
-    name: str | GraphData,
+    name: str | os.PathLike | GraphData,
     *,
     row_normalize: bool | Literal["auto"] = "auto",
     sparse_below: float = 0.1,
@@ -178,7 +178,7 @@ def node_task(
         value = masked_cross_entropy(logits, batch["labels"], batch["weight"])
         return value, (state, {"loss": value, "accuracy": masked_accuracy(logits, batch["labels"], batch["weight"])})
 
-    def infer(variables: Variables, inputs: tuple[jax.Array, Any, SparseMatrix]) -> jax.Array:
+    def infer(variables: Variables, inputs: tuple[jax.Array, Any, SparseMatrix]) -> Any:
         nodes, features, matrix = inputs
         return module.apply(variables, features, matrix, train=False)[nodes]
 
@@ -218,8 +218,8 @@ def _splits(data: NodeData, train: Any, test: Any, per_class: int | None, seed: 
         held_out = held_out if own.val is None else _mask("val", own.val, labels)
         test = own.test if test is None else test
     if train is None:
-        per_class = check_number("per_class", 20 if per_class is None else per_class, low=1, integer=True)
-        train = np.asarray(draw_labelled(jax.random.key(seed), data.labels, data.classes, per_class))
+        drawn = check_number("per_class", 20 if per_class is None else per_class, low=1, integer=True)
+        train = np.asarray(draw_labelled(jax.random.key(seed), data.labels, data.classes, drawn))
     train = _mask("train", train, labels)
     test = _mask("test", (labels >= 0) & ~train & ~held_out if test is None else test, labels)
     if both := int((train & test).sum()):

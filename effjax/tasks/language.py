@@ -168,7 +168,7 @@ def _counted(batch: Batch) -> Float[Array, "batch length-1"]:
     return weight * batch["mask"][:, 1:] if "mask" in batch else weight
 
 
-def _nll(logits: jax.Array, ids: jax.Array) -> Float[Array, "batch length-1"]:
+def _nll(logits: jax.Array, ids: jax.Array | np.ndarray) -> Float[Array, "batch length-1"]:
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
 
 

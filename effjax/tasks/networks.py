@@ -70,7 +70,7 @@ def _linen(module: nn.Module) -> Network:
     return Network(type(module).__name__, init, apply)
 
 
-def _mode(function: Callable) -> Callable[[bool], dict[str, bool]]:
+def _mode(function: Callable) -> Callable[[bool], dict[str, Any]]:
     """The keyword that tells a module whether it is trained, if it has one."""
     takes = inspect.signature(function).parameters
     if "train" in takes:
@@ -133,7 +133,7 @@ def _equinox(equinox: Any, name: str, make: Callable[[jax.Array], Any]) -> Netwo
     def apply(variables: Variables, inputs: PyTree, train: bool, key: jax.Array | None) -> tuple[PyTree, Variables]:
         model = equinox.combine(variables["params"], static)
         model = model if train else equinox.nn.inference_mode(model)
-        if not train or "key" not in inspect.signature(type(model).__call__).parameters:
+        if key is None or not train or "key" not in inspect.signature(type(model).__call__).parameters:
             return jax.vmap(model)(inputs), {}
         rows = jax.tree.leaves(inputs)[0].shape[0]
         return jax.vmap(lambda x, key: model(x, key=key))(inputs, jax.random.split(key, rows)), {}

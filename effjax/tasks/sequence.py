@@ -95,15 +95,17 @@ def sequence_task(
     takes_train = "train" in inspect.signature(model.__call__).parameters
     example = problem.test["inputs"][:1]
 
+    def mode(train: bool) -> dict[str, Any]:
+        return {"train": train} if takes_train else {}
+
     def init(key: jax.Array) -> Variables:
-        return model.init(key, example, **({"train": False} if takes_train else {}))
+        return model.init(key, example, **mode(False))
 
     state_names = [name for name in jax.eval_shape(init, jax.random.key(0)) if name != "params"]
 
     def apply(variables: Variables, inputs: jax.Array, key: jax.Array | None, train: bool) -> tuple[jax.Array, Any]:
         rngs = None if key is None else {"dropout": key}
-        mode = {"train": train} if takes_train else {}
-        return model.apply(variables, inputs, rngs=rngs, mutable=state_names, **mode)
+        return model.apply(variables, inputs, rngs=rngs, mutable=state_names, **mode(train))
 
     name = type(model).__name__
     return task_of_functions(problem, name, init, apply, eval_batch=eval_batch, dtype=dtype, remat=remat)._replace(
@@ -115,7 +117,7 @@ def task_of_functions(
     data: SequenceData,
     model: str,
     init: Callable[[jax.Array], Variables],
-    apply: Callable[[Variables, jax.Array, jax.Array | None, bool], tuple[jax.Array, Variables]],
+    apply: Callable[[Variables, Any, jax.Array | None, bool], tuple[jax.Array, Variables]],
     *,
     eval_batch: int = 256,
     dtype: str = "float32",

@@ -1,5 +1,6 @@
 """Recurrent layers and cells by name: the methods, their variants, and what a user would take instead."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -129,7 +130,7 @@ def sequence_layer(
     if row.layer is None:
         return Recurrent(sequence_cell(name, features, length=length, dtype=dtype), **loop)
     fields = _fields(row, length, dtype)
-    if "chunk" in row.layer.__dataclass_fields__:
+    if "chunk" in inspect.signature(row.layer).parameters:
         return row.layer(features, **fields, **loop)
     return (nn.remat(row.layer) if remat else row.layer)(features, **fields)
 
@@ -153,8 +154,8 @@ def sequence_cell(name: str, features: int, *, length: int, dtype: str = "float3
       >>> sequence_cell("chrono-lstm", 8, length=20).chrono_length
       20
     """
-    check_choice("name", name, [key for key, row in LAYERS.items() if row.cell])
-    return LAYERS[name].cell(features, **_fields(LAYERS[name], length, dtype))
+    cells = {key: row.cell for key, row in LAYERS.items() if row.cell is not None}
+    return cells[check_choice("name", name, cells)](features, **_fields(LAYERS[name], length, dtype))
 
 
 def _fields(row: SequenceLayer, length: int, dtype: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def layer_task(
       (1, 1)
     """
     data = sequence_data(data) if isinstance(data, str) else data
-    ids = {"vocabulary": data.vocabulary, "embedding": embedding} if data.vocabulary else {}
+    ids: dict[str, Any] = {"vocabulary": data.vocabulary, "embedding": embedding} if data.vocabulary else {}
     read = "all" if data.kind == "tokens" else read
     network = SequenceNetwork(layer, data.outputs, read=read, dropout=dropout, **ids)
     return sequence_task(data, network, dtype=dtype, remat=remat)

@@ -141,18 +141,17 @@ def text_task(
         pretrained = loaded.params if loaded is not None and pretrained is None else pretrained
     else:
         module = model
-        _check_module_settings(module, tokenizer, dtype, remat, scan_layers, dropout)
+        tokenizer = _checked_tokenizer(module, tokenizer, dtype, remat, scan_layers, dropout)
     _check_positions(module, max_length)
     columns = {name: _tokens(rows, tokenizer, max_length) for name, rows in (("train", train), ("test", test))}
     evaluation = _batches(columns["test"], tokenizer.pad_id, min(eval_batch, len(test.target)))
     example = evaluation[len(evaluation) // 2][1]
 
     def logits(variables: Variables, batch: Batch, train: bool, key: jax.Array | None) -> jax.Array:
-        packed = (
-            {name: batch[name] for name in ("segment_ids", "position_ids")} | {"segments": batch["label"].shape[1]}
-            if "segment_ids" in batch
-            else {}
-        )
+        packed: dict[str, Any] = {}
+        if "segment_ids" in batch:
+            packed = {name: batch[name] for name in ("segment_ids", "position_ids")}
+            packed["segments"] = batch["label"].shape[1]
         rngs = None if key is None else {"dropout": key}
         inputs = (batch["input_ids"], batch.get("mask"), batch.get("token_type_ids"))
         return wide(module.apply(variables, *inputs, train=train, rngs=rngs, **packed))
@@ -251,7 +250,7 @@ def _target(dataset: DataSet) -> str:
     raise ValueError(f"data={dataset.name!r} has the columns {sorted(columns)}; a text task needs 'label' or 'score'.")
 
 
-def train_and_test(dataset: DataSet) -> tuple[Columns, Columns]:
+def train_and_test(dataset: DataSet) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The rows to train and to test on, as ``text_task`` describes them."""
     splits = dataset.splits
     held_out = splits.get("test", splits.get("validation"))
@@ -354,9 +353,10 @@ def _named(
     return BertClassifier(encoder, outputs, dropout=dropout), tokenizer, loaded
 
 
-def _check_module_settings(
+def _checked_tokenizer(
     module: nn.Module, tokenizer: Tokenizer | None, dtype: str, remat: bool, scan_layers: bool, dropout: float | None
-) -> None:
+) -> Tokenizer:
+    """The tokenizer of a model given as a module, which takes no settings of named models."""
     if tokenizer is None:
         raise ValueError(f"model={type(module).__name__} is a module, whose tokens are not known. Give its tokenizer.")
     if dtype != "float32" or remat or scan_layers or dropout is not None:
@@ -364,6 +364,7 @@ def _check_module_settings(
             f"dtype={dtype!r}, remat={remat!r}, scan_layers={scan_layers!r} and dropout={dropout!r} apply to models "
             f"given by name. Set them on the module: {type(module).__name__}(...)."
         )
+    return tokenizer
 
 
 def _check_pretrained(pretrained: PyTree, fresh: PyTree) -> None:

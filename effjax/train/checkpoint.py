@@ -42,7 +42,7 @@ class Checkpoints:
         self._ocp = ocp
         self.directory = Path(directory).absolute()
         self.identity = json.loads(json.dumps(identity))
-        kept = [policies.LatestN(keep)]
+        kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
         if best_metric:
             smaller = best_metric.startswith("-")
             name = best_metric.removeprefix("-")
@@ -94,6 +94,8 @@ class Checkpoints:
             the difference and the way out.
         """
         step = self.latest() if step is None else step
+        if step is None:
+            raise CheckpointError(f"{self.directory} holds no checkpoint. Check the path, or train first.")
         where = self.directory / str(step)
         meta = self._read(step, where)
         if meta.get("format") != FORMAT:
@@ -110,7 +112,7 @@ class Checkpoints:
             )
         args = self._ocp.args
         try:
-            state = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(abstract))).state
+            state = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(abstract)))["state"]
         except Exception as error:
             raise CheckpointError(_damaged(where, error)) from error
         wrong = [name for name, crc in checksums(state).items() if meta["checksums"].get(name, crc) != crc]
@@ -118,12 +120,10 @@ class Checkpoints:
             raise CheckpointError(_damaged(where, f"the bytes of {wrong[:3]} changed since they were written"))
         return step, state, meta["extra"]
 
-    def _read(self, step: int | None, where: Path) -> dict:
-        if step is None:
-            raise CheckpointError(f"{self.directory} holds no checkpoint. Check the path, or train first.")
+    def _read(self, step: int, where: Path) -> dict:
         args = self._ocp.args
         try:
-            return self._manager.restore(step, args=args.Composite(meta=args.JsonRestore())).meta
+            return self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
         except Exception as error:
             raise CheckpointError(_damaged(where, error)) from error
 

@@ -50,7 +50,7 @@ def permuted_task(data: str, model: str, *, steps: int = 1500, batch_size: int =
     loader = column_loader(before.train, batch_size, transform=drawn)
     program = supervised(before, optax.adam(optax.linear_schedule(3e-3, 0.0, steps)), steps=steps, loader=loader)
     params = jax.tree.map(jnp.asarray, fit(program, seed=0).state.params)
-    permuted = permute_pixels(0, dataset.splits["train"]["image"].shape[1:])
+    permuted = permute_pixels(0, np.shape(dataset.splits["train"]["image"])[1:])
     splits = {name: permuted(columns) for name, columns in dataset.splits.items()}
     after = image_task(dataclasses.replace(dataset, splits=splits), module)
     return after._replace(

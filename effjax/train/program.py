@@ -109,13 +109,15 @@ class Program(NamedTuple):
     @property
     def total_steps(self) -> int:
         """Steps of a run in which no phase ends early."""
-        open_ended = [index for index, phase in enumerate(self.phases) if phase.steps is None]
-        if open_ended:
-            raise ValueError(
-                f"phase {open_ended[0]} of {self.task.name!r} has no number of steps. Give steps= to the trainer, or "
-                "a budget to `compare`."
-            )
-        return sum(phase.steps for phase in self.phases)
+        total = 0
+        for index, phase in enumerate(self.phases):
+            if phase.steps is None:
+                raise ValueError(
+                    f"phase {index} of {self.task.name!r} has no number of steps. Give steps= to the trainer, or a "
+                    "budget to `compare`."
+                )
+            total += phase.steps
+        return total
 
     @property
     def has_batches(self) -> bool:
