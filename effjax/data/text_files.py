@@ -108,7 +108,7 @@ def _lengths(splits: Mapping[str, Mapping[str, Column]]) -> str:
 
 
 def _repeated(splits: Mapping[str, Mapping[str, Column]]) -> tuple[str, ...]:
-    def rows(columns: dict[str, Column]) -> list[tuple]:
+    def rows(columns: Mapping[str, Column]) -> list[tuple]:
         return list(
             zip(*(columns[name] for name in ("text", "sentence1", "sentence2") if name in columns), strict=True)
         )

@@ -76,7 +76,7 @@ def listed(words: Sequence[str]) -> str:
       >>> listed(["a", "b", "c"])
       'a, b and c'
     """
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+    return " and ".join(part for part in [", ".join(words[:-1]), *words[-1:]] if part)
 
 
 def number(found: float | None) -> str:
@@ -86,7 +86,7 @@ def number(found: float | None) -> str:
       >>> number(12345.6), number(0.123456), number(None)
       ('12,346', '0.1235', '-')
     """
-    if not _known(found):
+    if found is None or not _known(found):
         return "-"
     if abs(found) >= 1e9:
         return f"{found:.3g}"
@@ -252,7 +252,7 @@ def take(results: Mapping[str, Any], group: str) -> list[str]:
     best, label = good[0], metric["label"]
     within = f"within one standard error of the best {label}" if several else f"with the best {label}"
     others = listed([short(name, arms) for name in good if name != taken])
-    time = {"total_s": "total time", "train_s": "training time (the total is not known)"}.get(clock)
+    time = {"total_s": "total time", "train_s": "training time (the total is not known)"}.get(clock or "")
     if time and others:
         why = f"the least {time} of the arms {within} (the others: {others})"
     elif several:

@@ -1,6 +1,7 @@
 """Claims decided from results, and their sentences."""
 
 import fnmatch
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -107,16 +108,17 @@ class _Decision:
     def _numbers(self) -> tuple[float, float]:
         """Both sides; NaN where a number is missing."""
         claim = self.claim
+        left = self._side(claim.arm, lambda arm: value(arm, self.of))
+        if not isinstance(claim.than, str):
+            return left, claim.times * claim.than + claim.plus
         if claim.standard_errors is not None:
             mean, error = paired(self._one(claim.arm), self._one(claim.than), self.of)
             return mean, claim.standard_errors * error
         if claim.until is not None:
-            return tuple(self._side(side, self._seconds_until) for side in (claim.arm, claim.than))
-        left = self._side(claim.arm, lambda arm: value(arm, self.of))
-        if not isinstance(claim.than, str):
-            return left, claim.times * claim.than + claim.plus
+            seconds = functools.partial(self._seconds_until, until=claim.until)
+            return self._side(claim.arm, seconds), self._side(claim.than, seconds)
         if claim.as_ratio_of:
-            other = lambda arm: value(arm, claim.as_ratio_of)
+            other = functools.partial(value, name=claim.as_ratio_of)
             ratio = left / (self._side(claim.than, lambda arm: value(arm, self.of)) or math.nan)
             bound = self._side(claim.arm, other) / (self._side(claim.than, other) or math.nan)
             return ratio, claim.times * bound
@@ -152,8 +154,8 @@ class _Decision:
             ]
         return found
 
-    def _seconds_until(self, arm: Mapping[str, Any]) -> float:
-        target = self._one(self.claim.until).get("curve") or []
+    def _seconds_until(self, arm: Mapping[str, Any], until: str) -> float:
+        target = self._one(until).get("curve") or []
         own = arm.get("curve") or []
         if not own or len(own) != len(target):
             return math.nan
@@ -174,22 +176,27 @@ class _Decision:
 
     def sentence(self) -> str:
         claim = self.claim
-        text = self._until() if claim.until else self._paired() if claim.standard_errors is not None else self._bound()
+        if claim.until is not None:
+            text = self._until(claim.until)
+        elif claim.standard_errors is not None:
+            text = self._paired(claim.standard_errors)
+        else:
+            text = self._bound()
         return f"{claim.why}: {text}" if claim.why else text
 
-    def _until(self) -> str:
+    def _until(self, until: str) -> str:
         claim = self.claim
         most = "no more" if claim.op == "<=" else "no less"
         return (
             f"{_named(claim.arm)} takes {most} training time than {_named(claim.than)} to the "
-            f"{self.metric['label']} that {_named(claim.until)} ends with"
+            f"{self.metric['label']} that {_named(until)} ends with"
         )
 
-    def _paired(self) -> str:
+    def _paired(self, errors: float) -> str:
         """Above by an error, below by an error, or not on the wrong side by more than an error."""
         claim = self.claim
         upward = claim.op == ">="
-        strict = (claim.standard_errors > 0) == upward
+        strict = (errors > 0) == upward
         if strict:
             side, margin = ("above" if upward else "below"), "at least"
         else:
@@ -223,8 +230,10 @@ class _Decision:
         return COST_WORDS.get(name) or METRIC_WORDS.get(name, name.replace("_", " "))
 
 
-def _named(side: str) -> str:
+def _named(side: str | float) -> str:
     """An arm, or the best or the sum of several, in words."""
+    if not isinstance(side, str):
+        return f"{side:g}"
     some = side.removeprefix("sum ").removeprefix("best ").replace("|", ", ")
     if side.startswith("sum "):
         return f"all {some} together"

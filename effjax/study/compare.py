@@ -293,7 +293,7 @@ class _Comparison:
     def _judge(self, program: Program, result: FitResult) -> dict[str, Any]:
         start = time.perf_counter()
         metrics = program.judged(result.state)
-        run = {
+        run: dict[str, Any] = {
             "status": "ok",
             "metrics": {**result.train, **metrics},
             "train_s": result.train_s,

@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 
-def pareto(points: Mapping[str, tuple[float, float]], goal: Literal["min", "max"]) -> list[str]:
+def pareto(points: Mapping[str, tuple[float, float]], goal: str) -> list[str]:
     """Names of the undominated ``(cost, quality)`` points, cheapest first; NaN is never on the frontier.
 
     Example:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -134,7 +134,7 @@ def _create(path: Path, mine: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(handle: int) -> Iterator[None]:
+def _alone(handle: int) -> Generator[None]:
     """Keep other processes of this host out of the same block; without effect where the file system cannot."""
     try:
         import fcntl

@@ -79,14 +79,14 @@ def measure(
 def _cost(arm: _Ready, timings: list[Timing]) -> dict[str, Any]:
     """The numbers of one arm; a number of its step is the mean over the steps of a run."""
     step_ms, low, high = (
-        _mean_step(
+        _weighted(
             arm, [getattr(timing, q) / kind.phase.period for timing, kind in zip(timings, arm.kinds, strict=True)]
         )
         for q in ("median_ms", "q25_ms", "q75_ms")
     )
     analyses = (arm.prepared.step(kind.phase).analysis() for kind in arm.kinds)
     largest = max(analyses, key=lambda analysis: analysis.peak_bytes or 0)
-    examples = _mean_step(arm, [kind.examples for kind in arm.kinds])
+    examples = _weighted(arm, [kind.examples for kind in arm.kinds])
     macs = _mean_step(arm, [_expected(kind.macs) for kind in arm.kinds])
     tokens = sum(kind.steps * kind.tokens for kind in arm.kinds)
     return {
@@ -113,7 +113,7 @@ def _prepare(name: str, program: Program, options: TrainOptions, say: Callable[[
     for phase in program.phases:
         by_step.setdefault(phase.step, []).append(phase)
     for phases in by_step.values():
-        phase, steps = phases[0], sum(phase.steps for phase in phases)
+        phase, steps = phases[0], sum(phase.steps or 0 for phase in phases)
         aux = phase.aux(state) if phase.aux else None
         prepared.warm_up(phase, state, aux, told)
         compiled = prepared.step(phase)
@@ -150,18 +150,19 @@ def _between_ms(program: Program, state: Any, repeats: int = 5) -> float | None:
 
 def _batches(program: Program, prepared: Prepared, some: int = 4) -> list[tuple[list[Any], BatchShape]]:
     """Batches on the device, by shape."""
-    if not program.has_batches:
+    loader = program.loader
+    if loader is None or loader.open is None:
         return [([None], BatchShape(None, 1, program.batch_size))]
     if program.shapes:
         return [([prepared.put(shape.batch)], shape) for shape in program.shapes]
-    with prefetch_to_device(program.loader.open(0), some, prepared.batch_sharding) as source:
+    with prefetch_to_device(loader.open(0), some, prepared.batch_sharding) as source:
         batches = [next(source) for _ in range(some)]
     return [(batches, BatchShape(None, 1, program.batch_size))]
 
 
 def _time_steps(ready: Mapping[str, _Ready], rounds: int) -> dict[str, list[Timing]]:
     """Step times of every kind of step of every arm, all of them interleaved; those of one arm share its state."""
-    runners = {}
+    runners: dict[Any, Any] = {}
     for name, arm in ready.items():
         shared = _shared_state(arm.state)
         for index, kind in enumerate(arm.kinds):
@@ -171,7 +172,7 @@ def _time_steps(ready: Mapping[str, _Ready], rounds: int) -> dict[str, list[Timi
     for run, _, batches in runners.values():
         jax.block_until_ready(run(None, batches[0]))
     rounds = min(rounds, max(LEAST_ROUNDS, int(SECONDS / (time.perf_counter() - start))))
-    times = time_interleaved(runners, rounds=rounds, warmup=3 if rounds > LEAST_ROUNDS else 1, min_time=0.01)
+    times: Mapping[Any, Timing] = time_interleaved(runners, rounds=rounds, warmup=3 if rounds > LEAST_ROUNDS else 1, min_time=0.01)
     return {name: [times[name, index] for index in range(len(arm.kinds))] for name, arm in ready.items()}
 
 
@@ -187,9 +188,15 @@ def _shared_state(state: Any) -> Callable[..., tuple[Any, Any]]:
 
 
 def _mean_step(arm: _Ready, values: Sequence[float | None]) -> float | None:
-    """Mean over the steps of a run of what one step of each shape has; None where one is not known."""
-    if None in values:
+    """``_weighted``; None where a number is not known."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
         return None
+    return _weighted(arm, known)
+
+
+def _weighted(arm: _Ready, values: Sequence[float]) -> float:
+    """Mean over the steps of a run of what one step of each shape has."""
     steps = [kind.steps for kind in arm.kinds]
     return sum(count * value for count, value in zip(steps, values, strict=True)) / sum(steps)
 
@@ -212,9 +219,9 @@ def _inference(programs: Mapping[str, Program], params: Mapping[str, Any], round
     costs = {}
     for name, call in calls.items():
         rows = int(np.shape(jax.tree.leaves(inputs[name])[0])[0])
-        macs = count_macs(programs[name].task.infer, params[name], inputs[name])
+        expected = _expected(count_macs(programs[name].task.infer, params[name], inputs[name]))
         costs[name] = {
-            "macs_per_example": None if macs.unknown else macs.expected / rows,
+            "macs_per_example": None if expected is None else expected / rows,
             "peak_bytes": call.analysis().peak_bytes,
             "call_ms": times[name].median_ms,
             "examples_per_s": 1e3 * rows / times[name].median_ms,
@@ -227,9 +234,9 @@ def _period(step: Executables, aux: Any, steps: int):
     """One call for as many steps as the cost needs to repeat."""
 
     def run(state, batch):
-        for _ in range(steps):
-            state, metrics = step(state, batch, aux)
-        return state, metrics
+        for _ in range(steps - 1):
+            state, _ = step(state, batch, aux)
+        return step(state, batch, aux)
 
     return run
 

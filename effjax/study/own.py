@@ -39,10 +39,9 @@ class _Recipe:
         self.task, self.arms, self.CLAIMS = task, arms, {"*": tuple(claims)}
 
     def groups(self, config: OwnStudy) -> list[Group]:
-        roles = ["baseline", *["alternative"] * (len(self.arms) - 1)]
         arms = [
-            Arm(name, role, functools.partial(_build, name, made, config))
-            for role, (name, made) in zip(roles, self.arms.items(), strict=True)
+            Arm(name, "alternative" if index else "baseline", functools.partial(_build, name, made, config))
+            for index, (name, made) in enumerate(self.arms.items())
         ]
         return [Group(self.task.name.replace("/", "-"), self.task.metric, lambda: self.task, arms)]
 
@@ -63,7 +62,7 @@ def own_study(
       TypeError: an arm that is nothing that can be trained.
     """
     missing = [name for name, given in (("task", task), ("arms", arms), ("budget", budget)) if given is None]
-    if missing:
+    if arms is None or budget is None or missing:
         raise ValueError(
             f"compare needs a study such as 'samuel:smoke', or task, arms and budget; {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing."

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 
 class Progress:
@@ -31,7 +31,8 @@ class Progress:
     ):
         self._quiet, self._every, self._clock = quiet, every, clock
         self._stream = stream
-        self._bar = self._task = None
+        self._bar: Any = None
+        self._task: Any = None
         self._what = "starting"
         self._printed = -math.inf
         self.plan(0.0)

@@ -58,7 +58,7 @@ def arm_result(runs: Sequence[Mapping[str, Any]], cost: Mapping[str, Any]) -> di
     diverged = [run for run in runs if run["status"] == "diverged"]
     names = sorted({name for run in runs for name in run["metrics"]})
     metrics = {name: summary([run["metrics"].get(name, math.nan) for run in runs]) for name in names}
-    merged = {name: cost.get(name) for name in COST_FIELDS}
+    merged: dict[str, Any] = {name: cost.get(name) for name in COST_FIELDS}
     merged |= {name: cost[name] for name in OPTIONAL_COST_FIELDS if name in cost}
     if runs:
         merged["train_s"] = statistics.fmean(run["train_s"] for run in runs)
@@ -129,7 +129,7 @@ def idle_arms(fingerprints: Mapping[str, Sequence[int | None]]) -> list[list[str
 
 def environment() -> dict[str, Any]:
     """Packages, hardware, commit (null outside git) and date of this run; ``compile_cache`` where JAX keeps one."""
-    packages = {"python": platform.python_version(), "effjax": effjax.__version__}
+    packages: dict[str, str | None] = {"python": platform.python_version(), "effjax": effjax.__version__}
     for name in PACKAGES:
         try:
             packages[name] = importlib.metadata.version(name)
@@ -140,7 +140,7 @@ def environment() -> dict[str, Any]:
         "hardware": hardware(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **({"compile_cache": True} if jax.config.jax_compilation_cache_dir else {}),
+        **({"compile_cache": True} if jax.config.read("jax_compilation_cache_dir") else {}),
     }
 
 

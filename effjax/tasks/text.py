@@ -271,7 +271,7 @@ def train_and_test(dataset: DataSet) -> tuple[Mapping[str, Any], Mapping[str, An
 def _texts(
     name: str,
     split: str,
-    columns: Columns,
+    columns: Mapping[str, Any],
     form: tuple[str, str | tuple[str, str] | None],
     target: str,
     classes: int,
