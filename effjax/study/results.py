@@ -140,7 +140,7 @@ def environment() -> dict[str, Any]:
         "hardware": hardware(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **({"compile_cache": True} if jax.config.read("jax_compilation_cache_dir") else {}),
+        **({"compile_cache": True} if getattr(jax.config, "jax_compilation_cache_dir", None) else {}),
     }
 
 

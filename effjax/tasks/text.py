@@ -27,7 +27,7 @@ __all__ = ["text_task"]
 
 PyTree = Any
 Batch = Mapping[str, Array | np.ndarray]
-Columns = dict[str, Any]
+Columns = Mapping[str, Any]
 
 # How the columns of a set become a first and a second text, as format strings; the first row whose columns are all
 # there counts. Two texts in a tuple are choices: each makes a row of its own.
