@@ -98,8 +98,6 @@ METHODS: dict[str, Method] = {
             names=(
                 "BucketSampler",
                 "plan_epoch",
-                "plan_epoch_official",
-                "official_cap",
                 "PaddedBatches",
                 "PackedBatches",
                 "Ragged",
@@ -328,8 +326,6 @@ _PUBLIC: dict[str, str] = {
     "load_lora": "effjax.finetune.lora_files",
     "BucketSampler": "effjax.data.bucket_sampler",
     "plan_epoch": "effjax.data.bucket_sampler",
-    "plan_epoch_official": "effjax.data.bucket_sampler",
-    "official_cap": "effjax.data.bucket_sampler",
     "PaddedBatches": "effjax.data.length_grouping",
     "PackedBatches": "effjax.data.packing",
     "Ragged": "effjax.data.ragged",

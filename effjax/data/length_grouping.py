@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from effjax.core.errors import check_number
-from effjax.data.bucket_sampler import BatchPlan, Columns, PlannedBatches
+from effjax.data.planned import BatchPlan, Columns, PlannedBatches
 
 __all__ = ["PaddedBatches"]
 
@@ -52,7 +52,7 @@ class PaddedBatches(PlannedBatches):
     Args:
       columns: see ``PlannedBatches``.
       seed: of the order.
-      epochs: passes over the data.
+      epochs: passes over the data; a number, for all are planned ahead.
       batch_size: rows of every batch; the last of an epoch is filled up with dummy rows.
       length: pad every row to so many tokens (static padding: one shape). None: to the batch's longest, rounded up
         (dynamic padding: many shapes).

@@ -1,8 +1,8 @@
 """Resumable batches: one seed, the same global order on any number of processes, a tiny state.
 
 Batch ``i`` is a function of ``(seed, i)`` alone, so a state is one number and resuming costs nothing.
-Every iterator here answers ``next``, ``get_state`` (JSON-able) and ``set_state``; ``Batches`` is also a
-grain random-access source, and ``wrap_grain`` gives a grain pipeline the same manners.
+Every iterator here answers ``next``, ``get_state`` (JSON-able) and ``set_state``; so do grain's iterators, and
+``Batches`` is a grain random-access source.
 """
 
 import functools
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from effjax.core.cursor import Cursor
 from effjax.core.errors import check_number
 
 Batch = dict[str, np.ndarray]
@@ -24,7 +25,7 @@ Transform = Callable[[Batch, int, np.random.Generator], Batch]
 
 @runtime_checkable
 class ResumableIterator(Protocol):
-    """What the training loop asks of its data."""
+    """What the training loop asks of its data: ``Batches``, planned batches, a ``grain.DatasetIterator``."""
 
     def __next__(self) -> Any: ...
 
@@ -33,7 +34,7 @@ class ResumableIterator(Protocol):
     def set_state(self, state: dict[str, Any]) -> None: ...
 
 
-class Batches(Iterator[Batch]):
+class Batches(Cursor[Batch]):
     """Batches of an in-memory data set, by index and as a resumable iterator.
 
     In epoch ``e`` the rows come in the order ``default_rng((seed, e)).permutation(n)``; global batch
@@ -48,7 +49,7 @@ class Batches(Iterator[Batch]):
         checked once; rows of other sources when they are read.
       batch_size: rows of a global batch, over all processes.
       seed: of the order and of ``transform``'s generator.
-      epochs: passes over the data; ``None`` never ends.
+      epochs: passes over the data; None repeats for ever.
       shuffle: a new order every epoch, or the order of the rows.
       drop_remainder: leave out the short batch at the end of an epoch (its shape would compile anew).
       transform: ``(batch, index, rng) -> batch`` on the host, where ``index`` is the global batch index
@@ -87,7 +88,7 @@ class Batches(Iterator[Batch]):
         check_number("seed", seed, low=0, integer=True)
         if epochs is not None:
             check_number("epochs", epochs, low=1, integer=True, hint="None repeats for ever.")
-        self._part, self._parts = _process(process_index, process_count)
+        self._part, self._parts = process_share(process_index, process_count)
         if isinstance(source, Mapping):
             self._rows, self._gather = _check_arrays(source), functools.partial(_gather_arrays, source)
         elif hasattr(source, "with_format"):  # Hugging Face: reads many rows at once
@@ -112,7 +113,13 @@ class Batches(Iterator[Batch]):
         self._drop_remainder = drop_remainder
         self._transform = transform
         self._order: tuple[int, np.ndarray] | None = None
-        self._next = 0
+        self._settings = {
+            "rows": self._rows,
+            "batch_size": batch_size,
+            "seed": seed,
+            "shuffle": shuffle,
+            "drop_remainder": drop_remainder,
+        }
 
     @property
     def batches_per_epoch(self) -> int:
@@ -123,10 +130,8 @@ class Batches(Iterator[Batch]):
     def __len__(self) -> int:
         return sys.maxsize if self._epochs is None else self._epochs * self.batches_per_epoch
 
-    def __getitem__(self, index: int) -> Batch:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index={index} is outside [0, {len(self) - 1}].")
-        epoch, within = divmod(int(index), self.batches_per_epoch)
+    def _item(self, index: int) -> Batch:
+        epoch, within = divmod(index, self.batches_per_epoch)
         start = within * self._batch_size
         size = min(self._batch_size, self._rows - start)
         share = size // self._parts
@@ -153,45 +158,6 @@ class Batches(Iterator[Batch]):
             order = self._order = (epoch, np.random.default_rng((self._seed, epoch, 0)).permutation(self._rows))
         return order[1][start:stop]
 
-    def __iter__(self) -> "Batches":
-        return self
-
-    def __next__(self) -> Batch:
-        if self._next >= len(self):
-            raise StopIteration
-        batch = self[self._next]
-        self._next += 1
-        return batch
-
-    def get_state(self) -> dict[str, Any]:
-        """Where the iterator stands, with what fixes its order; JSON-able."""
-        return {
-            "next": self._next,
-            "rows": self._rows,
-            "batch_size": self._batch_size,
-            "seed": self._seed,
-            "shuffle": self._shuffle,
-            "drop_remainder": self._drop_remainder,
-        }
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken; any number of processes may continue it.
-
-        Raises:
-          ValueError: the state belongs to another order, with the difference.
-        """
-        own = self.get_state()
-        if set(state) != set(own):
-            raise ValueError(f"state={dict(state)!r} is not a state of Batches, which holds {sorted(own)}.")
-        differing = [
-            f"{key} is {state[key]!r} in the state and {own[key]!r} here"
-            for key in own
-            if key != "next" and state[key] != own[key]
-        ]
-        if differing:
-            raise ValueError(f"The state belongs to other data or settings: {'; '.join(differing)}.")
-        self._next = check_number("state['next']", state["next"], low=0, high=len(self), integer=True)
-
 
 def batches(source: Any, batch_size: int, *, seed: int, prefetch: int = 0, **options: Any) -> ResumableIterator:
     """``Batches(source, batch_size, seed=seed, **options)``, read ahead onto the device if ``prefetch``.
@@ -216,7 +182,8 @@ def batches(source: Any, batch_size: int, *, seed: int, prefetch: int = 0, **opt
     return prefetch_to_device(iterator, size=prefetch) if prefetch else iterator
 
 
-def _process(index: int | None, count: int | None) -> tuple[int, int]:
+def process_share(index: int | None, count: int | None) -> tuple[int, int]:
+    """Which of how many equal parts of a batch this process takes; by default as ``jax.distributed`` says."""
     if (index is None) != (count is None):
         raise ValueError(f"process_index={index} and process_count={count} go together: give both or neither.")
     if count is None:
@@ -269,76 +236,6 @@ def _gather_examples(source: Sequence[Mapping[str, Any]], rows: np.ndarray | sli
     batch = {name: np.stack([np.asarray(example[name]) for example in examples]) for name in examples[0]}
     _check_arrays(batch)
     return batch
-
-
-def wrap_grain(
-    dataset: Any, *, process_index: int | None = None, process_count: int | None = None
-) -> ResumableIterator:
-    """Iterate over a grain pipeline whose elements are global batches, as a resumable iterator.
-
-    Each process takes its contiguous part of every batch. A pipeline that reads only its own shard
-    (``dataset[process_index::process_count]`` before ``batch``) saves the reading: pass
-    ``process_index=0, process_count=1`` for it.
-
-    Args:
-      dataset: a ``grain.MapDataset``, ``grain.IterDataset`` or ``grain.DatasetIterator``.
-      process_index: this process; by default ``jax.process_index()``.
-      process_count: how many there are; by default ``jax.process_count()``.
-
-    Returns:
-      An iterator whose state is grain's.
-
-    Raises:
-      TypeError: ``dataset`` is none of these.
-      ValueError: a batch does not divide among the processes.
-
-    Example:
-      >>> import grain
-      >>> pipeline = grain.MapDataset.range(8).shuffle(seed=0).repeat().batch(4)
-      >>> data = wrap_grain(pipeline)
-      >>> state, first = data.get_state(), next(data)
-      >>> data.set_state(state)
-      >>> bool((next(data) == first).all())
-      True
-    """
-    import grain
-    from absl import flags
-
-    if isinstance(dataset, grain.MapDataset):
-        dataset = dataset.to_iter_dataset()
-    if not isinstance(dataset, grain.IterDataset | grain.DatasetIterator):
-        raise TypeError(
-            f"dataset is a {type(dataset).__name__}; expected a grain MapDataset, IterDataset or DatasetIterator. "
-            "Arrays, Hugging Face datasets and other random-access sources go to effjax.data.pipeline.Batches."
-        )
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # mp_prefetch reads absl flags, which only absl.app programs parse
-    return _GrainIterator(iter(dataset), *_process(process_index, process_count))
-
-
-class _GrainIterator(Iterator[Any]):
-    def __init__(self, iterator: Any, part: int, parts: int):
-        self._iterator = iterator
-        self._part, self._parts = part, parts
-
-    def __next__(self) -> Any:
-        batch = next(self._iterator)
-        return batch if self._parts == 1 else jax.tree.map(self._mine, batch)
-
-    def _mine(self, column: np.ndarray) -> np.ndarray:
-        share, rest = divmod(len(column), self._parts)
-        if rest:
-            raise ValueError(f"A global batch of {len(column)} rows does not divide among {self._parts} processes.")
-        return column[self._part * share : (self._part + 1) * share]
-
-    def get_state(self) -> dict[str, Any]:
-        return self._iterator.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._iterator.set_state(state)
-
-    def close(self) -> None:
-        self._iterator.close()
 
 
 class _Ready(NamedTuple):
