@@ -13,7 +13,8 @@ from effjax.core.errors import check_number, near
 from effjax.core.shapes import pad_to
 from effjax.data.facts import Facts
 from effjax.data.pipeline import Transform
-from effjax.data.sets import DataSet, load, pad_ragged
+from effjax.data.ragged import pad_ragged
+from effjax.data.sets import DataSet, load
 from effjax.data.synthetic_sequences import SYMBOLS, add_examples, append_noise, copy_examples
 
 __all__ = ["sequence_data"]
