@@ -15,6 +15,7 @@ from effjax.data.facts import Facts
 from effjax.data.pipeline import Transform
 from effjax.data.ragged import pad_ragged
 from effjax.data.sets import DataSet, load
+from effjax.data.splits import fixed_rows
 from effjax.data.synthetic_sequences import SYMBOLS, add_examples, append_noise, copy_examples
 
 __all__ = ["sequence_data"]
@@ -71,10 +72,8 @@ def few_rows(data: SequenceData, *, train: int | None = None, test: int | None =
     found = {}
     for split, rows in (("train", train), ("test", test)):
         columns = getattr(data, split)
-        held = len(columns["targets"])
         if rows is not None:
-            check_number(f"{split}_rows", rows, low=1, high=held, integer=True, hint="None takes all.")
-            chosen = np.sort(np.random.default_rng(0).permutation(held)[:rows])
+            chosen = fixed_rows(f"{split}_rows", rows, len(columns["targets"]))
             columns = {name: column[chosen] for name, column in columns.items()}
         found[split] = columns
     return data._replace(**found)
@@ -310,7 +309,10 @@ def _pixels(request: _Request, images: str, permuted: bool) -> SequenceData:
 
 
 def _pictures(request: _Request, data: DataSet) -> dict[str, Columns]:
-    chosen = {split: _chosen(request, split, len(data.splits[split]["label"])) for split in ("train", "test")}
+    chosen = {
+        split: fixed_rows(f"{split}_rows", request.rows[split], len(data.splits[split]["label"]))
+        for split in ("train", "test")
+    }
     images = {split: data.splits[split]["image"][rows] for split, rows in chosen.items()}
     sample = images["train"][:: -(-len(images["train"]) // _MEASURED_ROWS)]
     mean, std = (statistic((0, 1, 2), np.float64).astype(np.float32) for statistic in (sample.mean, sample.std))
@@ -318,15 +320,6 @@ def _pictures(request: _Request, data: DataSet) -> dict[str, Columns]:
         split: {"inputs": (images[split] - mean) / std, "targets": data.splits[split]["label"][rows]}
         for split, rows in chosen.items()
     }
-
-
-def _chosen(request: _Request, split: str, held: int) -> np.ndarray:
-    """Numbers of the rows to use: all, or a fixed random choice in stored order."""
-    rows = request.rows[split]
-    if rows is None:
-        return np.arange(held)
-    check_number(f"{split}_rows", rows, low=1, high=held, integer=True, hint="None takes all.")
-    return np.sort(np.random.default_rng(0).permutation(held)[:rows])
 
 
 def _classes(request: _Request, data: DataSet, columns: dict[str, Columns], length: int) -> SequenceData:
@@ -362,7 +355,7 @@ def _recordings(
     """Vectors of recordings standardised a feature over all training frames, then cut or padded."""
     found, targets = {}, {}
     for split in ("train", "test"):
-        rows = _chosen(request, split, len(data.splits[split]["label"]))
+        rows = fixed_rows(f"{split}_rows", request.rows[split], len(data.splits[split]["label"]))
         found[split] = [frames(data.splits[split][column][row]) for row in rows]
         targets[split] = data.splits[split]["label"][rows]
     together = np.concatenate(found["train"])

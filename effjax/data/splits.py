@@ -59,6 +59,30 @@ def hold_out(
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
+def fixed_rows(argument: str, rows: int | None, held: int) -> np.ndarray:
+    """Numbers of some of the rows, ascending: the same random choice in every run.
+
+    Args:
+      argument: the name of ``rows``, for the message.
+      rows: how many; None takes all.
+      held: how many there are.
+
+    Returns:
+      int64 [rows].
+
+    Raises:
+      ValueError: more rows than there are, or fewer than one.
+
+    Example:
+      >>> fixed_rows("train_rows", 3, 8).tolist()
+      [2, 3, 4]
+    """
+    if rows is None:
+        return np.arange(held)
+    check_number(argument, rows, low=1, high=held, integer=True, hint="None takes all.")
+    return np.sort(np.random.default_rng(0).permutation(held)[:rows])
+
+
 def split_sentence(train: int, test: int, share: float, seed: int, stratified: bool) -> str:
     """What was held out and how."""
     how = "the same share of every class, " if stratified else ""
