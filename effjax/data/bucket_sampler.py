@@ -43,7 +43,7 @@ def plan_epoch(
       epoch: from 0; with ``seed`` it fixes the order.
       seed: 0 or more.
       boundaries: :math:`L_b`, strictly increasing; the last one holds the longest example.
-      batch_sizes: :math:`S_b`, one a boundary, not increasing.
+      batch_sizes: :math:`S_b`, one per boundary, not increasing.
       cap: largest batch of this epoch; None for no limit.
       labels: class of every example, to spread each over the batches of a bucket (stratified shuffle).
       merge: carry residues upward; else every bucket's last batch gets dummy rows.
@@ -139,18 +139,18 @@ class BucketSampler(PlannedBatches):
     .. math:: B_b(e) = \min\left( \mathrm{cap}(e), \lfloor \mathrm{tokens} / L_b \rfloor_m \right)
 
     rows, rounded down to a multiple m. What does not fill a batch is carried to the next bucket's shape, see
-    ``plan_epoch``; at most one batch of an epoch has dummy rows. Where batches of unlike sizes meet one learning rate,
+    ``plan_epoch``; at most one batch of an epoch has dummy rows. Where batches of different sizes meet one learning rate,
     ``scale_by_batch_size`` scales the updates.
 
     Args:
-      columns: see ``PlannedBatches``: token ids and labels, or ``epoch -> columns``.
+      columns: token ids and labels, or ``epoch -> columns``, as of ``PlannedBatches``.
       seed: of the order.
       epochs: passes over the data; a number, for all are planned ahead.
       boundaries: the :math:`L_b`; by default those that pad these data least within ``max_shapes``.
       max_shapes: compile budget: most ``(B, L)`` in the run. A growing ``cap`` spends more of it per boundary.
       tokens: padded tokens of a batch, at most.
       batch_sizes: largest batch for each of ``boundaries``, not increasing, instead of those that ``tokens`` gives.
-      cap: largest batch; a sequence gives one an epoch, and its last goes on. Large early caps mean few optimizer
+      cap: largest batch; a sequence gives one per epoch, and its last goes on. Large early caps mean few optimizer
         steps and cost accuracy on small data.
       multiple: m, of which every batch size and cap is a multiple: 8 times the data shards suits vector units.
       length_multiple: every default boundary is a multiple of it; 8 suits vector units where rows are long.
@@ -255,7 +255,7 @@ def _entropy(counts: np.ndarray) -> np.ndarray:
 def _check_caps(cap: int | Sequence[int], epochs: int, multiple: int) -> list[int]:
     given = [cap] if np.ndim(cap) == 0 else list(cap)
     if not given:
-        raise ValueError("cap=() holds no batch size. Give one for all epochs, or one an epoch.")
+        raise ValueError("cap=() holds no batch size. Give one for all epochs, or one per epoch.")
     for value in given:
         check_number("cap", value, low=multiple, integer=True, hint=f"A batch has at least multiple={multiple} rows.")
         if value % multiple:

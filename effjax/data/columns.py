@@ -46,7 +46,7 @@ def token_columns(source: Columns | Any) -> dict[str, Any]:
 def _narrow(name: str, column: np.ndarray) -> np.ndarray:
     if column.dtype.kind not in "biuf" or (column.dtype.kind == "f" and not np.isfinite(column).all()):
         raise ValueError(
-            f"columns[{name!r}] is {column.dtype}{list(column.shape)}; expected finite numbers, one row an example. "
+            f"columns[{name!r}] is {column.dtype}{list(column.shape)}; expected finite numbers, one row per example. "
             "Leave the column out, or repair it."
         )
     if column.dtype.itemsize <= 4:
@@ -55,7 +55,7 @@ def _narrow(name: str, column: np.ndarray) -> np.ndarray:
 
 
 def _of_table(table: Any) -> dict[str, Any]:
-    """The columns of a Hugging Face ``Dataset``, its lists without a Python object a token."""
+    """The columns of a Hugging Face ``Dataset``, its lists without a Python object per token."""
     arrow = table.with_format("arrow")[:]
     columns = {}
     for name in arrow.column_names:

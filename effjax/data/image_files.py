@@ -35,7 +35,7 @@ def image_data(
     split: float | None = None,
     seed: int = 0,
 ) -> DataSet:
-    """Pictures with a class each.
+    """Pictures, one class per picture.
 
     The path is one of
 

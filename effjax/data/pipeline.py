@@ -38,9 +38,9 @@ class Batches(Cursor[Batch]):
     """Batches of an in-memory data set, by index and as a resumable iterator.
 
     In epoch ``e`` the rows come in the order ``default_rng((seed, e)).permutation(n)``; global batch
-    ``i`` is rows ``[j * batch_size, (j + 1) * batch_size)`` of it with ``e, j = divmod(i, batches an
+    ``i`` is rows ``[j * batch_size, (j + 1) * batch_size)`` of it with ``e, j = divmod(i, batches per
     epoch)``, and process ``p`` of ``P`` gets the ``p``-th of ``P`` equal contiguous parts. So the
-    union over processes is the same for every ``P``. A permutation is made once an epoch; everything
+    union over processes is the same for every ``P``. A permutation is made once per epoch; everything
     else costs what gathering the rows costs.
 
     Args:
@@ -163,9 +163,9 @@ def batches(source: Any, batch_size: int, *, seed: int, prefetch: int = 0, **opt
     """``Batches(source, batch_size, seed=seed, **options)``, read ahead onto the device if ``prefetch``.
 
     Args:
-      source: see ``Batches``, as for all other arguments.
+      source: columns or examples, as ``Batches`` takes them.
       batch_size: rows of a global batch.
-      seed: of order and transform.
+      seed: of the order and of the transform.
       prefetch: batches a thread keeps ready on the default device; 0 for none.
       **options: of ``Batches``.
 
@@ -199,12 +199,12 @@ def _check_arrays(arrays: Mapping[str, np.ndarray]) -> int:
         if not isinstance(array, np.ndarray) or array.ndim == 0 or array.dtype.kind not in "biuf":
             held = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
             raise ValueError(
-                f"arrays[{name!r}] is {held}; expected a NumPy array of numbers, one row an example. "
+                f"arrays[{name!r}] is {held}; expected a NumPy array of numbers, one row per example. "
                 "Tokenise texts and pad recordings first, or leave the column out."
             )
     sizes = {name: len(array) for name, array in arrays.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"arrays differ in length: {sizes}. Every column needs one row an example.")
+        raise ValueError(f"arrays differ in length: {sizes}. Every column needs one row per example.")
     rows = next(iter(sizes.values()))
     if not rows:
         raise ValueError(f"arrays hold no rows: {sizes}.")

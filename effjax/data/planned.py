@@ -47,7 +47,7 @@ class PlannedBatches(Cursor[Batch]):
 
     Args:
       columns: ``input_ids``, a ``Ragged`` or sequences of integers; optionally ``token_type_ids`` like it; and arrays
-        of numbers with a row an example (``label``). Or a Hugging Face ``Dataset`` of such columns. Or
+        of numbers with one row per example (``label``). Or a Hugging Face ``Dataset`` of such columns. Or
         ``epoch -> columns``, for data that change from epoch to epoch (``token_drop``): it must return the same for
         the same epoch, for it is called at the start to plan and again when the epoch is reached.
       seed: of the order.

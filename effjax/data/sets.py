@@ -177,7 +177,7 @@ def _fresh(data: DataSet) -> DataSet:
 
 @functools.lru_cache(maxsize=8)
 def _load_files(name: str, place: str, marks: tuple[tuple[str, int, int], ...]) -> DataSet:
-    """Decode the files once a process; ``marks`` (path, time, size) notices a file that changed."""
+    """Decode the files once per process; ``marks`` (path, time, size) notices a file that changed."""
     spec = SPECS[name]
     files = [Path(mark[0]) for mark in marks]
     if spec.modality == "graph":

@@ -200,8 +200,8 @@ class NeighbourSampler(Cursor[SampledBatch]):
       matrix: [N, N], rows receive; ``adjacency`` for ``block_mean``, and its values count in ``block_sum``.
       seeds: distinct node numbers to predict for, in training those of the training nodes and no others: labels are
         only ever read at seeds.
-      fanouts: neighbours a node, per hop, the hop at the seeds first.
-      batch_size: B, seeds a batch; the last of an epoch is filled up with dummies of weight 0.
+      fanouts: neighbours per node for each hop, the hop at the seeds first.
+      batch_size: B, seeds per batch; the last of an epoch is filled up with dummies of weight 0.
       seed: of the order and of the draws.
       epochs: passes over the seeds; None repeats for ever.
       shuffle: a new order every epoch, or that of ``seeds``.
@@ -353,7 +353,7 @@ def sample_entries(
     Args:
       indptr: starts of the rows.
       rows: which rows; they may repeat.
-      fanout: slots a row.
+      fanout: slots per row.
       rng: drawn from only for rows longer than ``fanout``.
 
     Returns:
