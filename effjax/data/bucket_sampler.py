@@ -139,8 +139,8 @@ class BucketSampler(PlannedBatches):
     .. math:: B_b(e) = \min\left( \mathrm{cap}(e), \lfloor \mathrm{tokens} / L_b \rfloor_m \right)
 
     rows, rounded down to a multiple m. What does not fill a batch is carried to the next bucket's shape, see
-    ``plan_epoch``; at most one batch of an epoch has dummy rows. Where batches of different sizes meet one learning rate,
-    ``scale_by_batch_size`` scales the updates.
+    ``plan_epoch``; at most one batch of an epoch has dummy rows. Where one learning rate meets batches of several
+    sizes, ``scale_by_batch_size`` scales the updates.
 
     Args:
       columns: token ids and labels, or ``epoch -> columns``, as of ``PlannedBatches``.

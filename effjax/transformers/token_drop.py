@@ -104,7 +104,7 @@ def stop_ids_top_k(
     _check_ids(values, vocab_size)
     counts = np.bincount(values, minlength=vocab_size)
     counts[list(special_ids)] = 0
-    check_number("k", k, low=1, high=int((counts > 0).sum()), integer=True, hint="That is how many ids occur in the texts.")
+    check_number("k", k, low=1, high=int((counts > 0).sum()), integer=True, hint="Other ids occur nowhere.")
     table = np.full(vocab_size, -1, np.int32)
     table[np.argsort(-counts, kind="stable")[:k]] = np.arange(k)
     return table
