@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from effjax.core.errors import check_number
 from effjax.data.facts import Facts, class_counts, fingerprint
@@ -59,7 +60,7 @@ def hold_out(
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def fixed_rows(argument: str, rows: int | None, held: int) -> np.ndarray:
+def fixed_rows(argument: str, rows: int | None, held: int) -> Int[np.ndarray, "rows"]:
     """Numbers of some of the rows, ascending: the same random choice in every run.
 
     Args:
