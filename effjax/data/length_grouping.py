@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from effjax.core.errors import check_number
-from effjax.data.bucket_sampler import BatchPlan, Columns, PlannedBatches
+from effjax.data.planned import BatchPlan, Columns, PlannedBatches
 
 __all__ = ["PaddedBatches"]
 
@@ -50,11 +50,11 @@ class PaddedBatches(PlannedBatches):
     r"""Batches of one size, each padded to a fixed length or to its longest row: what ``BucketSampler`` replaces.
 
     Args:
-      columns: see ``PlannedBatches``.
+      columns: token ids and labels, or ``epoch -> columns``, as of ``PlannedBatches``.
       seed: of the order.
-      epochs: passes over the data.
+      epochs: passes over the data; a number, for all are planned ahead.
       batch_size: rows of every batch; the last of an epoch is filled up with dummy rows.
-      length: pad every row to so many tokens (static padding: one shape). None: to the batch's longest, rounded up
+      length: pad every row to this many tokens (static padding: one shape). None: to the batch's longest, rounded up
         (dynamic padding: many shapes).
       length_multiple: what the longest is rounded up to.
       group_by_length: Hugging Face's ``group_by_length`` instead of a random order.

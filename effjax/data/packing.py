@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from effjax.core.errors import check_number
-from effjax.data.bucket_sampler import Columns, PlannedBatches
 from effjax.data.pipeline import Batch
+from effjax.data.planned import Columns, PlannedBatches
 from effjax.data.ragged import Ragged
 
 __all__ = ["PackedBatches"]
@@ -90,9 +90,9 @@ class PackedBatches(PlannedBatches):
     ``weight`` float32 [B, S] (0 where there is no text) and the other columns [B, S].
 
     Args:
-      columns: see ``PlannedBatches``.
+      columns: token ids and labels, or ``epoch -> columns``, as of ``PlannedBatches``.
       seed: of the order.
-      epochs: passes over the data.
+      epochs: passes over the data; a number, for all are planned ahead.
       length: tokens of a row; by default those of the longest text.
       batch_size: rows of a batch; the last of an epoch is filled up with empty rows.
       max_segments: most texts in a row, and then S whatever the seed; None for no limit.

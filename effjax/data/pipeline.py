@@ -1,8 +1,8 @@
 """Resumable batches: one seed, the same global order on any number of processes, a tiny state.
 
 Batch ``i`` is a function of ``(seed, i)`` alone, so a state is one number and resuming costs nothing.
-Every iterator here answers ``next``, ``get_state`` (JSON-able) and ``set_state``; ``Batches`` is also a
-grain random-access source, and ``wrap_grain`` gives a grain pipeline the same manners.
+Every iterator here answers ``next``, ``get_state`` (JSON-able) and ``set_state``; so do grain's iterators, and
+``Batches`` is a grain random-access source.
 """
 
 import functools
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from effjax.core.cursor import Cursor
 from effjax.core.errors import check_number
 
 __all__ = ["batches", "prefetch_to_device", "wrap_grain"]
@@ -26,7 +27,7 @@ Transform = Callable[[Batch, int, np.random.Generator], Batch]
 
 @runtime_checkable
 class ResumableIterator(Protocol):
-    """What the training loop asks of its data."""
+    """What the training loop asks of its data: ``Batches``, planned batches, a ``grain.DatasetIterator``."""
 
     def __next__(self) -> Any: ...
 
@@ -35,13 +36,13 @@ class ResumableIterator(Protocol):
     def set_state(self, state: dict[str, Any]) -> None: ...
 
 
-class Batches(Iterator[Batch]):
+class Batches(Cursor[Batch]):
     """Batches of an in-memory data set, by index and as a resumable iterator.
 
     In epoch ``e`` the rows come in the order ``default_rng((seed, e)).permutation(n)``; global batch
-    ``i`` is rows ``[j * batch_size, (j + 1) * batch_size)`` of it with ``e, j = divmod(i, batches an
+    ``i`` is rows ``[j * batch_size, (j + 1) * batch_size)`` of it with ``e, j = divmod(i, batches per
     epoch)``, and process ``p`` of ``P`` gets the ``p``-th of ``P`` equal contiguous parts. So the
-    union over processes is the same for every ``P``. A permutation is made once an epoch; everything
+    union over processes is the same for every ``P``. A permutation is made once per epoch; everything
     else costs what gathering the rows costs.
 
     Args:
@@ -50,7 +51,7 @@ class Batches(Iterator[Batch]):
         checked once; rows of other sources when they are read.
       batch_size: rows of a global batch, over all processes.
       seed: of the order and of ``transform``'s generator.
-      epochs: passes over the data; ``None`` never ends.
+      epochs: passes over the data; None repeats for ever.
       shuffle: a new order every epoch, or the order of the rows.
       drop_remainder: leave out the short batch at the end of an epoch (its shape would compile anew).
       transform: ``(batch, index, rng) -> batch`` on the host, where ``index`` is the global batch index
@@ -89,7 +90,7 @@ class Batches(Iterator[Batch]):
         check_number("seed", seed, low=0, integer=True)
         if epochs is not None:
             check_number("epochs", epochs, low=1, integer=True, hint="None repeats for ever.")
-        self._part, self._parts = _process(process_index, process_count)
+        self._part, self._parts = process_share(process_index, process_count)
         if isinstance(source, Mapping):
             self._rows, self._gather = _check_arrays(source), functools.partial(_gather_arrays, source)
         elif hasattr(source, "with_format"):  # Hugging Face: reads many rows at once
@@ -114,7 +115,13 @@ class Batches(Iterator[Batch]):
         self._drop_remainder = drop_remainder
         self._transform = transform
         self._order: tuple[int, np.ndarray] | None = None
-        self._next = 0
+        self._settings = {
+            "rows": self._rows,
+            "batch_size": batch_size,
+            "seed": seed,
+            "shuffle": shuffle,
+            "drop_remainder": drop_remainder,
+        }
 
     @property
     def batches_per_epoch(self) -> int:
@@ -125,10 +132,8 @@ class Batches(Iterator[Batch]):
     def __len__(self) -> int:
         return sys.maxsize if self._epochs is None else self._epochs * self.batches_per_epoch
 
-    def __getitem__(self, index: int) -> Batch:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index={index} is outside [0, {len(self) - 1}].")
-        epoch, within = divmod(int(index), self.batches_per_epoch)
+    def _item(self, index: int) -> Batch:
+        epoch, within = divmod(index, self.batches_per_epoch)
         start = within * self._batch_size
         size = min(self._batch_size, self._rows - start)
         share = size // self._parts
@@ -155,53 +160,14 @@ class Batches(Iterator[Batch]):
             order = self._order = (epoch, np.random.default_rng((self._seed, epoch, 0)).permutation(self._rows))
         return order[1][start:stop]
 
-    def __iter__(self) -> "Batches":
-        return self
-
-    def __next__(self) -> Batch:
-        if self._next >= len(self):
-            raise StopIteration
-        batch = self[self._next]
-        self._next += 1
-        return batch
-
-    def get_state(self) -> dict[str, Any]:
-        """Where the iterator stands, with what fixes its order; JSON-able."""
-        return {
-            "next": self._next,
-            "rows": self._rows,
-            "batch_size": self._batch_size,
-            "seed": self._seed,
-            "shuffle": self._shuffle,
-            "drop_remainder": self._drop_remainder,
-        }
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken; any number of processes may continue it.
-
-        Raises:
-          ValueError: the state belongs to another order, with the difference.
-        """
-        own = self.get_state()
-        if set(state) != set(own):
-            raise ValueError(f"state={dict(state)!r} is not a state of Batches, which holds {sorted(own)}.")
-        differing = [
-            f"{key} is {state[key]!r} in the state and {own[key]!r} here"
-            for key in own
-            if key != "next" and state[key] != own[key]
-        ]
-        if differing:
-            raise ValueError(f"The state belongs to other data or settings: {'; '.join(differing)}.")
-        self._next = check_number("state['next']", state["next"], low=0, high=len(self), integer=True)
-
 
 def batches(source: Any, batch_size: int, *, seed: int, prefetch: int = 0, **options: Any) -> ResumableIterator:
     """``Batches(source, batch_size, seed=seed, **options)``, read ahead onto the device if ``prefetch``.
 
     Args:
-      source: see ``Batches``, as for all other arguments.
+      source: columns or examples, as ``Batches`` takes them.
       batch_size: rows of a global batch.
-      seed: of order and transform.
+      seed: of the order and of the transform.
       prefetch: batches a thread keeps ready on the default device; 0 for none.
       **options: of ``Batches``.
 
@@ -218,7 +184,8 @@ def batches(source: Any, batch_size: int, *, seed: int, prefetch: int = 0, **opt
     return prefetch_to_device(iterator, size=prefetch) if prefetch else iterator
 
 
-def _process(index: int | None, count: int | None) -> tuple[int, int]:
+def process_share(index: int | None, count: int | None) -> tuple[int, int]:
+    """Which of how many equal parts of a batch this process takes; by default as ``jax.distributed`` says."""
     if (index is None) != (count is None):
         raise ValueError(f"process_index={index} and process_count={count} go together: give both or neither.")
     if count is None:
@@ -234,12 +201,12 @@ def _check_arrays(arrays: Mapping[str, np.ndarray]) -> int:
         if not isinstance(array, np.ndarray) or array.ndim == 0 or array.dtype.kind not in "biuf":
             held = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
             raise ValueError(
-                f"arrays[{name!r}] is {held}; expected a NumPy array of numbers, one row an example. "
+                f"arrays[{name!r}] is {held}; expected a NumPy array of numbers, one row per example. "
                 "Tokenise texts and pad recordings first, or leave the column out."
             )
     sizes = {name: len(array) for name, array in arrays.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"arrays differ in length: {sizes}. Every column needs one row an example.")
+        raise ValueError(f"arrays differ in length: {sizes}. Every column needs one row per example.")
     rows = next(iter(sizes.values()))
     if not rows:
         raise ValueError(f"arrays hold no rows: {sizes}.")
@@ -271,76 +238,6 @@ def _gather_examples(source: Sequence[Mapping[str, Any]], rows: np.ndarray | sli
     batch = {name: np.stack([np.asarray(example[name]) for example in examples]) for name in examples[0]}
     _check_arrays(batch)
     return batch
-
-
-def wrap_grain(
-    dataset: Any, *, process_index: int | None = None, process_count: int | None = None
-) -> ResumableIterator:
-    """Iterate over a grain pipeline whose elements are global batches, as a resumable iterator.
-
-    Each process takes its contiguous part of every batch. A pipeline that reads only its own shard
-    (``dataset[process_index::process_count]`` before ``batch``) saves the reading: pass
-    ``process_index=0, process_count=1`` for it.
-
-    Args:
-      dataset: a ``grain.MapDataset``, ``grain.IterDataset`` or ``grain.DatasetIterator``.
-      process_index: this process; by default ``jax.process_index()``.
-      process_count: how many there are; by default ``jax.process_count()``.
-
-    Returns:
-      An iterator whose state is grain's.
-
-    Raises:
-      TypeError: ``dataset`` is none of these.
-      ValueError: a batch does not divide among the processes.
-
-    Example:
-      >>> import grain
-      >>> pipeline = grain.MapDataset.range(8).shuffle(seed=0).repeat().batch(4)
-      >>> data = wrap_grain(pipeline)
-      >>> state, first = data.get_state(), next(data)
-      >>> data.set_state(state)
-      >>> bool((next(data) == first).all())
-      True
-    """
-    import grain
-    from absl import flags
-
-    if isinstance(dataset, grain.MapDataset):
-        dataset = dataset.to_iter_dataset()
-    if not isinstance(dataset, grain.IterDataset | grain.DatasetIterator):
-        raise TypeError(
-            f"dataset is a {type(dataset).__name__}; expected a grain MapDataset, IterDataset or DatasetIterator. "
-            "Arrays, Hugging Face datasets and other random-access sources go to effjax.data.pipeline.Batches."
-        )
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # mp_prefetch reads absl flags, which only absl.app programs parse
-    return _GrainIterator(iter(dataset), *_process(process_index, process_count))
-
-
-class _GrainIterator(Iterator[Any]):
-    def __init__(self, iterator: Any, part: int, parts: int):
-        self._iterator = iterator
-        self._part, self._parts = part, parts
-
-    def __next__(self) -> Any:
-        batch = next(self._iterator)
-        return batch if self._parts == 1 else jax.tree.map(self._mine, batch)
-
-    def _mine(self, column: np.ndarray) -> np.ndarray:
-        share, rest = divmod(len(column), self._parts)
-        if rest:
-            raise ValueError(f"A global batch of {len(column)} rows does not divide among {self._parts} processes.")
-        return column[self._part * share : (self._part + 1) * share]
-
-    def get_state(self) -> dict[str, Any]:
-        return self._iterator.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._iterator.set_state(state)
-
-    def close(self) -> None:
-        self._iterator.close()
 
 
 class _Ready(NamedTuple):

@@ -157,3 +157,25 @@ def padded_columns(columns: Mapping[str, Any], length: int, pad_id: int = 0) -> 
         value = pad_id if name == "input_ids" else 0
         found[name] = column.pad(np.arange(len(lengths)), length, value) if isinstance(column, Ragged) else column
     return found
+
+
+def pad_ragged(sequences: Iterable[np.ndarray], length: int) -> np.ndarray:
+    """Cut or zero-pad sequences ``[t_i, ...]`` to one array ``[n, length, ...]``.
+
+    Args:
+      sequences: arrays that differ at most in their first axis, such as the column ``audio``.
+      length: the common length in samples.
+
+    Returns:
+      An array ``[n, length, ...]`` of their dtype.
+
+    Example:
+      >>> pad_ragged([np.ones(3), np.ones(1)], 2)
+      array([[1., 1.],
+             [1., 0.]])
+    """
+    sequences = list(sequences)
+    out = np.zeros((len(sequences), length, *sequences[0].shape[1:]), sequences[0].dtype)
+    for row, sequence in zip(out, sequences, strict=True):
+        row[: len(sequence)] = sequence[:length]
+    return out

@@ -13,7 +13,9 @@ from effjax.core.errors import check_number, near
 from effjax.core.shapes import pad_to
 from effjax.data.facts import Facts
 from effjax.data.pipeline import Transform
-from effjax.data.sets import DataSet, load, pad_ragged
+from effjax.data.ragged import pad_ragged
+from effjax.data.sets import DataSet, load
+from effjax.data.splits import fixed_rows
 from effjax.data.synthetic_sequences import SYMBOLS, add_examples, append_noise, copy_examples
 
 __all__ = ["SequenceData", "sequence_data"]
@@ -34,7 +36,7 @@ class SequenceData(NamedTuple):
     Attributes:
       name: as given to ``sequence_data``.
       source: where the data came from.
-      kind: ``"class"``, one label a sequence; ``"value"``, one number a sequence; ``"tokens"``, one id a step.
+      kind: ``"class"``, one label per sequence; ``"value"``, one number per sequence; ``"tokens"``, one id per step.
       train: ``inputs`` float32 [rows, time, features], or int32 ids [rows, time]; ``targets`` int32 [rows]
         (class), float32 [rows] (value) or int32 [rows, time], -1 where nothing is asked (tokens). ``draw``
         completes them; of the noisy sets, whose noise would not fit into memory, ``inputs`` hold the signal only.
@@ -70,10 +72,8 @@ def few_rows(data: SequenceData, *, train: int | None = None, test: int | None =
     found = {}
     for split, rows in (("train", train), ("test", test)):
         columns = getattr(data, split)
-        held = len(columns["targets"])
         if rows is not None:
-            check_number(f"{split}_rows", rows, low=1, high=held, integer=True, hint="None takes all.")
-            chosen = np.sort(np.random.default_rng(0).permutation(held)[:rows])
+            chosen = fixed_rows(f"{split}_rows", rows, len(columns["targets"]))
             columns = {name: column[chosen] for name, column in columns.items()}
         found[split] = columns
     return data._replace(**found)
@@ -109,7 +109,7 @@ def sequence_data(
     ``ptb-words-T``                T words, and the next one at every step; ``<eos>`` ends a sentence
     =============================  ====================================================================
 
-    IMAGES are digits, fashion_mnist, mnist or cifar10. Pixels are standardised a channel, recordings a
+    IMAGES are digits, fashion_mnist, mnist or cifar10. Pixels are standardised per channel, recordings per
     feature, by statistics of the training rows used (of about 10,000 pictures at most), so signal and noise
     have the same scale. Recordings shorter than T are padded by zeros at the end: step t is the same moment
     in all of them, but the last state has seen padding. Texts take the vocabulary of ``train``; windows
@@ -121,7 +121,7 @@ def sequence_data(
         all. Of a synthetic problem the size of an epoch, by default 1024.
       test_rows: the same for the test rows; by default 1000 of a synthetic problem and at most 2000 of a
         noisy set, which takes ``4 * test_rows * T * features`` bytes.
-      streams: cut the training text into so many parts and order the windows such that, read in order in
+      streams: cut the training text into this many parts and order the windows such that, read in order in
         batches of ``streams`` rows, row b of a batch continues row b of the batch before, and a hidden
         state can be carried over. ``test`` is always one stream.
 
@@ -204,7 +204,7 @@ def log_mel(wave: np.ndarray, *, rate: int = 8000, bands: int = 32) -> np.ndarra
 
     Args:
       wave: float [samples], in [-1, 1]; one shorter than a window is padded by zeros.
-      rate: samples a second.
+      rate: samples per second.
       bands: B.
 
     Returns:
@@ -283,7 +283,7 @@ def _noisy(request: _Request, images: str) -> SequenceData:
         request = request._replace(rows=request.rows | {"test": min(2000, len(data.splits["test"]["label"]))})
     columns = _pictures(request, data)
     height = columns["test"]["inputs"].shape[1]
-    for split in columns.values():  # one step a row of the picture
+    for split in columns.values():  # one step per row of the picture
         split["inputs"] = split["inputs"].reshape(len(split["inputs"]), height, -1)
     length = check_number(
         "T", request.length, low=height, integer=True, hint=f"The {height} rows of a picture come first."
@@ -309,7 +309,10 @@ def _pixels(request: _Request, images: str, permuted: bool) -> SequenceData:
 
 
 def _pictures(request: _Request, data: DataSet) -> dict[str, Columns]:
-    chosen = {split: _chosen(request, split, len(data.splits[split]["label"])) for split in ("train", "test")}
+    chosen = {
+        split: fixed_rows(f"{split}_rows", request.rows[split], len(data.splits[split]["label"]))
+        for split in ("train", "test")
+    }
     images = {split: data.splits[split]["image"][rows] for split, rows in chosen.items()}
     sample = images["train"][:: -(-len(images["train"]) // _MEASURED_ROWS)]
     mean, std = (statistic((0, 1, 2), np.float64).astype(np.float32) for statistic in (sample.mean, sample.std))
@@ -317,15 +320,6 @@ def _pictures(request: _Request, data: DataSet) -> dict[str, Columns]:
         split: {"inputs": (images[split] - mean) / std, "targets": data.splits[split]["label"][rows]}
         for split, rows in chosen.items()
     }
-
-
-def _chosen(request: _Request, split: str, held: int) -> np.ndarray:
-    """Numbers of the rows to use: all, or a fixed random choice in stored order."""
-    rows = request.rows[split]
-    if rows is None:
-        return np.arange(held)
-    check_number(f"{split}_rows", rows, low=1, high=held, integer=True, hint="None takes all.")
-    return np.sort(np.random.default_rng(0).permutation(held)[:rows])
 
 
 def _classes(request: _Request, data: DataSet, columns: dict[str, Columns], length: int) -> SequenceData:
@@ -358,10 +352,10 @@ def _spoken_digits(request: _Request) -> SequenceData:
 def _recordings(
     request: _Request, data: DataSet, column: str, frames: Callable[[np.ndarray], np.ndarray], length: int
 ) -> SequenceData:
-    """Vectors of recordings standardised a feature over all training frames, then cut or padded."""
+    """Vectors of recordings standardised per feature over all training frames, then cut or padded."""
     found, targets = {}, {}
     for split in ("train", "test"):
-        rows = _chosen(request, split, len(data.splits[split]["label"]))
+        rows = fixed_rows(f"{split}_rows", request.rows[split], len(data.splits[split]["label"]))
         found[split] = [frames(data.splits[split][column][row]) for row in rows]
         targets[split] = data.splits[split]["label"][rows]
     together = np.concatenate(found["train"])

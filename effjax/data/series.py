@@ -44,7 +44,7 @@ def series_data(
     split: float | None = None,
     seed: int = 0,
 ) -> SequenceData:
-    r"""Series of numbers with a class or a score each.
+    r"""Series of numbers, one class or score per series.
 
     The path is a table as ``read_table`` takes it, of one of three shapes:
 

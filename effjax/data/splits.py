@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from effjax.core.errors import check_number
 from effjax.data.facts import Facts, class_counts, fingerprint
@@ -57,6 +58,30 @@ def hold_out(
     for group in groups:
         held[draw.permutation(group)[: min(max(round(share * len(group)), 1), len(group) - 1)]] = True
     return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def fixed_rows(argument: str, rows: int | None, held: int) -> Int[np.ndarray, "rows"]:
+    """Numbers of some of the rows, ascending: the same random choice in every run.
+
+    Args:
+      argument: the name of ``rows``, for the message.
+      rows: how many; None takes all.
+      held: how many there are.
+
+    Returns:
+      int64 [rows].
+
+    Raises:
+      ValueError: more rows than there are, or fewer than one.
+
+    Example:
+      >>> fixed_rows("train_rows", 3, 8).tolist()
+      [2, 3, 4]
+    """
+    if rows is None:
+        return np.arange(held)
+    check_number(argument, rows, low=1, high=held, integer=True, hint="None takes all.")
+    return np.sort(np.random.default_rng(0).permutation(held)[:rows])
 
 
 def split_sentence(train: int, test: int, share: float, seed: int, stratified: bool) -> str:

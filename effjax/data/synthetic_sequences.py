@@ -87,7 +87,7 @@ def copy_examples(rows: int, lag: int, rng: np.random.Generator) -> dict[str, np
 
 
 def copy_memoryless_nll(lag: int) -> float:
-    """Least cross-entropy of the copy problem without memory, in nats a step: ``10 ln 8 / (lag + 20)``.
+    """Least cross-entropy of the copy problem without memory, in nats per step: ``10 ln 8 / (lag + 20)``.
 
     Such an answer is the blank for ``lag + 10`` steps, then all eight symbols alike; 1/8 of the symbols are right.
 

@@ -89,9 +89,9 @@ def read_splits(path: str | os.PathLike, *, quotes: bool = True) -> dict[str, Ta
     """
     given = os.fspath(path)
     if given.startswith("hf:"):
-        return _hub(given.removeprefix("hf:"))
+        return _only_or_all(hub_splits(given.removeprefix("hf:")))
     file = existing(given)
-    splits = _folder(file, quotes) if file.is_dir() else {"": _file(file, quotes)}
+    splits = _folder(file, quotes) if file.is_dir() else {"": read_file(file, quotes)}
     for table in splits.values():
         if not table.rows:
             raise ValueError(f"{table.where}: holds no rows.")
@@ -188,7 +188,8 @@ def _number(value: Any) -> int | float | None:
 # Files
 
 
-def _file(path: Path, quotes: bool) -> Table:
+def read_file(path: Path, quotes: bool = True) -> Table:
+    """Read one file of a table; its format follows from its name."""
     suffix = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     if suffix not in _READERS:
         known = ", ".join(f".{name}" for name in _READERS)
@@ -342,7 +343,7 @@ def _parquet(path: Path) -> Table:
         table = pyarrow.parquet.read_table(path)
     except READ_ERRORS as error:
         raise ValueError(f"{path}: damaged, or not a Parquet file ({first_line(error)}). Copy it again.") from error
-    return _arrow(str(path), table)
+    return _arrow(str(path), table, _class_names(str(path), table.schema))
 
 
 def _npz(path: Path) -> Table:
@@ -374,17 +375,18 @@ def _folder(path: Path, quotes: bool) -> dict[str, Table]:
     for file in sorted(path.iterdir()):
         match = _SPLIT_FILE.fullmatch(file.name.lower().removesuffix(".gz").rpartition(".")[0])
         if file.is_file() and match and file.name.lower().removesuffix(".gz").rpartition(".")[2] in _READERS:
-            parts.setdefault(SPLITS[match[1].lower()], []).append(_file(file, quotes))
+            parts.setdefault(SPLITS[match[1].lower()], []).append(read_file(file, quotes))
     if "train" not in parts:
         raise ValueError(
             f"{path}: a folder of tables holds train.csv (and test.csv), train.jsonl, train-00000-of-00002.parquet or "
             "the like, or was saved by Dataset.save_to_disk; found "
             f"{sorted(item.name for item in path.iterdir())[:10]}."
         )
-    return {split: _joined(tables) for split, tables in parts.items()}
+    return {split: join_tables(tables) for split, tables in parts.items()}
 
 
-def _joined(tables: list[Table]) -> Table:
+def join_tables(tables: list[Table]) -> Table:
+    """The shards of one table, end to end."""
     first = tables[0]
     if len(tables) == 1:
         return first
@@ -407,10 +409,18 @@ def _saved(path: Path) -> dict[str, Table]:
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises its own errors, pyarrow's and the system's
         raise ValueError(f"{path}: a damaged Hugging Face data set ({first_line(error)}). Save it again.") from error
-    return _of_datasets(str(path), found)
+    return _only_or_all(_named(str(path), found))
 
 
-def _hub(address: str) -> dict[str, Table]:
+def hub_splits(address: str) -> dict[str, Table]:
+    """The splits of a set of the Hugging Face hub, under their own names.
+
+    Args:
+      address: ``owner/name`` or ``owner/name:config``.
+
+    Raises:
+      FileNotFoundError: it did not load; the message says why.
+    """
     import datasets
 
     name, _, config = address.partition(":")
@@ -421,10 +431,10 @@ def _hub(address: str) -> dict[str, Table]:
             f"'hf:{address}' did not load: {type(error).__name__}: {first_line(error)}. Check the name. Without a "
             "network, load it once where there is one, call .save_to_disk(FOLDER), and give the folder."
         ) from error
-    return _of_datasets(f"hf:{address}", found)
+    return _named(f"hf:{address}", found)
 
 
-def _of_datasets(where: str, found: Any) -> dict[str, Table]:
+def _named(where: str, found: Any) -> dict[str, Table]:
     if not isinstance(found, dict):
         return {"": _of_dataset(where, found)}
     splits = {}
@@ -432,26 +442,31 @@ def _of_datasets(where: str, found: Any) -> dict[str, Table]:
         if (split := SPLITS.get(name.lower(), name)) in splits:
             raise ValueError(f"{where}: has two splits {split!r}, one of them called {name!r}. Rename or remove one.")
         splits[split] = _of_dataset(f"{where}[{name}]", rows)
+    return splits
+
+
+def _only_or_all(splits: dict[str, Table]) -> dict[str, Table]:
     return splits if len(splits) > 1 else {"": next(iter(splits.values()))}
 
 
 def _of_dataset(where: str, rows: Any) -> Table:
-    return _arrow(where, rows.with_format("arrow")[:], rows.features)
+    names = {key: tuple(feature.names) for key, feature in rows.features.items() if getattr(feature, "names", None)}
+    return _arrow(where, rows.with_format("arrow")[:], names)
 
 
-def _arrow(where: str, table: Any, features: Mapping[str, Any] | None = None) -> Table:
-    """Columns of an Arrow table, with the class names of its Hugging Face features."""
-    import datasets
-
-    if features is None:
-        try:
-            features = datasets.Features.from_arrow_schema(table.schema)
-        except Exception:  # types that the library does not know; they have no class names
-            features = {}
-    names = {key: tuple(feature.names) for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
+def _arrow(where: str, table: Any, class_names: Mapping[str, tuple[str, ...]]) -> Table:
     if len(set(table.column_names)) < len(table.column_names):
         raise ValueError(f"{where}: has two columns of one name in {table.column_names}. Rename them.")
-    return Table(where, {name: _arrow_column(table[name]) for name in table.column_names}, names)
+    return Table(where, {name: _arrow_column(table[name]) for name in table.column_names}, class_names)
+
+
+def _class_names(where: str, schema: Any) -> dict[str, tuple[str, ...]]:
+    """The names of classes that Hugging Face ``datasets`` wrote into a file; read without its second of importing."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        return {key: tuple(feature["names"]) for key, feature in features.items() if "names" in feature}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{where}: its Hugging Face feature metadata cannot be read ({error}).") from error
 
 
 def _arrow_column(column: Any) -> Column:

@@ -2,7 +2,7 @@
 
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from effjax.core.cost import Executables
+from effjax.core.cursor import Cursor
 from effjax.core.errors import check_number
 from effjax.core.shapes import ladder
 from effjax.graph.jraph_graphs import check_graphs_tuple
@@ -166,7 +167,7 @@ def padding_masks(graph: jraph.GraphsTuple) -> GraphMasks:
     )
 
 
-class GraphBatches(Iterator[jraph.GraphsTuple]):
+class GraphBatches(Cursor[jraph.GraphsTuple]):
     """Batches of many small graphs within fixed budgets of nodes, edges and graphs, resumable.
 
     Graphs are taken in a random order until the next would burst the top rung; a batch is padded to the smallest rung
@@ -178,7 +179,7 @@ class GraphBatches(Iterator[jraph.GraphsTuple]):
       graphs: each with the same kinds of features. Labels of graphs travel as ``globals``.
       rungs: shapes of a batch, the last one the budget; one node and one graph of it are spare.
       seed: of the order.
-      epochs: passes over the graphs.
+      epochs: passes over the graphs; a number, for all are planned ahead.
       shuffle: a new order every epoch, or the order given.
 
     Raises:
@@ -202,7 +203,7 @@ class GraphBatches(Iterator[jraph.GraphsTuple]):
         shuffle: bool = True,
     ):
         check_number("seed", seed, low=0, integer=True)
-        check_number("epochs", epochs, low=1, integer=True, hint="Every epoch is planned before the first one.")
+        check_number("epochs", epochs, low=1, integer=True, hint="Every epoch is planned, so None is illegal.")
         self._graphs = [check_graphs_tuple(graph, argument=f"graphs[{i}]") for i, graph in enumerate(graphs)]
         _check_alike(self._graphs)
         self._rungs = _check_rungs(rungs)
@@ -228,7 +229,6 @@ class GraphBatches(Iterator[jraph.GraphsTuple]):
             "rungs": [list(rung) for rung in self._rungs],
             "plan": f"{digest:08x}",
         }
-        self._next = 0
 
     @property
     def shapes(self) -> tuple[GraphShape, ...]:
@@ -249,42 +249,8 @@ class GraphBatches(Iterator[jraph.GraphsTuple]):
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __getitem__(self, index: int) -> jraph.GraphsTuple:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index={index} is outside [0, {len(self) - 1}].")
+    def _item(self, index: int) -> jraph.GraphsTuple:
         return _padded(jraph.batch_np([self._graphs[row] for row in self._batches[index]]), self._shapes[index])
-
-    def __iter__(self) -> "GraphBatches":
-        return self
-
-    def __next__(self) -> jraph.GraphsTuple:
-        if self._next >= len(self):
-            raise StopIteration
-        batch = self[self._next]
-        self._next += 1
-        return batch
-
-    def get_state(self) -> dict[str, Any]:
-        """Where the iterator stands, with what fixes its order; JSON-able."""
-        return {"next": self._next, **self._settings}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken.
-
-        Raises:
-          ValueError: the state belongs to other graphs or settings, with the difference.
-        """
-        own = self.get_state()
-        if set(state) != set(own):
-            raise ValueError(f"state={dict(state)!r} is not a state of GraphBatches, which holds {sorted(own)}.")
-        differing = [
-            f"{key} is {state[key]!r} in the state and {own[key]!r} here"
-            for key in self._settings
-            if state[key] != own[key]
-        ]
-        if differing:
-            raise ValueError(f"The state belongs to other graphs or settings: {'; '.join(differing)}.")
-        self._next = check_number("state['next']", state["next"], low=0, high=len(self), integer=True)
 
 
 class ShapeGate:

@@ -6,8 +6,8 @@ The sampler runs on the host in NumPy; a batch is a few tables of fixed shapes, 
 import functools
 import itertools
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from effjax.core.cursor import Cursor
 from effjax.core.errors import check_number
 from effjax.core.shapes import pad_to
 from effjax.data.pipeline import Batches
@@ -182,7 +183,7 @@ def _matrix(block: Block, weights: Array) -> SparseMatrix:
 # On the host
 
 
-class NeighbourSampler(Iterator[SampledBatch]):
+class NeighbourSampler(Cursor[SampledBatch]):
     r"""Mini-batches of seed nodes with a random part of their neighbourhood, resumable, each of the same shapes.
 
     A node with at most ``fanout`` neighbours sends for all of them; else ``fanout`` of them are drawn without
@@ -199,10 +200,10 @@ class NeighbourSampler(Iterator[SampledBatch]):
       matrix: [N, N], rows receive; ``adjacency`` for ``block_mean``, and its values count in ``block_sum``.
       seeds: distinct node numbers to predict for, in training those of the training nodes and no others: labels are
         only ever read at seeds.
-      fanouts: neighbours a node, per hop, the hop at the seeds first.
-      batch_size: B, seeds a batch; the last of an epoch is filled up with dummies of weight 0.
+      fanouts: neighbours per node for each hop, the hop at the seeds first.
+      batch_size: B, seeds per batch; the last of an epoch is filled up with dummies of weight 0.
       seed: of the order and of the draws.
-      epochs: passes over the seeds; None never ends.
+      epochs: passes over the seeds; None repeats for ever.
       shuffle: a new order every epoch, or that of ``seeds``.
 
     Raises:
@@ -279,11 +280,12 @@ class NeighbourSampler(Iterator[SampledBatch]):
         )
         self._batch_size, self._seed = int(batch_size), seed
         self._sizes = _block_sizes(self._batch_size, self._fanouts, self._nodes)
-        self._digest = functools.reduce(
+        digest = functools.reduce(
             lambda digest, array: zlib.crc32(np.ascontiguousarray(array), digest),
             (seeds, self._indptr, self._columns, self._values),
             0,
         )
+        self._settings = {**self._order.settings, "fanouts": list(self._fanouts), "graph": f"{digest:08x}"}
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -298,7 +300,7 @@ class NeighbourSampler(Iterator[SampledBatch]):
     def __len__(self) -> int:
         return len(self._order)
 
-    def __getitem__(self, index: int) -> SampledBatch:
+    def _item(self, index: int) -> SampledBatch:
         seeds = self._order[index]["seeds"]
         rng = np.random.default_rng((self._seed, index, 2))
         nodes, blocks = seeds, []
@@ -340,37 +342,6 @@ class NeighbourSampler(Iterator[SampledBatch]):
         )
         return np.concatenate([nodes, new]), block
 
-    def __iter__(self) -> "NeighbourSampler":
-        return self
-
-    def __next__(self) -> SampledBatch:
-        index = self._order.get_state()["next"]
-        if index >= len(self):
-            raise StopIteration
-        batch = self[index]
-        next(self._order)
-        return batch
-
-    def get_state(self) -> dict[str, Any]:
-        """Where the sampler stands, with what fixes its batches; JSON-able."""
-        return {**self._order.get_state(), "fanouts": list(self._fanouts), "graph": f"{self._digest:08x}"}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken.
-
-        Raises:
-          ValueError: the state belongs to another graph or other settings, with the difference.
-        """
-        own = self.get_state()
-        differing = [
-            f"{key} is {state.get(key)!r} in the state and {own[key]!r} here"
-            for key in ("fanouts", "graph")
-            if state.get(key) != own[key]
-        ]
-        if differing:
-            raise ValueError(f"The state belongs to another graph, other seeds or fan-outs: {'; '.join(differing)}.")
-        self._order.set_state({key: value for key, value in state.items() if key not in ("fanouts", "graph")})
-
 
 def sample_entries(
     indptr: Int[np.ndarray, "rows_and_1"], rows: Int[np.ndarray, "n"], fanout: int, rng: np.random.Generator
@@ -382,7 +353,7 @@ def sample_entries(
     Args:
       indptr: starts of the rows.
       rows: which rows; they may repeat.
-      fanout: slots a row.
+      fanout: slots per row.
       rng: drawn from only for rows longer than ``fanout``.
 
     Returns:

@@ -348,30 +348,6 @@ def module_name(path: str, rules: Sequence[Rule], layer: int | None = None) -> s
     return _fill(rule.source, dict.fromkeys(stacked, layer)).removesuffix(".weight")
 
 
-def kernel_path(module: str, rules: Sequence[Rule]) -> tuple[str, int | None]:
-    """The inverse of ``module_name``.
-
-    Args:
-      module: the source's name of a module with a weight.
-      rules: the layout table.
-
-    Returns:
-      The kernel's path in the params, and its index on the leading axis of a stack or None.
-
-    Raises:
-      ValueError: no rule reads ``module`` + ``.weight``.
-
-    Example:
-      >>> rules = (Rule("layer.{layer}.query.weight", "layers/query/kernel", "dense"),)
-      >>> kernel_path("layer.3.query", rules)
-      ('layers/query/kernel', 3)
-    """
-    match = _target_of(f"{module}.weight", rules)
-    if match is None or match.path is None:
-        raise ValueError(f"module={module!r}: no rule reads it.{near(module, [rule.source for rule in rules])}")
-    return match.path, match.layer
-
-
 class _Match(NamedTuple):
     """Where a tensor of the file goes; ``layer`` is the index in a stack."""
 

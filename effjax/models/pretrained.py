@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from effjax.core.errors import check_choice, check_number
 from effjax.core.folders import model_folder
 from effjax.core.tree import path_name
-from effjax.models.bert import Bert, BertClassifier
+from effjax.models.bert import BertClassifier
 from effjax.models.convert import (
     Rule,
     export_weights,
@@ -28,7 +28,7 @@ from effjax.models.convert import (
     read_tensors,
     write_tensors,
 )
-from effjax.models.decoder import Decoder
+from effjax.models.families import FAMILIES, META, Family, dense
 
 __all__ = ["Pretrained", "load_pretrained", "save_pretrained"]
 
@@ -82,22 +82,6 @@ class Pretrained(NamedTuple):
           'layers.3.attention.wq'
         """
         return module_name(path, self.rules, layer)
-
-
-class _Family(NamedTuple):
-    """How one ``model_type`` is read.
-
-    ``build(config)`` gives the module's class and fields, ``rules(prefix, config)`` its layout,
-    ``prefix`` the name of the base model that stands before its tensors, or does not; ``head`` and
-    ``pooler`` the names of a classifier's layers.
-    """
-
-    build: Callable[[Mapping[str, Any]], tuple[type[nn.Module], dict[str, Any]]]
-    rules: Callable[[str, Mapping[str, Any]], tuple[Rule, ...]]
-    prefix: str
-    head: str = ""
-    pooler: str = ""
-    classifier: str = ""
 
 
 def load_pretrained(
@@ -221,7 +205,7 @@ def save_pretrained(
 
 
 def _build(
-    family: _Family,
+    family: Family,
     config: Mapping[str, Any],
     prefix: str,
     folder: Path,
@@ -251,7 +235,7 @@ def _build(
     activation = "gelu" if config["model_type"] == "electra" else "tanh"
     rules = tuple(rule._replace(target=f"encoder/{rule.target}") if rule.target else rule for rule in rules)
     pooler = family.pooler.format(prefix=prefix)
-    heads = (*_dense(family.head, "head"), *(_dense(pooler, "pooler") if pool == "cls" else ()))
+    heads = (*dense(family.head, "head"), *(dense(pooler, "pooler") if pool == "cls" else ()))
     return BertClassifier(module, classes, pool=pool, pool_activation=activation), (*heads, *rules)
 
 
@@ -309,259 +293,17 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _family(config: Mapping[str, Any], folder: Path) -> _Family:
+def _family(config: Mapping[str, Any], folder: Path) -> Family:
     kind = config["model_type"]
-    if kind not in _FAMILIES:
-        raise ValueError(f"{folder}: model_type={kind!r} is not one of {', '.join(sorted(_FAMILIES))}.")
-    return _META if kind == "llama" and "dim" in config else _FAMILIES[kind]
+    if kind not in FAMILIES:
+        raise ValueError(f"{folder}: model_type={kind!r} is not one of {', '.join(sorted(FAMILIES))}.")
+    return META if kind == "llama" and "dim" in config else FAMILIES[kind]
 
 
-def _classifier_config(config: Mapping[str, Any], family: _Family, classes: int, pool: str) -> dict[str, Any]:
+def _classifier_config(config: Mapping[str, Any], family: Family, classes: int, pool: str) -> dict[str, Any]:
     labels = {str(i): f"LABEL_{i}" for i in range(classes)}
     if len(config.get("id2label", {})) == classes:
         labels = config["id2label"]
     named = {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}
     # Hugging Face's classifiers pool the first token; a mean-pooled one is ours alone.
     return {**config, **named, **({"architectures": [family.classifier]} if pool == "cls" else {"pool": pool})}
-
-
-def _refuse(config: Mapping[str, Any], **legal: Any) -> None:
-    """Refuse settings that the modules do not have; an absent one is the legal one."""
-    for name, value in legal.items():
-        if config.get(name, value) != value:
-            kind = config["model_type"]
-            raise ValueError(f"config.json: {name}={config[name]!r} of {kind!r} is not supported, only {value!r} is.")
-
-
-def _dense(source: str, target: str) -> tuple[Rule, ...]:
-    return Rule(f"{source}.weight", f"{target}/kernel", "dense"), Rule(f"{source}.bias", f"{target}/bias")
-
-
-def _norm(source: str, target: str) -> tuple[Rule, ...]:
-    # The last two are the names of checkpoints that came from TensorFlow.
-    return (
-        Rule(f"{source}.weight", f"{target}/scale"),
-        Rule(f"{source}.bias", f"{target}/bias"),
-        Rule(f"{source}.gamma", f"{target}/scale"),
-        Rule(f"{source}.beta", f"{target}/bias"),
-    )
-
-
-def _ignored(*sources: str) -> tuple[Rule, ...]:
-    return tuple(Rule(source, None) for source in sources)
-
-
-def _bert(config: Mapping[str, Any]) -> tuple[type[Bert], dict[str, Any]]:
-    _refuse(config, position_embedding_type="absolute", is_decoder=False)
-    offset = config["pad_token_id"] + 1 if config["model_type"] == "roberta" else 0
-    return Bert, {
-        "vocab_size": config["vocab_size"],
-        "hidden_size": config["hidden_size"],
-        "num_layers": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "intermediate_size": config["intermediate_size"],
-        "max_positions": config["max_position_embeddings"] - offset,
-        "position_offset": offset,
-        "type_vocab_size": config["type_vocab_size"],
-        "embedding_size": config.get("embedding_size"),
-        "layer_norm_eps": config["layer_norm_eps"],
-        "activation": config["hidden_act"],
-        "dropout": config.get("hidden_dropout_prob", 0.1),
-        "attention_dropout": config.get("attention_probs_dropout_prob", 0.1),
-    }
-
-
-def _bert_rules(prefix: str, config: Mapping[str, Any]) -> tuple[Rule, ...]:
-    source, target = f"{prefix}encoder.layer.{{layer}}", "layer_{layer}"
-    return (
-        Rule(f"{prefix}embeddings.word_embeddings.weight", "embeddings/word/embedding"),
-        Rule(f"{prefix}embeddings.position_embeddings.weight", "embeddings/position/embedding"),
-        Rule(f"{prefix}embeddings.token_type_embeddings.weight", "embeddings/token_type/embedding"),
-        *_norm(f"{prefix}embeddings.LayerNorm", "embeddings/norm"),
-        *_dense(f"{prefix}embeddings_project", "embeddings/projection"),
-        *_dense(f"{source}.attention.self.query", f"{target}/attention/query"),
-        *_dense(f"{source}.attention.self.key", f"{target}/attention/key"),
-        *_dense(f"{source}.attention.self.value", f"{target}/attention/value"),
-        *_dense(f"{source}.attention.output.dense", f"{target}/attention/output"),
-        *_norm(f"{source}.attention.output.LayerNorm", f"{target}/attention/norm"),
-        *_dense(f"{source}.intermediate.dense", f"{target}/mlp/up"),
-        *_dense(f"{source}.output.dense", f"{target}/mlp/down"),
-        *_norm(f"{source}.output.LayerNorm", f"{target}/mlp/norm"),
-        *_ignored(
-            f"{prefix}embeddings.position_ids",
-            f"{prefix}embeddings.token_type_ids",
-            f"{prefix}pooler.dense.weight",
-            f"{prefix}pooler.dense.bias",
-            "classifier.{part}",
-            "classifier.dense.{part}",
-            "classifier.out_proj.{part}",
-            "cls.predictions.bias",
-            "cls.predictions.decoder.{part}",
-            "cls.predictions.transform.dense.{part}",
-            "cls.predictions.transform.LayerNorm.{part}",
-            "cls.seq_relationship.{part}",
-            "lm_head.bias",
-            "lm_head.dense.{part}",
-            "lm_head.decoder.{part}",
-            "lm_head.layer_norm.{part}",
-            "discriminator_predictions.dense.{part}",
-            "discriminator_predictions.dense_prediction.{part}",
-            "generator_predictions.dense.{part}",
-            "generator_predictions.LayerNorm.{part}",
-            "generator_lm_head.{part}",
-        ),
-    )
-
-
-def _opt(config: Mapping[str, Any]) -> tuple[type[Decoder], dict[str, Any]]:
-    _refuse(
-        config,
-        do_layer_norm_before=True,
-        word_embed_proj_dim=config["hidden_size"],
-        activation_function="relu",
-        enable_bias=True,
-        layer_norm_elementwise_affine=True,
-        _remove_final_layer_norm=False,
-    )
-    return Decoder, {
-        "vocab_size": config["vocab_size"],
-        "hidden_size": config["hidden_size"],
-        "num_layers": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "intermediate_size": config["ffn_dim"],
-        "max_positions": config["max_position_embeddings"],
-        "position_offset": 2,
-        "norm": "layer",
-        "mlp": "relu",
-        "positions": "learned",
-        "use_bias": True,
-        "tie_embeddings": config.get("tie_word_embeddings", True),
-        "dropout": config.get("dropout", 0.1),
-        "attention_dropout": config.get("attention_dropout", 0.0),
-    }
-
-
-def _opt_rules(prefix: str, config: Mapping[str, Any]) -> tuple[Rule, ...]:
-    base = f"{prefix}decoder"
-    source, target = f"{base}.layers.{{layer}}", "layer_{layer}"
-    return (
-        Rule(f"{base}.embed_tokens.weight", "embeddings/word/embedding"),
-        Rule(f"{base}.embed_positions.weight", "embeddings/position/embedding"),
-        *_dense(f"{source}.self_attn.q_proj", f"{target}/attention/query"),
-        *_dense(f"{source}.self_attn.k_proj", f"{target}/attention/key"),
-        *_dense(f"{source}.self_attn.v_proj", f"{target}/attention/value"),
-        *_dense(f"{source}.self_attn.out_proj", f"{target}/attention/output"),
-        *_norm(f"{source}.self_attn_layer_norm", f"{target}/attention/norm"),
-        *_dense(f"{source}.fc1", f"{target}/mlp/up"),
-        *_dense(f"{source}.fc2", f"{target}/mlp/down"),
-        *_norm(f"{source}.final_layer_norm", f"{target}/mlp/norm"),
-        *_norm(f"{base}.final_layer_norm", "norm"),
-        *_output(config.get("tie_word_embeddings", True), "lm_head"),
-    )
-
-
-def _output(tied: bool, source: str) -> tuple[Rule, ...]:
-    """The output layer; a tied one may be stored again."""
-    return _ignored(f"{source}.weight") if tied else (Rule(f"{source}.weight", "head/kernel", "dense"),)
-
-
-def _llama(config: Mapping[str, Any]) -> tuple[type[Decoder], dict[str, Any]]:
-    _refuse(
-        config,
-        hidden_act="silu",
-        attention_bias=False,
-        mlp_bias=False,
-        head_dim=config["hidden_size"] // config["num_attention_heads"],
-    )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"config.json: scaled rotary positions ({rope}) are not supported; only the default type is.")
-    return Decoder, {
-        "vocab_size": config["vocab_size"],
-        "hidden_size": config["hidden_size"],
-        "num_layers": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "num_kv_heads": config.get("num_key_value_heads"),
-        "intermediate_size": config["intermediate_size"],
-        "max_positions": config["max_position_embeddings"],
-        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-        "norm_eps": config["rms_norm_eps"],
-        "tie_embeddings": config.get("tie_word_embeddings", False),
-        "attention_dropout": config.get("attention_dropout", 0.0),
-    }
-
-
-def _llama_rules(prefix: str, config: Mapping[str, Any]) -> tuple[Rule, ...]:
-    source = f"{prefix}layers.{{layer}}"
-    names = {
-        "attention/query": "self_attn.q_proj",
-        "attention/key": "self_attn.k_proj",
-        "attention/value": "self_attn.v_proj",
-        "attention/output": "self_attn.o_proj",
-        "mlp/gate": "mlp.gate_proj",
-        "mlp/up": "mlp.up_proj",
-        "mlp/down": "mlp.down_proj",
-    }
-    return (
-        Rule(f"{prefix}embed_tokens.weight", "embeddings/word/embedding"),
-        *(rule for ours, theirs in names.items() for rule in _dense(f"{source}.{theirs}", f"layer_{{layer}}/{ours}")),
-        Rule(f"{source}.input_layernorm.weight", "layer_{layer}/attention/norm/scale"),
-        Rule(f"{source}.post_attention_layernorm.weight", "layer_{layer}/mlp/norm/scale"),
-        Rule(f"{prefix}norm.weight", "norm/scale"),
-        *_output(config.get("tie_word_embeddings", False), "lm_head"),
-        *_ignored(f"{source}.self_attn.rotary_emb.inv_freq"),
-    )
-
-
-def _meta(config: Mapping[str, Any]) -> tuple[type[Decoder], dict[str, Any]]:
-    return Decoder, {
-        "vocab_size": config["vocab_size"],
-        "hidden_size": config["dim"],
-        "num_layers": config["n_layers"],
-        "num_heads": config["n_heads"],
-        "num_kv_heads": config["n_kv_heads"],
-        "intermediate_size": config["hidden_dim"],
-        "max_positions": config["max_seq_len"],
-        "rope_style": "interleaved",
-        "rope_theta": config["rope_theta"],
-        "norm_eps": config["norm_eps"],
-        "tie_embeddings": config["tied_embeddings"],
-    }
-
-
-def _meta_rules(prefix: str, config: Mapping[str, Any]) -> tuple[Rule, ...]:
-    source = "layers.{layer}"
-    names = {
-        "attention/query": "attention.wq",
-        "attention/key": "attention.wk",
-        "attention/value": "attention.wv",
-        "attention/output": "attention.wo",
-        "mlp/gate": "feed_forward.w1",
-        "mlp/down": "feed_forward.w2",
-        "mlp/up": "feed_forward.w3",
-    }
-    return (
-        Rule("tok_embeddings.weight", "embeddings/word/embedding"),
-        *(rule for ours, theirs in names.items() for rule in _dense(f"{source}.{theirs}", f"layer_{{layer}}/{ours}")),
-        Rule(f"{source}.attention_norm.weight", "layer_{layer}/attention/norm/scale"),
-        Rule(f"{source}.ffn_norm.weight", "layer_{layer}/mlp/norm/scale"),
-        Rule("norm.weight", "norm/scale"),
-        *_output(config["tied_embeddings"], "output"),
-        *_ignored("rope.freqs"),
-    )
-
-
-_BERT = _Family(_bert, _bert_rules, "bert.", "classifier", "{prefix}pooler.dense", "BertForSequenceClassification")
-_FAMILIES = {
-    "bert": _BERT,
-    "roberta": _Family(
-        _bert, _bert_rules, "roberta.", "classifier.out_proj", "classifier.dense", "RobertaForSequenceClassification"
-    ),
-    "electra": _Family(
-        _bert, _bert_rules, "electra.", "classifier.out_proj", "classifier.dense", "ElectraForSequenceClassification"
-    ),
-    "opt": _Family(_opt, _opt_rules, "model."),
-    "llama": _Family(_llama, _llama_rules, "model."),
-}
-# Llama in Meta's own names, as the small models of llama2.c come.
-_META = _Family(_meta, _meta_rules, "model.")

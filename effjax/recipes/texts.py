@@ -9,8 +9,9 @@ import jax
 import optax
 
 from effjax.core.errors import check_number
-from effjax.data.bucket_sampler import BucketSampler, PlannedBatches
+from effjax.data.bucket_sampler import BucketSampler
 from effjax.data.length_grouping import PaddedBatches
+from effjax.data.planned import PlannedBatches
 from effjax.optim.scale_by_batch_size import adamw_by_batch_size
 from effjax.recipes.spec import Arm, Group, Role, StudyConfig, Sweep
 from effjax.tasks.task import Metric, Task

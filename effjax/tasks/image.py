@@ -13,6 +13,7 @@ from effjax.core.errors import check_choice, check_number
 from effjax.core.shapes import pad_to
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet, load
+from effjax.data.splits import fixed_rows
 from effjax.models.cnn import CNN
 from effjax.models.mlp import MLP
 from effjax.models.resnet import SIZES, resnet
@@ -151,8 +152,7 @@ def _columns(dataset: DataSet, split: str, rows: int | None) -> Columns:
             f"[0, {len(dataset.classes) - 1}], the {len(dataset.classes)} classes."
         )
     if rows is not None:
-        check_number(f"{split}_rows", rows, low=1, high=len(labels), integer=True, hint="None takes all.")
-        chosen = np.sort(np.random.default_rng(0).permutation(len(labels))[:rows])
+        chosen = fixed_rows(f"{split}_rows", rows, len(labels))
         images, labels = images[chosen], labels[chosen]
     return {"image": images, "label": labels.astype(np.int32)}
 

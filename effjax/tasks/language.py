@@ -17,6 +17,7 @@ from effjax.core.errors import check_choice, check_number
 from effjax.core.shapes import pad_to
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet, load
+from effjax.data.splits import fixed_rows
 from effjax.data.tokens import Tokenizer, load_tokenizer
 from effjax.models.decoder import Decoder
 from effjax.models.pretrained import load_pretrained
@@ -155,10 +156,7 @@ def _windows(
     windows = stream[: len(stream) // length * length].reshape(-1, length)
     if not len(windows):
         raise ValueError(f"{where} has {len(stream)} tokens, fewer than one window of length={length}.")
-    if rows is not None:
-        check_number(f"{split}_rows", rows, low=1, high=len(windows), integer=True, hint="None takes all.")
-        windows = windows[np.sort(np.random.default_rng(0).permutation(len(windows))[:rows])]
-    return windows
+    return windows[fixed_rows(f"{split}_rows", rows, len(windows))]
 
 
 def _counted(batch: Batch) -> Float[Array, "batch length-1"]:

@@ -14,6 +14,7 @@ from effjax.core.errors import check_choice, check_number
 from effjax.core.shapes import pad_to
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet, load
+from effjax.data.splits import fixed_rows
 from effjax.data.tokens import Tokenizer, load_tokenizer
 from effjax.models.decoder import Decoder
 from effjax.models.pretrained import load_pretrained
@@ -155,9 +156,7 @@ def _chosen(split: str, columns: Mapping[str, Any], rows: int | None) -> Mapping
     """``rows`` of the columns, a fixed random choice in stored order."""
     if rows is None:
         return columns
-    total = len(columns["label"])
-    check_number(f"{split}_rows", rows, low=1, high=total, integer=True, hint="None takes all.")
-    chosen = np.sort(np.random.default_rng(0).permutation(total)[:rows])
+    chosen = fixed_rows(f"{split}_rows", rows, len(columns["label"]))
     return {name: [values[row] for row in chosen] for name, values in columns.items()}
 
 

@@ -18,6 +18,7 @@ from effjax.core.shapes import fit_ladder, pad_to, smallest_fit
 from effjax.core.tree import leaf_paths, wide
 from effjax.data.ragged import Ragged
 from effjax.data.sets import DataSet, load
+from effjax.data.splits import fixed_rows
 from effjax.data.tokens import Tokenizer, load_tokenizer, train_tokenizer
 from effjax.models.bert import Bert, BertClassifier
 from effjax.models.pretrained import Pretrained, load_pretrained
@@ -282,10 +283,7 @@ def _texts(
         raise ValueError(f"{where}: lack the columns {sorted(missing)}, which other splits have.")
     values = np.asarray(columns[target])
     _check_target(where, target, values, classes)
-    chosen = np.arange(len(values))
-    if rows is not None:
-        check_number(f"{split}_rows", rows, low=1, high=len(values), integer=True, hint="None takes all.")
-        chosen = np.sort(np.random.default_rng(0).permutation(len(values))[:rows])
+    chosen = fixed_rows(f"{split}_rows", rows, len(values))
     records = [{field: columns[field][row] for field in _fields(form)} for row in chosen]
     for row, record in zip(chosen, records, strict=True):
         if empty := [field for field, text in record.items() if not str(text).strip()]:

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from effjax.core.errors import check_number
-from effjax.data.bucket_sampler import PlannedBatches
 from effjax.data.pipeline import batches
+from effjax.data.planned import PlannedBatches
 from effjax.train.program import BatchShape, Loader
 
 __all__ = ["column_loader", "planned_loader"]

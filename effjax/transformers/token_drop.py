@@ -104,7 +104,7 @@ def stop_ids_top_k(
     _check_ids(values, vocab_size)
     counts = np.bincount(values, minlength=vocab_size)
     counts[list(special_ids)] = 0
-    check_number("k", k, low=1, high=int((counts > 0).sum()), integer=True, hint="So many ids occur in the texts.")
+    check_number("k", k, low=1, high=int((counts > 0).sum()), integer=True, hint="Other ids occur nowhere.")
     table = np.full(vocab_size, -1, np.int32)
     table[np.argsort(-counts, kind="stable")[:k]] = np.arange(k)
     return table
@@ -161,7 +161,7 @@ def token_drop(
       period: the buckets' width.
       boundaries: of the buckets, where their widths differ (the sampler's ``boundaries``): then r is n minus the
         largest boundary up to n, and 0 below the first. ``period`` has no part in it.
-      max_drop: at most so many tokens of a sequence (an integer), or that fraction of them (below 1).
+      max_drop: most tokens that a sequence may lose: an integer, or a fraction of its tokens (a float below 1).
       row_ids: integers ``[n]`` that name the examples; by default their place. Drops depend on
         ``(seed, epoch, row id)`` alone, so a shard or another order must bring its ids.
       order: the order of the stop words in each row, instead of a random one: ``order[i, j]`` is the j-th to go.
@@ -226,8 +226,8 @@ def token_drop_columns(
 
     Args:
       columns: ``input_ids`` and, if there, ``token_type_ids`` as ``Ragged``; other columns pass through.
-      stop_of_id: see ``token_drop``.
-      seed: see ``token_drop``.
+      stop_of_id: from ``stop_ids``; below 0 where the token stays.
+      seed: of the draws.
       **options: of ``token_drop``.
 
     Returns:
@@ -259,11 +259,11 @@ def drop_as_many_columns(
     """The columns of every epoch, of which every row loses as many tokens as with ``token_drop_columns``, but others.
 
     Args:
-      columns: see ``token_drop_columns``.
-      stop_of_id: see ``token_drop``.
+      columns: as of ``token_drop_columns``.
+      stop_of_id: from ``stop_ids``; below 0 where the token stays.
       priority: ``(ids, rng) -> numbers [total]``; the tokens of least priority go.
       special_ids: tokens that go last.
-      seed: see ``token_drop``; the generator is seeded by it and the epoch.
+      seed: of the draws; the generator is seeded by it and the epoch.
       **options: of ``token_drop``.
 
     Returns:

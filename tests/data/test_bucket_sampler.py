@@ -1,6 +1,8 @@
 import json
+import runpy
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +13,8 @@ from hypothesis import strategies as st
 
 from effjax.core.cost import count_compiles
 from effjax.core.errors import NoEffectWarning
-from effjax.data.bucket_sampler import (
-    OFFICIAL_BATCH_SIZES,
-    OFFICIAL_BOUNDARIES,
-    BucketSampler,
-    official_cap,
-    plan_epoch,
-    plan_epoch_official,
-)
-from effjax.data.pipeline import ResumableIterator, prefetch_to_device, wrap_grain
+from effjax.data.bucket_sampler import BucketSampler, plan_epoch
+from effjax.data.pipeline import ResumableIterator, prefetch_to_device
 from effjax.data.ragged import Ragged
 from effjax.transformers.token_drop import token_drop_columns
 
@@ -45,21 +40,38 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("name", ["buckets_cola_lengths", "buckets_rte_lengths", "buckets_synthetic_edges"])
-def test_the_official_plan(name):
+def test_full_batches_are_those_of_the_papers_program(name):
+    """Bucket by bucket as many full batches as the authors' program, for its edges, sizes and caps."""
+    official = SimpleNamespace(**runpy.run_path(str(REFERENCE / "official.py")))
     with np.load(REFERENCE / f"{name}.npz") as reference:
-        assert tuple(reference["bucket_keys"]) == OFFICIAL_BOUNDARIES
-        assert tuple(reference["hw_caps"]) == OFFICIAL_BATCH_SIZES
-        lengths = reference["lengths"]
+        assert tuple(reference["bucket_keys"]) == official.BOUNDARIES
+        assert tuple(reference["hw_caps"]) == official.BATCH_SIZES
+        lengths, seed = reference["lengths"], int(reference["seed"])
         for epoch in range(3):
-            plan = plan_epoch_official(lengths, epoch=epoch, seed=int(reference["seed"]))
             members, offsets = (reference[f"epoch{epoch}/batch_{part}"] for part in ("members", "offsets"))
-            assert [batch.size for batch in plan] == np.diff(offsets).tolist()
-            np.testing.assert_array_equal(np.concatenate([batch.rows for batch in plan]), members)
-            assert all(batch.length == lengths[batch.rows].max() for batch in plan)
+            theirs = np.split(members, offsets[1:-1])
+            written_out = official.plan(lengths, epoch=epoch, seed=seed)
+            assert [rows.tolist() for rows in theirs] == written_out
+            ours = plan_epoch(
+                lengths,
+                epoch=epoch,
+                seed=seed,
+                boundaries=official.BOUNDARIES,
+                batch_sizes=official.BATCH_SIZES,
+                cap=official.cap(epoch),
+            )
+            bucket = np.searchsorted(official.BOUNDARIES, lengths)
+            sizes = np.minimum(official.BATCH_SIZES, official.cap(epoch))
+            assert full_batches([batch.rows for batch in ours], bucket, sizes) == full_batches(theirs, bucket, sizes)
 
 
-def test_official_caps():
-    assert [official_cap(epoch) for epoch in range(5)] == [64, 256, 512, 1024, 2048]
+def full_batches(groups, bucket, sizes):
+    """How many batches each bucket fills from its own members."""
+    alone = [bucket[rows[0]] for rows in groups if len(set(bucket[rows])) == 1]
+    held = [len(rows) for rows in groups if len(set(bucket[rows])) == 1]
+    found = np.bincount([b for b, n in zip(alone, held, strict=True) if n == sizes[b]], minlength=len(sizes))
+    assert found.tolist() == (np.bincount(bucket, minlength=len(sizes)) // sizes).tolist()
+    return found.tolist()
 
 
 # The plan of static shapes
@@ -275,16 +287,18 @@ def test_a_foreign_state_is_refused():
 def test_as_a_grain_source():
     import grain
 
-    data = BucketSampler(texts(), seed=0, epochs=2, max_shapes=4, process_index=0, process_count=1)
-    expected = [data[i] for i in range(len(data))]
-    pipeline = grain.MapDataset.source(data).map(lambda batch: batch)
-    parts = [wrap_grain(pipeline, process_index=p, process_count=2) for p in range(2)]
-    state = parts[0].get_state()
-    for batch in expected:
-        halves = [next(part) for part in parts]
-        assert same({name: np.concatenate([half[name] for half in halves]) for name in batch}, batch)
+    whole = BucketSampler(texts(), seed=0, epochs=2, max_shapes=4)
+    halves = [
+        BucketSampler(texts(), seed=0, epochs=2, max_shapes=4, process_index=p, process_count=2) for p in range(2)
+    ]
+    parts = [iter(grain.MapDataset.source(half).map(lambda batch: batch).to_iter_dataset()) for half in halves]
+    assert all(isinstance(part, ResumableIterator) for part in parts)
+    state = json.loads(json.dumps(parts[0].get_state()))
+    for batch in whole:
+        pair = [next(part) for part in parts]
+        assert same({name: np.concatenate([half[name] for half in pair]) for name in batch}, batch)
     parts[0].set_state(state)
-    assert same(next(parts[0]), {name: array[: len(array) // 2] for name, array in expected[0].items()})
+    assert same(next(parts[0]), halves[0][0])
     for part in parts:
         part.close()
 

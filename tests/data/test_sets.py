@@ -1,8 +1,11 @@
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from effjax.data import sets
-from effjax.data.sets import BUILTIN, BUILTIN_NAMES, NAMES, load, pad_ragged
+from effjax.data.ragged import pad_ragged
+from effjax.data.registry import BUILTIN_NAMES, NAMES
+from effjax.data.sets import BUILTIN, load
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 BUILTIN_ROWS = {
@@ -27,7 +32,7 @@ BUILTIN_ROWS = {
 def _no_folder(monkeypatch):
     monkeypatch.delenv("EFFJAX_DATA", raising=False)
     sets._load_files.cache_clear()
-    sets._hub_splits.cache_clear()
+    sets._load_hub.cache_clear()
 
 
 def write(path: Path, columns: dict, features: dict | None = None) -> Path:
@@ -244,21 +249,23 @@ def test_parquet_with_broken_pages(tmp_path):
 
 def test_wrong_columns(tmp_path):
     refuse(tmp_path, "mnist", {"pixels": [b"\0" * 784], "label": [0]}, r"lacks \['image'\]; expected the columns")
-    refuse(tmp_path, "sms_spam", {"text": [1, 2], "label": [0, 1]}, "column 'text' has type int64; expected text")
-    refuse(tmp_path, "trec", {"text": ["a"], "label": ["x"]}, "column 'label' has type string; expected number")
-    refuse(tmp_path, "ag_news", {"text": ["a"], "label": [0.5]}, "column 'label' has dtype float64; expected integers")
+    refuse(tmp_path, "sms_spam", {"text": [1, 2], "label": [0, 1]}, "column 'text' holds int64; expected text")
+    refuse(tmp_path, "trec", {"text": ["a"], "label": ["x"]}, "column 'label' holds str; expected numbers")
+    refuse(tmp_path, "ag_news", {"text": ["a"], "label": [0.5]}, "column 'label' holds float64; expected integers")
     refuse(tmp_path, "imdb2k", {"text": ["a", None], "label": [0, 1]}, "column 'text' has 1 empty rows of 2")
     refuse(tmp_path, "ptb", {"text": pa.array([], pa.string())}, "holds no rows")
 
 
 def test_wrong_image_size(tmp_path):
-    refuse(tmp_path, "mnist", {"image": [b"\0" * 784, b"\0" * 100], "label": [0, 1]}, "image 1 has 100 bytes")
+    refuse(
+        tmp_path, "mnist", {"image": [b"\0" * 784, b"\0" * 100], "label": [0, 1]}, "column 'image': row 1 has 100 bytes"
+    )
 
 
 def test_images_that_are_none(tmp_path):
     pytest.importorskip("PIL.Image")
     junk = [{"bytes": b"no image", "path": "a.png"}]
-    refuse(tmp_path, "cifar10", {"image": junk, "label": [0]}, "image 0 is not a readable image")
+    refuse(tmp_path, "cifar10", {"image": junk, "label": [0]}, "column 'image': row 0 is not a readable picture")
 
 
 def test_labels_out_of_range(tmp_path):
@@ -283,8 +290,45 @@ def test_labels_beyond_32_bits_do_not_wrap(tmp_path):
 def test_numbers_are_no_pictures(tmp_path):
     (tmp_path / "digits").mkdir()
     pq.write_table(pa.table({"image": [1.5, 2.5], "label": [0, 1]}), tmp_path / "digits/train.parquet")
-    with pytest.raises(ValueError, match=r"column 'image' has type double; expected encoded image or bytes\."):
+    with pytest.raises(ValueError, match=r"column 'image': has shape \[2\]; expected \[n, height, width\]"):
         load("digits", root=tmp_path)
+
+
+def test_a_picture_that_would_lose_something_is_refused(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    image.fromarray(np.full((32, 32, 4), 100, np.uint8)).save(buffer := io.BytesIO(), "png")
+    rows = {"image": [{"bytes": buffer.getvalue(), "path": None}], "label": [0]}
+    refuse(tmp_path, "cifar10", rows, "column 'image': row 0 is transparent in places")
+    image.fromarray(np.full((8, 8, 3), 100, np.uint8)).save(buffer := io.BytesIO(), "png")
+    rows = {"image": [{"bytes": buffer.getvalue(), "path": None}], "label": [0]}
+    refuse(tmp_path, "cifar10", rows, r"column 'image' holds uint8\[1, 8, 8, 3\]; expected uint8\['n', 32, 32, 3\]")
+
+
+def test_registered_sets_load_without_datasets_and_without_a_cache(tmp_path):
+    """Importing the library takes longer than reading every built-in set, and it writes what it reads to a cache."""
+    script = (
+        "import sys; from effjax.data.sets import load; load('sms_spam'); load('fashion_mnist'); load('digits');"
+        "print('datasets' in sys.modules)"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    assert not (tmp_path / "hf").exists()
+
+
+def test_shards_of_other_classes_are_refused(tmp_path):
+    for part, names in enumerate((list("abcdefghij"), list("abcdefghik"))):
+        write(tmp_path / f"mnist/train-0000{part}-of-00002.parquet", grey(2), {"label": {"names": names}})
+    with pytest.raises(ValueError, match="name its classes differently"):
+        load("mnist", root=tmp_path)
+
+
+def test_unreadable_feature_metadata_is_refused(tmp_path):
+    path = tmp_path / "mnist/train.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table(grey(2)).replace_schema_metadata({"huggingface": "{no json"}), path)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: its Hugging Face feature metadata cannot be read"):
+        load("mnist", root=tmp_path)
 
 
 def test_foreign_class_names(tmp_path):
@@ -415,13 +459,38 @@ def test_any_hub_set_by_name(monkeypatch):
     assert data.splits["train"]["n"].dtype == np.float32
 
 
+def test_hub_pictures_are_decoded_and_empty_texts_stay(monkeypatch):
+    def answer(datasets):
+        features = datasets.Features({"photo": datasets.Image(), "caption": datasets.Value("string")})
+        rows = {"photo": [np.full((4, 5, 3), i, np.uint8) for i in range(2)], "caption": ["a", None]}
+        return {"test": datasets.Dataset.from_dict(rows, features)}
+
+    fake_hub(monkeypatch, answer)
+    data = load("hf:someone/photos")
+    assert data.modality == "image"
+    assert data.splits["test"]["photo"].shape == (2, 4, 5, 3)
+    assert data.splits["test"]["photo"][:, 0, 0, 0].tolist() == [0, 1]
+    assert data.splits["test"]["caption"] == ["a", None]
+    data.splits["test"]["caption"].clear()
+    assert load("hf:someone/photos").splits["test"]["caption"] == ["a", None]
+
+
+def test_empty_numbers_of_a_hub_set_are_refused(monkeypatch):
+    fake_hub(monkeypatch, lambda datasets: {"train": datasets.Dataset.from_dict({"n": [1, None, 3]})})
+    with pytest.raises(ValueError, match=r"hf:a/b\[train\]: column 'n' has 1 empty rows of 3"):
+        load("hf:a/b")
+
+
 @pytest.mark.parametrize("name", ["cifar10", "hf:someone/thing"])
 def test_offline_is_said_clearly(name, monkeypatch):
     fake_hub(monkeypatch, ConnectionError("no network\ndetails"))
-    with pytest.raises(FileNotFoundError, match=r"not found|Check the name.*ConnectionError: no network") as caught:
+    with pytest.raises(
+        FileNotFoundError, match=r"did not load: ConnectionError: no network\. Check the name"
+    ) as caught:
         load(name)
     assert isinstance(caught.value.__cause__, ConnectionError)
     assert name.removeprefix("hf:") in str(caught.value)
+    assert ("was not found. Looked in" in str(caught.value)) == (name == "cifar10")
 
 
 def test_a_hub_set_takes_no_root(tmp_path):

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from effjax.core.folders import model_folder
 from effjax.data.tokens import load_tokenizer
-from effjax.models.convert import kernel_path, module_name, read_tensors
+from effjax.models.convert import module_name, read_tensors
 from effjax.models.decoder import generate
 from effjax.models.pretrained import load_pretrained, save_pretrained
 
@@ -71,13 +71,10 @@ def test_layers_unrolled_and_stacked_hold_the_same_weights():
         name = model.module_name(path, layer)
         assert name == "encoder.layer.1.intermediate.dense"
         assert module_name(path, model.rules, layer) == module_name(f"encoder/{path}", model.rules, layer) == name
-        assert kernel_path(name, model.rules) == (path, layer)
         with pytest.raises(ValueError, match="layer="):
             module_name(path, model.rules, None if layer else 1)
         with pytest.raises(ValueError, match="no rule"):
             module_name("layer_1/mlp/side/kernel", model.rules)
-        with pytest.raises(ValueError, match="no rule"):
-            kernel_path("encoder.layer.1.side", model.rules)
 
 
 def test_a_new_classifier_is_drawn_and_said_so(bert, caplog, tmp_path):
