@@ -20,8 +20,8 @@ from effjax.models.sequence import (
     Recurrent,
     RNNCell,
 )
-from effjax.recurrent.dual_ode import DualODE
-from effjax.recurrent.equilibrium import EquilibriumRNN
+from effjax.recurrent.dual import DualODE
+from effjax.recurrent.fixed_point import EquilibriumRNN
 from effjax.recurrent.irnn import IncrementalRNN, IncrementalRNNCell
 from effjax.recurrent.tarnn import TARNN, TARNNCell
 

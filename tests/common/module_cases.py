@@ -17,7 +17,7 @@ from effjax.models.linear_recurrence import LRU
 from effjax.models.mlp import MLP
 from effjax.models.resnet import BasicBlock, ResNet
 from effjax.models.sequence import FastRNNCell, Recurrent
-from effjax.recurrent.equilibrium import EquilibriumRNN
+from effjax.recurrent.fixed_point import EquilibriumRNN
 from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNNCell
 

@@ -14,8 +14,8 @@ import pytest
 
 from effjax.core.errors import NoEffectWarning
 from effjax.core.time_scan import scan_time
-from effjax.recurrent.dual_ode import DualODE, dual_ode
-from effjax.recurrent.equilibrium import EquilibriumRNN, equilibrium, irnn_equilibrium, limit_norm
+from effjax.recurrent.dual import DualODE, dual_ode
+from effjax.recurrent.fixed_point import EquilibriumRNN, equilibrium, irnn_equilibrium, limit_norm
 from effjax.recurrent.irnn import IncrementalRNN, IncrementalRNNCell, irnn, irnn_step
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "irnn"
@@ -308,7 +308,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from effjax.recurrent.equilibrium import EquilibriumRNN
+from effjax.recurrent.fixed_point import EquilibriumRNN
 from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNN
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from effjax.recurrent.drivers import fptt_step
+from effjax.recurrent.through_time import SequenceProblem, fptt_step
 from effjax.recurrent.fptt import fptt
 from effjax.recurrent.ltc_spiking import LeakyReadoutCell, LTCSpikingCell, ltc_spiking_init, ltc_spiking_step
 
@@ -55,10 +55,10 @@ def test_fptt_with_an_update_at_every_step_learns():
         return part.progress * optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     tx = fptt(optax.chain(optax.clip_by_global_norm(1.0), optax.adamax(3e-2)))
-    train = jax.jit(fptt_step(network_cell, loss, tx, part_length=1, terminal=True))
+    train = jax.jit(fptt_step(SequenceProblem(network_cell, loss, terminal=True), tx, part_length=1))
     state, losses = tx.init(params), []
     for _ in range(25):
-        params, state, _, metrics = train(params, state, carry, xs, labels)
+        state, params, _, metrics = train(state, params, carry, xs, labels)
         losses.append(float(metrics.loss[-1]))
     assert losses[-1] < 0.5 * losses[0]
 
