@@ -15,8 +15,8 @@ from effjax.data.sequences import SequenceData, is_text
 from effjax.models.sequence import torch_lstm_init
 from effjax.recipes.recurrent import MODALITY, load_sequences
 from effjax.recipes.spec import Arm, Claim, Group, StudyConfig, Sweep, chosen
-from effjax.recurrent.through_time import Train, bptt_step, fptt_step, tbptt_step
 from effjax.recurrent.fptt import fptt, fptt_epoch_end, fptt_eval_params
+from effjax.recurrent.through_time import Train, bptt_step, fptt_step, tbptt_step
 from effjax.tasks.sequence import sequence_metric
 from effjax.tasks.sequence_layers import LAYERS, sequence_cell
 from effjax.tasks.sequence_networks import cell_task

@@ -22,10 +22,10 @@ from effjax.models.sequence import LSTMCell
 from effjax.models.sequence_network import SequenceNetwork, step_network
 from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
 from effjax.optim.scale_by_batch_size import scale_by_batch_size
-from effjax.recurrent.through_time import SequenceProblem, fptt_step
 from effjax.recurrent.fptt import fptt, fptt_terminal_loss
 from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNN
+from effjax.recurrent.through_time import SequenceProblem, fptt_step
 from effjax.study.resolve import resolve
 from effjax.tasks.image import image_task
 from effjax.tasks.sequence import sequence_task

@@ -13,7 +13,6 @@ import optax
 import pytest
 
 from effjax.core.errors import NoEffectWarning
-from effjax.recurrent.through_time import SequencePart, SequenceProblem, bptt_step, fptt_online, fptt_step, tbptt_step
 from effjax.recurrent.fptt import (
     FpttState,
     fptt,
@@ -26,6 +25,7 @@ from effjax.recurrent.fptt import (
     qbar_sums,
 )
 from effjax.recurrent.ltc_spiking import leaky_readout_step, ltc_spiking_step, surrogate_spike
+from effjax.recurrent.through_time import SequencePart, SequenceProblem, bptt_step, fptt_online, fptt_step, tbptt_step
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "fptt"
 

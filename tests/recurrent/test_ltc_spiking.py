@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from effjax.recurrent.through_time import SequenceProblem, fptt_step
 from effjax.recurrent.fptt import fptt
 from effjax.recurrent.ltc_spiking import LeakyReadoutCell, LTCSpikingCell, ltc_spiking_init, ltc_spiking_step
+from effjax.recurrent.through_time import SequenceProblem, fptt_step
 
 B, T, D, H, C = 6, 12, 3, 16, 2
 NEURONS, READOUT = LTCSpikingCell(H), LeakyReadoutCell(C)
