@@ -24,7 +24,7 @@ from effjax.recurrent.fptt import (
     qbar_means,
     qbar_sums,
 )
-from effjax.recurrent.ltc_spiking import leaky_readout_step, ltc_spiking_step, surrogate_spike
+from effjax.recurrent.ltc_spiking import LeakyReadoutCell, LTCSpikingCell, surrogate_spike
 from effjax.recurrent.through_time import SequencePart, SequenceProblem, bptt_step, fptt_online, fptt_step, tbptt_step
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "fptt"
@@ -251,8 +251,10 @@ def spiking_params(tree):
 
 
 def spiking_cell(params, carry, x):
-    neurons, spikes = ltc_spiking_step(params["neurons"], carry[:3], x)
-    o, _ = leaky_readout_step(params["readout"], carry[3], spikes)
+    layer = LTCSpikingCell(len(params["neurons"]["b"]))
+    readout = LeakyReadoutCell(len(params["readout"]["b"]))
+    neurons, spikes = layer.advance(params["neurons"], carry[:3], layer.project(params["neurons"], x))
+    o, _ = readout.advance(params["readout"], carry[3], readout.project(params["readout"], spikes))
     return (*neurons, o), o
 
 
