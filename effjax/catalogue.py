@@ -95,7 +95,12 @@ METHODS: dict[str, Method] = {
         Method(
             stem="irnn",
             summary="incremental RNN: the state is the increment of an ODE run at every input",
-            modules=("effjax.recurrent.irnn", "effjax.recurrent.equilibrium", "effjax.recurrent.dual_ode"),
+            modules=(
+                "effjax.recurrent.irnn",
+                "effjax.recurrent.fixed_point",
+                "effjax.recurrent.dual",
+                "effjax.recurrent.cells",
+            ),
             kind="Flax cell and pure functions",
             paper="Kag, Zhang, Saligrama 2020, ICLR (OpenReview HylpqA4FwS)",
         ),
@@ -109,7 +114,7 @@ METHODS: dict[str, Method] = {
         Method(
             stem="fptt",
             summary="forward propagation through time: updates in every part of a sequence",
-            modules=("effjax.recurrent.fptt", "effjax.recurrent.drivers", "effjax.recurrent.ltc_spiking"),
+            modules=("effjax.recurrent.fptt", "effjax.recurrent.through_time", "effjax.recurrent.ltc_spiking"),
             kind="Optax transformation and training steps",
             paper="Kag, Saligrama 2021, ICML (PMLR 139:5189-5200)",
         ),

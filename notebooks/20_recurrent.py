@@ -149,7 +149,7 @@ plt.show()
 
 # %% [markdown]
 # ## 2. FPTT beside backpropagation through time
-# `fptt_step`, `bptt_step` and `tbptt_step` have one signature: a cell, a loss, an optimizer. FPTT cuts a sequence into
+# `fptt_step`, `bptt_step` and `tbptt_step` take one problem, a cell and a loss, and an optimizer. FPTT cuts a sequence into
 # parts and updates in each. Only the state goes on to the next part, so that nothing is stored beyond one. The task is
 # the adding problem: 200 random numbers, two of them marked, and their sum is asked for at the end.
 
@@ -174,13 +174,13 @@ def loss(params, last, target, part):
     return part.progress * jnp.mean(error**2)  # early parts have seen little: their errors count less
 
 
-shared = {
-    "cell": cell.advance,  # one time step but for the products with the inputs,
-    "encode": cell.project,  # which are computed for all steps of a part at once
-    "loss": loss,
-    "terminal": True,  # one target a sequence
-    "time_axis": 1,
-}
+problem = effjax.SequenceProblem(
+    cell.advance,  # one time step but for the products with the inputs,
+    loss,
+    encode=cell.project,  # which are computed for all steps of a part at once
+    terminal=True,  # one target per sequence
+    time_axis=1,
+)
 base = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(5e-3))
 tethered = effjax.fptt(base, alpha=0.02)
 
@@ -192,10 +192,10 @@ tethered = effjax.fptt(base, alpha=0.02)
 
 # %%
 def temporary_bytes(make, tx, steps, **settings):
-    train = make(tx=tx, **settings, **shared)
+    train = make(problem, tx, **settings)
     params = jax.eval_shape(init, jax.random.key(0))
     xs, target = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((ROWS, steps, add.features), (ROWS,)))
-    compiled = jax.jit(train).lower(params, jax.eval_shape(tx.init, params), carry, xs, target).compile()
+    compiled = jax.jit(train).lower(jax.eval_shape(tx.init, params), params, carry, xs, target).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -240,14 +240,14 @@ arms = few(
 
 def errors(make, tx, settings, seed=0):
     """Squared error at the end of the sequences, at every update."""
-    train = jax.jit(make(tx=tx, **settings, **shared), donate_argnums=(0, 1))
+    train = jax.jit(make(problem, tx, **settings), donate_argnums=(0, 1))
     params = init(jax.random.key(seed))
     state = tx.init(params)
     rng = np.random.default_rng(seed)
     found = []
     for i in range(UPDATES):
         batch = add.draw({name: column[:ROWS] for name, column in add.train.items()}, i, rng)
-        params, state, _, metrics = train(params, state, carry, batch["inputs"], batch["targets"])
+        state, params, _, metrics = train(state, params, carry, batch["inputs"], batch["targets"])
         found.append(metrics.loss[-1])
     return np.array(found)
 
@@ -321,19 +321,13 @@ def next_character(params, states, targets, part):
 
 
 def learner(tx):
-    return jax.jit(
-        effjax.recurrent.fptt_online(
-            cell=reader.advance,
-            encode=lambda params, ids: reader.project(params, params["embedding"][ids]),
-            loss=next_character,
-            tx=tx,
-            time_axis=1,
-        )
-    )
+    encode = lambda params, ids: reader.project(params, params["embedding"][ids])
+    problem = effjax.SequenceProblem(reader.advance, next_character, encode=encode, time_axis=1)
+    return jax.jit(effjax.fptt_online(problem, tx))
 
 
 def read(learn, state, parts):
-    """Loss on every part before it is learned from, and (params, opt_state, carry) at the end."""
+    """Loss on every part before it is learned from, and (optimizer state, params, carry) at the end."""
     found = []
     for inputs, targets in parts:
         *state, metrics = learn(*state, inputs, targets)
@@ -344,12 +338,12 @@ def read(learn, state, parts):
 adam = optax.adam(2e-3)
 adapt, keep = learner(adam), learner(optax.set_to_zero())
 blank = jnp.zeros((READERS, 128))
-fresh = lambda seed, tx: [start(seed), tx.init(start(seed)), blank]
+fresh = lambda seed, tx: [tx.init(start(seed)), start(seed), blank]
 
 before, half_way = read(adapt, fresh(0, adam), stream[:CHANGE])
 after = {
     "goes on learning": read(adapt, half_way, stream[CHANGE:])[0],
-    "frozen at the change": read(keep, [half_way[0], optax.EmptyState(), half_way[2]], stream[CHANGE:])[0],
+    "frozen at the change": read(keep, [optax.EmptyState(), *half_way[1:]], stream[CHANGE:])[0],
     "begins at the change": read(adapt, fresh(1, adam), stream[CHANGE:])[0],
 }
 regularised = effjax.fptt(adam, alpha=0.02)
@@ -453,20 +447,17 @@ class Adder(nnx.Module):
 
 graph, weights, rest = nnx.split(Adder(nnx.Rngs(0)), nnx.Param, ...)
 model_of = lambda weights: nnx.merge(graph, weights, rest)
-train = jax.jit(
-    effjax.recurrent.fptt_step(
-        cell=lambda weights, carry, x: model_of(weights).cell(carry, x),
-        loss=lambda weights, last, y, part: part.progress * ((model_of(weights).head(last)[:, 0] - y) ** 2).mean(),
-        tx=tethered,
-        parts=10,
-        terminal=True,
-        time_axis=1,
-    )
+problem = effjax.SequenceProblem(
+    cell=lambda weights, carry, x: model_of(weights).cell(carry, x),
+    loss=lambda weights, last, y, part: part.progress * ((model_of(weights).head(last)[:, 0] - y) ** 2).mean(),
+    terminal=True,
+    time_axis=1,
 )
+train = jax.jit(effjax.fptt_step(problem, tethered, parts=10))
 state = tethered.init(weights)
 for i in range(5):
     batch = add.draw({name: column[:ROWS] for name, column in add.train.items()}, i, np.random.default_rng(i))
-    weights, state, _, metrics = train(weights, state, jnp.zeros((ROWS, 32)), batch["inputs"], batch["targets"])
+    state, weights, _, metrics = train(state, weights, jnp.zeros((ROWS, 32)), batch["inputs"], batch["targets"])
 print(f"losses of the {len(metrics.loss)} parts:", *(f"{value:.3f}" for value in metrics.loss))
 
 # %% [markdown]

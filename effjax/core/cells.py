@@ -8,22 +8,30 @@ import jax
 
 PyTree = Any
 Params = Mapping[str, jax.Array]
+Table = Mapping[str, tuple[nn.initializers.Initializer, tuple[int, ...]]]
+"""Parameters by name: how each starts, and its shape."""
 
 
 class Cell(nn.RNNCellBase):
     """A recurrent cell in three parts: weights, products with the inputs, and what is left to do in the loop.
 
     It runs in ``nn.RNN`` like any cell. A loop that calls ``project`` once for all time steps and ``advance`` in each
-    gives the same states in less time. A cell defines ``weights``, ``project``, ``advance`` and ``initialize_carry``,
-    and has a field ``features``.
+    gives the same states in less time. A cell defines ``table`` (or ``weights``), ``project``, ``advance`` and
+    ``initialize_carry``, and has a field ``features``.
     """
 
     def __call__(self, carry: PyTree, x: jax.Array) -> tuple[PyTree, jax.Array]:
         params = self.weights(x.shape[-1])
         return self.advance(params, carry, self.project(params, x))
 
+    @nn.compact
     def weights(self, inputs: int) -> Params:
         """The parameters, for inputs of that width."""
+        return {name: self.param(name, init, shape) for name, (init, shape) in self.table(inputs).items()}
+
+    @nn.nowrap
+    def table(self, inputs: int) -> Table:
+        """The initializer and the shape of every parameter, in the order in which they are drawn."""
         raise NotImplementedError
 
     @nn.nowrap

@@ -1,7 +1,5 @@
 from .bucket_sampler import BucketSampler as BucketSampler
-from .bucket_sampler import official_cap as official_cap
 from .bucket_sampler import plan_epoch as plan_epoch
-from .bucket_sampler import plan_epoch_official as plan_epoch_official
 from .files import read_data as read_data
 from .graphs import GraphData as GraphData
 from .graphs import graph_data as graph_data

@@ -15,10 +15,6 @@ from .pretrained import load_pretrained as load_pretrained
 from .pretrained import save_pretrained as save_pretrained
 from .resnet import ResNet as ResNet
 from .resnet import pretrained_resnet as pretrained_resnet
-from .sequence import AntisymmetricRNNCell as AntisymmetricRNNCell
-from .sequence import CoRNNCell as CoRNNCell
-from .sequence import FastGRNNCell as FastGRNNCell
-from .sequence import FastRNNCell as FastRNNCell
 from .sequence import GRUCell as GRUCell
 from .sequence import LSTMCell as LSTMCell
 from .sequence import RNNCell as RNNCell

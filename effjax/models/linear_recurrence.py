@@ -14,7 +14,7 @@ from effjax.core.errors import check_number
 from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
-from effjax.models.sequence import Hidden, Projected, check_carry, chrono_bias, project_inputs
+from effjax.models.sequence import Hidden, PlainCell, Projected, check_carry, chrono_bias, project_inputs
 
 __all__ = ["LRU", "LRUCell", "MinGRU", "MinGRUCell", "linear_scan"]
 
@@ -66,29 +66,6 @@ def _associative(a: jax.Array, u: jax.Array) -> jax.Array:
     return jax.lax.associative_scan(lambda one, two: (one[0] * two[0], two[0] * one[1] + two[1]), (a, u))[1]
 
 
-def min_gru_step(params: Params, h: Hidden, projected: Projected) -> tuple[jax.Array, jax.Array]:
-    r"""One step of minGRU: :math:`h' = (1 - z) \odot h + z \odot c` with :math:`z = \sigma(x W_z + b_z)`, linear in h.
-
-    Args:
-      params: ``W`` ``[features, 2 * hidden]`` and ``b`` ``[2 * hidden]``, the gate's half before the candidate's.
-      h: state.
-      projected: a time step of ``project_inputs``, :math:`(x W_z + b_z,\; c)`.
-
-    Returns:
-      h', twice.
-
-    Raises:
-      ValueError: a state of another shape.
-
-    Reference: Feng et al., "Were RNNs All We Needed?", 2024 (arXiv 2410.01201).
-    """
-    h = check_carry(h, projected.shape[:-1], params["W"].shape[1] // 2)
-    z, candidate = jnp.split(projected, 2, -1)
-    z = nn.sigmoid(z)
-    h = (1 - z) * h + z * candidate
-    return h, h
-
-
 def min_gru(
     params: Params,
     xs: Float[Array, "time *batch inputs"],
@@ -96,10 +73,12 @@ def min_gru(
     *,
     dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """minGRU over a sequence by ``linear_scan``; the parameters are those of ``min_gru_step``.
+    r"""minGRU over a sequence by ``linear_scan``.
+
+    .. math:: z = \sigma(x_t W_z + b_z), \qquad h_t = (1 - z) \odot h_{t-1} + z \odot (x_t W_c + b_c)
 
     Args:
-      params: as in ``min_gru_step``.
+      params: ``W`` ``[features, 2 * hidden]`` and ``b`` ``[2 * hidden]``, the gate's half before the candidate's.
       xs: inputs.
       h0: first state, zeros by default.
       dtype: of the matrix products' operands.
@@ -115,6 +94,8 @@ def min_gru(
       >>> last, states = min_gru(params, jnp.ones((6, 2, 3)))
       >>> states.shape
       (6, 2, 4)
+
+    Reference: Feng et al., "Were RNNs All We Needed?", 2024 (arXiv 2410.01201).
     """
     z, candidate = jnp.split(project_inputs(params, xs, dtype=dtype), 2, -1)
     if h0 is not None:
@@ -237,7 +218,7 @@ class _MinGRU(nn.Module):
         return jnp.concatenate([gate, zeros])
 
 
-class MinGRUCell(_MinGRU, Cell):
+class MinGRUCell(_MinGRU, PlainCell):
     """minGRU cell for streams; on whole sequences ``MinGRU``, of the same parameters, is faster.
 
     Args:
@@ -253,21 +234,15 @@ class MinGRUCell(_MinGRU, Cell):
     """
 
     @nn.nowrap
-    def project(self, params: Params, xs: jax.Array) -> PyTree:
-        return project_inputs(params, xs, dtype=self.dtype)
-
-    @nn.nowrap
-    def advance(self, params: Params, carry: PyTree, projected: PyTree) -> tuple[PyTree, jax.Array]:
-        return min_gru_step(params, carry, projected)
-
-    @nn.nowrap
-    def initialize_carry(self, rng: jax.Array, input_shape: tuple[int, ...]) -> jax.Array:
-        del rng
-        return jnp.zeros((*input_shape[:-1], self.features))
+    def step(self, params: Params, carry: jax.Array, projected: Projected) -> tuple[jax.Array, jax.Array]:
+        z, candidate = jnp.split(projected, 2, -1)
+        z = nn.sigmoid(z)
+        h = (1 - z) * carry + z * candidate
+        return h, h
 
 
 class MinGRU(_MinGRU):
-    """minGRU over whole sequences by ``linear_scan``; the equations and the source are those of ``min_gru_step``.
+    """minGRU over whole sequences by ``linear_scan``; the equations and the source are those of ``min_gru``.
 
     Args:
       features: width of the state.

@@ -15,8 +15,8 @@ from effjax.data.sequences import SequenceData, is_text
 from effjax.models.sequence import torch_lstm_init
 from effjax.recipes.recurrent import MODALITY, load_sequences
 from effjax.recipes.spec import Arm, Claim, Group, StudyConfig, Sweep, chosen
-from effjax.recurrent.drivers import Train, bptt_step, fptt_step, tbptt_step
 from effjax.recurrent.fptt import fptt, fptt_epoch_end, fptt_eval_params
+from effjax.recurrent.through_time import Train, bptt_step, fptt_step, tbptt_step
 from effjax.tasks.sequence import sequence_metric
 from effjax.tasks.sequence_layers import LAYERS, sequence_cell
 from effjax.tasks.sequence_networks import cell_task
@@ -121,8 +121,8 @@ def groups(config: FpttStudy) -> list[Group]:
 
 
 def _arms(config: FpttStudy, task: str, cell: str, width: int) -> Iterator[Arm]:
-    def arm(name: str, role: str, label: str, driver: Callable[..., Train] = bptt_step, **settings: Any) -> Arm:
-        return Arm(name, role, functools.partial(_program, config, width, driver, **settings), label)
+    def arm(name: str, role: str, label: str, make: Callable[..., Train] = bptt_step, **settings: Any) -> Arm:
+        return Arm(name, role, functools.partial(_program, config, width, make, **settings), label)
 
     cut = f"{config.parts} parts" if config.part_length is None else f"parts of {config.part_length}"
     least, last = min(config.alphas), config.alphas[-1]
@@ -138,7 +138,7 @@ def _arms(config: FpttStudy, task: str, cell: str, width: int) -> Iterator[Arm]:
         yield arm("bptt-small", "alternative", "BPTT, as many updates by smaller batches", small=True)
     yield arm("tbptt", "alternative", f"truncated BPTT, {cut}, one update", tbptt_step, split="parts")
     yield arm("chunked", "control", f"an update per part, {cut}", fptt_step, split="parts")
-    method = functools.partial(arm, role="method", driver=fptt_step, split="parts")
+    method = functools.partial(arm, role="method", make=fptt_step, split="parts")
     for alpha in dict.fromkeys(config.alphas):
         yield method(f"fptt-{alpha:g}", label=f"FPTT, {cut}, alpha {alpha:g}", alpha=alpha)
     # Where costs are compared, under one name whatever alpha is.
@@ -226,7 +226,7 @@ def _task(config: FpttStudy, data: SequenceData, kind: str, width: int) -> Task:
 def _program(
     config: FpttStudy,
     width: int,
-    driver: Callable[..., Train],
+    make: Callable[..., Train],
     task: Task,
     *,
     split: Literal["whole", "parts", "root"] = "whole",
@@ -241,7 +241,7 @@ def _program(
     Args:
       config: of the study.
       width: of the cell's state.
-      driver: of ``effjax.recurrent.drivers``.
+      make: ``fptt_step``, ``bptt_step`` or ``tbptt_step``.
       task: of the group.
       split: how a sequence is cut: not at all, as the config says, or in the root of its length, with remat.
       alpha: strength of the regulariser; None without it.
@@ -257,7 +257,7 @@ def _program(
     size = max(1, config.batch_size // parts) if small else config.batch_size
     epoch = len(data.train["targets"]) // config.batch_size
     steps = config.budget.steps(config.batch_size, lambda _: epoch) * config.batch_size // size
-    tx = _optimizer(config, learning_rate or config.learning_rate, steps * parts if driver is fptt_step else steps)
+    tx = _optimizer(config, learning_rate or config.learning_rate, steps * parts if make is fptt_step else steps)
     cuts = {
         "whole": {},
         "parts": {"parts": config.parts, "part_length": config.part_length},
@@ -265,7 +265,7 @@ def _program(
     }
     return through_time(
         task,
-        driver,
+        functools.partial(make, **cuts[split]),
         tx if alpha is None else fptt(tx, alpha, lmbda=config.lmbda),
         steps=steps,
         batch_size=size,
@@ -274,7 +274,6 @@ def _program(
         options=config.train,
         eval_params=None if alpha is None else fptt_eval_params,
         epoch_end=fptt_epoch_end if epochs else None,
-        **cuts[split],
     )
 
 

@@ -16,7 +16,10 @@ from jaxtyping import Array, Float
 
 from effjax.core.errors import check_number
 from effjax.core.products import dot
+from effjax.core.time_scan import fastest_unroll, scan_time
 from effjax.core.tree import wide
+
+__all__ = ["fastest_unroll", "scan_time"]
 
 Params = Mapping[str, jax.Array]
 Activation = Callable[[jax.Array], jax.Array]

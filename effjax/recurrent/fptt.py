@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import wide
-from effjax.recurrent.drivers import SequencePart
+from effjax.recurrent.through_time import SequencePart
 
 __all__ = [
     "fptt",
@@ -69,7 +69,7 @@ def fptt(
     the parameters in float32 too, as the steps that they average over vanish in bfloat16::
 
         tx = fptt(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)), alpha=0.02)
-        step = fptt_step(cell, loss, tx, parts=10)
+        train = fptt_step(problem, tx, parts=10)
 
     A schedule in ``base`` counts updates, so K a sequence; a constant rate may stall above what BPTT ends at. Evaluate
     with ``fptt_eval_params``.
@@ -163,19 +163,19 @@ def fptt_eval_params(state: PyTree, params: PyTree) -> PyTree:
     )
 
 
-def fptt_epoch_end(params: PyTree, state: PyTree, *, reset_lam: bool = True) -> tuple[PyTree, PyTree]:
+def fptt_epoch_end(state: PyTree, params: PyTree, *, reset_lam: bool = True) -> tuple[PyTree, PyTree]:
     r"""End of an epoch: :math:`W \leftarrow \bar W`, then :math:`\lambda \leftarrow 0`.
 
     The base optimizer's moments go on, as in the authors' programs. Use it also where the loss changes (a curriculum,
     another task), since :math:`\lambda` is the old one's gradient.
 
     Args:
-      params: the parameters.
       state: optimizer state that holds one ``FpttState``, possibly nested in another.
+      params: the parameters.
       reset_lam: False keeps :math:`\lambda`, as the authors do in two of their three language models.
 
     Returns:
-      The parameters and the state of the next epoch.
+      The state and the parameters of the next epoch.
 
     Raises:
       ValueError: ``state`` holds no ``FpttState``, or several.
@@ -184,7 +184,7 @@ def fptt_epoch_end(params: PyTree, state: PyTree, *, reset_lam: bool = True) -> 
       >>> tx = fptt(optax.sgd(0.1), alpha=0.5)
       >>> w = jnp.zeros(2)
       >>> updates, state = tx.update(jnp.ones(2), tx.init(w), w)
-      >>> w, state = fptt_epoch_end(optax.apply_updates(w, updates), state)
+      >>> state, w = fptt_epoch_end(state, optax.apply_updates(w, updates))
       >>> state.lam.tolist()
       [0.0, 0.0]
     """
@@ -195,7 +195,7 @@ def fptt_epoch_end(params: PyTree, state: PyTree, *, reset_lam: bool = True) -> 
             state,
             is_leaf=_ours,
         )
-    return params, state
+    return state, params
 
 
 def fptt_terminal_loss(

@@ -33,7 +33,9 @@ from effjax.recurrent.cells import (
     steps_over_time,
 )
 
-__all__ = ["IncrementalRNN", "IncrementalRNNCell", "irnn", "irnn_project", "irnn_step"]
+__all__ = ["IncrementalRNN", "IncrementalRNNCell", "irnn"]
+
+_STARTS = ("prev", "zero")
 
 
 def irnn(
@@ -93,52 +95,26 @@ def irnn(
     """
     check_choice("start", start, _STARTS)
     check_finite("xs", xs)
-    pre, eta = irnn_project(params, xs, dtype=dtype)
-    step = functools.partial(irnn_step, start=start, activation=activation, dtype=dtype)
+    pre, eta = _project(params, xs, dtype), steps_over_time(params["eta"], len(xs))
+    step = functools.partial(_step, start=start, activation=activation, dtype=dtype)
     return scan_time(step, params, first_hidden(h0, pre), (pre, eta), chunk=chunk, unroll=unroll)
 
 
-_STARTS = ("prev", "zero")
+def _project(params: Params, xs: Sequence, dtype: DTypeLike | None) -> jax.Array:
+    return dot(xs, params["W"], dtype) + wide(params["b"])
 
 
-def irnn_project(params: Params, xs: Sequence, *, dtype: DTypeLike | None = None) -> tuple[jax.Array, jax.Array]:
-    """What ``irnn_step`` takes at every time step: ``xs @ W + b`` ``[time, *batch, hidden]`` and eta ``[time, K]``."""
-    return dot(xs, params["W"], dtype) + wide(params["b"]), steps_over_time(params["eta"], len(xs))
-
-
-def irnn_step(
+def _step(
     params: Params,
     h: Hidden,
     projected: tuple[jax.Array, jax.Array],
     *,
-    start: str = "prev",
-    activation: Activation = nn.relu,
-    dtype: DTypeLike | None = None,
+    start: str,
+    activation: Activation,
+    dtype: DTypeLike | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One time step of ``irnn``.
-
-    Args:
-      params: as in ``irnn``.
-      h: state.
-      projected: one time step of ``irnn_project``: ``[*batch, hidden]``, and step sizes ``[K]`` or ``[K, *batch, 1]``.
-      start: as in ``irnn``.
-      activation: as in ``irnn``.
-      dtype: as in ``irnn``.
-
-    Returns:
-      The new state, twice.
-
-    Raises:
-      ValueError: ``h`` has another shape than the projected input.
-
-    Example:
-      >>> params = {"U": jnp.eye(2), "alpha": 1.0}
-      >>> h, _ = irnn_step(params, jnp.ones((1, 2)), (jnp.zeros((1, 2)), jnp.zeros(3)))
-      >>> h.tolist()  # steps of size 0 keep the state
-      [[1.0, 1.0]]
-    """
+    """One time step, from the projected input ``[*batch, hidden]`` and step sizes ``[K]`` or ``[K, *batch, 1]``."""
     pre, eta = projected
-    check_hidden("h", h, pre.shape)
     h, alpha = wide(h), wide(params["alpha"])
 
     def euler(z: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
@@ -212,7 +188,7 @@ class IncrementalRNNCell(_Incremental, Cell):
 
     @nn.nowrap
     def project(self, params: Params, xs: jax.Array) -> jax.Array:
-        return dot(xs, params["W"], self.dtype) + wide(params["b"])
+        return _project(params, xs, self.dtype)
 
     @nn.nowrap
     def advance(
@@ -221,7 +197,7 @@ class IncrementalRNNCell(_Incremental, Cell):
         h, time = carry
         check_hidden("carry[0]", h, projected.shape)
         projected = projected, steps_at(params["eta"], time)
-        h, y = irnn_step(params, h, projected, start=self.start, activation=self.activation, dtype=self.dtype)
+        h, y = _step(params, h, projected, start=self.start, activation=self.activation, dtype=self.dtype)
         return (h, time + 1), y
 
     @nn.nowrap

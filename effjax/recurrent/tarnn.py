@@ -35,19 +35,7 @@ from effjax.recurrent.cells import (
     steps_over_time,
 )
 
-__all__ = [
-    "TARNN",
-    "TARNNCell",
-    "b_tarnn_lstm",
-    "b_tarnn_lstm_project",
-    "b_tarnn_lstm_step",
-    "old_b_tarnn",
-    "old_b_tarnn_project",
-    "old_b_tarnn_step",
-    "tarnn",
-    "tarnn_project",
-    "tarnn_step",
-]
+__all__ = ["TARNN", "TARNNCell", "tarnn"]
 
 _VARIANTS = ("euler", "convex")
 _FIRST = ("repeat", "zero")
@@ -125,24 +113,12 @@ def tarnn(
     """
     check_choice("variant", variant, _VARIANTS)
     check_finite("xs", xs)
-    projected = tarnn_project(params, xs, first_prev=first_prev, dtype=dtype)
-    h0 = first_hidden(h0, projected["gate"])
-    step = functools.partial(_step, variant=variant, K=K, activation=activation, dtype=dtype)
-    return scan_time(step, _fuse(params), h0, projected, chunk=chunk, unroll=unroll)
-
-
-def tarnn_project(
-    params: Params,
-    xs: Sequence,
-    *,
-    first_prev: str | Float[Array, "*batch inputs"] = "repeat",
-    dtype: DTypeLike | None = None,
-) -> dict[str, jax.Array]:
-    """What ``tarnn_step`` takes at every time step: the products with the inputs, and eta ``[time, K]`` if given."""
     projected = _add_products_before(params, _products_now(params, xs, dtype), _before(xs, first_prev), dtype)
     if "eta" in params:
         projected["eta"] = steps_over_time(params["eta"], len(xs))
-    return projected
+    h0 = first_hidden(h0, projected["gate"])
+    step = functools.partial(_step, variant=variant, K=K, activation=activation, dtype=dtype)
+    return scan_time(step, _fuse(params), h0, projected, chunk=chunk, unroll=unroll)
 
 
 def _before(xs: jax.Array, first: str | jax.Array) -> jax.Array:
@@ -173,34 +149,6 @@ def _add_products_before(
     return {**now, **then, "pre": now["pre"] + then["pre"]}
 
 
-def tarnn_step(
-    params: Params,
-    h: Hidden,
-    projected: Mapping[str, jax.Array],
-    *,
-    variant: str = "convex",
-    K: int = 1,
-    activation: Activation = nn.relu,
-    dtype: DTypeLike | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """One time step of ``tarnn``: the new state, twice.
-
-    Args:
-      params: as in ``tarnn``.
-      h: state.
-      projected: one time step of ``tarnn_project``.
-      variant: as in ``tarnn``.
-      K: as in ``tarnn``.
-      activation: as in ``tarnn``.
-      dtype: as in ``tarnn``.
-
-    Raises:
-      ValueError: ``h`` has another shape than the projected input, or as ``tarnn``.
-    """
-    check_choice("variant", variant, _VARIANTS)
-    return _step(_fuse(params), h, projected, variant=variant, K=K, activation=activation, dtype=dtype)
-
-
 def _fuse(params: Params) -> tuple[jax.Array, jax.Array]:
     """All that multiplies the old state, and U1, which multiplies it in the first inner step."""
     names = ("Ug", "U2", "B2", "U1") + (() if "eta" in params else ("Ue",))
@@ -217,7 +165,6 @@ def _step(
     activation: Activation,
     dtype: DTypeLike | None,
 ) -> tuple[jax.Array, jax.Array]:
-    check_hidden("h", h, projected["gate"].shape)
     h = wide(h)
     recurrent, U1 = kernels
     gate, state, drive, inner, *step = jnp.split(dot(h, recurrent, dtype), recurrent.shape[-1] // U1.shape[-1], -1)
@@ -235,170 +182,6 @@ def _step(
     if variant == "convex":
         z = (1 - gate) * h + gate * z
     return z, z
-
-
-def b_tarnn_lstm(
-    params: Params,
-    xs: Sequence,
-    carry: tuple[Hidden, Hidden] | None = None,
-    *,
-    first_prev: str | Float[Array, "*batch inputs"] = "repeat",
-    chunk: int | None = None,
-    unroll: int = 1,
-    dtype: DTypeLike | None = None,
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    r"""The authors' language-model cell: an LSTM's gates around an increment of the joint state H = (h, c).
-
-    .. math::
-        (i, f, g, o) &= x_t W + x_{t-1} W_p + H U + b \\
-        H' &= \sigma(f) \odot H + \sigma(i) \odot \left( \tanh(g) + x_t B_x + H B_h \right) \\
-        H &\leftarrow \sigma(o) \odot \tanh(H')
-
-    Args:
-      params: ``W``, ``Wp`` ``[features, 8 * hidden]``, ``U`` ``[2 * hidden, 8 * hidden]``, ``b`` ``[8 * hidden]``,
-        ``Bx`` ``[features, 2 * hidden]``, ``Bh`` ``[2 * hidden, 2 * hidden]``.
-      xs: inputs.
-      carry: first h and c, ``[*batch, hidden]`` each, zeros by default.
-      first_prev: as in ``tarnn``.
-      chunk: as in ``scan_time``.
-      unroll: as in ``scan_time``.
-      dtype: of the matrix products' operands.
-
-    Returns:
-      The last (h, c), and h at all times, ``[time, *batch, hidden]``.
-
-    Raises:
-      ValueError: as ``tarnn``.
-
-    Example:
-      >>> sizes = {"W": (3, 32), "Wp": (3, 32), "U": (8, 32), "b": (32,), "Bx": (3, 8), "Bh": (8, 8)}
-      >>> params = {name: jnp.zeros(size) for name, size in sizes.items()}
-      >>> (h, c), outputs = b_tarnn_lstm(params, jnp.ones((6, 2, 3)))
-      >>> h.shape, outputs.shape
-      ((2, 4), (6, 2, 4))
-
-    Reference: class ``B_TARNN_LSTM`` of the authors' code (anilkagak2/TARNN, ``pytorch/tarnn.py``), whose two biases
-    are one here. Its cell is twice as wide as its output.
-    """
-    check_finite("xs", xs)
-    projected = b_tarnn_lstm_project(params, xs, first_prev=first_prev, dtype=dtype)
-    half = jnp.split(projected["drive"], 2, -1)
-    h0, c0 = (None, None) if carry is None else carry
-    carry = first_hidden(h0, half[0], "carry[0]"), first_hidden(c0, half[1], "carry[1]")
-    step = functools.partial(b_tarnn_lstm_step, dtype=dtype)
-    return scan_time(step, params, carry, projected, chunk=chunk, unroll=unroll)
-
-
-def b_tarnn_lstm_project(
-    params: Params,
-    xs: Sequence,
-    *,
-    first_prev: str | Float[Array, "*batch inputs"] = "repeat",
-    dtype: DTypeLike | None = None,
-) -> dict[str, jax.Array]:
-    """What ``b_tarnn_lstm_step`` takes at every time step: the products with the inputs."""
-    now = fused_dot(xs, {"gates": (params["W"], params["b"]), "drive": (params["Bx"], None)}, dtype)
-    return now | {"gates": now["gates"] + dot(_before(xs, first_prev), params["Wp"], dtype)}
-
-
-def b_tarnn_lstm_step(
-    params: Params,
-    carry: tuple[Hidden, Hidden],
-    projected: Mapping[str, jax.Array],
-    *,
-    dtype: DTypeLike | None = None,
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """One time step of ``b_tarnn_lstm``: (h, c) and a time step of ``b_tarnn_lstm_project`` to (h, c), and h."""
-    drive = projected["drive"]
-    for index, part in enumerate(carry):
-        check_hidden(f"carry[{index}]", part, (*drive.shape[:-1], drive.shape[-1] // 2))
-    state = wide(jnp.concatenate(carry, -1))
-    i, f, g, o = jnp.split(dot(state, params["U"], dtype) + projected["gates"], 4, -1)
-    increment = jnp.tanh(g) + drive + dot(state, params["Bh"], dtype)
-    state = nn.sigmoid(o) * jnp.tanh(nn.sigmoid(f) * state + nn.sigmoid(i) * increment)
-    h, c = jnp.split(state, 2, -1)
-    return (h, c), h
-
-
-def old_b_tarnn(
-    params: Params,
-    xs: Sequence,
-    h0: Hidden | None = None,
-    *,
-    first_prev: str | Float[Array, "*batch inputs"] = "repeat",
-    chunk: int | None = None,
-    unroll: int = 1,
-    dtype: DTypeLike | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    r"""The authors' earlier B-TARNN, of one inner step whose size depends on the input.
-
-    .. math::
-        \eta &= \sigma(s U_2 + x_{t-1} B_p + b_2), \qquad g = \sigma(s U_g + x_t W_g + b_g) \\
-        F &= \tanh(s U_1 + s U_3 + x_t W_1 + x_{t-1} W_2 + b_1) - 2 s + x_t B_x + s B_h \\
-        h &= (1 - g) \odot \tanh(s) + g \odot \tanh((1 - \eta) \odot s + \eta \odot F) \\
-        o &= \sigma(s U_o + x_t W_o + x_{t-1} W_p + b_o) \odot h
-
-    Args:
-      params: ``W1``, ``W2``, ``Bp``, ``Wg``, ``Bx``, ``Wo``, ``Wp`` ``[features, hidden]``; ``U1``, ``U2``, ``U3``,
-        ``Ug``, ``Bh``, ``Uo`` ``[hidden, hidden]``; ``b1``, ``b2``, ``bg``, ``bo`` ``[hidden]``.
-      xs: inputs.
-      h0: first state, zeros by default.
-      first_prev: as in ``tarnn``.
-      chunk: as in ``scan_time``.
-      unroll: as in ``scan_time``.
-      dtype: of the matrix products' operands.
-
-    Returns:
-      The last state h ``[*batch, hidden]``, and o at all times, ``[time, *batch, hidden]``.
-
-    Raises:
-      ValueError: as ``tarnn``.
-
-    Example:
-      >>> inputs = dict.fromkeys(("W1", "W2", "Bp", "Wg", "Bx", "Wo", "Wp"), jnp.zeros((3, 4)))
-      >>> recurrent = dict.fromkeys(("U1", "U2", "U3", "Ug", "Bh", "Uo"), jnp.zeros((4, 4)))
-      >>> biases = dict.fromkeys(("b1", "b2", "bg", "bo"), jnp.zeros(4))
-      >>> h, outputs = old_b_tarnn({**inputs, **recurrent, **biases}, jnp.ones((6, 2, 3)))
-      >>> h.shape, outputs.shape
-      ((2, 4), (6, 2, 4))
-
-    Reference: class ``oldB_TARNN`` of the authors' code (anilkagak2/TARNN, ``pytorch/tarnn.py``).
-    """
-    check_finite("xs", xs)
-    projected = old_b_tarnn_project(params, xs, first_prev=first_prev, dtype=dtype)
-    h0 = first_hidden(h0, projected["gate"])
-    step = functools.partial(old_b_tarnn_step, dtype=dtype)
-    return scan_time(step, params, h0, projected, chunk=chunk, unroll=unroll)
-
-
-def old_b_tarnn_project(
-    params: Params,
-    xs: Sequence,
-    *,
-    first_prev: str | Float[Array, "*batch inputs"] = "repeat",
-    dtype: DTypeLike | None = None,
-) -> dict[str, jax.Array]:
-    """What ``old_b_tarnn_step`` takes at every time step: the products with the inputs."""
-    kernels = {"pre": ("W1", "b1"), "gate": ("Wg", "bg"), "drive": ("Bx", None), "out": ("Wo", "bo")}
-    now = fused_dot(xs, {part: (params[w], b and params[b]) for part, (w, b) in kernels.items()}, dtype)
-    then = {"pre": (params["W2"], None), "step": (params["Bp"], params["b2"]), "out": (params["Wp"], None)}
-    then = fused_dot(_before(xs, first_prev), then, dtype)
-    return {**now, **then, "pre": now["pre"] + then["pre"], "out": now["out"] + then["out"]}
-
-
-def old_b_tarnn_step(
-    params: Params, h: Hidden, projected: Mapping[str, jax.Array], *, dtype: DTypeLike | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """One time step of ``old_b_tarnn``: h and a time step of ``old_b_tarnn_project`` to the new h and the output o."""
-    check_hidden("h", h, projected["gate"].shape)
-    h = wide(h)
-    kernels = {"step": params["U2"], "gate": params["Ug"], "pre": params["U1"] + params["U3"], "out": params["Uo"]}
-    parts = fused_dot(h, {name: (kernel, None) for name, kernel in (kernels | {"drive": params["Bh"]}).items()}, dtype)
-    parts = {name: part + projected[name] for name, part in parts.items()}
-    eta, gate = nn.sigmoid(parts["step"]), nn.sigmoid(parts["gate"])
-    field = jnp.tanh(parts["pre"]) - 2 * h + parts["drive"]
-    new = (1 - gate) * jnp.tanh(h) + gate * jnp.tanh((1 - eta) * h + eta * field)
-    return new, nn.sigmoid(parts["out"]) * new
 
 
 class _TimeAdaptive(nn.Module):

@@ -172,7 +172,9 @@ def _time_steps(ready: Mapping[str, _Ready], rounds: int) -> dict[str, list[Timi
     for run, _, batches in runners.values():
         jax.block_until_ready(run(None, batches[0]))
     rounds = min(rounds, max(LEAST_ROUNDS, int(SECONDS / (time.perf_counter() - start))))
-    times: Mapping[Any, Timing] = time_interleaved(runners, rounds=rounds, warmup=3 if rounds > LEAST_ROUNDS else 1, min_time=0.01)
+    times: Mapping[Any, Timing] = time_interleaved(
+        runners, rounds=rounds, warmup=3 if rounds > LEAST_ROUNDS else 1, min_time=0.01
+    )
     return {name: [times[name, index] for index in range(len(arm.kinds))] for name, arm in ready.items()}
 
 

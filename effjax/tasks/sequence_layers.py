@@ -11,18 +11,10 @@ import jax.numpy as jnp
 from effjax.core.cells import Cell
 from effjax.core.errors import check_choice
 from effjax.models.linear_recurrence import LRU, LRUCell, LRUStack, MinGRU, MinGRUCell
-from effjax.models.sequence import (
-    AntisymmetricRNNCell,
-    CoRNNCell,
-    FastGRNNCell,
-    FastRNNCell,
-    GRUCell,
-    LSTMCell,
-    Recurrent,
-    RNNCell,
-)
-from effjax.recurrent.dual_ode import DualODE
-from effjax.recurrent.equilibrium import EquilibriumRNN
+from effjax.models.sequence import GRUCell, LSTMCell, Recurrent, RNNCell
+from effjax.models.sequence_rivals import AntisymmetricRNNCell, CoRNNCell, FastGRNNCell, FastRNNCell
+from effjax.recurrent.dual import DualODE
+from effjax.recurrent.fixed_point import EquilibriumRNN
 from effjax.recurrent.irnn import IncrementalRNN, IncrementalRNNCell
 from effjax.recurrent.tarnn import TARNN, TARNNCell
 

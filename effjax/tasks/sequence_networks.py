@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 from effjax.core.cells import Cell, Params
 from effjax.data.sequences import Kind, SequenceData, sequence_data
 from effjax.models.sequence_network import SequenceNetwork, StepNetwork, step_network
-from effjax.recurrent.drivers import SequencePart
 from effjax.recurrent.fptt import fptt_terminal_loss
+from effjax.recurrent.through_time import SequencePart
 from effjax.tasks.sequence import sequence_loss, sequence_task, task_of_functions
 from effjax.tasks.task import Task
 

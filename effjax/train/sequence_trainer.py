@@ -1,4 +1,4 @@
-"""The trainer of recurrent networks by the steps of ``effjax.recurrent.drivers``: FPTT, BPTT and truncated BPTT."""
+"""The trainer of recurrent networks by FPTT, BPTT and truncated BPTT."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from effjax.recurrent.drivers import Train
+from effjax.recurrent.through_time import SequenceProblem, Train
 from effjax.tasks.sequence_networks import part_loss
 from effjax.tasks.task import Task
 from effjax.train.loaders import column_loader
@@ -29,7 +29,7 @@ class ThroughTimeState(NamedTuple):
 
 def through_time(
     task: Task,
-    driver: Callable[..., Train],
+    make: Callable[[SequenceProblem, optax.GradientTransformation], Train],
     tx: optax.GradientTransformation,
     *,
     steps: int | None = None,
@@ -39,13 +39,12 @@ def through_time(
     options: TrainOptions | None = None,
     eval_params: Callable[[PyTree, PyTree], PyTree] | None = None,
     epoch_end: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] | None = None,
-    **split: Any,
 ) -> Program:
-    """Training of a ``cell_task`` that goes through each batch of sequences as a driver says.
+    """Training of a ``cell_task`` by FPTT, BPTT or truncated BPTT through each batch of sequences.
 
     Args:
       task: of ``cell_task``.
-      driver: ``fptt_step``, ``bptt_step`` or ``tbptt_step``.
+      make: ``fptt_step``, ``bptt_step`` or ``tbptt_step``, with its keywords in a ``functools.partial``.
       tx: the optimizer, with ``fptt_step`` one update per part.
       steps: of a run, each on one batch; None for as many as a budget allows.
       batch_size: sequences of one step.
@@ -53,27 +52,27 @@ def through_time(
         ``streams=batch_size``: the hidden state then goes on.
       auxiliary: as of ``part_loss``.
       options: how the run is executed.
-      eval_params: ``(opt_state, params) -> params`` to be evaluated, such as ``fptt_eval_params``; the metrics of those
+      eval_params: ``(state, params) -> params`` to be evaluated, such as ``fptt_eval_params``; the metrics of those
         in training are then reported too, with names that end in ``_w``.
-      epoch_end: ``(params, opt_state) -> (params, opt_state)`` at the end of every whole epoch, such as
+      epoch_end: ``(state, params) -> (state, params)`` at the end of every whole epoch, such as
         ``fptt_epoch_end``; needs ``steps``.
-      **split: keywords of the driver, such as ``parts``, ``part_length`` or ``remat``.
 
     Returns:
       A ``Program`` whose state is a ``ThroughTimeState``.
 
     Raises:
       ValueError: options that the task cannot honour, a batch larger than the data, ``epoch_end`` without ``steps``, or
-        as the driver.
+        as ``make``.
 
     Example:
+      >>> from functools import partial
       >>> from effjax.models.sequence import LSTMCell
-      >>> from effjax.recurrent.drivers import fptt_step
+      >>> from effjax.recurrent.through_time import fptt_step
       >>> from effjax.recurrent.fptt import fptt, fptt_eval_params
       >>> from effjax.tasks.sequence_networks import cell_task
       >>> from effjax.train.loop import fit
       >>> task, tx = cell_task("add-20", LSTMCell(4)), fptt(optax.adam(1e-2), alpha=0.02)
-      >>> program = through_time(task, fptt_step, tx, steps=2, parts=5, eval_params=fptt_eval_params)
+      >>> program = through_time(task, partial(fptt_step, parts=5), tx, steps=2, eval_params=fptt_eval_params)
       >>> sorted(program.judged(fit(program, seed=0).state))
       ['mse', 'mse_w']
     """
@@ -84,7 +83,8 @@ def through_time(
     loader = column_loader(data.train, batch_size, shuffle=not streams, transform=data.draw)
     tokens = data.kind == "tokens"
     loss = part_loss(data.kind, network, auxiliary=auxiliary)
-    train = driver(network.cell, loss, tx, terminal=not tokens, encode=network.encode, time_axis=1, **split)
+    problem = SequenceProblem(network.cell, loss, encode=network.encode, terminal=not tokens, time_axis=1)
+    train = make(problem, tx)
 
     def init(key: jax.Array) -> ThroughTimeState:
         params = task.init(key)["params"]
@@ -92,7 +92,7 @@ def through_time(
 
     def step(state: ThroughTimeState, batch: PyTree, aux: PyTree) -> tuple[ThroughTimeState, dict[str, jax.Array]]:
         carry = state.carry if streams else network.start(batch_size)
-        params, opt, carry, metrics = train(state.params, state.opt, carry, batch["inputs"], batch["targets"])
+        opt, params, carry, metrics = train(state.opt, state.params, carry, batch["inputs"], batch["targets"])
         value = metrics.loss.mean() if tokens else metrics.loss[-1]
         return ThroughTimeState(carry if streams else (), opt, params), {"loss": value}
 
@@ -105,7 +105,7 @@ def through_time(
 
     @jax.jit
     def close(state: ThroughTimeState) -> ThroughTimeState:
-        params, opt = epoch_end(state.params, state.opt)
+        opt, params = epoch_end(state.opt, state.params)
         return state._replace(params=params, opt=opt)
 
     phases: tuple[Phase, ...] = (Phase(step, steps),)

@@ -16,8 +16,9 @@ from effjax.models.gnn import NodeClassifier
 from effjax.models.linear_recurrence import LRU
 from effjax.models.mlp import MLP
 from effjax.models.resnet import BasicBlock, ResNet
-from effjax.models.sequence import FastRNNCell, Recurrent
-from effjax.recurrent.equilibrium import EquilibriumRNN
+from effjax.models.sequence import Recurrent
+from effjax.models.sequence_rivals import FastRNNCell
+from effjax.recurrent.fixed_point import EquilibriumRNN
 from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNNCell
 

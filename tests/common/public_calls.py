@@ -22,10 +22,10 @@ from effjax.models.sequence import LSTMCell
 from effjax.models.sequence_network import SequenceNetwork, step_network
 from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
 from effjax.optim.scale_by_batch_size import scale_by_batch_size
-from effjax.recurrent.drivers import fptt_step
 from effjax.recurrent.fptt import fptt, fptt_terminal_loss
 from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNN
+from effjax.recurrent.through_time import SequenceProblem, fptt_step
 from effjax.study.resolve import resolve
 from effjax.tasks.image import image_task
 from effjax.tasks.sequence import sequence_task
@@ -154,13 +154,13 @@ def fptt_loop():
     net = step_network(LSTMCell(6), outputs=10, inputs=1)
     loss = lambda w, h, labels, part: fptt_terminal_loss(net.read(w, h), labels, part, auxiliary="none")
     tx = fptt(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(2e-3)), alpha=0.02)
-    train = fptt_step(net.cell, loss, tx, parts=4, terminal=True, encode=net.encode, time_axis=1)
-    train = jax.jit(train, donate_argnums=(0, 1))
+    problem = SequenceProblem(net.cell, loss, encode=net.encode, terminal=True, time_axis=1)
+    train = jax.jit(fptt_step(problem, tx, parts=4), donate_argnums=(0, 1))
     w = jax.jit(net.init)(KEY)
     opt, stream = jax.jit(tx.init)(w), batches(data.train, 8, seed=0)
     for _ in range(6):
         batch = next(stream)
-        w, opt, _, _ = train(w, opt, net.start(8), batch["inputs"], batch["targets"])
+        opt, w, _, _ = train(opt, w, net.start(8), batch["inputs"], batch["targets"])
     return (w, opt), (state.params, state.opt)
 
 

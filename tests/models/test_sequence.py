@@ -20,24 +20,8 @@ from effjax.models.linear_recurrence import (
     lru,
     min_gru,
 )
-from effjax.models.sequence import (
-    AntisymmetricRNNCell,
-    CoRNNCell,
-    FastGRNNCell,
-    FastRNNCell,
-    GRUCell,
-    LSTMCell,
-    Recurrent,
-    RNNCell,
-    antisymmetric_step,
-    chrono_bias,
-    cornn_step,
-    fastgrnn_step,
-    fastrnn_step,
-    lstm_step,
-    project_inputs,
-    rnn_step,
-)
+from effjax.models.sequence import GRUCell, LSTMCell, Recurrent, RNNCell, chrono_bias
+from effjax.models.sequence_rivals import AntisymmetricRNNCell, CoRNNCell, FastGRNNCell, FastRNNCell
 from effjax.recurrent.irnn import IncrementalRNNCell
 from effjax.recurrent.tarnn import TARNNCell
 
@@ -98,30 +82,32 @@ def antisymmetric_params(tree):
     }
 
 
+GATED = functools.partial(AntisymmetricRNNCell, gated=True)
 PARITY = {
-    "fastrnn": (fastrnn_step, fastrnn_params, {}),
-    "fastgrnn": (fastgrnn_step, fastgrnn_params, {}),
-    "cornn": (cornn_step, cornn_params, {"dt": "dt", "gamma": "gamma", "epsilon": "epsilon"}),
-    "antisym": (antisymmetric_step, antisymmetric_params, {"epsilon": "eps", "gamma": "gamma"}),
-    "antisym_gated": (antisymmetric_step, antisymmetric_params, {"epsilon": "eps", "gamma": "gamma"}),
+    "fastrnn": (FastRNNCell, fastrnn_params, {}),
+    "fastgrnn": (FastGRNNCell, fastgrnn_params, {}),
+    "cornn": (CoRNNCell, cornn_params, {"dt": "dt", "gamma": "gamma", "epsilon": "epsilon"}),
+    "antisym": (AntisymmetricRNNCell, antisymmetric_params, {"epsilon": "eps", "gamma": "gamma"}),
+    "antisym_gated": (GATED, antisymmetric_params, {"epsilon": "eps", "gamma": "gamma"}),
 }
 
 
 @pytest.mark.parametrize("name", PARITY)
 def test_parity(name):
-    step, convert, constants = PARITY[name]
+    make, convert, constants = PARITY[name]
     data = group(f"{name}/")
-    step = functools.partial(step, **{argument: float(data[key]) for argument, key in constants.items()})
     carry = data["h0"] if "h0" in data else (data["s0_0"], data["s1_0"])
+    width = jax.tree.leaves(carry)[0].shape[-1]
+    cell = make(width, **{argument: float(data[key]) for argument, key in constants.items()})
 
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def loss(params, x):
         def body(carry, projected):
-            carry, _ = step(params, carry, projected)
+            carry, _ = cell.advance(params, carry, projected)
             return carry, jnp.concatenate(jax.tree.leaves(carry), -1)
 
-        _, outputs = jax.lax.scan(body, jax.tree.map(jnp.asarray, carry), project_inputs(params, x))
+        _, outputs = jax.lax.scan(body, jax.tree.map(jnp.asarray, carry), cell.project(params, x))
         return jnp.sum(outputs * data["cotangent"]), outputs
 
     with jax.enable_x64(True):
@@ -202,9 +188,6 @@ def test_gru_and_plain_rnn_equal_flax():
         RNNCell(5).apply({"params": params}, h, X[:, 0])[1],
         nn.SimpleCell(5).apply({"params": flax}, h, X[:, 0])[1],
         1e-6,
-    )
-    assert_close(
-        rnn_step(params, h, project_inputs(params, X[:, 0]))[1], RNNCell(5).apply({"params": params}, h, X[:, 0])[1]
     )
 
 
@@ -339,9 +322,9 @@ def test_bad_input(case):
         call()
 
 
-def test_lstm_step_alone():
-    params = {"W": jnp.zeros((3, 8)), "U": jnp.zeros((2, 8)), "b": jnp.zeros(8)}
-    (c, h), y = lstm_step(params, (jnp.ones((1, 2)), jnp.zeros((1, 2))), project_inputs(params, jnp.ones((1, 3))))
+def test_lstm_as_a_pure_function():
+    params, cell = {"W": jnp.zeros((3, 8)), "U": jnp.zeros((2, 8)), "b": jnp.zeros(8)}, LSTMCell(2)
+    (c, h), y = cell.advance(params, (jnp.ones((1, 2)), jnp.zeros((1, 2))), cell.project(params, jnp.ones((1, 3))))
     assert_close(c, 0.5, 1e-6)
     assert_close(h, 0.5 * np.tanh(0.5), 1e-6)
     np.testing.assert_array_equal(h, y)

@@ -65,16 +65,8 @@ FUSED = ("rnn", "lstm", "gru")
 def layers(size: Size, chunk: int | None = None) -> dict[str, Any]:
     """effjax's layers ``[batch, time, features] -> [batch, time, hidden]``; with ``chunk`` those that have a loop."""
     from effjax.models.linear_recurrence import LRU, MinGRU
-    from effjax.models.sequence import (
-        AntisymmetricRNNCell,
-        CoRNNCell,
-        FastGRNNCell,
-        FastRNNCell,
-        GRUCell,
-        LSTMCell,
-        Recurrent,
-        RNNCell,
-    )
+    from effjax.models.sequence import GRUCell, LSTMCell, Recurrent, RNNCell
+    from effjax.models.sequence_rivals import AntisymmetricRNNCell, CoRNNCell, FastGRNNCell, FastRNNCell
     from effjax.recurrent.irnn import IncrementalRNN
     from effjax.recurrent.tarnn import TARNN
 

@@ -1,5 +1,6 @@
-"""FPTT: parity with the authors' programs, the facts of the method, the drivers and their memory, bad input."""
+"""FPTT: parity with the authors' programs, the facts of the method, the training steps and their memory, bad input."""
 
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -12,7 +13,6 @@ import optax
 import pytest
 
 from effjax.core.errors import NoEffectWarning
-from effjax.recurrent.drivers import SequencePart, bptt_step, fptt_online, fptt_step, tbptt_step
 from effjax.recurrent.fptt import (
     FpttState,
     fptt,
@@ -24,7 +24,8 @@ from effjax.recurrent.fptt import (
     qbar_means,
     qbar_sums,
 )
-from effjax.recurrent.ltc_spiking import leaky_readout_step, ltc_spiking_step, surrogate_spike
+from effjax.recurrent.ltc_spiking import LeakyReadoutCell, LTCSpikingCell, surrogate_spike
+from effjax.recurrent.through_time import SequencePart, SequenceProblem, bptt_step, fptt_online, fptt_step, tbptt_step
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "fptt"
 
@@ -77,7 +78,7 @@ def assert_near(got, want, atol):
         np.testing.assert_allclose(got[name], want[name], rtol=0, atol=atol, err_msg=name)
 
 
-def assert_state(vectors, key, params, state, atol):
+def assert_state(vectors, key, state, params, atol):
     assert_near(params, vectors.tree(f"{key}/w/"), atol)
     assert_near(state.wbar, vectors.tree(f"{key}/wbar/"), atol)
     assert_near(state.lam, vectors.tree(f"{key}/lam/"), atol)
@@ -98,9 +99,9 @@ def test_parity_of_the_transformation(name, atol):
             updates, state = step({"a": g[:3], "b": g[3:].reshape(2, 2)}, state, params)
             params = optax.apply_updates(params, updates)
             assert_near(state.inner[0], v.tree(f"s{t}/grad/"), atol)
-            assert_state(v, f"s{t}", params, state, atol)
-        params, state = fptt_epoch_end(params, state)
-        assert_state(v, "after_reset", params, state, atol)
+            assert_state(v, f"s{t}", state, params, atol)
+        state, params = fptt_epoch_end(state, params)
+        assert_state(v, "after_reset", state, params, atol)
 
 
 def terminal_setup(v):
@@ -125,7 +126,7 @@ def test_parity_of_the_terminal_program_part_by_part():
     with jax.enable_x64(True):
         close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-10)
         cell, loss, tx = terminal_setup(v)
-        learn = jax.jit(fptt_online(cell, loss, tx, terminal=True, has_aux=True))
+        learn = jax.jit(fptt_online(SequenceProblem(cell, loss, terminal=True, has_aux=True), tx))
         count, whole = math.ceil(v["T"] / v["step"]), v["parts"]
         params, qbar = v.tree("init/w/"), jnp.asarray(v["class_dist_init"])
         state = jax.jit(tx.init)(params)
@@ -136,17 +137,17 @@ def test_parity_of_the_terminal_program_part_by_part():
                 key = f"c{batch * count + p}"
                 start, end = v[f"{key}/start_end"]
                 part = SequencePart(jnp.asarray(p), count, whole)
-                params, state, carry, metrics = learn(params, state, carry, xs[start:end], {"y": y}, part)
+                state, params, carry, metrics = learn(state, params, carry, xs[start:end], {"y": y}, part=part)
                 close(metrics.loss, v[f"{key}/clf"] + v[f"{key}/oracle"])
                 close(metrics.aux, v[f"{key}/logits"])
                 close(carry[0], v[f"{key}/h"])
                 close(carry[1], v[f"{key}/cell"])
                 assert_near(state.inner[0], v.tree(f"{key}/grad/"), 1e-10)
-                assert_state(v, key, params, state, 1e-10)
+                assert_state(v, key, state, params, 1e-10)
                 logits.append(metrics.aux)
             qbar = jax.jit(qbar_first_errors)(qbar, np.stack(logits), y)
         close(qbar, v["class_dist_final"])
-        assert_state(v, "after_reset", *jax.jit(fptt_epoch_end)(params, state), 1e-10)
+        assert_state(v, "after_reset", *jax.jit(fptt_epoch_end)(state, params), 1e-10)
 
 
 def test_parity_of_the_terminal_program_in_one_scan():
@@ -154,17 +155,17 @@ def test_parity_of_the_terminal_program_in_one_scan():
     with jax.enable_x64(True):
         close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
         cell, loss, tx = terminal_setup(v)
-        train = jax.jit(fptt_step(cell, loss, tx, parts=v["parts"], terminal=True, has_aux=True))
+        train = jax.jit(fptt_step(SequenceProblem(cell, loss, terminal=True, has_aux=True), tx, parts=v["parts"]))
         params, qbar = v.tree("init/w/"), jnp.asarray(v["class_dist_init"])
         state = jax.jit(tx.init)(params)
         for batch in range(2):
             carry, xs, y = terminal_batch(v, batch)
-            params, state, carry, metrics = train(params, state, carry, xs, {"y": y, "qbar": qbar})
+            state, params, carry, metrics = train(state, params, carry, xs, {"y": y, "qbar": qbar})
             keys = [f"c{batch * 4 + p}" for p in range(4)]
             close(metrics.loss, [v[f"{key}/clf"] + v[f"{key}/oracle"] for key in keys])
             close(metrics.aux, [v[f"{key}/logits"] for key in keys])
             close(carry[0], v[f"{keys[-1]}/h"])
-            assert_state(v, keys[-1], params, state, 1e-12)
+            assert_state(v, keys[-1], state, params, 1e-12)
             qbar = jax.jit(qbar_first_errors)(qbar, metrics.aux, y)
         close(qbar, v["class_dist_final"])
 
@@ -179,29 +180,22 @@ def test_parity_of_the_language_program():
             return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
         tx = fptt(optax.sgd(v["lr"], v["momentum"]), v["alpha"], beta=v["beta"], lmbda=v["lmbda"])
-        train = jax.jit(
-            fptt_step(
-                torch_lstm("rnn."),
-                loss,
-                tx,
-                parts=v["parts"],
-                encode=lambda params, tokens: params["encoder.weight"][tokens],
-                recompute_state=True,
-            )
-        )
+        encode = lambda params, tokens: params["encoder.weight"][tokens]
+        language = SequenceProblem(torch_lstm("rnn."), loss, encode=encode)
+        train = jax.jit(fptt_step(language, tx, parts=v["parts"], recompute_state=True))
         params = v.tree("init/w/")
         state = jax.jit(tx.init)(params)
         zeros = np.zeros_like(v["w0/h_next"])
         carry, count = (zeros, zeros), 4
         for window in range(2):
             tokens = v["tokens"][14 * window : 14 * window + 15]
-            params, state, carry, metrics = train(params, state, carry, tokens[:-1], tokens[1:])
+            state, params, carry, metrics = train(state, params, carry, tokens[:-1], tokens[1:])
             keys = [f"c{window * count + p}" for p in range(count)]
             np.testing.assert_allclose(metrics.loss, [v[f"{key}/loss"] for key in keys], rtol=0, atol=atol)
-            assert_state(v, keys[-1], params, state, atol)
+            assert_state(v, keys[-1], state, params, atol)
             np.testing.assert_allclose(carry[0], v[f"w{window}/h_next"], rtol=0, atol=atol)
             np.testing.assert_allclose(carry[1], v[f"w{window}/c_next"], rtol=0, atol=atol)
-        assert_state(v, "after_reset", *fptt_epoch_end(params, state, reset_lam=False), atol)
+        assert_state(v, "after_reset", *fptt_epoch_end(state, params, reset_lam=False), atol)
 
 
 @pytest.mark.parametrize("name", ["addtask_as_shipped", "addtask_with_regulariser"])
@@ -217,19 +211,20 @@ def test_parity_of_the_add_task(name):
         base = optax.chain(record(), torch_clip(v["clip"]), optax.adam(v["lr"]))
         tx = fptt(base, v["alpha"], beta=v["beta"]) if v["with_reg"] else base
         length = v["T"] // v["parts"]
-        train = jax.jit(fptt_step(torch_lstm("rnn."), loss, tx, part_length=length, terminal=True, has_aux=True))
+        adding = SequenceProblem(torch_lstm("rnn."), loss, terminal=True, has_aux=True)
+        train = jax.jit(fptt_step(adding, tx, part_length=length))
         params = v.tree("init/w/")
         state = jax.jit(tx.init)(params)
         for i in range(2):
             xs = np.moveaxis(v[f"i{i}/x"], 1, 0)[:-length]  # nor do they train the last part
             zeros = np.zeros((xs.shape[1], 6))
-            params, state, _, metrics = train(params, state, (zeros, zeros), xs, jnp.asarray(v[f"i{i}/y"]))
+            state, params, _, metrics = train(state, params, (zeros, zeros), xs, jnp.asarray(v[f"i{i}/y"]))
             last = 4 * i + 3
             np.testing.assert_allclose(metrics.aux, [v[f"c{c}/mse"] for c in range(4 * i, last + 1)], atol=atol)
             assert_near((state.inner if v["with_reg"] else state)[0], v.tree(f"c{last}/grad/"), atol)
             assert_near(params, v.tree(f"c{last}/w/"), atol)
             if v["with_reg"]:
-                assert_state(v, f"c{last}", params, state, atol)
+                assert_state(v, f"c{last}", state, params, atol)
 
 
 SPIKING = {
@@ -256,8 +251,10 @@ def spiking_params(tree):
 
 
 def spiking_cell(params, carry, x):
-    neurons, spikes = ltc_spiking_step(params["neurons"], carry[:3], x)
-    o, _ = leaky_readout_step(params["readout"], carry[3], spikes)
+    layer = LTCSpikingCell(len(params["neurons"]["b"]))
+    readout = LeakyReadoutCell(len(params["readout"]["b"]))
+    neurons, spikes = layer.advance(params["neurons"], carry[:3], layer.project(params["neurons"], x))
+    o, _ = readout.advance(params["readout"], carry[3], readout.project(params["readout"], spikes))
     return (*neurons, o), o
 
 
@@ -271,14 +268,14 @@ def test_parity_of_a_spiking_cell():
             return part.progress * optax.softmax_cross_entropy_with_integer_labels(o, y).mean()
 
         frozen = optax.chain(record(), optax.set_to_zero())
-        learn = jax.jit(fptt_online(spiking_cell, loss, frozen, terminal=True))
+        learn = jax.jit(fptt_online(SequenceProblem(spiking_cell, loss, terminal=True), frozen))
         params = spiking_params(v.tree("param/"))
         state = frozen.init(params)
         carry = tuple(jnp.asarray(v[f"state0/{i}"]) for i in range(4))
         for t in range(v["T"]):
             part = SequencePart(t, v["T"], v["T"])
             x, y = jnp.asarray(v["x"][None, :, :, t]), jnp.asarray(v["y"])
-            params, state, carry, metrics = learn(params, state, carry, x, y, part)
+            state, params, carry, metrics = learn(state, params, carry, x, y, part=part)
             np.testing.assert_allclose(metrics.loss, v[f"t{t}/loss"], rtol=0, atol=1e-12)
             for i, value in enumerate(carry):
                 np.testing.assert_allclose(value, v[f"t{t}/state/{i}"], rtol=0, atol=1e-12)
@@ -414,7 +411,7 @@ def test_weights_of_the_state_wherever_it_sits():
     np.testing.assert_array_equal(shown["b"], moved["b"])  # not FPTT's
     np.testing.assert_allclose(np.float32(shown["a"]), 0.9, atol=0.01)
     for reset_lam in (True, False):
-        _, after = fptt_epoch_end(moved, state, reset_lam=reset_lam)
+        after, _ = fptt_epoch_end(state, moved, reset_lam=reset_lam)
         assert (np.abs(optax.tree.get(after, "lam")["a"]).max() == 0) == reset_lam
     with pytest.raises(ValueError, match="holds 0 FpttState"):
         fptt_eval_params(optax.sgd(0.1).init(w), w)
@@ -423,7 +420,7 @@ def test_weights_of_the_state_wherever_it_sits():
 def test_buffers_may_be_donated_after_an_epoch_ends():
     tx = fptt(optax.adam(0.1))
     w = jnp.ones(3)
-    w, state = fptt_epoch_end(w, tx.init(w))
+    state, w = fptt_epoch_end(tx.init(w), w)
     jax.jit(tx.update, donate_argnums=(1, 2))(jnp.ones(3), state, w)
 
 
@@ -458,7 +455,7 @@ def test_qbar_of_the_paper_is_the_epochs_mean():
     np.testing.assert_array_equal(means[3], 0.25)  # does not occur
 
 
-# The drivers.
+# Training steps.
 
 T, B, D, H = 5, 3, 2, 4
 
@@ -476,8 +473,11 @@ def terminal_loss(params, h, y, part):
     return part.progress * jnp.mean((h @ params["v"] - y) ** 2)
 
 
+PLAIN = SequenceProblem(plain_cell, per_step_loss)
+
+
 @functools.cache
-def problem():
+def given():
     keys = jax.random.split(jax.random.key(1), 5)
     params = {
         "w": jax.random.normal(keys[0], (D, H)),
@@ -510,13 +510,13 @@ def by_hand(params, h, xs, targets, length, terminal, detach):
     [((bptt_step, functools.partial(bptt_step, remat=True)), False), ((tbptt_step,), True)],
 )
 def test_gradients_of_bptt_and_truncated_bptt(makes, terminal):
-    params, h, xs, targets = problem()
+    params, h, xs, targets = given()
     loss, targets = (terminal_loss, targets[0]) if terminal else (per_step_loss, targets)
     hand = lambda w: by_hand(w, h, xs, targets, 2, terminal, detach=makes == (tbptt_step,))
     value, want = jax.jit(jax.value_and_grad(hand))(params)
     for make in makes:
-        step = jax.jit(make(plain_cell, loss, record(), terminal=terminal, part_length=2))
-        _, got, _, metrics = step(params, params, h, xs, targets)
+        step = jax.jit(make(SequenceProblem(plain_cell, loss, terminal=terminal), record(), part_length=2))
+        got, _, _, metrics = step(params, params, h, xs, targets)
         assert_near(got, want, 1e-5)
         np.testing.assert_allclose(np.dot([0.4, 0.4, 0.2], metrics.loss), value, rtol=1e-5)
 
@@ -527,24 +527,24 @@ def test_truncation_is_real():
     loss = lambda w, h, y, part: jnp.where(part.index == 2, h.sum(), 0.0)
     xs = jnp.asarray([1.0, 0, 0, 0, 0, 0])
     for make, want in ((bptt_step, 1 / 3), (tbptt_step, 0.0), (fptt_step, 0.0)):
-        step = make(cell, loss, record(), parts=3, terminal=True)
-        grad = step(jnp.ones(()), jnp.zeros(()), jnp.zeros(()), xs, None)[1]
+        step = make(SequenceProblem(cell, loss, terminal=True), record(), parts=3)
+        grad = step(jnp.zeros(()), jnp.ones(()), jnp.zeros(()), xs, None)[0]
         np.testing.assert_allclose(grad, want, rtol=1e-6)
 
 
 def test_one_part_of_fptt_is_bptt():
-    params, h, xs, targets = problem()
+    params, h, xs, targets = given()
     ends = []
     for make, tx in ((fptt_step, fptt(optax.sgd(0.1))), (bptt_step, optax.sgd(0.1))):
-        ends.append(jax.jit(make(plain_cell, per_step_loss, tx, parts=1))(params, tx.init(params), h, xs, targets)[0])
+        ends.append(jax.jit(make(PLAIN, tx, parts=1))(tx.init(params), params, h, xs, targets)[1])
     assert_near(*ends, 1e-6)
 
 
 def test_every_step_its_own_part_and_state_kept_from_old_parameters():
-    params, h, xs, targets = problem()
+    params, h, xs, targets = given()
     tx = fptt(optax.sgd(0.05))
-    train = jax.jit(fptt_step(plain_cell, per_step_loss, tx, part_length=1))
-    *got, _ = train(params, tx.init(params), h, xs, targets)
+    train = jax.jit(fptt_step(PLAIN, tx, part_length=1))
+    *got, _ = train(tx.init(params), params, h, xs, targets)
     state = tx.init(params)
 
     @jax.jit
@@ -559,15 +559,15 @@ def test_every_step_its_own_part_and_state_kept_from_old_parameters():
 
     for x, y in zip(xs, targets, strict=True):
         params, state, h = once(params, state, h, x, y)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves([params, state, h]), strict=True):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves([state, params, h]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_recomputed_state_is_that_of_the_final_parameters():
-    params, h, xs, targets = problem()
+    params, h, xs, targets = given()
     tx = optax.sgd(0.1)
-    step = tbptt_step(plain_cell, per_step_loss, tx, part_length=2, recompute_state=True)
-    new, _, last, _ = jax.jit(step)(params, tx.init(params), h, xs, targets)
+    step = tbptt_step(PLAIN, tx, part_length=2, recompute_state=True)
+    _, new, last, _ = jax.jit(step)(tx.init(params), params, h, xs, targets)
     want = h
     for x in xs:
         want, _ = plain_cell(new, want, x)
@@ -576,11 +576,11 @@ def test_recomputed_state_is_that_of_the_final_parameters():
 
 @pytest.mark.parametrize("make", [fptt_step, bptt_step])
 def test_time_may_stand_behind_the_batch(make):
-    params, h, xs, targets = problem()
+    params, h, xs, targets = given()
     turned = [np.moveaxis(np.asarray(leaf), 0, 1) for leaf in (xs, targets)]
     tx = optax.sgd(0.1)
     ends = [
-        jax.jit(make(plain_cell, per_step_loss, tx, part_length=2, time_axis=axis))(params, tx.init(params), h, *data)
+        jax.jit(make(dataclasses.replace(PLAIN, time_axis=axis), tx, part_length=2))(tx.init(params), params, h, *data)
         for axis, data in ((0, (xs, targets)), (1, turned))
     ]
     for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
@@ -588,26 +588,26 @@ def test_time_may_stand_behind_the_batch(make):
 
 
 def test_a_stream_may_stand_behind_the_batch():
-    params, h, xs, targets = problem()
+    params, h, xs, targets = given()
     tx = optax.sgd(0.1)
     ends = [
-        jax.jit(fptt_online(plain_cell, terminal_loss, tx, terminal=True, time_axis=axis))(
-            params, tx.init(params), h, data, targets[0]
+        jax.jit(fptt_online(SequenceProblem(plain_cell, terminal_loss, terminal=True, time_axis=axis), tx))(
+            tx.init(params), params, h, data, targets[0]
         )
         for axis, data in ((0, xs), (1, xs.swapaxes(0, 1)))
     ]
-    assert_near(ends[0][0], ends[1][0], 1e-6)
+    assert_near(ends[0][1], ends[1][1], 1e-6)
 
 
 def test_a_linen_cell_in_bfloat16():
     cell = nn.GRUCell(H, dtype=jnp.bfloat16, recurrent_kernel_init=nn.initializers.lecun_normal())
-    _, _, xs, targets = problem()
+    _, _, xs, targets = given()
     h = jnp.zeros((B, H), jnp.bfloat16)
     params = optax.tree.cast(jax.jit(cell.init)(jax.random.key(0), h, xs[0]), jnp.bfloat16)
     tx = fptt(optax.sgd(0.1))
     loss = lambda params, outs, targets, part: jnp.mean((outs[..., :D] - targets) ** 2)
-    train = jax.jit(fptt_step(cell.apply, loss, tx, parts=2, unroll=2), donate_argnums=(0, 1, 2))
-    params, state, h, metrics = train(params, tx.init(params), h, xs, targets)
+    train = jax.jit(fptt_step(SequenceProblem(cell.apply, loss, unroll=2), tx, parts=2), donate_argnums=(0, 1, 2))
+    state, params, h, metrics = train(tx.init(params), params, h, xs, targets)
     assert metrics.loss.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in jax.tree.leaves((state.wbar, state.lam))} == {jnp.dtype(jnp.float32)}
@@ -619,10 +619,10 @@ def temporary_bytes(make, length, time_axis=0, **split):
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
     params = {"w": shape(D, 32), "u": shape(32, 32), "v": shape(32, D)}
     tx = fptt(optax.adam(1e-3))
-    arguments = params, jax.eval_shape(tx.init, params), shape(8, 32), *[shape(length, 8, D)] * 2
+    arguments = jax.eval_shape(tx.init, params), params, shape(8, 32), *[shape(length, 8, D)] * 2
     if time_axis:
         arguments = *arguments[:3], *[shape(8, length, D)] * 2
-    step = jax.jit(make(cell, per_step_loss, tx, time_axis=time_axis, **split))
+    step = jax.jit(make(SequenceProblem(cell, per_step_loss, time_axis=time_axis), tx, **split))
     return step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
@@ -646,15 +646,15 @@ def test_memory_does_not_grow_with_time_where_a_rest_is_left():
 
 
 def poisoned():
-    params, h, xs, targets = problem()
+    params, h, xs, targets = given()
     return params, h, xs[:4].at[0].set(jnp.nan), targets[:4]  # in the first of two parts
 
 
 def test_a_nan_spreads_by_default_and_shows():
     params, h, xs, targets = poisoned()
     tx = fptt(optax.sgd(0.05))
-    train = jax.jit(fptt_step(plain_cell, per_step_loss, tx, parts=2))
-    end, _, _, metrics = train(params, tx.init(params), h, xs, targets)
+    train = jax.jit(fptt_step(PLAIN, tx, parts=2))
+    _, end, _, metrics = train(tx.init(params), params, h, xs, targets)
     assert np.isnan(metrics.loss).all()
     assert np.isnan(end["w"]).all()
     assert metrics.skipped is None
@@ -664,22 +664,22 @@ def test_a_part_with_a_nan_may_be_skipped():
     params, h, xs, targets = poisoned()
     tx = fptt(optax.adam(0.05))
     # The recomputed state, not finite either, gives way to the last part's.
-    step = fptt_step(plain_cell, per_step_loss, tx, parts=2, skip_nonfinite=True, recompute_state=True)
-    *got, metrics = jax.jit(step)(params, tx.init(params), h, xs, targets)
+    step = fptt_step(PLAIN, tx, parts=2, skip_nonfinite=True, recompute_state=True)
+    *got, metrics = jax.jit(step)(tx.init(params), params, h, xs, targets)
     np.testing.assert_array_equal(metrics.skipped, [True, False])
     # As if that part had never been.
-    learn = jax.jit(fptt_online(plain_cell, per_step_loss, tx))
-    *want, _ = learn(params, tx.init(params), h, xs[2:], targets[2:])
+    learn = jax.jit(fptt_online(PLAIN, tx))
+    *want, _ = learn(tx.init(params), params, h, xs[2:], targets[2:])
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_sequence_with_a_nan_may_be_skipped():
     params, h, xs, targets = poisoned()
-    step = bptt_step(plain_cell, per_step_loss, optax.sgd(0.1), skip_nonfinite=True)
-    *end, metrics = jax.jit(step)(params, optax.sgd(0.1).init(params), h, xs, targets)
+    step = bptt_step(PLAIN, optax.sgd(0.1), skip_nonfinite=True)
+    *end, metrics = jax.jit(step)(optax.sgd(0.1).init(params), params, h, xs, targets)
     assert metrics.skipped
-    assert_near(end[0], params, 0)
+    assert_near(end[1], params, 0)
     np.testing.assert_array_equal(end[2], h)
 
 
@@ -697,27 +697,30 @@ def test_an_optimizer_that_skips_leaves_the_averages_sound():
         ({"parts": 2, "part_length": 3}, "parts=2 and part_length=3: give one of the two"),
         ({"parts": 0}, "parts=0 must be an integer in"),
         ({"part_length": 0}, "part_length=0 must be an integer in"),
-        ({"parts": 2, "unroll": 0}, "unroll=0"),
     ],
 )
-def test_bad_arguments_of_the_drivers(keywords, words):
+def test_bad_arguments_of_the_training_steps(keywords, words):
     for make in (fptt_step, tbptt_step):
         with pytest.raises(ValueError, match=words):
-            make(plain_cell, per_step_loss, optax.sgd(0.1), **keywords)
+            make(PLAIN, optax.sgd(0.1), **keywords)
     with pytest.raises(TypeError, match="must be an integer"):
-        fptt_step(plain_cell, per_step_loss, optax.sgd(0.1), parts=2.5)
+        fptt_step(PLAIN, optax.sgd(0.1), parts=2.5)
     with pytest.raises(ValueError, match="save nothing"):
-        bptt_step(plain_cell, per_step_loss, optax.sgd(0.1), remat=True)
+        bptt_step(PLAIN, optax.sgd(0.1), remat=True)
+    with pytest.raises(ValueError, match="unroll=0"):
+        SequenceProblem(plain_cell, per_step_loss, unroll=0)
+    with pytest.raises(ValueError, match="time_axis=2 is not one of 0, 1"):
+        SequenceProblem(plain_cell, per_step_loss, time_axis=2)
 
 
-def call(make=fptt_step, cell=plain_cell, loss=per_step_loss, carry=None, xs=None, targets=None, **keywords):
-    params, h, inputs, outputs = problem()
+def call(make=fptt_step, loss=per_step_loss, carry=None, xs=None, targets=None, has_aux=False, time_axis=0, **split):
+    params, h, inputs, outputs = given()
     carry, xs, targets = (
-        given if given is not None else default for given, default in ((carry, h), (xs, inputs), (targets, outputs))
+        own if own is not None else default for own, default in ((carry, h), (xs, inputs), (targets, outputs))
     )
     tx = record()
-    keywords = keywords or {"parts": 2}
-    return make(cell, loss, tx, **keywords)(params, tx.init(params), carry, xs, targets)
+    asked = SequenceProblem(plain_cell, loss, has_aux=has_aux, time_axis=time_axis)
+    return make(asked, tx, **(split or {"parts": 2}))(tx.init(params), params, carry, xs, targets)
 
 
 @pytest.mark.parametrize(
@@ -728,14 +731,13 @@ def call(make=fptt_step, cell=plain_cell, loss=per_step_loss, carry=None, xs=Non
         ({"targets": np.zeros((7, B, D))}, "xs 5, targets 7"),
         ({"targets": np.zeros(())}, "terminal=True"),
         ({"time_axis": 1, "part_length": 2, "targets": np.zeros((T, 4))}, "Axis 1 must be time.*xs 3, targets 4"),
-        ({"time_axis": 2, "part_length": 2}, "time_axis=2 is not one of 0, 1"),
         ({"carry": jnp.zeros((1, H))}, r"carry is float32\[1, 4\], but the cell returns float32\[3, 4\]"),
         ({"carry": jnp.zeros((B, H), jnp.bfloat16)}, "dtype"),
         ({"carry": {"h": jnp.zeros((B, H))}}, "carry"),
         ({"loss": lambda params, outs, targets, part: outs}, "must be one number"),
     ],
 )
-def test_bad_calls_of_the_drivers(keywords, words):
+def test_bad_calls_of_the_training_steps(keywords, words):
     for make in (fptt_step, tbptt_step, bptt_step):
         with pytest.raises((ValueError, TypeError), match=words):
             call(make, **keywords)

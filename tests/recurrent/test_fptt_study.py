@@ -16,8 +16,8 @@ from effjax.models.sequence import LSTMCell, Recurrent
 from effjax.models.sequence_network import step_network
 from effjax.recipes.fptt import CELLS, FpttStudy, claims, groups
 from effjax.recipes.spec import Budget, choose_arms
-from effjax.recurrent.drivers import fptt_step
 from effjax.recurrent.fptt import fptt, fptt_epoch_end, fptt_eval_params, fptt_terminal_loss
+from effjax.recurrent.through_time import SequenceProblem, fptt_step
 from effjax.study.claims import decide
 from effjax.tasks.sequence import sequence_loss
 from effjax.train.loop import fit
@@ -115,15 +115,15 @@ def test_the_public_functions_train_as_the_study_does(arm):
     net = step_network(LSTMCell(6), outputs=10, inputs=1)
     loss = lambda w, h, labels, part: fptt_terminal_loss(net.read(w, h), labels, part, auxiliary="none")
     tx = fptt(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(2e-3)), alpha=0.02)
-    train = fptt_step(net.cell, loss, tx, parts=4, terminal=True, encode=net.encode, time_axis=1)
-    train = jax.jit(train, donate_argnums=(0, 1))
+    problem = SequenceProblem(net.cell, loss, encode=net.encode, terminal=True, time_axis=1)
+    train = jax.jit(fptt_step(problem, tx, parts=4), donate_argnums=(0, 1))
     w = jax.jit(net.init)(jax.random.key(0))
     opt, stream = jax.jit(tx.init)(w), batches(data.train, 8, seed=0)
     for number in range(1, 7):
         batch = next(stream)
-        w, opt, _, _ = train(w, opt, net.start(8), batch["inputs"], batch["targets"])
+        opt, w, _, _ = train(opt, w, net.start(8), batch["inputs"], batch["targets"])
         if arm == "fptt-epochs" and number == 4:
-            w, opt = jax.jit(fptt_epoch_end)(w, opt)
+            opt, w = jax.jit(fptt_epoch_end)(opt, w)
     jax.tree.map(np.testing.assert_array_equal, (w, opt), (state.params, state.opt))
     shown = built(f"{DIGITS}/{arm}").params(state)["params"]
     jax.tree.map(np.testing.assert_array_equal, fptt_eval_params(opt, w), shown)

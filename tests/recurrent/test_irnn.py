@@ -14,9 +14,9 @@ import pytest
 
 from effjax.core.errors import NoEffectWarning
 from effjax.core.time_scan import scan_time
-from effjax.recurrent.dual_ode import DualODE, dual_ode
-from effjax.recurrent.equilibrium import EquilibriumRNN, equilibrium, irnn_equilibrium, limit_norm
-from effjax.recurrent.irnn import IncrementalRNN, IncrementalRNNCell, irnn, irnn_step
+from effjax.recurrent.dual import DualODE, dual_ode
+from effjax.recurrent.fixed_point import EquilibriumRNN, equilibrium, irnn_equilibrium, limit_norm
+from effjax.recurrent.irnn import IncrementalRNN, IncrementalRNNCell, irnn
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "irnn"
 ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh}
@@ -308,7 +308,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from effjax.recurrent.equilibrium import EquilibriumRNN
+from effjax.recurrent.fixed_point import EquilibriumRNN
 from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNN
 
@@ -355,7 +355,12 @@ BAD = {
     "NaN": (lambda: irnn(small(), XS.at[2, 1, 0].set(jnp.nan)), r"xs holds 1 NaN of 120"),
     "h0 width": (lambda: irnn(small(), XS, jnp.zeros((4, 6))), r"h0 has shape \(4, 6\).*\(4, 5\)"),
     "h0 would broadcast": (lambda: irnn(small(), XS, jnp.zeros(5)), r"h0 has shape \(5,\)"),
-    "carried batch": (lambda: irnn_step(small(), jnp.zeros((3, 5)), (jnp.zeros((4, 5)), jnp.zeros(1))), r"h has shape"),
+    "carried batch": (
+        lambda: IncrementalRNNCell(5, length=10).advance(
+            small(), (jnp.zeros((3, 5)), jnp.zeros(4, jnp.int32)), jnp.zeros((4, 5))
+        ),
+        r"carry\[0\] has shape",
+    ),
     "start": (lambda: irnn(small(), XS, start="previous"), r"start='previous'.*Did you mean 'prev'"),
     "mode": (lambda: IncrementalRNN(5, eta_mode="per-time").init(KEY, X), r"Did you mean 'per_time'"),
     "no length": (lambda: IncrementalRNN(5).init(KEY, X), r"length=None"),

@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from effjax.recurrent.drivers import fptt_step
 from effjax.recurrent.fptt import fptt
-from effjax.recurrent.ltc_spiking import LeakyReadoutCell, LTCSpikingCell, ltc_spiking_init, ltc_spiking_step
+from effjax.recurrent.ltc_spiking import LeakyReadoutCell, LTCSpikingCell
+from effjax.recurrent.through_time import SequenceProblem, fptt_step
 
 B, T, D, H, C = 6, 12, 3, 16, 2
 NEURONS, READOUT = LTCSpikingCell(H), LeakyReadoutCell(C)
@@ -55,10 +55,10 @@ def test_fptt_with_an_update_at_every_step_learns():
         return part.progress * optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     tx = fptt(optax.chain(optax.clip_by_global_norm(1.0), optax.adamax(3e-2)))
-    train = jax.jit(fptt_step(network_cell, loss, tx, part_length=1, terminal=True))
+    train = jax.jit(fptt_step(SequenceProblem(network_cell, loss, terminal=True), tx, part_length=1))
     state, losses = tx.init(params), []
     for _ in range(25):
-        params, state, _, metrics = train(params, state, carry, xs, labels)
+        state, params, _, metrics = train(state, params, carry, xs, labels)
         losses.append(float(metrics.loss[-1]))
     assert losses[-1] < 0.5 * losses[0]
 
@@ -66,7 +66,7 @@ def test_fptt_with_an_update_at_every_step_learns():
 def test_a_layer_norm_needs_no_batch():
     layer = nn.RNN(LTCSpikingCell(H, norm="layer"))
     xs = jax.random.normal(jax.random.key(3), (2, T, D))
-    carry = ltc_spiking_init(jax.random.key(0), (2,), H)
+    carry = LTCSpikingCell(H).initialize_carry(jax.random.key(0), (2, D))
     params = jax.jit(layer.init)(jax.random.key(4), xs, initial_carry=carry)
     run = jax.jit(lambda carry, xs: layer.apply(params, xs, initial_carry=carry))
     alone = run(jax.tree.map(lambda leaf: leaf[:1], carry), xs[:1])
@@ -75,12 +75,13 @@ def test_a_layer_norm_needs_no_batch():
 
 def test_bad_input():
     params, (carry, _) = started()
-    params, x = params["neurons"]["params"], jnp.zeros((B, D))
+    params = params["neurons"]["params"]
+    x = NEURONS.project(params, jnp.zeros((B, D)))
     with pytest.raises(ValueError, match="norm='btach' is not one of"):
-        ltc_spiking_step(params, carry, x, norm="btach")
+        LTCSpikingCell(H, norm="btach").advance(params, carry, x)
     with pytest.raises(ValueError, match="norm='batch' with 1 example"):
-        ltc_spiking_step(params, jax.tree.map(lambda leaf: leaf[:1], carry), x[:1])
+        NEURONS.advance(params, jax.tree.map(lambda leaf: leaf[:1], carry), x[:1])
     with pytest.raises(ValueError, match=r"carry s has shape \(6, 4\)"):
-        ltc_spiking_step(params, (carry[0], carry[1][:, :4], carry[2]), x)
-    with pytest.raises(ValueError, match="o has shape"):
+        NEURONS.advance(params, (carry[0], carry[1][:, :4], carry[2]), x)
+    with pytest.raises(ValueError, match="carry o has shape"):
         READOUT.apply(started()[0]["readout"], jnp.zeros((B, C + 1)), jnp.zeros((B, H)))

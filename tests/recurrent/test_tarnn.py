@@ -1,6 +1,7 @@
 """TARNN: parity with the authors' cells, the invariants of the gate, the forms agree, bad input."""
 
 import functools
+import runpy
 from pathlib import Path
 
 import flax.linen as nn
@@ -10,18 +11,10 @@ import numpy as np
 import pytest
 
 from effjax.recurrent.irnn import irnn
-from effjax.recurrent.tarnn import (
-    TARNN,
-    TARNNCell,
-    b_tarnn_lstm,
-    b_tarnn_lstm_step,
-    old_b_tarnn,
-    tarnn,
-    tarnn_project,
-    tarnn_step,
-)
+from effjax.recurrent.tarnn import TARNN, TARNNCell, tarnn
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "tarnn"
+AUTHORS = runpy.run_path(str(REFERENCE / "authors_cells.py"))
 ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh}
 KEY = jax.random.key(0, impl="rbg")  # quicker to compile than the default
 X = np.random.default_rng(0).normal(size=(4, 6, 3)).astype(np.float32)  # batch, time, features
@@ -123,7 +116,7 @@ def test_b_tarnn_lstm_parity():
     values, expected = group("param/"), group("grad/")
     with jax.enable_x64(True):
         params = lstm_params(values) | {"b": jnp.asarray(values["bias_ih"] + values["bias_hh"])}
-        step = loss_of(b_tarnn_lstm, data)
+        step = loss_of(AUTHORS["b_tarnn_lstm"], data)
         carry = (data["h0"][0], data["c0"][0])
         (value, (last, outputs)), (gradients, grad_x, grad_carry) = step(params, data["x"], carry)
         assert_close(outputs, data["outputs"])
@@ -157,7 +150,7 @@ def test_old_b_tarnn_parity():
     data = dict(np.load(REFERENCE / "old_b_tarnn.npz"))
     group = lambda kind: {key.removeprefix(kind): value for key, value in data.items() if key.startswith(kind)}
     with jax.enable_x64(True):
-        step = loss_of(old_b_tarnn, data)
+        step = loss_of(AUTHORS["old_b_tarnn"], data)
         (value, (last, outputs)), (gradients, grad_x, grad_h0) = step(
             old_params(group("param/")), data["x"], data["h0"][0]
         )
@@ -317,21 +310,17 @@ BAD = {
     "variant": (lambda: tarnn(small(), XS, variant="Euler"), r"variant='Euler'"),
     "mode": (lambda: TARNN(5, eta_mode="inputs").init(KEY, X), r"Did you mean 'input'"),
     "idle length": (lambda: TARNN(5, eta_mode="input", length=6).init(KEY, X), r"length=6 would do nothing"),
-    "step": (
-        lambda: tarnn_step(small(), jnp.zeros((3, 5)), {k: v[0] for k, v in tarnn_project(small(), XS).items()}),
-        r"h has shape \(3, 5\)",
+    "cell's batch": (
+        lambda: TARNNCell(5, eta_mode="shared").init(
+            KEY, (jnp.zeros((3, 5)), jnp.zeros((4, 3)), jnp.zeros(4, jnp.int32)), XS[0]
+        ),
+        r"carry\[0\] has shape \(3, 5\)",
     ),
     "cell's carry": (
         lambda: TARNNCell(5, eta_mode="shared").init(
             KEY, (jnp.zeros((4, 5)), jnp.zeros((4, 2)), jnp.zeros(4, jnp.int32)), XS[0]
         ),
         r"carry\[1\] has shape \(4, 2\)",
-    ),
-    "lstm's carry": (
-        lambda: b_tarnn_lstm_step(
-            {}, (jnp.zeros((4, 2)), jnp.zeros((4, 3))), {"drive": jnp.zeros((4, 4)), "gates": jnp.zeros((4, 16))}
-        ),
-        r"carry\[1\] has shape \(4, 3\).*\(4, 2\)",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Training steps over long sequences: FPTT, BPTT and truncated BPTT behind one signature."""
+"""Training steps over long sequences: FPTT, BPTT and truncated BPTT for one description of network and loss."""
 
 import dataclasses
 import warnings
@@ -14,19 +14,16 @@ from jaxtyping import Array, Bool, Float, Int
 from effjax.core.errors import NoEffectWarning, check_choice, check_number
 from effjax.core.tree import path_name, wide
 
-__all__ = ["SequencePart", "bptt_step", "fptt_online", "fptt_step", "tbptt_step"]
+__all__ = ["SequencePart", "SequenceProblem", "bptt_step", "fptt_online", "fptt_step", "tbptt_step"]
 
 PyTree = Any
-Cell = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
-Loss = Callable[[PyTree, PyTree, PyTree, "SequencePart"], Any]
-Encode = Callable[[PyTree, PyTree], PyTree]
 Train = Callable[[PyTree, PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree, PyTree, "PartMetrics"]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SequencePart:
-    """Which part of the sequence a loss is asked for.
+    """The part of the sequence that a loss is asked for.
 
     Attributes:
       index: from 0; may be traced.
@@ -45,7 +42,7 @@ class SequencePart:
 
 
 class PartMetrics(NamedTuple):
-    """What a training step over a sequence reports, one row a part.
+    """What a training step over a sequence reports, one row per part; ``fptt_online`` gives a single row.
 
     Attributes:
       loss: the parts' losses, each at the parameters that it was computed with.
@@ -54,25 +51,88 @@ class PartMetrics(NamedTuple):
         out; else None.
     """
 
-    loss: Float[Array, "parts"]
+    loss: Float[Array, "*parts"]
     aux: PyTree = None
-    skipped: Bool[Array, "parts"] | None = None
+    skipped: Bool[Array, "*parts"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceProblem:
+    """A recurrent network and its loss, as ``fptt_step``, ``fptt_online``, ``bptt_step`` and ``tbptt_step`` take them.
+
+    Attributes:
+      cell: ``(params, carry, x) -> (carry, out)``, one step in time; pure, for a whole batch. Of a Linen cell it is
+        ``lambda params, carry, x: cell.apply({"params": params}, carry, x)``, of ``effjax.LSTMCell(...)`` and the
+        other cells here ``lstm.advance``, with ``encode=lstm.project``.
+      loss: ``(params, outs, targets, part) -> scalar``, or ``(scalar, aux)``, of one part. Without ``terminal``,
+        ``outs`` and ``targets`` are stacked over the part's steps; with it, ``outs`` is the last step's and ``targets``
+        come whole. ``part`` is a ``SequencePart``. A read-out is best computed here, from ``params``, for all steps at
+        once.
+      encode: ``(params, xs) -> xs``, for all steps of a part at once before the cell runs: an embedding, or the input's
+        matrix products.
+      terminal: whether the sequence has one target, and each part is asked for it: see ``fptt_terminal_loss``; for a
+        number to predict, multiply its loss by ``part.progress``. Of such weighted losses only the last row of the
+        metrics compares between ``fptt_step`` and ``bptt_step``.
+      has_aux: whether the loss returns ``aux``; the same shapes in every part.
+      time_axis: where time stands in ``xs`` (and in ``targets`` without ``terminal``): 0, or 1 for ``[batch, T, ...]``.
+        Such arrays are turned part by part, never as a whole; ``cell``, ``encode`` and ``loss`` see time first.
+      unroll: steps of the inner loop per iteration, see ``jax.lax.scan``.
+
+    Raises:
+      ValueError: another ``time_axis``, ``unroll`` below 1.
+
+    Example:
+      >>> cell = lambda w, h, x: (jnp.tanh(w * h + x),) * 2
+      >>> loss = lambda w, outs, targets, part: jnp.mean((outs - targets) ** 2)
+      >>> problem = SequenceProblem(cell, loss)
+      >>> train, w, xs = bptt_step(problem, optax.sgd(0.1)), jnp.asarray(0.5), jnp.ones((5, 3))
+      >>> state, w, h, metrics = train(optax.sgd(0.1).init(w), w, jnp.zeros(3), xs, xs)
+      >>> h.shape
+      (3,)
+    """
+
+    cell: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+    loss: Callable[[PyTree, PyTree, PyTree, SequencePart], Any]
+    _: dataclasses.KW_ONLY
+    encode: Callable[[PyTree, PyTree], PyTree] | None = None
+    terminal: bool = False
+    has_aux: bool = False
+    time_axis: int = 0
+    unroll: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("time_axis", self.time_axis, (0, 1))
+        check_number("unroll", self.unroll, low=1, integer=True)
+
+    def _time_first(self, tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: jnp.moveaxis(jnp.asarray(leaf), self.time_axis, 0), tree)
+
+    def _inputs(self, params: PyTree, xs: PyTree) -> PyTree:
+        return xs if self.encode is None else self.encode(params, xs)
+
+    def _objective(
+        self, params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, part: SequencePart
+    ) -> tuple[Array, tuple[PyTree, PyTree]]:
+        """The loss of one part, the carry at its end, and aux."""
+        one = lambda carry, x: self.cell(params, carry, x)
+        carry, outs = jax.lax.scan(one, carry, self._inputs(params, xs), unroll=self.unroll)
+        if self.terminal:
+            outs = jax.tree.map(lambda leaf: leaf[-1], outs)
+        value = self.loss(params, outs, targets, part)
+        value, aux = value if self.has_aux else (value, None)
+        if jnp.shape(value) != ():
+            raise ValueError(f"loss returned shape {jnp.shape(value)}; it must be one number, such as a mean.")
+        return wide(value), (carry, aux)
 
 
 def fptt_step(
-    cell: Cell,
-    loss: Loss,
+    problem: SequenceProblem,
     tx: optax.GradientTransformation,
     *,
     parts: int | None = None,
     part_length: int | None = None,
-    terminal: bool = False,
-    encode: Encode | None = None,
-    has_aux: bool = False,
     recompute_state: bool = False,
     skip_nonfinite: bool = False,
-    unroll: int = 1,
-    time_axis: int = 0,
 ) -> Train:
     r"""A training step over a sequence that updates the parameters in every part of it: FPTT(K).
 
@@ -87,40 +147,25 @@ def fptt_step(
     carry happens to hold them.
 
     The work is that of BPTT plus an optimizer update per part; what it saves is memory. Jit the result, and donate
-    ``params``, ``opt_state`` and ``carry``::
+    ``state``, ``params`` and ``carry``::
 
-        train = jax.jit(fptt_step(cell, loss, tx, parts=10), donate_argnums=(0, 1, 2))
-        params, opt_state, carry, metrics = train(params, opt_state, carry, xs, targets)
+        train = jax.jit(fptt_step(problem, tx, parts=10), donate_argnums=(0, 1, 2))
+        state, params, carry, metrics = train(state, params, carry, xs, targets)
 
     Args:
-      cell: ``(params, carry, x) -> (carry, out)``, one step in time; pure, for a whole batch. Of a Linen cell it is
-        ``lambda params, carry, x: cell.apply({"params": params}, carry, x)``, of ``effjax.models.LSTMCell(...)`` it is
-        ``lstm.advance``, with ``encode=lstm.project``.
-      loss: ``(params, outs, targets, part) -> scalar``, or ``(scalar, aux)``, of one part. Without ``terminal``,
-        ``outs`` and ``targets`` are stacked over the part's steps; with it, ``outs`` is the last step's and ``targets``
-        come whole. ``part`` is a ``SequencePart``. A read-out is best computed here, from ``params``, for all steps at
-        once.
+      problem: network and loss.
       tx: the optimizer; ``update`` receives the loss as ``value``.
       parts: K; short for ``part_length=T // K``.
       part_length: steps in a part. What is left of T is one more, shorter part, as in the authors' program: 784 steps
         in 10 parts are ten of 78 and one of 4. Nothing is padded or left out.
-      terminal: the sequence has one target, and each part is asked for it: see ``fptt_terminal_loss``; for a number to
-        predict, multiply its loss by ``part.progress``. Of such weighted losses only the last row of ``metrics``
-        compares with that of ``bptt_step``.
-      encode: ``(params, xs) -> xs``, for all steps of a part at once before the cell runs: an embedding, or the input's
-        matrix products.
-      has_aux: whether the loss returns ``aux``; the same shapes in every part.
       recompute_state: return the carry of one more pass over the whole sequence with the final parameters, as the
         authors' language models do, instead of the last part's. Forward only, in the memory of one part.
       skip_nonfinite: leave parameters, optimizer and carry as they were before a part whose loss, gradient or carry
         is not finite. Otherwise a NaN spreads to all that follows, and shows in the metrics.
-      unroll: steps of the inner loop per iteration, see ``jax.lax.scan``.
-      time_axis: where time stands in ``xs`` (and in ``targets`` without ``terminal``): 0, or 1 for ``[batch, T, ...]``.
-        Such arrays are turned part by part, never as a whole; ``cell``, ``encode`` and ``loss`` see time first.
 
     Returns:
-      ``(params, opt_state, carry, xs, targets) -> (params, opt_state, carry, metrics)``. ``metrics`` is a
-      ``PartMetrics``.
+      ``(state, params, carry, xs, targets) -> (state, params, carry, metrics)``, with the optimizer's state first.
+      ``metrics`` has a ``loss`` per part, ``aux`` and ``skipped``.
 
     Raises:
       ValueError: none or both of ``parts`` and ``part_length``, or below 1; when called, more parts than steps, time
@@ -132,9 +177,9 @@ def fptt_step(
     Example:
       >>> cell = lambda w, h, x: (jnp.tanh(w * h + x),) * 2
       >>> loss = lambda w, out, y, part: part.progress * jnp.mean((out - y) ** 2)
-      >>> train = fptt_step(cell, loss, optax.sgd(0.1), parts=2, terminal=True)
+      >>> train = fptt_step(SequenceProblem(cell, loss, terminal=True), optax.sgd(0.1), parts=2)
       >>> w, h, xs, y = jnp.asarray(0.5), jnp.zeros(3), jnp.ones((5, 3)), jnp.zeros(3)
-      >>> w, _, h, metrics = train(w, optax.sgd(0.1).init(w), h, xs, y)
+      >>> _, w, h, metrics = train(optax.sgd(0.1).init(w), w, h, xs, y)
       >>> metrics.loss.shape  # 2 + 2 + 1 steps
       (3,)
 
@@ -143,37 +188,25 @@ def fptt_step(
     ``p + 1/K`` (meant is ``part.progress``) and its untrained last part, and a hidden state advanced several times on
     one part where an update is repeated.
     """
-    setup = _Setup(
-        cell, loss, parts, part_length, terminal, encode, has_aux, recompute_state, skip_nonfinite, unroll, time_axis
-    )
-    learn = _learner(setup.check(), tx)
+    _check_split(parts, part_length)
+    learn = _learner(problem, tx, skip_nonfinite)
 
     def train(
-        params: PyTree, opt_state: PyTree, carry: PyTree, xs: PyTree, targets: PyTree
+        state: PyTree, params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree
     ) -> tuple[PyTree, PyTree, PyTree, PartMetrics]:
-        plan = _plan(setup, xs, targets)
-        _check_carry(setup, params, carry, xs)
-        body = lambda state, part, *data: learn(*state, *data, part)
-        (new, opt_state, last), metrics = _over_parts(body, (params, opt_state, carry), xs, targets, plan)
+        plan = _plan(problem, xs, targets, parts, part_length)
+        _check_carry(problem, params, carry, xs)
+        (state, params, last), metrics = _over_parts(learn, (state, params, carry), xs, targets, plan)
         if recompute_state:
-            again = _rerun(setup, new, carry, xs, targets, plan)
+            again = _rerun(problem, params, carry, xs, targets, plan)
             last = _choose(_all_finite(again), again, last) if skip_nonfinite else again
-        return new, opt_state, last, metrics
+        return state, params, last, metrics
 
     return train
 
 
 def fptt_online(
-    cell: Cell,
-    loss: Loss,
-    tx: optax.GradientTransformation,
-    *,
-    terminal: bool = False,
-    encode: Encode | None = None,
-    has_aux: bool = False,
-    skip_nonfinite: bool = False,
-    unroll: int = 1,
-    time_axis: int = 0,
+    problem: SequenceProblem, tx: optax.GradientTransformation, *, skip_nonfinite: bool = False
 ) -> Callable[..., tuple[PyTree, PyTree, PyTree, PartMetrics]]:
     """A training step over one part of a stream: ``fptt_step`` for data that arrive while the model learns.
 
@@ -182,63 +215,57 @@ def fptt_online(
     gives what ``fptt_step`` gives on the whole.
 
     Args:
-      cell: as in ``fptt_step``, like all that follow.
-      loss: see there.
-      tx: see there.
-      terminal: see there.
-      encode: see there.
-      has_aux: see there.
-      skip_nonfinite: see there.
-      unroll: see there.
-      time_axis: see there.
+      problem: network and loss.
+      tx: the optimizer; ``update`` receives the loss as ``value``.
+      skip_nonfinite: as in ``fptt_step``.
 
     Returns:
-      ``(params, opt_state, carry, xs, targets, part=SequencePart()) -> (params, opt_state, carry, metrics)``, with
-      scalars in ``metrics``. ``part`` goes to the loss; by default there is but one.
+      ``(state, params, carry, xs, targets, *, part=SequencePart()) -> (state, params, carry, metrics)``, with scalars
+      in ``metrics``. ``part`` goes to the loss; by default there is but one.
 
     Raises:
-      ValueError: as in ``fptt_step``.
+      ValueError: when called, as ``fptt_step``.
 
     Example:
       >>> cell = lambda w, h, x: (jnp.tanh(w * h + x),) * 2
       >>> loss = lambda w, outs, targets, part: jnp.mean((outs - targets) ** 2)
-      >>> learn = fptt_online(cell, loss, optax.sgd(0.1))
+      >>> learn = fptt_online(SequenceProblem(cell, loss), optax.sgd(0.1))
       >>> w, h = jnp.asarray(0.5), jnp.zeros(3)
       >>> state = optax.sgd(0.1).init(w)
       >>> for _ in range(4):
-      ...     w, state, h, metrics = learn(w, state, h, jnp.ones((2, 3)), jnp.zeros((2, 3)))
+      ...     state, w, h, metrics = learn(state, w, h, jnp.ones((2, 3)), jnp.zeros((2, 3)))
       >>> metrics.loss.shape
       ()
     """
-    setup = _Setup(cell, loss, 1, None, terminal, encode, has_aux, False, skip_nonfinite, unroll, time_axis)
-    learn = _learner(setup.check(), tx)
+    learn = _learner(problem, tx, skip_nonfinite)
 
     def train(
-        params: PyTree, opt_state: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, part: SequencePart | None = None
+        state: PyTree,
+        params: PyTree,
+        carry: PyTree,
+        xs: PyTree,
+        targets: PyTree,
+        *,
+        part: SequencePart | None = None,
     ) -> tuple[PyTree, PyTree, PyTree, PartMetrics]:
-        _plan(setup, xs, targets)
-        _check_carry(setup, params, carry, xs)
-        xs, targets = setup.time_first(xs), targets if terminal else setup.time_first(targets)
-        state, metrics = learn(params, opt_state, carry, xs, targets, SequencePart() if part is None else part)
-        return *state, metrics
+        _plan(problem, xs, targets, parts=1)
+        _check_carry(problem, params, carry, xs)
+        part = SequencePart() if part is None else part
+        targets = targets if problem.terminal else problem._time_first(targets)
+        end, metrics = learn((state, params, carry), part, problem._time_first(xs), targets)
+        return *end, metrics
 
     return train
 
 
 def bptt_step(
-    cell: Cell,
-    loss: Loss,
+    problem: SequenceProblem,
     tx: optax.GradientTransformation,
     *,
     parts: int | None = None,
     part_length: int | None = None,
-    terminal: bool = False,
-    encode: Encode | None = None,
-    has_aux: bool = False,
     recompute_state: bool = False,
     skip_nonfinite: bool = False,
-    unroll: int = 1,
-    time_axis: int = 0,
     remat: bool = False,
 ) -> Train:
     r"""A training step by backpropagation through the whole sequence, with one update: the baseline of ``fptt_step``.
@@ -248,47 +275,37 @@ def bptt_step(
     with :math:`n_p` the steps of part p, so that a loss that averages over steps is averaged over all T.
 
     Args:
-      cell: as in ``fptt_step``, like all that follow but the last.
-      loss: see there.
-      tx: see there.
+      problem: network and loss.
+      tx: the optimizer; ``update`` receives the mean loss as ``value``.
       parts: losses per sequence; by default 1, at its end. More are FPTT's intermediate losses without its updates.
-      part_length: see ``fptt_step``.
-      terminal: see there.
-      encode: see there.
-      has_aux: see there.
-      recompute_state: see there.
+      part_length: as in ``fptt_step``.
+      recompute_state: as in ``fptt_step``.
       skip_nonfinite: leave all as it was where a loss, the gradient or the carry is not finite.
-      unroll: see ``fptt_step``.
-      time_axis: see ``fptt_step``.
       remat: keep only the carries between parts and compute each part twice: the exact gradient in memory that grows
         with T / K + K, least at K near the root of T. What to compare ``fptt_step`` with where a sequence fits so.
 
     Returns:
-      A function like that of ``fptt_step``.
+      A function as that of ``fptt_step``.
 
     Raises:
-      ValueError: as in ``fptt_step``; ``remat`` with one part.
+      ValueError: as ``fptt_step``; ``remat`` with one part.
 
     Example:
       >>> cell = lambda w, h, x: (jnp.tanh(w * h + x),) * 2
       >>> loss = lambda w, out, y, part: jnp.mean((out - y) ** 2)
-      >>> train = bptt_step(cell, loss, optax.sgd(0.1), terminal=True)
+      >>> train = bptt_step(SequenceProblem(cell, loss, terminal=True), optax.sgd(0.1))
       >>> w, h, xs, y = jnp.asarray(0.5), jnp.zeros(3), jnp.ones((5, 3)), jnp.zeros(3)
-      >>> train(w, optax.sgd(0.1).init(w), h, xs, y)[3].loss.shape
+      >>> train(optax.sgd(0.1).init(w), w, h, xs, y)[3].loss.shape
       (1,)
     """
     parts = 1 if parts is part_length is None else parts
-    setup = _Setup(
-        cell, loss, parts, part_length, terminal, encode, has_aux, recompute_state, skip_nonfinite, unroll, time_axis
-    )
-    objective = setup.check().objective
     if remat and parts == 1:
         raise ValueError("remat=True with one part would save nothing. Give parts near the root of the length.")
 
     def gradient(params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, plan: _Plan) -> tuple[Any, ...]:
         def total(params: PyTree) -> tuple[Array, Any]:
             def one(carry: PyTree, part: SequencePart, *data: PyTree) -> tuple[PyTree, PartMetrics]:
-                value, (carry, aux) = objective(params, carry, *data, part)
+                value, (carry, aux) = problem._objective(params, carry, *data, part)
                 return carry, PartMetrics(value, aux)
 
             last, metrics = _over_parts(one, carry, xs, targets, plan, remat=remat)
@@ -297,23 +314,17 @@ def bptt_step(
         (_, (last, metrics)), grads = jax.value_and_grad(total, has_aux=True)(params)
         return grads, last, metrics
 
-    return _one_update(gradient, setup, tx)
+    return _one_update(gradient, problem, tx, parts, part_length, recompute_state, skip_nonfinite)
 
 
 def tbptt_step(
-    cell: Cell,
-    loss: Loss,
+    problem: SequenceProblem,
     tx: optax.GradientTransformation,
     *,
     parts: int | None = None,
     part_length: int | None = None,
-    terminal: bool = False,
-    encode: Encode | None = None,
-    has_aux: bool = False,
     recompute_state: bool = False,
     skip_nonfinite: bool = False,
-    unroll: int = 1,
-    time_axis: int = 0,
 ) -> Train:
     r"""A training step by truncated backpropagation through time, with one update per sequence.
 
@@ -323,37 +334,28 @@ def tbptt_step(
     of the same losses, ``fptt_step`` an update for each part's. Memory is that of ``fptt_step``.
 
     Args:
-      cell: as in ``fptt_step``, like all that follow.
-      loss: see there.
-      tx: see there.
-      parts: see there.
-      part_length: see there.
-      terminal: see there.
-      encode: see there.
-      has_aux: see there.
-      recompute_state: see there.
+      problem: network and loss.
+      tx: the optimizer; ``update`` receives the mean loss as ``value``.
+      parts: as in ``fptt_step``.
+      part_length: as in ``fptt_step``.
+      recompute_state: as in ``fptt_step``.
       skip_nonfinite: leave all as it was where a loss, the gradient or the carry is not finite.
-      unroll: see ``fptt_step``.
-      time_axis: see ``fptt_step``.
 
     Returns:
-      A function like that of ``fptt_step``.
+      A function as that of ``fptt_step``.
 
     Raises:
-      ValueError: as in ``fptt_step``.
+      ValueError: as ``fptt_step``.
 
     Example:
       >>> cell = lambda w, h, x: (jnp.tanh(w * h + x),) * 2
       >>> loss = lambda w, outs, targets, part: jnp.mean((outs - targets) ** 2)
-      >>> train = tbptt_step(cell, loss, optax.sgd(0.1), part_length=2)
+      >>> train = tbptt_step(SequenceProblem(cell, loss), optax.sgd(0.1), part_length=2)
       >>> w, h, xs = jnp.asarray(0.5), jnp.zeros(3), jnp.ones((5, 3))
-      >>> train(w, optax.sgd(0.1).init(w), h, xs, xs)[3].loss.shape
+      >>> train(optax.sgd(0.1).init(w), w, h, xs, xs)[3].loss.shape
       (3,)
     """
-    setup = _Setup(
-        cell, loss, parts, part_length, terminal, encode, has_aux, recompute_state, skip_nonfinite, unroll, time_axis
-    )
-    part_gradient = jax.value_and_grad(setup.check().objective, has_aux=True)
+    part_gradient = jax.value_and_grad(problem._objective, has_aux=True)
 
     def gradient(params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, plan: _Plan) -> tuple[Any, ...]:
         weights = jnp.asarray(plan.weights)
@@ -370,57 +372,19 @@ def tbptt_step(
         (total, last), metrics = _over_parts(one, (zeros, carry), xs, targets, plan)
         return jax.tree.map(lambda t, p: t.astype(p.dtype), total, params), last, metrics
 
-    return _one_update(gradient, setup, tx)
+    return _one_update(gradient, problem, tx, parts, part_length, recompute_state, skip_nonfinite)
 
 
-class _Setup(NamedTuple):
-    """The arguments that the drivers share."""
-
-    cell: Cell
-    loss: Loss
-    parts: int | None
-    part_length: int | None
-    terminal: bool
-    encode: Encode | None
-    has_aux: bool
-    recompute_state: bool
-    skip_nonfinite: bool
-    unroll: int
-    time_axis: int
-
-    def check(self) -> "_Setup":
-        if (self.parts is None) == (self.part_length is None):
-            raise ValueError(
-                f"parts={self.parts!r} and part_length={self.part_length!r}: give one of the two, the number of parts "
-                "of a sequence or the steps in each."
-            )
-        if self.parts is not None:
-            check_number("parts", self.parts, low=1, integer=True, hint="1 is the whole sequence at once.")
-        else:
-            check_number("part_length", self.part_length, low=1, integer=True)
-        check_number("unroll", self.unroll, low=1, integer=True)
-        check_choice("time_axis", self.time_axis, (0, 1))
-        return self
-
-    def time_first(self, tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: jnp.moveaxis(jnp.asarray(leaf), self.time_axis, 0), tree)
-
-    def inputs(self, params: PyTree, xs: PyTree) -> PyTree:
-        return xs if self.encode is None else self.encode(params, xs)
-
-    def objective(
-        self, params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, part: SequencePart
-    ) -> tuple[Array, tuple[PyTree, PyTree]]:
-        """The loss of one part, the carry at its end, and aux."""
-        one = lambda carry, x: self.cell(params, carry, x)
-        carry, outs = jax.lax.scan(one, carry, self.inputs(params, xs), unroll=self.unroll)
-        if self.terminal:
-            outs = jax.tree.map(lambda leaf: leaf[-1], outs)
-        value = self.loss(params, outs, targets, part)
-        value, aux = value if self.has_aux else (value, None)
-        if jnp.shape(value) != ():
-            raise ValueError(f"loss returned shape {jnp.shape(value)}; it must be one number, such as a mean.")
-        return wide(value), (carry, aux)
+def _check_split(parts: int | None, part_length: int | None) -> None:
+    if (parts is None) == (part_length is None):
+        raise ValueError(
+            f"parts={parts!r} and part_length={part_length!r}: give one of the two, the number of parts of a sequence "
+            "or the steps in each."
+        )
+    if parts is not None:
+        check_number("parts", parts, low=1, integer=True, hint="1 is the whole sequence at once.")
+    else:
+        check_number("part_length", part_length, low=1, integer=True)
 
 
 class _Plan(NamedTuple):
@@ -446,8 +410,10 @@ class _Plan(NamedTuple):
         return jnp.sum(losses * jnp.asarray(self.weights, losses.dtype))
 
 
-def _plan(setup: _Setup, xs: PyTree, targets: PyTree) -> _Plan:
-    parts, part_length, terminal, axis = setup.parts, setup.part_length, setup.terminal, setup.time_axis
+def _plan(
+    problem: SequenceProblem, xs: PyTree, targets: PyTree, parts: int | None = None, part_length: int | None = None
+) -> _Plan:
+    terminal, axis = problem.terminal, problem.time_axis
     timed = [("xs", xs)] if terminal else [("xs", xs), ("targets", targets)]
     lengths = {
         "/".join(filter(None, (name, path_name(path)))): jnp.shape(leaf)[axis : axis + 1]
@@ -517,54 +483,61 @@ def _append(path: tuple[Any, ...], rows: Array, row: Array) -> Array:
     return jnp.concatenate([rows, row[None]])
 
 
-def _learner(setup: _Setup, tx: optax.GradientTransformation) -> Callable[..., Any]:
-    """``(params, opt_state, carry, xs, targets, part) -> ((params, opt_state, carry), metrics)``: one update."""
+def _learner(problem: SequenceProblem, tx: optax.GradientTransformation, skip_nonfinite: bool) -> Callable[..., Any]:
+    """``((state, params, carry), part, xs, targets) -> ((state, params, carry), metrics)``: one update."""
     tx = optax.with_extra_args_support(tx)
-    gradient = jax.value_and_grad(setup.objective, has_aux=True)
+    gradient = jax.value_and_grad(problem._objective, has_aux=True)
 
-    def learn(params: PyTree, opt_state: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, part: SequencePart) -> Any:
+    def learn(
+        before: tuple[PyTree, PyTree, PyTree], part: SequencePart, xs: PyTree, targets: PyTree
+    ) -> tuple[tuple[PyTree, PyTree, PyTree], PartMetrics]:
+        state, params, carry = before
         (value, (end, aux)), grads = gradient(params, carry, xs, targets, part)
-        new = _updated(tx, params, opt_state, grads, value, end)
-        if not setup.skip_nonfinite:
-            return new, PartMetrics(value, aux)
+        after = (*_updated(tx, grads, state, params, value), end)
+        if not skip_nonfinite:
+            return after, PartMetrics(value, aux)
         sound = _all_finite((value, grads, end))
-        return _choose(sound, new, (params, opt_state, carry)), PartMetrics(value, aux, ~sound)
+        return _choose(sound, after, before), PartMetrics(value, aux, ~sound)
 
     return learn
 
 
-def _one_update(gradient: Callable[..., Any], setup: _Setup, tx: optax.GradientTransformation) -> Train:
+def _one_update(
+    gradient: Callable[..., Any],
+    problem: SequenceProblem,
+    tx: optax.GradientTransformation,
+    parts: int | None,
+    part_length: int | None,
+    recompute_state: bool,
+    skip_nonfinite: bool,
+) -> Train:
+    _check_split(parts, part_length)
     tx = optax.with_extra_args_support(tx)
 
     def train(
-        params: PyTree, opt_state: PyTree, carry: PyTree, xs: PyTree, targets: PyTree
+        state: PyTree, params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree
     ) -> tuple[PyTree, PyTree, PyTree, PartMetrics]:
-        plan = _plan(setup, xs, targets)
-        _check_carry(setup, params, carry, xs)
+        plan = _plan(problem, xs, targets, parts, part_length)
+        _check_carry(problem, params, carry, xs)
         grads, end, metrics = gradient(params, carry, xs, targets, plan)
         value = plan.mean(metrics.loss)
-        new = _updated(tx, params, opt_state, grads, value, end)
-        if setup.recompute_state:
-            new = (*new[:2], _rerun(setup, new[0], carry, xs, targets, plan))
-        if setup.skip_nonfinite:
+        after = _updated(tx, grads, state, params, value)
+        last = _rerun(problem, after[1], carry, xs, targets, plan) if recompute_state else end
+        after = (*after, last)
+        if skip_nonfinite:
             sound = _all_finite((value, grads, end))
-            new = _choose(sound, new, (params, opt_state, carry))
+            after = _choose(sound, after, (state, params, carry))
             metrics = metrics._replace(skipped=~sound)
-        return *new, metrics
+        return *after, metrics
 
     return train
 
 
 def _updated(
-    tx: optax.GradientTransformationExtraArgs,
-    params: PyTree,
-    opt_state: PyTree,
-    grads: PyTree,
-    value: Array,
-    end: PyTree,
-) -> tuple[PyTree, PyTree, PyTree]:
-    updates, opt_state = tx.update(grads, opt_state, params, value=value)
-    return optax.apply_updates(params, updates), opt_state, end
+    tx: optax.GradientTransformationExtraArgs, grads: PyTree, state: PyTree, params: PyTree, value: Array
+) -> tuple[PyTree, PyTree]:
+    updates, state = tx.update(grads, state, params, value=value)
+    return state, optax.apply_updates(params, updates)
 
 
 def _all_finite(tree: PyTree) -> Bool[Array, ""]:
@@ -577,22 +550,24 @@ def _choose(condition: Bool[Array, ""], on_true: PyTree, on_false: PyTree) -> Py
     return jax.tree.map(lambda a, b: jax.lax.select(condition, a, b), on_true, on_false)
 
 
-def _rerun(setup: _Setup, params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, plan: _Plan) -> PyTree:
+def _rerun(problem: SequenceProblem, params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, plan: _Plan) -> PyTree:
     """The carry after the whole sequence, part by part so that ``encode`` never sees all of it."""
 
     def forward(carry: PyTree, part: SequencePart, xs: PyTree, targets: PyTree) -> tuple[PyTree, None]:
         del part, targets
-        return jax.lax.scan(lambda carry, x: (setup.cell(params, carry, x)[0], None), carry, setup.inputs(params, xs))
+        return jax.lax.scan(
+            lambda carry, x: (problem.cell(params, carry, x)[0], None), carry, problem._inputs(params, xs)
+        )
 
     return _over_parts(forward, carry, xs, targets, plan)[0]
 
 
-def _check_carry(setup: _Setup, params: PyTree, carry: PyTree, xs: PyTree) -> None:
+def _check_carry(problem: SequenceProblem, params: PyTree, carry: PyTree, xs: PyTree) -> None:
     """The cell must hand on what it was given, or the next step, part or batch could not go on from it."""
 
     def once(params: PyTree, carry: PyTree, xs: PyTree) -> PyTree:
-        first = jax.tree.map(lambda leaf: leaf[0], setup.inputs(params, setup.time_first(xs)))
-        return setup.cell(params, carry, first)[0]
+        first = jax.tree.map(lambda leaf: leaf[0], problem._inputs(params, problem._time_first(xs)))
+        return problem.cell(params, carry, first)[0]
 
     try:
         after = jax.eval_shape(once, params, carry, xs)

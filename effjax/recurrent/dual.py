@@ -22,7 +22,6 @@ from effjax.recurrent.cells import (
     Params,
     Sequence,
     check_finite,
-    check_hidden,
     eta_shape,
     first_hidden,
     fused_dot,
@@ -30,7 +29,10 @@ from effjax.recurrent.cells import (
     steps_over_time,
 )
 
-__all__ = ["DualODE", "dual_ode", "dual_ode_project", "dual_ode_step"]
+__all__ = ["DualODE", "dual_ode"]
+
+_STEPS = ("alpha1", "alpha2", "beta2")
+_INPUTS = {"fast": ("W1", "b1"), "slow": ("W3", "b2"), "gate": ("Wg", "bg")}
 
 
 def dual_ode(
@@ -81,45 +83,25 @@ def dual_ode(
     W4, which are computed and not used, are left out.
     """
     check_finite("xs", xs)
-    projected = dual_ode_project(params, xs, dtype=dtype)
+    used = {part: names for part, names in _INPUTS.items() if names[0] in params}
+    pre = fused_dot(xs, {part: (params[kernel], params[bias]) for part, (kernel, bias) in used.items()}, dtype)
+    steps = {name: steps_over_time(params[name], len(xs), argument=name) for name in _STEPS}
     fast, slow = (None, None) if h0 is None else h0
-    carry = (first_hidden(fast, projected[0]["fast"], "h0[0]"), first_hidden(slow, projected[0]["slow"], "h0[1]"))
-    step = functools.partial(dual_ode_step, activation=activation, dtype=dtype)
-    return scan_time(step, params, carry, projected, chunk=chunk, unroll=unroll)
+    carry = (first_hidden(fast, pre["fast"], "h0[0]"), first_hidden(slow, pre["slow"], "h0[1]"))
+    step = functools.partial(_step, activation=activation, dtype=dtype)
+    return scan_time(step, params, carry, (pre, steps), chunk=chunk, unroll=unroll)
 
 
-def dual_ode_project(
-    params: Params, xs: Sequence, *, dtype: DTypeLike | None = None
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """What ``dual_ode_step`` takes at every time step: the products with the inputs, and the step sizes."""
-    return _dual_ode_inputs(params, xs, dtype), {
-        name: steps_over_time(params[name], len(xs), argument=name) for name in _DUAL_STEPS
-    }
-
-
-_DUAL_STEPS = ("alpha1", "alpha2", "beta2")
-
-
-_DUAL_INPUTS = {"fast": ("W1", "b1"), "slow": ("W3", "b2"), "gate": ("Wg", "bg")}
-
-
-def _dual_ode_inputs(params: Params, xs: jax.Array, dtype: DTypeLike | None) -> dict[str, jax.Array]:
-    used = {part: names for part, names in _DUAL_INPUTS.items() if names[0] in params}
-    return fused_dot(xs, {part: (params[kernel], params[bias]) for part, (kernel, bias) in used.items()}, dtype)
-
-
-def dual_ode_step(
+def _step(
     params: Params,
     carry: tuple[Hidden, Hidden],
     projected: tuple[dict[str, jax.Array], dict[str, jax.Array]],
     *,
-    activation: Activation = nn.relu,
-    dtype: DTypeLike | None = None,
+    activation: Activation,
+    dtype: DTypeLike | None,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """One time step of ``dual_ode``: (f, s) and a time step of ``dual_ode_project`` to (f', s'), and both joined."""
+    """(f, s), the products with the inputs and the step sizes of a time step to (f', s'), and both joined."""
     pre, steps = projected
-    for index, part in enumerate(("fast", "slow")):
-        check_hidden(f"carry[{index}]", carry[index], pre[part].shape)
     fast, slow = map(wide, carry)
     new_slow = steps["beta2"][0] * slow + steps["alpha2"][0] * activation(dot(slow, params["U4"], dtype) + pre["slow"])
     fixed = dot(new_slow, params["U2"], dtype) + dot(fast, params["U1"], dtype) + pre["fast"]
