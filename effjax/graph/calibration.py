@@ -9,8 +9,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from effjax.core.errors import check_number
-from effjax.graph.layers import dropout as random_dropout
-from effjax.graph.sparse import SparseMatrix
+from effjax.graph.sparse.layers import dropout as random_dropout
+from effjax.graph.sparse.matrix import SparseMatrix
 from effjax.graph.stages import fastrain_optimizer, weighted_cross_entropy
 
 __all__ = ["brier_score", "calibrate", "expected_calibration_error", "fit_calibration"]
@@ -57,7 +57,7 @@ def calibrate(
       Calibrated logits.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> logits = jnp.array([[2.0, 1.0], [0.0, 3.0]])
       >>> head = calibration_init(jax.random.key(0), 2)
       >>> calibrate(head, gcn_adjacency([0, 1], [1, 0], 2), logits).argmax(1).tolist()
@@ -139,7 +139,7 @@ def fit_calibration(
       ValueError: a function without ``classes``, or numbers out of range.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> logits, labels = jnp.array([[2.0, 1.0], [0.0, 3.0]]), jnp.array([0, 1])
       >>> head, losses = fit_calibration(
       ...     jax.random.key(0), logits, gcn_adjacency([0, 1], [1, 0], 2), labels, jnp.ones(2), epochs=3

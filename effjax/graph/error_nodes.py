@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_number
-from effjax.graph.propagation import label_propagation
-from effjax.graph.sparse import SparseMatrix, matmul, row_sums, spmm, take_columns, take_rows
+from effjax.graph.sparse.matrix import SparseMatrix, matmul, row_sums, spmm, take_columns, take_rows
+from effjax.graph.sparse.propagation import label_propagation
 
 __all__ = [
     "error_auc",
@@ -95,7 +95,7 @@ def neighbour_agreement(
       [N] in [0, 1].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> path = gcn_adjacency([0, 1, 1, 2], [1, 0, 2, 1], 4)
       >>> neighbour_agreement(path, jnp.array([0, 0, 1, 1])).tolist()
       [1.0, 0.5, 0.0, 0.0]
@@ -122,7 +122,7 @@ def label_free_trust(scores: ErrorScores, matrix: SparseMatrix) -> dict[str, Flo
       negative mutual information.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> scores = error_scores(jnp.array([[[0.75, 0.25], [0.5, 0.5]]]))
       >>> label_free_trust(scores, gcn_adjacency([0, 1], [1, 0], 2))["agreement"].tolist()
       [1.75, 1.5]
@@ -205,7 +205,7 @@ def label_view(
       [N, C].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> pair = gcn_adjacency([0, 1], [1, 0], 2)
       >>> label_view(pair, jnp.array([1, 0]), jnp.array([True, False]), 2).round(3).tolist()
       [[0.0, 1.0], [0.0, 1.0]]
@@ -265,7 +265,7 @@ def spread_errors(
       [N], low where errors are near.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> pairs = gcn_adjacency([0, 1, 2, 3], [1, 0, 3, 2], 4)
       >>> trust = spread_errors(pairs, jnp.array([True, False, False, False]), jnp.array([True, False, True, False]))
       >>> bool(trust[1] < trust[3])
@@ -370,7 +370,7 @@ def detector_inputs(
       view, and its margin over the best other class in both views.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> scores = error_scores(jnp.full((2, 3, 4), 0.25))
       >>> graph = gcn_adjacency([0, 1], [1, 0], 3)
       >>> detector_inputs(scores, graph, jnp.zeros((3, 4)), jnp.zeros((3, 4))).shape
@@ -424,7 +424,7 @@ def learned_trust(
       ``held_out_trust``.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> graph = gcn_adjacency([0, 1, 2, 3], [1, 0, 3, 2], 4)
       >>> scores = error_scores(jnp.full((2, 4, 2), 0.5))
       >>> train, checked = jnp.array([True, False, True, False]), jnp.array([False, True, False, True])
@@ -481,7 +481,7 @@ def held_out_trust(
       [fold_count, N].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> graph = gcn_adjacency([0, 1, 2, 3], [1, 0, 3, 2], 4)
       >>> scores, none = error_scores(jnp.full((2, 4, 2), 0.5)), jnp.zeros(4, bool)
       >>> import functools

@@ -16,11 +16,11 @@ import numpy as np
 import optax
 
 from effjax.core.errors import check_choice, check_number
-from effjax.graph.adjacency import loopless_adjacency
 from effjax.graph.calibration import calibrate, fit_calibration
-from effjax.graph.propagation import correct_and_smooth
 from effjax.graph.self_training import cluster_labels, guard_pseudolabels, most_confident, pseudolabel_weights
-from effjax.graph.sparse import SparseMatrix
+from effjax.graph.sparse.adjacency_matrices import loopless_adjacency
+from effjax.graph.sparse.matrix import SparseMatrix
+from effjax.graph.sparse.propagation import correct_and_smooth
 from effjax.graph.stages import (
     Stage,
     compact_to_ladder,
@@ -293,7 +293,7 @@ def fastrain(
       ValueError: a class without a label, or a label out of range.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> labels, mask = jnp.array([0, -1, 1, -1]), jnp.array([True, False, True, False])
       >>> problem = NodeProblem(jnp.eye(4), gcn_adjacency([0, 1, 2, 3], [1, 0, 3, 2], 4), labels, mask, 2)
       >>> found = fastrain(
@@ -340,7 +340,7 @@ def fastrain_init(
       A ``FastrainState``. No label outside the mask is in it.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> graph, mask = gcn_adjacency([0, 1], [1, 0], 2), jnp.array([True, True])
       >>> problem = NodeProblem(jnp.eye(2), graph, jnp.array([0, 1]), mask, 2)
       >>> state = fastrain_init(jax.random.key(0), lambda key, deep: jnp.zeros((2, 2)), problem, FastrainConfig())

@@ -17,7 +17,6 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_choice, check_number
-from effjax.graph.adjacency import gcn_normalize
 from effjax.graph.error_nodes import (
     ErrorScores,
     error_scores,
@@ -41,7 +40,8 @@ from effjax.graph.members import (
     member_probabilities,
     members_loss,
 )
-from effjax.graph.sparse import SparseMatrix
+from effjax.graph.sparse.adjacency_matrices import gcn_normalize
+from effjax.graph.sparse.matrix import SparseMatrix
 
 __all__ = [
     "GeeniConfig",

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from effjax.core.errors import check_choice, check_number
-from effjax.graph.adjacency import gcn_normalize, loopless_adjacency
 from effjax.graph.error_nodes import error_auc, error_scores, label_free_trust, spread_errors
 from effjax.graph.geeni import (
     GeeniConfig,
@@ -28,8 +27,9 @@ from effjax.graph.members import (
     fold_members,
     member_probabilities,
 )
-from effjax.graph.propagation import correct_and_smooth
-from effjax.graph.sparse import SparseMatrix
+from effjax.graph.sparse.adjacency_matrices import gcn_normalize, loopless_adjacency
+from effjax.graph.sparse.matrix import SparseMatrix
+from effjax.graph.sparse.propagation import correct_and_smooth
 
 __all__ = ["detector_aucs", "geeni_metrics"]
 
@@ -136,7 +136,7 @@ def edge_subset_probabilities(
       [count, N, C].
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> from effjax.graph.members import init_members
       >>> pair = adjacency([0, 1], [1, 0], 2, self_loops=True)
       >>> members = init_members(jax.random.key(0), 2, 2, 4, 3)
@@ -176,7 +176,7 @@ def detector_aucs(
       validation nodes), 'subsets' (variance over the edge subsets), and those of ``trusts``.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> from effjax.graph.members import init_members
       >>> graph, none = gcn_adjacency([0, 1], [1, 0], 3), jnp.zeros(3, bool)
       >>> problem = GeeniProblem(jnp.eye(3), graph, jnp.array([0, 1, 0]), none, none, 2)

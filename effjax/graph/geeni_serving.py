@@ -12,7 +12,7 @@ from effjax.core.errors import check_choice, check_number
 from effjax.graph.error_nodes import error_set
 from effjax.graph.isolation import Mode, isolated_values, top_entries
 from effjax.graph.members import GcnMembers, aggregate_members, ensemble_logits, member_probabilities
-from effjax.graph.sparse import SparseMatrix, matmul, spmm
+from effjax.graph.sparse.matrix import SparseMatrix, matmul, spmm
 
 __all__ = ["ServedEnsemble", "inductive_probabilities", "serve_ensemble"]
 
@@ -66,7 +66,7 @@ def serve_ensemble(
       ValueError: ``precompute=True`` with sparse features or several graphs, or graphs for another number of members.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> from effjax.graph.members import init_members
       >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
       >>> serve_ensemble(members, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2))().shape
@@ -161,7 +161,7 @@ def inductive_probabilities(
       ValueError: a single member, or numbers out of range.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> from effjax.graph.members import init_members
       >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
       >>> graph = gcn_adjacency([0, 1], [1, 0], 2)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.shapes import smallest_fit
-from effjax.graph.sparse import SparseMatrix, SparsePattern, compact, row_sums, take_columns, take_rows
+from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, compact, row_sums, take_columns, take_rows
 from effjax.graph.stages import nnz_ladder
 
 __all__ = [
@@ -64,7 +64,7 @@ def isolated_values(
       ValueError: an unknown mode, or a ``send`` that is not [N].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> pair = gcn_adjacency([0, 1], [1, 0], 2)
       >>> isolated_values(pair, jnp.array([True, False]), mode="none").round(2).tolist()
       [0.5, 0.0, 0.5, 0.5]
@@ -120,7 +120,7 @@ def isolate(
       ValueError: ``errors`` is no mask of the nodes, an unknown mode, or more entries than ``capacity``.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> path = gcn_adjacency([0, 1, 1, 2], [1, 0, 2, 1], 3)
       >>> path.nnz, isolate(path, np.array([False, True, False])).nnz
       (7, 5)
@@ -157,7 +157,7 @@ def isolate_to_ladder(
       ValueError: an unknown mode, or a ``send`` that is not [N].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> path = gcn_adjacency([0, 1, 1, 2], [1, 0, 2, 1], 3)
       >>> isolate_to_ladder(path, jnp.array([1.0, 0.0, 1.0])).pattern.size.item()
       5
@@ -192,7 +192,7 @@ def affected_nodes(
       bool [N].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> path = gcn_adjacency([0, 1, 1, 2, 2, 3], [1, 0, 2, 1, 3, 2], 4)
       >>> affected_nodes(path, np.array([True, False, False, False])).tolist()
       [True, True, True, False]
@@ -224,7 +224,7 @@ def random_edges(key: jax.Array, pattern: SparsePattern, keep: float) -> Bool[Ar
       bool [nnz].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> random_edges(jax.random.key(0), gcn_adjacency([0, 1], [1, 0], 2).pattern, 0.0).tolist()
       [True, False, False, True]
     """
@@ -246,7 +246,7 @@ def strongest_edges(matrix: SparseMatrix, fraction: float) -> Bool[np.ndarray, "
       bool [nnz].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> path = gcn_adjacency([0, 1, 1, 2], [1, 0, 2, 1], 3)
       >>> strongest_edges(path, 0.5).tolist()
       [True, False, False, True, True, True, True]
@@ -275,7 +275,7 @@ def agreeing_edges(
       bool [nnz].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> pair = gcn_adjacency([0, 1], [1, 0], 2)
       >>> agreeing_edges(pair.pattern, jnp.array([[0.95, 0.05], [0.05, 0.95]])).tolist()
       [True, False, False, True]
@@ -299,7 +299,7 @@ def edge_jaccard(pattern: SparsePattern, support: Bool[np.ndarray, "nodes featur
       float32 [nnz]; 1 on the diagonal, 0 where both ends are without features.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> pair = gcn_adjacency([0, 1], [1, 0], 2)
       >>> edge_jaccard(pair.pattern, np.array([[True, True], [True, False]])).tolist()
       [1.0, 0.5, 0.5, 1.0]
@@ -333,7 +333,7 @@ def alike_edges(
       bool [nnz].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> path = gcn_adjacency([0, 1, 1, 2], [1, 0, 2, 1], 3)
       >>> alike_edges(jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), path.pattern).tolist()
       [True, True, True, True, False, False, True]
@@ -357,7 +357,7 @@ def top_entries(matrix: SparseMatrix, capacity: int) -> SparseMatrix:
       ValueError: ``capacity`` outside [1, nnz].
 
     Example:
-      >>> from effjax.graph.sparse import sparse_matrix
+      >>> from effjax.graph.sparse.matrix import sparse_matrix
       >>> top_entries(sparse_matrix([0, 0, 1], [0, 1, 1], [3.0, 1.0, 2.0], (2, 2)), 2).todense().tolist()
       [[3.0, 0.0], [0.0, 2.0]]
     """

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from effjax.core.errors import check_choice, check_number
 from effjax.core.loops import stacked_map
 from effjax.core.timing import time_interleaved
-from effjax.graph.sparse import SparseMatrix, matmul, spmm
+from effjax.graph.sparse.matrix import SparseMatrix, matmul, spmm
 
 __all__ = [
     "GcnMembers",
@@ -188,7 +188,7 @@ def ensemble_logits(
       ValueError: an unknown ``form``, a dropout without key, or values for another number of members.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
       >>> ensemble_logits(members, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2)).shape
       (2, 2, 2)
@@ -328,7 +328,7 @@ def fastest_members_form(
       One of ``'columns'``, ``'vmap'``, ``'map'``, ``'unroll'``.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
       >>> fastest_members_form(members, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2), rounds=1) in FORMS
       True
@@ -368,7 +368,7 @@ def ensemble_macs(
     """What ``ensemble_logits`` multiplies and adds: isolation lowers ``aggregate``, narrow members all three.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
       >>> ensemble_macs(members, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2))
       EnsembleMacs(features=32, aggregate=48, classes=32)

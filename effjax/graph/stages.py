@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_number
 from effjax.core.shapes import smallest_fit
-from effjax.graph.layers import hashed_bits
-from effjax.graph.sparse import SparseMatrix, SparsePattern, compact
+from effjax.graph.sparse.layers import hashed_bits
+from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, compact
 
 __all__ = [
     "agreeing",
@@ -126,7 +126,7 @@ def drop_edges(key: jax.Array, matrix: SparseMatrix, keep: float | jax.Array) ->
       A ``SparseMatrix`` of the same pattern.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> matrix = gcn_adjacency([0, 1], [1, 0], 2)
       >>> bool((drop_edges(jax.random.key(0), matrix, 1.0).values == matrix.values).all())
       True
@@ -152,7 +152,7 @@ def drop_edges_exactly(key: jax.Array, matrix: SparseMatrix, dropped: int | jax.
       A ``SparseMatrix`` of the same pattern.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> matrix = gcn_adjacency([0, 1, 1, 2], [1, 0, 2, 1], 3)
       >>> int((drop_edges_exactly(jax.random.key(0), matrix, 2).values == 0).sum())
       2
@@ -183,7 +183,7 @@ def edge_pool(rng: np.random.Generator, matrix: SparseMatrix, keep: float, size:
       ValueError: nothing would be kept, or numbers out of range.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> pool = edge_pool(np.random.default_rng(0), gcn_adjacency([0, 1], [1, 0], 2), 0.75, 8)
       >>> pool.values.shape
       (8, 3)
@@ -298,7 +298,7 @@ def prune_edges(
       The new mask of entries.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> pattern = gcn_adjacency([0, 1], [1, 0], 2).pattern
       >>> prune_edges(pattern, jnp.ones(4, bool), jnp.array([0, 1]), jnp.array([True, True])).tolist()
       [True, False, False, True]
@@ -376,7 +376,7 @@ def train_stage(
       Parameters, optimizer state and the loss of every epoch.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> matrix, tx = gcn_adjacency([0, 1], [1, 0], 2), optax.sgd(1.0)
       >>> network = lambda params, features, adjacency, key: adjacency @ (features @ params)
       >>> params, _, losses = train_stage(

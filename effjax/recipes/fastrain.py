@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.errors import check_choice, check_number
-from effjax.graph.adjacency import loopless_adjacency
 from effjax.graph.fastrain import (
     Apply,
     FastrainConfig,
@@ -27,7 +26,8 @@ from effjax.graph.fastrain import (
     fastrain_params,
     fastrain_step,
 )
-from effjax.graph.propagation import label_propagation
+from effjax.graph.sparse.adjacency_matrices import loopless_adjacency
+from effjax.graph.sparse.propagation import label_propagation
 from effjax.graph.stages import evaluate_stages, fastrain_optimizer
 from effjax.models.gnn import NodeClassifier, sized_networks
 from effjax.recipes.spec import Arm, Claim, Group, StudyConfig

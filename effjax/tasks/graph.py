@@ -12,9 +12,9 @@ from jax.typing import ArrayLike
 
 from effjax.core.errors import check_choice, check_number
 from effjax.data.graphs import CsrFeatures, GraphData, graph_data
-from effjax.graph.adjacency import gcn_adjacency
-from effjax.graph.adjacency import row_normalize as divide_rows
-from effjax.graph.sparse import SparseMatrix, sparse_matrix
+from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
+from effjax.graph.sparse.adjacency_matrices import row_normalize as divide_rows
+from effjax.graph.sparse.matrix import SparseMatrix, sparse_matrix
 from effjax.tasks.task import Metric, Task, Variables
 
 __all__ = ["draw_labelled", "draw_split", "masked_accuracy", "masked_cross_entropy", "node_data", "node_task"]

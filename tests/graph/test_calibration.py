@@ -18,7 +18,7 @@ from effjax.graph.calibration import (
     fit_calibration,
     intra_distance,
 )
-from effjax.graph.sparse import sparse_matrix
+from effjax.graph.sparse.matrix import sparse_matrix
 from effjax.graph.stages import fastrain_optimizer, weighted_cross_entropy
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "fastrain_gnn"

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.graph.adjacency import gcn_adjacency
 from effjax.graph.error_nodes import (
     error_auc,
     error_scores,
@@ -21,7 +20,8 @@ from effjax.graph.error_nodes import (
     neighbour_agreement,
     spread_errors,
 )
-from effjax.graph.sparse import sparse_matrix
+from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
+from effjax.graph.sparse.matrix import sparse_matrix
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "geeni"
 NODES, CLASSES, FOLDS = 120, 3, 4

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from small_graph import write_small_cora
 
-from effjax.graph.adjacency import adjacency, gcn_normalize, loopless_adjacency
 from effjax.graph.calibration import calibrate, fit_calibration
 from effjax.graph.fastrain import FastrainConfig, NodeProblem, fastrain, fastrain_init, fastrain_scores
 from effjax.graph.self_training import self_training
+from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_normalize, loopless_adjacency
 from effjax.graph.stages import compact_to_ladder, drop_edges, fastrain_optimizer, train_stage
 from effjax.models.gnn import NodeClassifier
 from effjax.tasks.graph import draw_labelled, node_data

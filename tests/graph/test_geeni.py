@@ -11,7 +11,6 @@ import pytest
 
 from effjax.core.cost import Executables
 from effjax.core.macs import count_macs
-from effjax.graph.adjacency import gcn_adjacency
 from effjax.graph.error_nodes import error_scores, error_set
 from effjax.graph.geeni import (
     GeeniConfig,
@@ -40,7 +39,8 @@ from effjax.graph.members import (
     members_loss,
     prune_width,
 )
-from effjax.graph.sparse import SparseMatrix, sparse_matrix
+from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
+from effjax.graph.sparse.matrix import SparseMatrix, sparse_matrix
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "geeni" / "geeni_core.npz"
 # Even numbers of columns: odd ones are padded for the kernel, which would count as work.

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.graph.adjacency import gcn_adjacency, gcn_normalize
 from effjax.graph.isolation import (
     MODES,
     affected_nodes,
@@ -22,7 +21,8 @@ from effjax.graph.isolation import (
     top_entries,
 )
 from effjax.graph.members import ensemble_logits, init_members
-from effjax.graph.sparse import SparseMatrix, compact, row_sums, sparse_matrix
+from effjax.graph.sparse.adjacency_matrices import gcn_adjacency, gcn_normalize
+from effjax.graph.sparse.matrix import SparseMatrix, compact, row_sums, sparse_matrix
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "geeni" / "geeni_core.npz"
 NODES = 40

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from effjax.graph.adjacency import gcn_adjacency
-from effjax.graph.sparse import SparseMatrix, compact, sparse_matrix
+from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
+from effjax.graph.sparse.matrix import SparseMatrix, compact, sparse_matrix
 from effjax.graph.stages import (
     agreeing,
     compact_to_ladder,

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from effjax.graph.adjacency import gcn_adjacency
-from effjax.graph.sparse import sparse_matrix
+from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
+from effjax.graph.sparse.matrix import sparse_matrix
 from effjax.models.gnn import LAYERS, NodeClassifier
 from effjax.tasks.graph import draw_split, masked_accuracy, masked_cross_entropy, node_data
 

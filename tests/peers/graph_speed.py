@@ -336,8 +336,8 @@ def resident(which: str) -> None:
 def forms(graph: str, rounds: int, min_time: float) -> dict[str, Any]:
     """Milliseconds of ``A @ x`` [N, 64] and of it with its gradient, for every form of the product."""
     from effjax.core.timing import time_interleaved
-    from effjax.graph.adjacency import gcn_adjacency
-    from effjax.graph.sparse import FORMS, spmm
+    from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
+    from effjax.graph.sparse.matrix import FORMS, spmm
 
     data = task(graph).data
     matrix = gcn_adjacency(data.senders, data.receivers, data.nodes, buckets=True)

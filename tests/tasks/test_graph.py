@@ -7,7 +7,7 @@ import pytest
 from small_graph import write_small_cora
 
 from effjax.data.graphs import GraphData
-from effjax.graph.sparse import SparseMatrix
+from effjax.graph.sparse.matrix import SparseMatrix
 from effjax.models.gnn import NodeClassifier
 from effjax.tasks.graph import (
     draw_labelled,

@@ -2,7 +2,7 @@
 
 Layers are functions of a mapping of parameters, features ``[N, F]`` (an array, or a ``SparseMatrix`` that stays
 sparse) and a matrix ``[N, N]`` whose rows receive and whose columns send. Kernels are ``[in, out]``. Results are
-float32 at least; ``dtype`` is that of the products' operands alone. ``effjax.graph.modules`` has them as modules.
+float32 at least; ``dtype`` is that of the products' operands alone. They are modules in ``effjax.graph.sparse.modules``.
 """
 
 import math
@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 from effjax.core.errors import check_choice, check_number
 from effjax.core.products import dot
 from effjax.core.tree import wide
-from effjax.graph.buckets import bucket_max
-from effjax.graph.sparse import SparseMatrix, SparsePattern, row_sums, spmm, take_columns, take_rows
+from effjax.graph.sparse.buckets import bucket_max
+from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, row_sums, spmm, take_columns, take_rows
 
 Params = Mapping[str, jax.Array]
 Features = SparseMatrix | Float[Array | np.ndarray, "nodes features"]
@@ -134,7 +134,7 @@ def gcn(params: Params, x: Features, matrix: SparseMatrix, *, dtype: DTypeLike |
       ValueError: shapes that do not fit.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> gcn({"kernel": jnp.eye(2)}, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2)).round(3)
       Array([[0.5, 0.5],
              [0.5, 0.5]], dtype=float32)
@@ -171,7 +171,7 @@ def sage(
       ValueError: shapes that do not fit, an unknown ``reduce``, sparse features with ``"max"``.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> params = {"kernel": jnp.eye(1), "root": jnp.zeros((1, 1))}
       >>> sage(params, jnp.array([[1.0], [3.0], [5.0]]), adjacency([1, 2], [0, 0], 3)).tolist()
       [[4.0], [0.0], [0.0]]
@@ -251,7 +251,7 @@ def appnp(
       ValueError: arguments out of range, shapes that do not fit.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> appnp(jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2), steps=1, alpha=0.5).astype(jnp.float16)
       Array([[0.75, 0.25],
              [0.25, 0.75]], dtype=float16)
@@ -285,7 +285,7 @@ def sgc(
       ValueError: ``hops`` below 1, shapes that do not fit.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> sgc({"kernel": jnp.eye(2)}, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2)).shape
       (2, 2)
 
@@ -332,7 +332,7 @@ def gcnii(
       ValueError: numbers out of range, shapes that do not fit.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> graph, x = gcn_adjacency([0, 1], [1, 0], 2), jnp.eye(2)
       >>> gcnii({"kernel": x}, x, x, graph, layer=1, alpha=0.5).astype(jnp.float16)
       Array([[0.75, 0.25],
@@ -366,7 +366,7 @@ def released_gat(params: Params, x: Features, matrix: SparseMatrix, *, dtype: DT
       [N, H * D], float32 at least.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> released_gat({"kernel": jnp.eye(2)}, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2)).shape
       (2, 2)
 

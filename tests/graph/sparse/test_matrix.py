@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effjax.graph.adjacency import adjacency, gcn_adjacency, gcn_normalize, row_normalize
-from effjax.graph.sparse import (
+from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_adjacency, gcn_normalize, row_normalize
+from effjax.graph.sparse.matrix import (
     FORMS,
     SparseMatrix,
     column_sums,

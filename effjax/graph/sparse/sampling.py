@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from effjax.core.errors import check_number
 from effjax.core.shapes import pad_to
 from effjax.data.pipeline import Batches
-from effjax.graph.sparse import SparseMatrix, SparsePattern, spmm
+from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, spmm
 
 __all__ = ["NeighbourSampler", "block_mean", "block_sum"]
 
@@ -89,7 +89,7 @@ def block_mean(block: Block, x: Float[ArrayLike, "sources features"]) -> Float[A
       ValueError: ``x`` has not as many rows as the block has sources.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> star = adjacency([1, 2, 3], [0, 0, 0], 4)
       >>> batch = next(NeighbourSampler(star, [0, 2], (3,), batch_size=2, seed=0, shuffle=False))
       >>> x = jnp.asarray([[9.0], [1.0], [2.0], [3.0]])
@@ -119,7 +119,7 @@ def block_sum(block: Block, x: Float[ArrayLike, "sources features"]) -> Float[Ar
       ValueError: ``x`` has not as many rows as the block has sources.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> star = adjacency([1, 2, 3], [0, 0, 0], 4, weights=[1.0, 10.0, 100.0])
       >>> batch = next(NeighbourSampler(star, [0], (3,), batch_size=1, seed=0))
       >>> block_sum(batch.blocks[0], jnp.ones((4, 1))).tolist()
@@ -213,7 +213,7 @@ class NeighbourSampler(Iterator[SampledBatch]):
       A few steps of GraphSAGE on Cora:
 
       >>> from effjax.data.graphs import graph_data
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> data = graph_data("cora")
       >>> words = np.zeros(data.features.shape, np.float32)
       >>> words[np.repeat(np.arange(data.nodes), np.diff(data.features.indptr)), data.features.columns] = 1

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from effjax.core.errors import check_number
-from effjax.graph.sparse import SparseMatrix, sparse_matrix
+from effjax.graph.sparse.matrix import SparseMatrix, sparse_matrix
 
 __all__ = [
     "from_graphs_tuple",
@@ -124,7 +124,7 @@ def to_graphs_tuple(
       ValueError: sizes that do not fit, an entry between two graphs of a batch, NaN features.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> graph = to_graphs_tuple(adjacency([1, 0, 2], [0, 1, 2], 3), n_node=[2, 1])
       >>> graph.receivers.tolist(), graph.n_edge.tolist()
       ([0, 1, 2], [2, 1])

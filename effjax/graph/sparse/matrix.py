@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.timing import time_interleaved
-from effjax.graph.buckets import BucketTable, bucket_product, bucket_table
+from effjax.graph.sparse.buckets import BucketTable, bucket_product, bucket_table
 
 __all__ = [
     "SparseMatrix",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from effjax.graph.sparse import SparseMatrix, row_sums, sparse_matrix, take_columns, take_rows
+from effjax.graph.sparse.matrix import SparseMatrix, row_sums, sparse_matrix, take_columns, take_rows
 
 __all__ = ["adjacency", "gcn_adjacency", "gcn_normalize", "loopless_adjacency", "row_normalize"]
 

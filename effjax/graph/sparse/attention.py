@@ -1,6 +1,6 @@
 """Graph attention: GAT, GATv2, SuperGAT, and the softmax over the edges that enter a node.
 
-Functions of parameters, features and a matrix as in ``effjax.graph.layers``; the matrix's weights are ignored, but a
+Functions of parameters, features and a matrix as in ``effjax.graph.sparse.layers``. The weights are ignored, but a
 zero is no edge. Attention needs self-loops in the matrix, where a node should see itself. No step scatters: sums over
 edges are sparse products, one for every head, and their gradients are products with the transpose.
 """
@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import wide
-from effjax.graph.layers import Features, Params, add_bias, dropout, edges, project
-from effjax.graph.sparse import SparseMatrix, SparsePattern, row_sums, spmm, take_columns, take_rows
+from effjax.graph.sparse.layers import Features, Params, add_bias, dropout, edges, project
+from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, row_sums, spmm, take_columns, take_rows
 
 # exp(-60) is far above the smallest normal float32, exp(-87), so a row's largest term keeps all its digits and so does
 # every term that counts beside it.
@@ -45,7 +45,7 @@ def edge_softmax(
       [nnz, H], 0 where no edge is; every row that has an edge sums to 1.
 
     Example:
-      >>> from effjax.graph.sparse import sparse_matrix
+      >>> from effjax.graph.sparse.matrix import sparse_matrix
       >>> pattern = sparse_matrix([0, 0, 1], [0, 1, 1], None, (2, 2)).pattern
       >>> edge_softmax(pattern, jnp.array([[1.0], [1.0], [-500.0]])).tolist()
       [[0.5], [0.5], [1.0]]
@@ -103,7 +103,7 @@ def weighted_sums(
       [R, H, D].
 
     Example:
-      >>> from effjax.graph.sparse import sparse_matrix
+      >>> from effjax.graph.sparse.matrix import sparse_matrix
       >>> pattern = sparse_matrix([0, 0], [0, 1], None, (2, 2)).pattern
       >>> weighted_sums(pattern, jnp.array([[1.0], [2.0]]), jnp.array([[[1.0]], [[10.0]]])).ravel().tolist()
       [21.0, 0.0]
@@ -134,7 +134,7 @@ def edge_dot(
       [nnz, H].
 
     Example:
-      >>> from effjax.graph.sparse import sparse_matrix
+      >>> from effjax.graph.sparse.matrix import sparse_matrix
       >>> pattern = sparse_matrix([0, 1], [1, 1], None, (2, 2)).pattern
       >>> edge_dot(pattern, jnp.array([[[1.0]], [[2.0]]]), jnp.array([[[3.0]], [[4.0]]])).tolist()
       [[4.0], [8.0]]
@@ -206,7 +206,7 @@ def gat(
       ValueError: shapes that do not fit, numbers out of range, a rate without a key.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> params = {"kernel": jnp.eye(2), "source": jnp.zeros((2, 1)), "target": jnp.zeros((2, 1))}
       >>> gat(params, jnp.eye(2), adjacency([0], [1], 2, self_loops=True)).tolist()
       [[1.0, 0.0], [0.5, 0.5]]
@@ -256,7 +256,7 @@ def gatv2(
       ValueError: as ``gat``.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> names = ("source_kernel", "target_kernel", "source_bias", "target_bias")
       >>> params = dict(zip(names, (jnp.eye(2), jnp.eye(2), jnp.zeros(2), jnp.zeros(2))))
       >>> params["attention"] = jnp.zeros((2, 1))
@@ -314,7 +314,7 @@ def supergat(
       ValueError: as ``gat``, an unknown ``mode``.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> params = {"kernel": jnp.eye(2), "source": jnp.zeros((2, 1)), "target": jnp.zeros((2, 1))}
       >>> supergat(params, jnp.eye(2), adjacency([0], [1], 2, self_loops=True)).tolist()
       [[1.0, 0.0], [0.5, 0.5]]

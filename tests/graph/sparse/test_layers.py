@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effjax.graph.adjacency import adjacency, gcn_adjacency
-from effjax.graph.attention import edge_dot, edge_softmax, gat, gatv2, supergat, weighted_sums
-from effjax.graph.layers import (
+from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_adjacency
+from effjax.graph.sparse.attention import edge_dot, edge_softmax, gat, gatv2, supergat, weighted_sums
+from effjax.graph.sparse.layers import (
     appnp,
     dense,
     dropout,
@@ -23,10 +23,10 @@ from effjax.graph.layers import (
     sage,
     sgc,
 )
-from effjax.graph.modules import GATConv, SAGEConv
-from effjax.graph.sparse import SparseMatrix, compact, sparse_matrix
+from effjax.graph.sparse.matrix import SparseMatrix, compact, sparse_matrix
+from effjax.graph.sparse.modules import GATConv, SAGEConv
 
-REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "fastrain_gnn"
+REFERENCE = Path(__file__).resolve().parents[2] / "reference" / "fastrain_gnn"
 PYG = np.load(REFERENCE / "pyg_layers.npz")
 RELEASED = np.load(REFERENCE / "models_forward_grad.npz")
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
