@@ -102,7 +102,7 @@ print("label propagation", float(effjax.masked_accuracy(spread, cora.labels, tes
 # ## 2. What makes a step fast
 # The products with the graph are the work. On CPUs a scatter is slow once the graph leaves the cache, and the fast
 # kernel for CSR matrices is lost in derivatives and under `vmap`; `spmm` keeps it. Below, one product and its gradient
-# in each form, on a graph of 20,000 nodes with 20 neighbours each. `fastest_spmm` measures and tells which to take.
+# with each kernel, on a graph of 20,000 nodes with 20 neighbours each. `fastest_spmm` measures and tells which to take.
 
 # %%
 rng = np.random.default_rng(0)
@@ -110,10 +110,10 @@ nodes, degree, width = (2000 if SMOKE else 20000), 20, 64
 pairs = np.unique(rng.integers(0, nodes, (nodes * degree, 2)), axis=0)
 graph = effjax.sparse_matrix(pairs[:, 0], pairs[:, 1], None, (nodes, nodes), buckets=True)
 x = jnp.asarray(rng.normal(size=(nodes, width)), jnp.float32)
-forms = ("csr", "segment", "buckets")
+kernels = ("csr", "segment", "buckets")
 milliseconds = []
-for form in forms:
-    both = jax.jit(lambda graph, x, form=form: jax.vjp(lambda x: effjax.spmm(graph, x, form=form), x)[1](x))
+for kernel in kernels:
+    both = jax.jit(lambda graph, x, kernel=kernel: jax.vjp(lambda x: effjax.spmm(graph, x, kernel=kernel), x)[1](x))
     jax.block_until_ready(both(graph, x))
     times = []
     for _ in range(5):
@@ -122,7 +122,7 @@ for form in forms:
         times.append(1e3 * (time.perf_counter() - start))
     milliseconds.append(min(times))
 plt.figure(figsize=(4, 2))
-plt.barh(forms, milliseconds)
+plt.barh(kernels, milliseconds)
 plt.xlabel("ms, product and gradient")
 plt.show()
 print("to take here:", effjax.fastest_spmm(graph, width))

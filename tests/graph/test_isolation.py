@@ -22,7 +22,7 @@ from effjax.graph.isolation import (
 )
 from effjax.graph.members import ensemble_logits, init_members
 from effjax.graph.sparse.adjacency_matrices import gcn_adjacency, gcn_normalize
-from effjax.graph.sparse.matrix import SparseMatrix, compact, row_sums, sparse_matrix
+from effjax.graph.sparse.matrix import SparseMatrix, row_sums, select_entries, sparse_matrix
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "geeni" / "geeni_core.npz"
 NODES = 40
@@ -128,7 +128,7 @@ def test_weights_and_graphs_of_several_members():
     for mode in MODES:
         found = isolated_values(both, ~errors, mode=mode, weights=weights)
         np.testing.assert_allclose(found[0], isolated_values(matrix, ~errors, mode=mode), atol=1e-6)
-        small = compact(own, np.asarray(keep) > 0)
+        small = select_entries(own, np.asarray(keep) > 0)
         np.testing.assert_allclose(
             found[1][np.asarray(keep) > 0], isolated_values(small, ~errors, mode=mode), atol=1e-6
         )
@@ -206,7 +206,7 @@ def test_top_entries_are_the_compacted_matrix_inside_jit(surplus):
     if surplus < 0:
         keep = np.ones(expected.nnz, bool)
         keep[np.argsort(-np.asarray(expected.values), kind="stable")[capacity:]] = False
-        expected = compact(expected, keep)
+        expected = select_entries(expected, keep)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(NODES, 3)), jnp.float32)
     np.testing.assert_allclose(found @ x, expected @ x, atol=1e-6)
     pull = lambda matrix: jax.grad(lambda x: jnp.sum(jnp.square(matrix @ x)))(x)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
-from effjax.graph.sparse.matrix import SparseMatrix, compact, sparse_matrix
+from effjax.graph.sparse.matrix import SparseMatrix, select_entries, sparse_matrix
 from effjax.graph.stages import (
     agreeing,
     compact_to_ladder,
@@ -124,7 +124,7 @@ def test_filtering_and_pruning_are_the_authors():
     np.testing.assert_array_equal(jnp.where(new, predictions, found["y"]), found["pseudo_labels"])
     keep = prune_edges(matrix.pattern, jnp.ones(matrix.nnz, bool), predictions, mask | new)
     assert int(keep.sum()) == found["pgp_nnz_after"] < found["pgp_nnz_before"] == matrix.nnz
-    np.testing.assert_array_equal(dense(compact(matrix, np.asarray(keep))), found["pgp_adj_dense"])
+    np.testing.assert_array_equal(dense(select_entries(matrix, np.asarray(keep))), found["pgp_adj_dense"])
 
 
 def test_sampled_predictions_are_the_authors():
@@ -180,7 +180,7 @@ def test_drop_counts_are_those_of_double_precision():
 def test_exactly_so_many_real_entries_are_dropped(keep):
     matrix = random_graph(30, 90, 0)
     whole = matrix.nnz
-    padded = compact(matrix, np.ones(whole, bool), capacity=whole + 5)
+    padded = select_entries(matrix, np.ones(whole, bool), capacity=whole + 5)
     count = drop_count(whole, keep)
     drop = jax.jit(jax.vmap(lambda key: drop_edges_exactly(key, padded, count).values))
     for values in np.asarray(drop(jax.random.split(KEY, 20))):
@@ -263,7 +263,7 @@ def test_what_pruning_may_and_may_not_do(seed):
     predictions, mask = jnp.asarray(rng.integers(0, 3, 30)), jnp.asarray(rng.random(30) < 0.6)
     before = jnp.ones(matrix.nnz, bool)
     keep = prune_edges(matrix.pattern, before, predictions, mask)
-    after, whole = dense(compact(matrix, np.asarray(keep))), dense(matrix)
+    after, whole = dense(select_entries(matrix, np.asarray(keep))), dense(matrix)
     np.testing.assert_array_equal(after[after != 0], whole[after != 0])
     np.testing.assert_array_equal(after != 0, after.T != 0)
     assert bool(keep[rows == columns].all())
@@ -282,7 +282,7 @@ def test_nodes_may_be_renamed():
     predictions, mask = rng.integers(0, 3, 40), rng.random(40) < 0.7
     confidence, samples = rng.random(40).astype(np.float32), rng.integers(0, 2, (2, 40))
     back = np.argsort(new)
-    pruned = lambda m, p, t: dense(compact(m, np.asarray(prune_edges(m.pattern, jnp.ones(m.nnz, bool), p, t))))
+    pruned = lambda m, p, t: dense(select_entries(m, np.asarray(prune_edges(m.pattern, jnp.ones(m.nnz, bool), p, t))))
     here = pruned(matrix, jnp.asarray(predictions), jnp.asarray(mask))
     there = pruned(renamed, jnp.asarray(predictions[back]), jnp.asarray(mask[back]))
     np.testing.assert_array_equal(there[new][:, new], here)
@@ -302,7 +302,7 @@ def test_masked_compacted_and_dense_graphs_give_the_same_logits():
     assert small.nnz in nnz_ladder(matrix.nnz)
     assert small.nnz < matrix.nnz
     expected = gcn(params, found["X"], masked.todense(), None)
-    for adjacency in (masked, small, compact(matrix, keep)):
+    for adjacency in (masked, small, select_entries(matrix, keep)):
         np.testing.assert_allclose(gcn(params, found["X"], adjacency, None), expected, rtol=1e-5, atol=1e-6)
 
 

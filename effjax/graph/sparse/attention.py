@@ -15,8 +15,18 @@ from jaxtyping import Array, Bool, Float
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import wide
+from effjax.graph.sparse.checks import check_array
 from effjax.graph.sparse.layers import Features, Params, add_bias, dropout, edges, project
-from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, row_sums, spmm, take_columns, take_rows
+from effjax.graph.sparse.matrix import (
+    SparseMatrix,
+    SparsePattern,
+    check_entries,
+    check_matrix,
+    row_sums,
+    spmm,
+    take_columns,
+    take_rows,
+)
 
 # exp(-60) is far above the smallest normal float32, exp(-87), so a row's largest term keeps all its digits and so does
 # every term that counts beside it.
@@ -50,7 +60,9 @@ def edge_softmax(
       >>> edge_softmax(pattern, jnp.array([[1.0], [1.0], [-500.0]])).tolist()
       [[0.5], [0.5], [1.0]]
     """
-    terms, total = _exponentials(pattern, logits, pattern.valid if edge is None else edge)
+    check_array("logits", logits, (pattern.nnz, None))
+    edge = pattern.valid if edge is None else check_array("edge", edge, (pattern.nnz,), "bool")
+    terms, total = _exponentials(pattern, logits, edge)
     return terms / take_rows(pattern, total)
 
 
@@ -86,7 +98,6 @@ def _upper_bounds(pattern: SparsePattern, logits: jax.Array, edge: jax.Array) ->
 # The two products of attention. Each one's gradient is the other.
 
 
-@jax.custom_vjp
 def weighted_sums(
     pattern: SparsePattern, weights: Float[Array, "nnz heads"], x: Float[Array, "columns heads width"]
 ) -> Float[Array, "rows heads width"]:
@@ -108,6 +119,13 @@ def weighted_sums(
       >>> weighted_sums(pattern, jnp.array([[1.0], [2.0]]), jnp.array([[[1.0]], [[10.0]]])).ravel().tolist()
       [21.0, 0.0]
     """
+    check_entries("weights", pattern, weights)
+    check_array("x", x, (pattern.shape[1], weights.shape[1], None))
+    return _weighted_sums(pattern, weights, x)
+
+
+@jax.custom_vjp
+def _weighted_sums(pattern: SparsePattern, weights: jax.Array, x: jax.Array) -> jax.Array:
     if jax.default_backend() != "cpu":
         return row_sums(pattern, weights[:, :, None] * take_columns(pattern, x))
     weights = weights.T
@@ -115,7 +133,6 @@ def weighted_sums(
     return jnp.stack(heads, axis=1)
 
 
-@jax.custom_vjp
 def edge_dot(
     pattern: SparsePattern, left: Float[Array, "rows heads width"], right: Float[Array, "columns heads width"]
 ) -> Float[Array, "nnz heads"]:
@@ -139,6 +156,13 @@ def edge_dot(
       >>> edge_dot(pattern, jnp.array([[[1.0]], [[2.0]]]), jnp.array([[[3.0]], [[4.0]]])).tolist()
       [[4.0], [8.0]]
     """
+    check_array("left", left, (pattern.shape[0], None, None))
+    check_array("right", right, (pattern.shape[1], *left.shape[1:]))
+    return _edge_dot(pattern, left, right)
+
+
+@jax.custom_vjp
+def _edge_dot(pattern: SparsePattern, left: jax.Array, right: jax.Array) -> jax.Array:
     if jax.default_backend() != "cpu":
         return jnp.sum(take_rows(pattern, left) * take_columns(pattern, right), axis=-1)
     heads, width = left.shape[1:]
@@ -161,8 +185,8 @@ def _edge_dot_backward(saved, g):
     return None, weighted_sums(pattern, g, right), to_right
 
 
-weighted_sums.defvjp(lambda *inputs: (weighted_sums(*inputs), inputs), _weighted_sums_backward)
-edge_dot.defvjp(lambda *inputs: (edge_dot(*inputs), inputs), _edge_dot_backward)
+_weighted_sums.defvjp(lambda *inputs: (_weighted_sums(*inputs), inputs), _weighted_sums_backward)
+_edge_dot.defvjp(lambda *inputs: (_edge_dot(*inputs), inputs), _edge_dot_backward)
 
 
 # The layers
@@ -214,6 +238,7 @@ def gat(
     Reference: Velickovic et al., "Graph attention networks", ICLR 2018.
     """
     check_number("slope", slope, low=0, high=1)
+    check_matrix("matrix", matrix, square=True)
     z = _heads(project(x, params["kernel"], dtype), params["source"].shape)
     ends = _scores(z, params["target"], params["source"])
     pattern = matrix.pattern
@@ -266,6 +291,7 @@ def gatv2(
     Reference: Brody, Alon, Yahav, "How attentive are graph attention networks?", ICLR 2022.
     """
     check_number("slope", slope, low=0, high=1)
+    check_matrix("matrix", matrix, square=True)
     source = project(x, params["source_kernel"], dtype) + wide(params["source_bias"])
     target = project(x, params["target_kernel"], dtype) + wide(params["target_bias"])
     pattern, attention = matrix.pattern, params["attention"]
@@ -324,6 +350,7 @@ def supergat(
     """
     check_choice("mode", mode, ("mixed", "scaled"))
     check_number("slope", slope, low=0, high=1)
+    check_matrix("matrix", matrix, square=True)
     z = project(x, params["kernel"], dtype)
     if mode == "scaled":
         check_number("heads", heads, low=1, integer=True, hint="Without attention vectors nothing else tells it.")

@@ -16,7 +16,7 @@ _KINDS = {
 
 
 def check_array(
-    argument: str, array: Any, shape: tuple[int | None | EllipsisType, ...], kind: str = "numbers", hint: str = ""
+    argument: str, array: Any, shape: tuple[int | EllipsisType | None, ...], kind: str = "numbers", hint: str = ""
 ) -> Any:
     """Return ``array`` if its shape and dtype are right; else raise ``ValueError``. Nothing is broadcast.
 

@@ -219,7 +219,9 @@ def sparse_matrix(
     if not jnp.issubdtype(values.dtype, jnp.number) and values.dtype != bool:
         raise ValueError(f"values are {values.dtype}; numbers are needed.")
     if values.dtype.kind in "iu" and not np.array_equal(np.asarray(jnp.asarray(values)), values):
-        raise ValueError(f"values of {values.dtype} do not fit into {jnp.asarray(values).dtype}. Give floating numbers.")
+        raise ValueError(
+            f"values of {values.dtype} do not fit into {jnp.asarray(values).dtype}. Give floating numbers."
+        )
     order = np.lexsort((columns, rows))
     rows, columns, values = rows[order], columns[order], values[order]
     twice = np.flatnonzero((np.diff(rows) == 0) & (np.diff(columns) == 0))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_number
 from effjax.core.tree import wide
-from effjax.graph.sparse.matrix import SparseMatrix, spmm
+from effjax.graph.sparse.matrix import SparseMatrix, check_matrix, spmm
 
 __all__ = ["correct_and_smooth", "label_propagation"]
 
@@ -232,9 +232,7 @@ def _run(matrix, start, steps, alpha, low, high, fixed):
 
 def _known(matrix: SparseMatrix, labels: ArrayLike, mask: ArrayLike, classes: int) -> tuple[Array, Array]:
     """The mask, and one-hot labels inside it; zero rows outside."""
-    nodes = matrix.shape[0]
-    if matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"matrix has shape {matrix.shape}; a graph's is square.")
+    nodes = check_matrix("matrix", matrix, square=True).shape[0]
     labels, mask = jnp.asarray(labels), jnp.asarray(mask)
     if labels.shape != (nodes,) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
@@ -264,6 +262,7 @@ def _check_known(labels: np.ndarray, mask: np.ndarray, classes: int) -> None:
 
 
 def _scores(argument: str, matrix: SparseMatrix, scores: ArrayLike) -> Array:
+    check_matrix("matrix", matrix, square=True)
     scores = wide(scores)
     if scores.ndim != 2 or scores.shape[0] != matrix.shape[0] or scores.shape[1] < 2:
         raise ValueError(f"{argument} has shape {scores.shape}; [{matrix.shape[0]}, classes] is needed.")

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from effjax.core.errors import check_number
 from effjax.core.shapes import pad_to
 from effjax.data.pipeline import Batches
-from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, spmm
+from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, check_matrix, spmm
 
 __all__ = ["NeighbourSampler", "block_mean", "block_sum"]
 
@@ -253,9 +253,7 @@ class NeighbourSampler(Iterator[SampledBatch]):
         epochs: int | None = None,
         shuffle: bool = True,
     ):
-        self._nodes = matrix.shape[0]
-        if matrix.shape[0] != matrix.shape[1]:
-            raise ValueError(f"matrix has shape {matrix.shape}; a graph's is square.")
+        self._nodes = check_matrix("matrix", matrix, square=True).shape[0]
         seeds = _check_seeds(np.asarray(seeds), self._nodes)
         self._fanouts = tuple(
             int(check_number(f"fanouts[{hop}]", fanout, low=1, integer=True)) for hop, fanout in enumerate(fanouts)

@@ -23,7 +23,7 @@ from effjax.graph.sparse.layers import (
     sage,
     sgc,
 )
-from effjax.graph.sparse.matrix import SparseMatrix, compact, sparse_matrix
+from effjax.graph.sparse.matrix import SparseMatrix, select_entries, sparse_matrix
 from effjax.graph.sparse.modules import GATConv, SAGEConv
 
 REFERENCE = Path(__file__).resolve().parents[2] / "reference" / "fastrain_gnn"
@@ -166,7 +166,7 @@ def test_dropped_edges_are_as_edges_taken_out(model):
     drop = (np.random.default_rng(0).uniform(size=matrix.nnz) < 0.3) & (rows != columns)
     params, x = layers(model), jnp.asarray(PYG["x"])
     masked = run(model, params, x, matrix._replace(values=jnp.where(drop, 0, matrix.values)))
-    compacted = compact(matrix, ~drop, capacity=CAPACITY)
+    compacted = select_entries(matrix, ~drop, capacity=CAPACITY)
     assert int(compacted.pattern.size) < int(matrix.pattern.size)
     assert_close(run(model, params, x, compacted), masked)
     assert np.abs(masked[0] - run(model, params, x, matrix)[0]).max() > 1e-3

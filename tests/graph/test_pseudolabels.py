@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from effjax.graph.self_training import (
     cluster_labels,
     enough_agreement,
@@ -16,6 +15,7 @@ from effjax.graph.self_training import (
     pseudolabel_weights,
     self_training,
 )
+
 from effjax.graph.stages import select_pseudolabels
 
 KEY = jax.random.key(0)
