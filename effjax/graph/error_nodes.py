@@ -263,7 +263,7 @@ def spread_errors(
     steps: int = 10,
     alpha: float = 0.8,
 ) -> Float[Array, "nodes"]:
-    """Correctness by the known errors nearby: their excess over the usual rate, spread over the edges (as Correct & Smooth).
+    """Correctness by the known errors nearby: their excess over the usual rate, spread over the edges.
 
     Args:
       matrix: S, normalised.

@@ -171,8 +171,8 @@ def detector_aucs(
       others: more detectors by name, [N] each, low where a node is probably wrong.
 
     Returns:
-      A scalar per detector: 'score', 'agreement', 'mutual' (``label_free_correctness``), 'nearby' (``spread_errors`` of the
-      validation nodes), 'subsets' (variance over the edge subsets), and those of ``others``.
+      A scalar per detector: 'score', 'agreement', 'mutual' (``label_free_correctness``), 'nearby' (``spread_errors`` of
+      the validation nodes), 'subsets' (variance over the edge subsets), and those of ``others``.
 
     Example:
       >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency

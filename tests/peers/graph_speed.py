@@ -84,8 +84,8 @@ def jax_arm(graph: str, network: str, name: str) -> Arm:
     import optax
 
     from effjax.core.cost import Executables, count_params
+    from effjax.graph.measures import masked_cross_entropy
     from effjax.models.gnn import NodeClassifier
-    from effjax.tasks.graph import masked_cross_entropy
 
     data = task(graph)
     features = data.features if name == "effjax" else jnp.asarray(dense_features(data.features))
