@@ -149,8 +149,8 @@ class FastrainConfig(FastrainSettings):
             check_number("pool", self.pool, low=1, integer=True)
             if self.exact_drop or self.keep_rate == 1.0:
                 raise ValueError(
-                    f"pool={self.pool} with exact_drop={self.exact_drop} and keep_rate={self.keep_rate}: a pool drops an "
-                    "exact number of edges by itself, and needs edges to drop. Leave out one of them."
+                    f"pool={self.pool} with exact_drop={self.exact_drop} and keep_rate={self.keep_rate}: a pool drops "
+                    "an exact number of edges by itself, and needs edges to drop. Leave out one of them."
                 )
         if self.growth is not None:
             check_number("growth", self.growth, low=0)

@@ -630,8 +630,8 @@ def _check_problem(problem: GeeniProblem, config: GeeniConfig) -> None:
     symmetric = np.array_equal(pattern.t_rows, pattern.columns) and np.array_equal(pattern.t_indptr, pattern.indptr)
     if config.members > 1 and config.edge_keep_rate < 1 and not symmetric:
         raise ValueError(
-            f"edge_keep_rate={config.edge_keep_rate} draws both directions of an edge together, but problem.adjacency has "
-            "edges in one direction only. Add the others, or use edge_keep_rate=1."
+            f"edge_keep_rate={config.edge_keep_rate} draws both directions of an edge together, but problem.adjacency "
+            "has edges in one direction only. Add the others, or use edge_keep_rate=1."
         )
     expected = gcn_normalize(SparseMatrix(pattern, weights)).values
     if not np.allclose(problem.adjacency.values, expected, rtol=1e-4, atol=1e-6):

@@ -23,7 +23,6 @@ __all__ = [
     "from_graphs_tuple",
     "get_fully_connected_graph",
     "to_graphs_tuple",
-    "with_zero_out_padding_outputs",
     "zero_out_padding",
 ]
 

@@ -13,7 +13,7 @@ from effjax.graph.sparse.attention import gat, gatv2, supergat
 from effjax.graph.sparse.layers import Features, dense, gcn, gcnii, released_gat, sage, sgc
 from effjax.graph.sparse.matrix import SparseMatrix
 
-__all__ = ["GATConv", "GCNConv", "GCNIIConv", "ReleasedGATConv", "SAGEConv", "SGCConv"]
+__all__ = ["GATConv", "GCNConv", "GCNIIConv", "SAGEConv", "SGCConv"]
 
 Initializer = Callable[..., jax.Array]
 

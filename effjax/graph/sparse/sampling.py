@@ -130,6 +130,8 @@ def block_sum(block: Block, x: Float[ArrayLike, "sources features"]) -> Float[Ar
 
 def _combine(block: Block, weights: Array, x: ArrayLike) -> Array:
     x = jnp.asarray(x)
+    if weights.shape != block.neighbours.shape:
+        raise ValueError(f"block has {weights.shape} slots for neighbours {block.neighbours.shape}. Was it cut?")
     if x.ndim != 2 or x.shape[0] != block.sources:
         raise ValueError(
             f"x has shape {x.shape}, but the block has {block.sources} sources. Give a layer the output of the one "
