@@ -124,8 +124,9 @@ METHODS: dict[str, Method] = {
             modules=(
                 "effjax.graph.fastrain",
                 "effjax.graph.stages",
-                "effjax.graph.self_training",
+                "effjax.graph.pseudolabels",
                 "effjax.graph.calibration",
+                "effjax.graph.measures",
             ),
             kind="pure functions and a staged loop",
             paper="Nagarajan, Raghunathan 2023, TMLR (OpenReview 1IYJfwJtjQ)",
@@ -135,6 +136,7 @@ METHODS: dict[str, Method] = {
             summary="ensembles of graph networks that run as one, without the messages of doubtful nodes",
             modules=(
                 "effjax.graph.geeni",
+                "effjax.graph.problems",
                 "effjax.graph.members",
                 "effjax.graph.geeni_serving",
                 "effjax.graph.geeni_measures",

@@ -1,25 +1,19 @@
 """Functions over the slices of a leading axis, in the form of loop that is fastest here."""
 
-import math
-import time
+import functools
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from effjax.core.errors import check_choice, check_number
+from effjax.core.timing import Name, fastest
 
 PyTree = Any
-Name = TypeVar("Name")
 
 LOOPS = ("auto", "vmap", "map", "unroll")
-
-# A form is dropped after a run this many times slower than the best so far: one run of a
-# convolution's gradient inside `lax.map` on a CPU may take as long as thirty of them unrolled.
-_HOPELESS = 3.0
-_SECONDS = 0.3
 
 # Keyed by the function, weakly: a lambda made anew in every trace leaves nothing behind.
 _chosen: weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, str]] = weakref.WeakKeyDictionary()
@@ -127,32 +121,14 @@ def fastest_form(forms: Mapping[Name, Callable[..., PyTree]], *args: PyTree, way
     # Evaluated at once even inside a trace, where it would otherwise become part of the program.
     with jax.ensure_compile_time_eval():
         zeros = jax.tree.map(lambda aval: jnp.zeros(aval.shape, aval.dtype), avals)
-    best: dict[Name, float] = {}
-    programs = {}
-    for name, form in forms.items():
-        program = jax.jit(form).lower(*avals).compile()
-        try:
-            first = _seconds(program, zeros)
-        except TypeError as error:  # enclosing tracers were hoisted into extra inputs
-            raise ValueError(
-                "A function that closes over values of an enclosing jit, grad or vmap cannot be measured. "
-                f"Pass them as arguments, or {way_out}."
-            ) from error
-        if first <= _HOPELESS * min(best.values(), default=math.inf):
-            best[name], programs[name] = first, program
-    stop = time.perf_counter() + _SECONDS
-    for turn in range(20):
-        for name, program in programs.items():
-            best[name] = min(best[name], _seconds(program, zeros))
-        if turn >= 2 and time.perf_counter() > stop:
-            break
-    return min(best, key=best.__getitem__)
-
-
-def _seconds(program: Callable[..., PyTree], arguments: tuple[PyTree, ...]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(program(*arguments))
-    return time.perf_counter() - start
+    programs = {name: jax.jit(form).lower(*avals).compile() for name, form in forms.items()}
+    try:
+        return fastest({name: functools.partial(program, *zeros) for name, program in programs.items()})
+    except TypeError as error:  # enclosing tracers were hoisted into extra inputs
+        raise ValueError(
+            "A function that closes over values of an enclosing jit, grad or vmap cannot be measured. "
+            f"Pass them as arguments, or {way_out}."
+        ) from error
 
 
 def _aval(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from effjax.cli import main
-from effjax.graph.adjacency import adjacency, gcn_adjacency, gcn_normalize, loopless_adjacency
+from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_adjacency, gcn_normalize, loopless_adjacency
 from effjax.recipes.spec import OwnData
 from effjax.study import compare as compare_module
 from effjax.study.own_files import as_flags
