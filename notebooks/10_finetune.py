@@ -123,7 +123,7 @@ print("shapes (rows, tokens):", train.shapes)
 # %%
 chain = effjax.ColaConfig(targets, knots=(STEPS // 3, 2 * STEPS // 3), keep_links=True)
 rate = optax.cosine_decay_schedule(RATE, STEPS)
-tx = effjax.cola(optax.chain(optax.adamw(rate), effjax.scale_by_batch_size(base=ROWS)), chain)
+tx = effjax.cola(optax.chain(optax.adamw(rate), effjax.scale_by_batch_size(reference=ROWS)), chain)
 
 start = effjax.cola_init(jax.random.key(0), pretrained.params, chain)
 params = {"base": start.base, "lora": start.lora}

@@ -20,7 +20,7 @@ from effjax.data.sets import DataSet, load
 from effjax.data.shift import permute_labels, permute_pixels
 from effjax.models.mlp import MLP
 from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
-from effjax.optim.samuel_one_gradient import samuel_one_gradient
+from effjax.optim.one_gradient import samuel_one_gradient
 from effjax.recipes.spec import Arm, Claim, Group, StudyConfig, Sweep
 from effjax.tasks.image import image_task
 from effjax.tasks.task import Metric, Task

@@ -11,7 +11,7 @@ import optax
 from effjax.core.errors import check_number
 from effjax.data.bucket_sampler import BucketSampler, PlannedBatches
 from effjax.data.length_grouping import PaddedBatches
-from effjax.optim.scale_by_batch_size import adamw_by_batch_size
+from effjax.optim.batch_size import adamw_by_batch_size
 from effjax.recipes.spec import Arm, Group, Role, StudyConfig, Sweep
 from effjax.tasks.task import Metric, Task
 from effjax.tasks.text import text_task
@@ -191,7 +191,7 @@ def _build(config: TextStudy, arm: TextArm, rate: float, loaded: Mapping[float, 
     return supervised(
         # Half of the key starts the network, the other half is dropout's.
         task._replace(init=lambda key: task.init(jax.random.split(key)[0])),
-        adamw_by_batch_size(falling, weight_decay=config.weight_decay, base=config.batch_size),
+        adamw_by_batch_size(falling, weight_decay=config.weight_decay, reference=config.batch_size),
         steps=steps,
         loader=loader,
         options=config.train,

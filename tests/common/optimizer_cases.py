@@ -14,8 +14,8 @@ from effjax.finetune.chain import ColaConfig, cola_init
 from effjax.finetune.cola import cola
 from effjax.finetune.lora import LoraRule, lora_merge
 from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
-from effjax.optim.samuel_one_gradient import samuel_one_gradient
-from effjax.optim.scale_by_batch_size import scale_by_batch_size
+from effjax.optim.one_gradient import samuel_one_gradient
+from effjax.optim.batch_size import scale_by_batch_size
 from effjax.recurrent.fptt import fptt, fptt_eval_params
 
 PyTree = Any

@@ -21,7 +21,7 @@ from effjax.models.mlp import MLP
 from effjax.models.sequence import LSTMCell
 from effjax.models.sequence_network import SequenceNetwork, step_network
 from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
-from effjax.optim.scale_by_batch_size import scale_by_batch_size
+from effjax.optim.batch_size import scale_by_batch_size
 from effjax.recurrent.drivers import fptt_step
 from effjax.recurrent.fptt import fptt, fptt_terminal_loss
 from effjax.recurrent.irnn import IncrementalRNN
@@ -99,7 +99,7 @@ def _texts(columns, arm_name, study):
     tx = optax.chain(
         optax.scale_by_adam(),
         optax.add_decayed_weights(0.0),
-        scale_by_batch_size(base=32),
+        scale_by_batch_size(reference=32),
         optax.scale_by_learning_rate(optax.linear_schedule(1e-3, 0.0, sampler.total_steps)),
     )
 

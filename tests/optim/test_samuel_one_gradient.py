@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from effjax.optim.samuel_one_gradient import samuel_one_gradient
+from effjax.optim.one_gradient import samuel_one_gradient
 
 RATES = (0.3, 0.1, 0.03)
 _keys = jax.random.split(jax.random.key(0), 2)

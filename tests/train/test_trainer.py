@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from effjax.optim.samuel_one_gradient import samuel_one_gradient
+from effjax.optim.one_gradient import samuel_one_gradient
 from effjax.tasks.custom import task
 from effjax.train.grad import accumulated
 from effjax.train.loaders import column_loader, examples_in
