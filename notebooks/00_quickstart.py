@@ -120,7 +120,7 @@ losses_and_grads = effjax.samuel_value_and_grad(loss, loop="vmap")
 def step(params, state, batch):
     losses, grads = losses_and_grads(params, batch)
     updates, state = tx.update(grads, state, params, value=losses)
-    params = effjax.samuel_sync(optax.apply_updates(params, updates), state)
+    params = effjax.samuel_sync(state, optax.apply_updates(params, updates))
     return params, state, (losses[state.current_expert], effjax.samuel_probabilities(state))
 
 

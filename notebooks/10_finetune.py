@@ -139,7 +139,7 @@ def loss(params, batch):
 
 @functools.partial(jax.jit, static_argnames="tie", donate_argnums=(0, 1))
 def step(params, opt_state, batch, tie):
-    state = effjax.cola_state(params, opt_state)
+    state = effjax.cola_state(opt_state, params)
     value, grads = effjax.cola_value_and_grad(loss, chain)(state, batch)
     rows = batch["weight"].sum()
     updates, opt_state = tx.update({"lora": grads}, opt_state, params, tie=tie, batch_size=rows)
@@ -166,7 +166,7 @@ for i in range(STEPS):
     params, opt_state, value = step(params, opt_state, next(train), tie=chain.ties(i))
     losses.append(value)
 losses = np.array(losses)
-state = effjax.cola_state(params, opt_state)
+state = effjax.cola_state(opt_state, params)
 tuned = effjax.cola_merge(state, chain)
 print(f"test accuracy {before:.3f} before, {accuracy(tuned):.3f} after; 'ham' always: {1 - test['label'].mean():.3f}")
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Container, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from effjax.core.errors import near
 
 PyTree = Any
+Node = TypeVar("Node")
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -55,6 +56,32 @@ def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     """
     fill = lambda path, leaf: leaves.get(path_name(path), leaf)
     return jax.tree_util.tree_map_with_path(fill, tree, is_leaf=lambda leaf: leaf is None)
+
+
+def only_node(tree: PyTree, kind: type[Node], *, argument: str = "state", maker: str) -> Node:
+    """The one node of a type in a tree, such as a method's own state inside the state of an ``optax.chain``.
+
+    Args:
+      tree: an optimizer's state.
+      kind: a NamedTuple class.
+      argument: what the caller calls the tree, for the message.
+      maker: the transformation that makes such nodes, for the message.
+
+    Raises:
+      ValueError: none, or several.
+
+    Example:
+      >>> only_node(({"a": 1}, Selection(2, (3,))), Selection, maker="select").counts
+      (3,)
+    """
+    mine = lambda node: isinstance(node, kind)
+    found = [node for node in jax.tree.leaves(tree, is_leaf=mine) if mine(node)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{argument}={type(tree).__name__} holds {len(found)} {kind.__name__}, but exactly one is needed. "
+            f"Pass the state that tx.init or tx.update of {maker} returned."
+        )
+    return found[0]
 
 
 class Selection(NamedTuple):
@@ -126,8 +153,3 @@ def wide(value: Any) -> jax.Array:
     """
     array = jnp.asarray(value)
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
-
-
-def tree_where(condition: Any, on_true: PyTree, on_false: PyTree) -> PyTree:
-    """Leafwise ``where`` with one scalar condition; typed PRNG keys are allowed."""
-    return jax.tree.map(lambda a, b: jax.lax.select(jnp.broadcast_to(condition, jnp.shape(a)), a, b), on_true, on_false)

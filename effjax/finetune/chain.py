@@ -49,7 +49,7 @@ __all__ = [
 
 PyTree = Any
 Kernels = Mapping[str, jax.Array]
-Reset = Callable[[optax.GradientTransformation, PyTree, Lora, jax.Array], PyTree]
+Reset = Callable[[jax.Array, optax.GradientTransformation, PyTree, Lora], PyTree]
 
 _MERGES = ("master", "lazy", "plain")
 
@@ -87,6 +87,7 @@ class ColaConfig:
 
     lora: LoraConfig | LoraRule | str | Sequence[LoraRule | str]
     knots: Sequence[int] = ()
+    _: dataclasses.KW_ONLY
     links: int | None = None
     ranks: Sequence[int] | None = None
     alphas: Sequence[float] | None = None
@@ -422,7 +423,7 @@ def cola_next(
     Args:
       tx: the optimizer of the adapters.
       config: the chain.
-      reset: ``(tx, opt_state, lora, key) -> opt_state`` in place of ``cola_reset`` by ``config.schedule``.
+      reset: ``(key, tx, opt_state, lora) -> opt_state`` in place of ``cola_reset`` by ``config.schedule``.
 
     Returns:
       Function ``(state, opt_state, gradients=None) -> (state, opt_state)``.
@@ -480,8 +481,8 @@ def extend_and_reset(
     """The traceable part of ``cola_next``."""
     after = cola_extend(state, config, gradients)
     if reset is None:
-        return after, cola_reset(tx, opt_state, after.lora, config.schedule)[0]
-    return after, reset(tx, opt_state, after.lora, _link_key(after.key, after.link))
+        return after, cola_reset(tx, opt_state, after.lora, schedule=config.schedule)[0]
+    return after, reset(_link_key(after.key, after.link), tx, opt_state, after.lora)
 
 
 def cola_gradients(loss: Callable[..., Float[Array, ""]], state: ColaState, config: ColaConfig, *args: Any) -> Kernels:

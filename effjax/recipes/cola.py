@@ -17,8 +17,8 @@ from effjax.finetune.lora import LoraConfig, LoraRule
 from effjax.finetune.restart import cola_reset
 from effjax.finetune.rivals import plora_next, rac_lora, relora_reset, relora_schedule
 from effjax.models.pretrained import is_decoder
-from effjax.optim.by_part import by_part
 from effjax.optim.batch_size import adamw_by_batch_size
+from effjax.optim.by_part import by_part
 from effjax.recipes.spec import Arm, Claim, Group
 from effjax.recipes.texts import Plan, TextFields, bucketed, check_epochs, group_name, padded, text_metric
 from effjax.tasks.adapted import (
@@ -228,8 +228,8 @@ class _Run(NamedTuple):
     def adamw(self, rate: optax.Schedule | None = None) -> optax.GradientTransformation:
         """AdamW, with the falling rate of the adapters where none is given."""
         rate = rate or self.falling(self.config.learning_rate)
-        base = self.config.batch_size if self.loader.shapes else None
-        return adamw_by_batch_size(rate, weight_decay=self.config.weight_decay, reference=base)
+        reference = self.config.batch_size if self.loader.shapes else None
+        return adamw_by_batch_size(rate, weight_decay=self.config.weight_decay, reference=reference)
 
     def lora(self, times: int = 1) -> LoraConfig:
         """Adapters of ``times`` the study's rank; alpha / rank stays."""

@@ -19,8 +19,8 @@ from effjax.core.errors import check_number
 from effjax.data.sets import DataSet, load
 from effjax.data.shift import permute_labels, permute_pixels
 from effjax.models.mlp import MLP
-from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
 from effjax.optim.one_gradient import samuel_one_gradient
+from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
 from effjax.recipes.spec import Arm, Claim, Group, StudyConfig, Sweep
 from effjax.tasks.image import image_task
 from effjax.tasks.task import Metric, Task
@@ -244,7 +244,7 @@ def _experts(config: SamuelStudy, task: Task, *, shorter: int = 1, loop: str | N
     def step(state, batch, aux):
         (losses, model), grads = losses_and_grads(state.params, state.model, batch, state.step_key)
         updates, opt = tx.update(grads, state.opt, state.params, value=losses)
-        params, model = samuel_sync(optax.apply_updates(state.params, updates), opt, model)
+        params, model = samuel_sync(opt, optax.apply_updates(state.params, updates), model)
         return state.after(params, model, opt), {"loss": losses[opt.current_expert]}
 
     return Program(

@@ -50,11 +50,11 @@ class MeshOptions:
     """Devices along each mesh axis; -1 on one axis takes all that remain."""
 
     data: int = 1
-    """batch-parallel devices"""
+    """Devices along which a batch is split."""
     model: int = 1
-    """devices that share one model's parameters"""
+    """Devices that share one model's parameters."""
     expert: int = 1
-    """devices that hold different experts"""
+    """Devices that hold different experts."""
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -77,35 +77,35 @@ class TrainOptions:
     """How a run is executed; none of these fields changes what is learned, but for ``dtype``."""
 
     accumulate: int = 1
-    """micro-batches whose gradients are averaged for one update"""
+    """Micro-batches whose gradients are averaged for one update."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """compute dtype of the model; parameters stay float32"""
+    """Dtype in which the model computes; parameters stay float32."""
     remat: bool = False
-    """recompute activations in the backward pass"""
+    """Whether activations are computed again in the backward pass instead of kept."""
     donate: bool = True
-    """reuse the old state's buffers for the new state"""
+    """Whether the new state takes the old state's buffers."""
     compile_cache: str | None = None
-    """folder of JAX's persistent compilation cache"""
+    """Folder of JAX's persistent compilation cache."""
     prefetch: int = 2
-    """batches put on the device ahead of use"""
+    """Batches put on the device ahead of use."""
     read_lag: int = 16
-    """steps between computing a metric and reading it, so that the host does not block the device"""
+    """Steps between computing a metric and reading it, so that the host does not block the device."""
     log_steps: int = 50
-    """steps averaged into one line of the log"""
+    """Steps averaged into one line of the log."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """a non-finite loss ends the run, or its update is dropped and counted"""
+    """What is done where a loss, gradient or parameter is not finite: end the run, or drop the update and count it."""
     checkpoint_seconds: float = 30.0
-    """time between checkpoints of a single process"""
+    """Seconds between checkpoints of a single process."""
     checkpoint_steps: int | None = None
-    """steps between checkpoints; overrides the seconds (several processes default to a twentieth of the run)"""
+    """Steps between checkpoints, in place of the seconds; several processes default to a twentieth of the run."""
     keep: int = 2
-    """newest checkpoints kept"""
+    """Newest checkpoints kept."""
     evaluate_steps: int | None = None
-    """steps between evaluations during training"""
+    """Steps between evaluations during training; None for none."""
     best_metric: str | None = None
-    """also keep the checkpoint with the largest value of this evaluation metric (prefix - for smallest)"""
+    """Evaluation metric whose checkpoint of the largest value is kept too; -NAME for the smallest."""
     mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
-    """device mesh"""
+    """Mesh of devices."""
 
     def __post_init__(self):
         for name in ("accumulate", "prefetch", "read_lag", "log_steps", "keep"):

@@ -34,7 +34,7 @@ def test_equals_torch_with_the_rule_as_intended():
         np.testing.assert_allclose(w, reference["accum1/params"][-1], rtol=1e-12, atol=1e-14)
 
 
-def test_at_the_base_it_is_adamw_bit_for_bit():
+def test_at_the_reference_it_is_adamw_bit_for_bit():
     grads = jax.random.normal(jax.random.key(0), (5, 7))
     ends = []
     for tx in (adamw(), adamw(scale_by_batch_size(reference=64))):
@@ -49,7 +49,13 @@ def test_at_the_base_it_is_adamw_bit_for_bit():
 
 @pytest.mark.parametrize(
     ("options", "rows", "factor"),
-    [({}, 256, 2.0), ({}, 16, 0.5), ({"power": 1.0}, 16, 0.25), ({"max_factor": 1.5}, 256, 1.5), ({"base": 4}, 4, 1.0)],
+    [
+        ({}, 256, 2.0),
+        ({}, 16, 0.5),
+        ({"power": 1.0}, 16, 0.25),
+        ({"max_factor": 1.5}, 256, 1.5),
+        ({"reference": 4}, 4, 1.0),
+    ],
 )
 def test_the_factor(options, rows, factor):
     tx = scale_by_batch_size(**options)
@@ -81,7 +87,7 @@ def test_bad_input_is_named():
         tx.update(jnp.ones(2), tx.init(None), batch_size=jnp.ones(4))
     with pytest.raises(ValueError, match="batch_size=0 must be a number in"):
         tx.update(jnp.ones(2), tx.init(None), batch_size=0)
-    with pytest.raises(ValueError, match="base=0 must be"):
+    with pytest.raises(ValueError, match="reference=0 must be"):
         scale_by_batch_size(reference=0)
     with pytest.raises(ValueError, match="max_factor=0 must be"):
         scale_by_batch_size(max_factor=0)
