@@ -1,11 +1,12 @@
 """Paths of pytree leaves, selection by regular expression, and dtype-safe scalars."""
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from effjax.core.errors import near
 
@@ -153,3 +154,15 @@ def wide(value: Any) -> jax.Array:
     """
     array = jnp.asarray(value)
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def unread(fn: Callable[[PyTree], Any], tree: PyTree) -> list[str]:
+    """Paths of the leaves that the first array of ``fn(tree)`` does not depend on; ``fn`` is traced, not run.
+
+    Example:
+      >>> unread(lambda tree: tree["a"] + 0 * tree["b"], {"a": 1.0, "b": 2.0, "c": 3.0})
+      ['c']
+    """
+    jaxpr = jax.make_jaxpr(fn)(tree).jaxpr
+    _, used = dce_jaxpr(jaxpr, [True] + [False] * (len(jaxpr.outvars) - 1))
+    return [path for path, read in zip(leaf_paths(tree), used, strict=True) if not read]

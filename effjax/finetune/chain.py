@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from effjax.core.errors import NoEffectWarning, check_choice, check_number
-from effjax.core.tree import leaves_at, wide, with_leaves
+from effjax.core.tree import leaves_at, unread, wide, with_leaves
 from effjax.finetune.lora import (
     Lora,
     LoraConfig,
@@ -320,6 +321,9 @@ def cola_value_and_grad(
     Returns:
       Function ``(state, *args) -> (loss, gradient)``, the gradient shaped like ``state.lora``.
 
+    Warns:
+      NoEffectWarning: the loss does not depend on some adapters, as where ``lora_apply`` was left out.
+
     Example:
       >>> import flax.linen as nn
       >>> from effjax.finetune.lora import lora_apply
@@ -335,6 +339,7 @@ def cola_value_and_grad(
         def of(lora: Lora) -> Any:
             return loss(cola_params(state._replace(lora=lora), config), *args)
 
+        _warn_unread(loss, config, of, state.lora)
         return jax.value_and_grad(of, has_aux=has_aux)(state.lora)
 
     return value_and_grad
@@ -571,6 +576,25 @@ def cola_export(links: Sequence[Lora]) -> Lora:
             "needed, all of the same kernels. Pass those of cola_links(state, config)."
         )
     return functools.reduce(lambda left, right: {path: _beside(left[path], right[path]) for path in left}, links)
+
+
+# Losses that were looked at, with the chains they were looked at with: once is enough, in a loop without jit too.
+_looked_at: weakref.WeakKeyDictionary[Callable[..., Any], set[ColaConfig]] = weakref.WeakKeyDictionary()
+
+
+def _warn_unread(loss: Callable[..., Any], config: ColaConfig, of: Callable[[Lora], Any], lora: Lora) -> None:
+    seen = _looked_at.setdefault(loss, set())
+    if config in seen:
+        return
+    seen.add(config)
+    idle = sorted({path.rpartition("/")[0] for path in unread(of, lora)})
+    if idle:
+        warnings.warn(
+            f"the loss does not depend on {len(idle)} of {len(lora)} adapters (of {idle[0]!r}, ...), so they learn "
+            "nothing. Call the network as lora_apply(module.apply)({'params': params}, ...), or adapt other kernels.",
+            NoEffectWarning,
+            stacklevel=3,
+        )
 
 
 def _check_room(state: ColaState, config: ColaConfig) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effjax.core.tree import leaf_paths, only_node, select, wide
+from effjax.core.tree import leaf_paths, only_node, select, unread, wide
 
 
 class Pair(NamedTuple):
@@ -103,3 +103,12 @@ def test_the_one_node_of_a_type_is_found_and_none_or_two_are_refused():
     for tree in ([3], [one, one]):
         with pytest.raises(ValueError, match=f"state=list holds {tree.count(one)} Pair.*pairs returned"):
             only_node(tree, Pair, maker="pairs")
+
+
+def test_leaves_that_the_first_result_does_not_depend_on_are_found_inside_jit_and_scan():
+    def fn(tree):
+        inner = jax.jit(lambda a, b: (a, b))(tree["a"], tree["b"])
+        total, _ = jax.lax.scan(lambda sum, row: (sum + row, None), inner[0], tree["rows"])
+        return total, tree["d"]
+
+    assert unread(fn, {"a": 1.0, "b": 2.0, "d": 3.0, "rows": jnp.ones(4)}) == ["b", "d"]

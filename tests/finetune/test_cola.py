@@ -745,6 +745,19 @@ def test_bad_chains_are_refused(fields, words):
         ColaConfig(**{"lora": RULE, **fields})
 
 
+def test_a_loss_that_does_not_read_adapters_warns_once():
+    state = cola_init(KEY, PARAMS, config := ColaConfig(RULE, knots=(3,)))
+
+    def upper(params):
+        params = {**params, "down": {name: params["down"][name] for name in ("kernel", "bias")}}
+        return jnp.mean(APPLY({"params": params}, X) ** 2)
+
+    for blind, words in ((plain_loss, "2 of 2 adapters .of 'down/kernel'"), (upper, "1 of 2 adapters .of 'down/kernel'")):
+        with pytest.warns(NoEffectWarning, match=words + r".*Call the network as lora_apply"):
+            cola_value_and_grad(blind, config)(state)
+        cola_value_and_grad(blind, config)(state)  # warnings are errors here
+
+
 def test_bad_calls_are_refused():
     config = ColaConfig(RULE, knots=(3,))
     tx = cola(ADAM, config)
