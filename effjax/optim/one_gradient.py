@@ -230,7 +230,7 @@ def _total(tree: PyTree) -> Float[Array, ""]:
 
 
 def _followed(state: SamuelOneGradientState, params: PyTree, every: int) -> Float[Array, ""]:
-    """See ``SamuelOneGradientState``; told from sums over all numbers, as a copy of the parameters would cost memory."""
+    """See the state; told from sums over all numbers, as a copy of the parameters would cost memory."""
     moved, told = _total(params) - state.start, state.learning_rate * _total(state.displacement)
     floating = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     rounding = optax.tree.norm([wide(leaf) * float(jnp.finfo(leaf.dtype).eps) for leaf in floating])
@@ -239,9 +239,9 @@ def _followed(state: SamuelOneGradientState, params: PyTree, every: int) -> Floa
 
 
 _NOT_OUTERMOST = (
-    "the parameters have moved {:.3g} times as far as samuel_one_gradient said, so the candidate rates are scored where "
-    "they do not lead. It must stand outermost: put what follows it in the chain inside, samuel_one_gradient(lambda "
-    "rate: optax.chain(optax.sgd(rate), ...), learning_rates)."
+    "the parameters have moved {:.3g} times as far as samuel_one_gradient said, so the candidate rates are scored "
+    "where they do not lead. It must stand outermost: put what follows it in the chain inside, "
+    "samuel_one_gradient(lambda rate: optax.chain(optax.sgd(rate), ...), learning_rates)."
 )
 
 

@@ -752,7 +752,10 @@ def test_a_loss_that_does_not_read_adapters_warns_once():
         params = {**params, "down": {name: params["down"][name] for name in ("kernel", "bias")}}
         return jnp.mean(APPLY({"params": params}, X) ** 2)
 
-    for blind, words in ((plain_loss, "2 of 2 adapters .of 'down/kernel'"), (upper, "1 of 2 adapters .of 'down/kernel'")):
+    for blind, words in (
+        (plain_loss, "2 of 2 adapters .of 'down/kernel'"),
+        (upper, "1 of 2 adapters .of 'down/kernel'"),
+    ):
         with pytest.warns(NoEffectWarning, match=words + r".*Call the network as lora_apply"):
             cola_value_and_grad(blind, config)(state)
         cola_value_and_grad(blind, config)(state)  # warnings are errors here

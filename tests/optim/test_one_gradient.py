@@ -175,7 +175,7 @@ def test_what_follows_in_the_chain_is_noticed(base, dtype):
     w, state = jnp.zeros(4), (tx := optax.chain(alone, optax.scale(0.25))).init(jnp.zeros(4))
     with pytest.warns(UserWarning, match=r"moved 0\.25 times as far.*It must stand outermost"):
         for batch in zip(X[:4], Y[:4], strict=True):
-            updates, state = tx.update(jax.grad(loss_fn)(w, batch), state, w, value_fn=lambda p: loss_fn(p, batch))
+            updates, state = tx.update(jax.grad(loss_fn)(w, batch), state, w, value_fn=lambda p, b=batch: loss_fn(p, b))
             w = optax.apply_updates(w, updates)
 
 
