@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import textwrap
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -51,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("EFFJAX_TRACEBACK"):
             raise
         return _refuse(_readable(error, words))
+    except OSError as error:
+        if error.filename is None or os.environ.get("EFFJAX_TRACEBACK"):
+            raise
+        return _refuse(f"{error.filename}: {error.strerror}.")
     except Exception as error:
         return _expected(error)
 
@@ -159,11 +164,12 @@ def _verb(
     """A subcommand: fields as ``(type, default or ..., help)``."""
     import tyro
 
-    options = [
-        (field, Annotated[kind, tyro.conf.arg(help=text)] if text else kind)
-        + (() if default is ... else (dataclasses.field(default=default),))
-        for field, (kind, default, text) in {**fields, **more}.items()
-    ]
+    def option(field: str, kind: Any, default: Any, text: str) -> tuple[Any, ...]:
+        place = {"metavar": field.upper()} if tyro.conf.Positional in typing.get_args(kind) else {}
+        kind = Annotated[kind, tyro.conf.arg(help=text, **place)] if text else kind
+        return (field, kind) if default is ... else (field, kind, dataclasses.field(default=default))
+
+    options = [option(field, *entry) for field, entry in {**fields, **more}.items()]
     made = dataclasses.make_dataclass(name, options, namespace={"run": staticmethod(run), "__doc__": about + lists})
     return Annotated[made, tyro.conf.subcommand(name, description=about + lists)]
 

@@ -93,10 +93,7 @@ def _explain(kind: Any, value: Any, keys: Sequence[str], reason: str) -> str:
         name += f".{key}" if inside else f"[{key}]"
         value = value[key] if inside else value[int(key)]
         parts = [part for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)]
-        if inside and parts:
-            kind = typing.get_type_hints(parts[0])[key]
-        else:
-            kind = next(iter(typing.get_args(kind)), kind)
+        kind = typing.get_type_hints(parts[0])[key] if inside and parts else (*typing.get_args(kind), kind)[0]
     if not reason.startswith(("Expected", "Invalid enum value")):  # of a nested dataclass, or a missing field
         return reason
     hint = near(value, _choices(kind)) if isinstance(value, str) else ""
@@ -141,7 +138,7 @@ def from_words(kind: type[Config], words: Sequence[str], program: str, **options
                 kind,
                 args=words,
                 prog=program,
-                config=(tyro.conf.AvoidSubcommands, tyro.conf.PositionalMetavarFromFieldName),
+                config=(tyro.conf.AvoidSubcommands,),
                 **options,
             )
     except SystemExit as stop:
