@@ -97,5 +97,5 @@ def test_constraints_that_stand_in_the_types_are_checked(fields, message):
 
 
 def test_a_value_of_another_type_is_named():
-    with pytest.raises(TypeError, match="count=1.5 must be an integer, not float"):
+    with pytest.raises(TypeError, match=r"count=1\.5 must be an integer, not float"):
         check_fields(Config(count=1.5))

@@ -174,7 +174,7 @@ def test_what_follows_in_the_chain_is_noticed(base, dtype):
     assert float(history[-1][1][0].followed) == pytest.approx(0.25, rel=1e-2)
     w, state = jnp.zeros(4), (tx := optax.chain(alone, optax.scale(0.25))).init(jnp.zeros(4))
     for batch in zip(X[:3], Y[:3], strict=True):
-        updates, state = tx.update(jax.grad(loss_fn)(w, batch), state, w, value_fn=loss_fn)
+        updates, state = tx.update(jax.grad(loss_fn)(w, batch), state, w, value_fn=jnp.sum)  # not asked yet
         w = optax.apply_updates(w, updates)
     with pytest.warns(UserWarning, match=r"moved 0\.25 times as far.*It must stand outermost"):
         tx.update(jax.grad(loss_fn)(w, batch), state, w, value_fn=lambda p: loss_fn(p, batch))
