@@ -53,7 +53,7 @@ METHODS: dict[str, Method] = {
         Method(
             stem="samuel",
             summary="learning-rate experts by multiplicative weights",
-            modules=("effjax.optim.samuel", "effjax.optim.samuel_one_gradient", "effjax.optim.strongly_adaptive"),
+            modules=("effjax.optim.samuel", "effjax.optim.one_gradient", "effjax.optim.strongly_adaptive"),
             kind="Optax transformation",
             paper="Lu, Xia, Arora, Hazan 2022, arXiv:2203.01400",
         ),
@@ -80,7 +80,7 @@ METHODS: dict[str, Method] = {
                 "effjax.data.length_grouping",
                 "effjax.data.packing",
                 "effjax.data.ragged",
-                "effjax.optim.scale_by_batch_size",
+                "effjax.optim.batch_size",
             ),
             kind="resumable sampler",
             paper=_TOKENS,
