@@ -120,8 +120,8 @@ losses_and_grads = effjax.optim.samuel_value_and_grad(loss, loop="vmap")
 def step(params, state, batch):
     losses, grads = losses_and_grads(params, batch)
     updates, state = tx.update(grads, state, params, value=losses)
-    params = effjax.samuel_sync(state, optax.apply_updates(params, updates))
-    return params, state, (losses[state.current_expert], effjax.samuel_probabilities(state))
+    params = effjax.optim.samuel_sync(state, optax.apply_updates(params, updates))
+    return params, state, (losses[state.current_expert], effjax.optim.samuel_probabilities(state))
 
 
 params = effjax.optim.samuel_init(init(jax.random.key(0)), experts=len(RATES))
@@ -153,7 +153,9 @@ plt.show()
 
 # %%
 model = nnx.Sequential(nnx.Linear(784, 64, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(64, 10, rngs=nnx.Rngs(1)))
-optimizer = nnx.Optimizer(model, effjax.samuel_one_gradient(optax.adam, (1e-2, 3e-3, 1e-3), every=10), wrt=nnx.Param)
+optimizer = nnx.Optimizer(
+    model, effjax.optim.samuel_one_gradient(optax.adam, (1e-2, 3e-3, 1e-3), every=10), wrt=nnx.Param
+)
 
 
 @nnx.jit

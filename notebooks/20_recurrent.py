@@ -149,9 +149,9 @@ plt.show()
 
 # %% [markdown]
 # ## 2. FPTT beside backpropagation through time
-# `fptt_step`, `bptt_step` and `tbptt_step` take one problem, a cell and a loss, and an optimizer. FPTT cuts a sequence into
-# parts and updates in each. Only the state goes on to the next part, so that nothing is stored beyond one. The task is
-# the adding problem: 200 random numbers, two of them marked, and their sum is asked for at the end.
+# `fptt_step`, `bptt_step` and `tbptt_step` take one problem, a cell and a loss, and an optimizer. FPTT cuts a sequence
+# into parts and updates in each. Only the state goes on to the next part, so that nothing is stored beyond one. The
+# task is the adding problem: 200 random numbers, two of them marked, and their sum is asked for at the end.
 
 # %%
 STEPS = 200
@@ -174,7 +174,7 @@ def loss(params, last, target, part):
     return part.progress * jnp.mean(error**2)  # early parts have seen little: their errors count less
 
 
-problem = effjax.SequenceProblem(
+problem = effjax.recurrent.SequenceProblem(
     cell.advance,  # one time step but for the products with the inputs,
     loss,
     encode=cell.project,  # which are computed for all steps of a part at once
@@ -322,8 +322,8 @@ def next_character(params, states, targets, part):
 
 def learner(tx):
     encode = lambda params, ids: reader.project(params, params["embedding"][ids])
-    problem = effjax.SequenceProblem(reader.advance, next_character, encode=encode, time_axis=1)
-    return jax.jit(effjax.fptt_online(problem, tx))
+    problem = effjax.recurrent.SequenceProblem(reader.advance, next_character, encode=encode, time_axis=1)
+    return jax.jit(effjax.recurrent.fptt_online(problem, tx))
 
 
 def read(learn, state, parts):
@@ -383,9 +383,9 @@ difference = rnn.apply({"params": weights}, pictures) - layer.apply({"params": w
 print(f"largest difference {np.abs(difference).max():.1e}")
 
 # %% [markdown]
-# `effjax.scan_time` runs any step over a sequence. With `chunk` the backward pass stores one state a chunk and computes
-# the rest again; the gradient stays exact. (The layers have the same argument. There the inputs' products stay, and are
-# most of what is left.)
+# `effjax.recurrent.scan_time` runs any step over a sequence. With `chunk` the backward pass stores one state per
+# chunk and computes the rest again; the gradient stays exact. (The layers have the same argument.
+# There the inputs' products stay, and are most of what is left.)
 
 # %%
 xs = jnp.zeros((1000, ROWS, add.features))
@@ -394,7 +394,7 @@ for chunk in (None, 32) if SMOKE else (None, 8, 32, 128):
 
     def last(weights, xs, chunk=chunk):
         one = lambda weights, carry, x: (cell.apply(weights, carry, x)[0], None)
-        (_, h), _ = effjax.scan_time(one, weights, carry, xs, chunk=chunk)
+        (_, h), _ = effjax.recurrent.scan_time(one, weights, carry, xs, chunk=chunk)
         return h.sum()
 
     size = jax.jit(jax.grad(last)).lower(weights, xs).compile().memory_analysis().temp_size_in_bytes
@@ -447,13 +447,13 @@ class Adder(nnx.Module):
 
 graph, weights, rest = nnx.split(Adder(nnx.Rngs(0)), nnx.Param, ...)
 model_of = lambda weights: nnx.merge(graph, weights, rest)
-problem = effjax.SequenceProblem(
+problem = effjax.recurrent.SequenceProblem(
     cell=lambda weights, carry, x: model_of(weights).cell(carry, x),
     loss=lambda weights, last, y, part: part.progress * ((model_of(weights).head(last)[:, 0] - y) ** 2).mean(),
     terminal=True,
     time_axis=1,
 )
-train = jax.jit(effjax.fptt_step(problem, tethered, parts=10))
+train = jax.jit(effjax.recurrent.fptt_step(problem, tethered, parts=10))
 state = tethered.init(weights)
 for i in range(5):
     batch = add.draw({name: column[:ROWS] for name, column in add.train.items()}, i, np.random.default_rng(i))

@@ -59,11 +59,11 @@ print(f"{cora.data.nodes} nodes, {cora.adjacency.nnz} entries of the adjacency, 
 def fit(model, epochs=EPOCHS, seed=0):
     """Full-batch training; every epoch is one step."""
     params = model.init(jax.random.key(seed), cora.features, cora.adjacency)["params"]
-    tx = effjax.adam_l2()  # as the citation benchmarks have it
+    tx = effjax.graph.adam_l2()  # as the citation benchmarks have it
 
     def loss(params, key, features, adjacency):
         logits = model.apply({"params": params}, features, adjacency, train=True, rngs={"dropout": key})
-        return effjax.tasks.masked_cross_entropy(logits, cora.labels, train)
+        return effjax.graph.masked_cross_entropy(logits, cora.labels, train)
 
     @jax.jit
     def run(params, key, features, adjacency):  # the graph is an argument: as a constant XLA would fold it
@@ -86,17 +86,17 @@ def fit(model, epochs=EPOCHS, seed=0):
 accuracies = {}
 for layer in ("mlp", "gcn") if SMOKE else ("mlp", "gcn", "sage", "gat", "appnp"):
     logits, losses, seconds = fit(effjax.models.NodeClassifier(classes=cora.classes, layer=layer))
-    accuracies[layer] = float(effjax.tasks.masked_accuracy(logits, cora.labels, test))
+    accuracies[layer] = float(effjax.graph.masked_accuracy(logits, cora.labels, test))
     print(f"{layer:6} accuracy {accuracies[layer]:.3f}, {seconds:.1f} s with compilation")
 
 # %% [markdown]
 # No training at all: spreading the known labels along the edges, and Correct & Smooth on top of a network.
 
 # %%
-plain = effjax.graph.gcn_normalize(effjax.adjacency(cora.data.senders, cora.data.receivers, cora.data.nodes))
+plain = effjax.graph.gcn_normalize(effjax.graph.adjacency(cora.data.senders, cora.data.receivers, cora.data.nodes))
 known = jnp.where(train, cora.labels, 0)
 spread = effjax.graph.label_propagation(plain, known, train, cora.classes)
-print("label propagation", float(effjax.tasks.masked_accuracy(spread, cora.labels, test)))
+print("label propagation", float(effjax.graph.masked_accuracy(spread, cora.labels, test)))
 
 # %% [markdown]
 # ## 2. What makes a step fast
@@ -113,7 +113,9 @@ x = jnp.asarray(rng.normal(size=(nodes, width)), jnp.float32)
 kernels = ("csr", "segment", "buckets")
 milliseconds = []
 for kernel in kernels:
-    both = jax.jit(lambda graph, x, kernel=kernel: jax.vjp(lambda x: effjax.spmm(graph, x, kernel=kernel), x)[1](x))
+    both = jax.jit(
+        lambda graph, x, kernel=kernel: jax.vjp(lambda x: effjax.graph.spmm(graph, x, kernel=kernel), x)[1](x)
+    )
     jax.block_until_ready(both(graph, x))
     times = []
     for _ in range(5):
@@ -158,8 +160,8 @@ for seed in sets:
     config = effjax.graph.FastrainConfig(stages=2 if SMOKE else 4, epochs=EPOCHS, epochs_per_step=30)
     found = effjax.fastrain(jax.random.key(seed), init, apply, problem, config)
     train = labelled
-    rows["GCN"].append(float(effjax.tasks.masked_accuracy(fit(network(False))[0], cora.labels, hidden)))
-    rows["FASTRAIN"].append(float(effjax.tasks.masked_accuracy(found.scores, cora.labels, hidden)))
+    rows["GCN"].append(float(effjax.graph.masked_accuracy(fit(network(False))[0], cora.labels, hidden)))
+    rows["FASTRAIN"].append(float(effjax.graph.masked_accuracy(found.scores, cora.labels, hidden)))
     print(
         f"set {seed}: GCN {rows['GCN'][-1]:.3f}, FASTRAIN {rows['FASTRAIN'][-1]:.3f}, "
         f"{int((found.added > 0).sum())} pseudolabels, "
@@ -181,9 +183,9 @@ plt.show()
 # the ensemble is unsure of then stop sending messages: they still get a prediction, and their edges are gone.
 
 # %%
-train, val, test = effjax.draw_split(jax.random.key(0), cora.labels, cora.classes, 20, 30)
-members = effjax.init_members(jax.random.key(0), 4, cora.features.shape[1], 16, cora.classes)
-tx = effjax.adam_l2()
+train, val, test = effjax.tasks.draw_split(jax.random.key(0), cora.labels, cora.classes, 20, 30)
+members = effjax.graph.init_members(jax.random.key(0), 4, cora.features.shape[1], 16, cora.classes)
+tx = effjax.graph.adam_l2()
 
 
 @jax.jit
@@ -207,7 +209,7 @@ for name, network in (("four members", members), ("folded", folded)):
     answer = effjax.graph.ensemble_probabilities(effjax.graph.ensemble_logits(network, cora.features, cora.adjacency))
     macs = effjax.graph.ensemble_macs(network, cora.features, cora.adjacency).total
     print(
-        f"{name}: {float(effjax.tasks.masked_accuracy(answer, cora.labels, test)):.3f}, {macs / 1e6:.1f} million MACs"
+        f"{name}: {float(effjax.graph.masked_accuracy(answer, cora.labels, test)):.3f}, {macs / 1e6:.1f} million MACs"
     )
 
 probabilities = effjax.graph.member_probabilities(effjax.graph.ensemble_logits(members, cora.features, cora.adjacency))
@@ -219,9 +221,11 @@ fractions = (0, 0.05, 0.1, 0.2, 0.3)
 curves = {"score": [], "ORACLE (reads test labels)": []}
 for fraction in fractions:
     for name, found in (("score", scores.score), ("ORACLE (reads test labels)", -wrong.astype(jnp.float32))):
-        active = effjax.active_nodes(found, fraction, train | val)
-        served = effjax.serve_ensemble(members, cora.features, effjax.isolate(cora.adjacency, np.asarray(active)))
-        curves[name].append(float(effjax.masked_accuracy(served(), cora.labels, test)))
+        active = effjax.graph.active_nodes(found, fraction, train | val)
+        served = effjax.graph.serve_ensemble(
+            members, cora.features, effjax.graph.isolate(cora.adjacency, np.asarray(active))
+        )
+        curves[name].append(float(effjax.graph.masked_accuracy(served(), cora.labels, test)))
 plt.figure(figsize=(4, 3))
 for name, values in curves.items():
     plt.plot(fractions, values, "o-", label=name)
@@ -236,8 +240,8 @@ plt.show()
 #
 # ## 5. Graphs of your own
 # Edges and features as arrays, a Jraph `GraphsTuple`, or many small graphs, padded to few shapes. Of a graph that does
-# not fit, neighbours are sampled, always in the same shapes, so that nothing compiles twice; or its rows are spread over
-# devices.
+# not fit, neighbours are sampled, always in the same shapes, so that nothing compiles twice; or its rows are spread
+# over devices.
 
 # %%
 senders, receivers = np.array([0, 1, 1, 2, 2, 3]), np.array([1, 0, 2, 1, 3, 2])
@@ -249,16 +253,20 @@ print(model.apply(variables, jnp.eye(4), mine).shape)
 tuple_ = effjax.graph.to_graphs_tuple(mine, nodes=jnp.eye(4))
 print(type(tuple_).__name__, tuple_.senders.shape)
 
-batch = next(effjax.NeighbourSampler(mine, [0, 1, 2], (2,), batch_size=2, seed=0))
-print("sampled", effjax.block_mean(batch.blocks[0], jnp.eye(4)[batch.nodes]).shape)
+batch = next(effjax.graph.NeighbourSampler(mine, [0, 1, 2], (2,), batch_size=2, seed=0))
+print("sampled", effjax.graph.block_mean(batch.blocks[0], jnp.eye(4)[batch.nodes]).shape)
 
-small = [effjax.get_fully_connected_graph(n, 1, node_features=np.ones((n, 2), np.float32)) for n in (2, 3, 4)]
-rungs = effjax.graph_ladder((2, 4, 1), (9, 29, 3))
-gate = effjax.ShapeGate(lambda total, graph: total + (graph.nodes.sum(1) * effjax.padding_masks(graph).nodes).sum())
-batches = effjax.GraphBatches(small, rungs, seed=0, epochs=1)
+small = [effjax.graph.get_fully_connected_graph(n, 1, node_features=np.ones((n, 2), np.float32)) for n in (2, 3, 4)]
+rungs = effjax.graph.graph_ladder((2, 4, 1), (9, 29, 3))
+gate = effjax.graph.ShapeGate(
+    lambda total, graph: total + (graph.nodes.sum(1) * effjax.graph.padding_masks(graph).nodes).sum()
+)
+batches = effjax.graph.GraphBatches(small, rungs, seed=0, epochs=1)
 for example in batches.example_batches():
     gate.warm_up(jnp.float32(0), example)
 print("padded", sum(float(gate(jnp.float32(0), graph)) for graph in batches), "in", gate.compiles, "shapes")
 
 mesh = jax.make_mesh((1,), ("data",))
-print("sharded", (effjax.shard_matrix(mine, mesh, "data") @ effjax.shard_rows(np.eye(4), mesh, "data")).shape)
+print(
+    "sharded", (effjax.graph.shard_matrix(mine, mesh, "data") @ effjax.graph.shard_rows(np.eye(4), mesh, "data")).shape
+)

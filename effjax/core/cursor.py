@@ -1,7 +1,7 @@
 """The one resumable position of random-access data."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 from effjax.core.errors import check_number
 
@@ -54,7 +54,7 @@ class Cursor(Iterator[Item], Generic[Item]):
             raise IndexError(f"index={index} is outside [0, {len(self) - 1}].")
         return self._item(int(index))
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> "Cursor":
         return self
 
     def __next__(self) -> Item:

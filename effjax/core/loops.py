@@ -3,7 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ from effjax.core.timing import Name, fastest
 
 PyTree = Any
 Marks = tuple[int | None, ...]
-Name = TypeVar("Name")
 
 LOOPS = ("auto", "vmap", "map", "unroll")
 

@@ -119,8 +119,8 @@ class Recurrent(nn.Module):
     Args:
       cell: ``LSTMCell``, ``GRUCell``, ``RNNCell``, ``LRUCell``, ``MinGRUCell``, ``IncrementalRNNCell``, ``TARNNCell``,
         or another ``effjax.core.cells.Cell``.
-      chunk: as in ``effjax.scan_time``.
-      unroll: as in ``effjax.scan_time``.
+      chunk: as in ``effjax.recurrent.scan_time``.
+      unroll: as in ``effjax.recurrent.scan_time``.
 
     Returns:
       When called with x ``[batch, time, features_in]`` and, if wanted, a first carry: what the cell gives at every

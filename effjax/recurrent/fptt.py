@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import only_node, wide
-from effjax.recurrent.drivers import SequencePart
+from effjax.recurrent.through_time import SequencePart
 
 __all__ = [
     "fptt",

@@ -62,8 +62,8 @@ class SequenceProblem:
 
     Attributes:
       cell: ``(params, carry, x) -> (carry, out)``, one step in time; pure, for a whole batch. Of a Linen cell it is
-        ``lambda params, carry, x: cell.apply({"params": params}, carry, x)``, of ``effjax.LSTMCell(...)`` and the
-        other cells here ``lstm.advance``, with ``encode=lstm.project``.
+        ``lambda params, carry, x: cell.apply({"params": params}, carry, x)``, of ``effjax.models.LSTMCell(...)`` and
+        the other cells here ``lstm.advance``, with ``encode=lstm.project``.
       loss: ``(params, outs, targets, part) -> scalar``, or ``(scalar, aux)``, of one part. Without ``terminal``,
         ``outs`` and ``targets`` are stacked over the part's steps; with it, ``outs`` is the last step's and ``targets``
         come whole. ``part`` is a ``SequencePart``. A read-out is best computed here, from ``params``, for all steps at

@@ -9,7 +9,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
-from effjax.recurrent.drivers import fptt_step
 from small_graph import write_small_cora
 
 import effjax

@@ -9,18 +9,20 @@ from effjax.core.cursor import Cursor
 from effjax.data.pipeline import Batches
 
 IDS = {"input_ids": [[5, 6], [7], [8, 9, 4], [3], [2, 2, 2, 2]]}
-GRAPHS = [effjax.get_fully_connected_graph(n, 1, node_features=np.ones((n, 2), np.float32)) for n in (2, 3, 4, 2, 3)]
-RING, SEEDS = effjax.adjacency(np.arange(6), (np.arange(6) + 1) % 6, 6), [0, 2, 4]
+GRAPHS = [
+    effjax.graph.get_fully_connected_graph(n, 1, node_features=np.ones((n, 2), np.float32)) for n in (2, 3, 4, 2, 3)
+]
+RING, SEEDS = effjax.graph.adjacency(np.arange(6), (np.arange(6) + 1) % 6, 6), [0, 2, 4]
 FEW = {"boundaries": (2, 4), "multiple": 1, "cap": 2}
 MAKERS = {
     "Batches": lambda epochs: Batches({"x": np.arange(10)}, 4, seed=3, epochs=epochs),
     "BucketSampler": lambda epochs: effjax.BucketSampler(
         IDS, seed=3, epochs=epochs, boundaries=(2, 4), multiple=1, cap=2
     ),
-    "PaddedBatches": lambda epochs: effjax.PaddedBatches(IDS, seed=3, epochs=epochs, batch_size=2),
-    "PackedBatches": lambda epochs: effjax.PackedBatches(IDS, seed=3, epochs=epochs, batch_size=1, length=4),
-    "GraphBatches": lambda epochs: effjax.GraphBatches(GRAPHS, [(8, 32, 4)], seed=3, epochs=epochs),
-    "NeighbourSampler": lambda epochs: effjax.NeighbourSampler(
+    "PaddedBatches": lambda epochs: effjax.data.PaddedBatches(IDS, seed=3, epochs=epochs, batch_size=2),
+    "PackedBatches": lambda epochs: effjax.data.PackedBatches(IDS, seed=3, epochs=epochs, batch_size=1, length=4),
+    "GraphBatches": lambda epochs: effjax.graph.GraphBatches(GRAPHS, [(8, 32, 4)], seed=3, epochs=epochs),
+    "NeighbourSampler": lambda epochs: effjax.graph.NeighbourSampler(
         RING, [0, 2, 4], (2,), batch_size=2, seed=3, epochs=epochs
     ),
 }

@@ -28,7 +28,7 @@ from effjax.finetune.lora import (
     lora_scales,
     scale_lora_b,
 )
-from effjax.finetune.lora_kernels import lora_hooks, lora_kernels
+from effjax.finetune.lora_layers import lora_hooks, lora_kernels
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "cola"
 KEY, OTHER_KEY = (jax.random.key(seed, impl="rbg") for seed in (0, 1))  # quicker to compile than the default

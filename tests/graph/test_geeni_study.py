@@ -110,8 +110,10 @@ def test_the_public_call_is_the_study_s_arm():
         key = jax.random.key(0)
         train, val, _ = effjax.tasks.draw_split(jax.random.fold_in(key, 0), small_data().labels, CLASSES, 6, 10)
         data = small_data()
-        alike = effjax.alike_edges(data.features, data.adjacency.pattern)
-        problem = effjax.GeeniProblem(data.features, data.adjacency, data.labels, train, val, CLASSES, alike=alike)
+        alike = effjax.graph.alike_edges(data.features, data.adjacency.pattern)
+        problem = effjax.graph.GeeniProblem(
+            data.features, data.adjacency, data.labels, train, val, CLASSES, alike=alike
+        )
         config = method_config(study(), VARIANTS[name])
         found = effjax.geeni(key, problem, config)
         expected = geeni_serve(state, problem, config=config)

@@ -54,7 +54,7 @@ def trained(data: Any, form: str, hidden: int, seeds: int, epochs: int) -> list[
 
     study = GeeniStudy(hidden=hidden, budget=Budget(epochs, "epochs"))
     config = method_config(study, VARIANTS[form])
-    step = jax.jit(effjax.geeni_step, static_argnames=("config", "stage"))
+    step = jax.jit(effjax.graph.geeni_step, static_argnames=("config", "stage"))
     found = []
     for seed in range(seeds):
         key = jax.random.key(seed)
