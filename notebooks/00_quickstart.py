@@ -120,8 +120,8 @@ losses_and_grads = effjax.optim.samuel_value_and_grad(loss, loop="vmap")
 def step(params, state, batch):
     losses, grads = losses_and_grads(params, batch)
     updates, state = tx.update(grads, state, params, value=losses)
-    params = effjax.optim.samuel_sync(optax.apply_updates(params, updates), state)
-    return params, state, (losses[state.current_expert], effjax.optim.samuel_probabilities(state))
+    params = effjax.samuel_sync(state, optax.apply_updates(params, updates))
+    return params, state, (losses[state.current_expert], effjax.samuel_probabilities(state))
 
 
 params = effjax.optim.samuel_init(init(jax.random.key(0)), experts=len(RATES))

@@ -126,7 +126,7 @@ print("shapes (rows, tokens):", train.shapes)
 # %%
 chain = effjax.finetune.ColaConfig(targets, knots=(STEPS // 3, 2 * STEPS // 3), keep_links=True)
 rate = optax.cosine_decay_schedule(RATE, STEPS)
-tx = effjax.cola(optax.chain(optax.adamw(rate), effjax.scale_by_batch_size(base=ROWS)), chain)
+tx = effjax.cola(optax.chain(optax.adamw(rate), effjax.scale_by_batch_size(reference=ROWS)), chain)
 
 start = effjax.finetune.cola_init(jax.random.key(0), pretrained.params, chain)
 params = {"base": start.base, "lora": start.lora}
@@ -142,8 +142,8 @@ def loss(params, batch):
 
 @functools.partial(jax.jit, static_argnames="tie", donate_argnums=(0, 1))
 def step(params, opt_state, batch, tie):
-    state = effjax.finetune.cola_state(params, opt_state)
-    value, grads = effjax.finetune.cola_value_and_grad(loss, chain)(state, batch)
+    state = effjax.cola_state(opt_state, params)
+    value, grads = effjax.cola_value_and_grad(loss, chain)(state, batch)
     rows = batch["weight"].sum()
     updates, opt_state = tx.update({"lora": grads}, opt_state, params, tie=tie, batch_size=rows)
     return optax.apply_updates(params, updates), opt_state, value
@@ -169,8 +169,8 @@ for i in range(STEPS):
     params, opt_state, value = step(params, opt_state, next(train), tie=chain.ties(i))
     losses.append(value)
 losses = np.array(losses)
-state = effjax.finetune.cola_state(params, opt_state)
-tuned = effjax.finetune.cola_merge(state, chain)
+state = effjax.cola_state(opt_state, params)
+tuned = effjax.cola_merge(state, chain)
 print(f"test accuracy {before:.3f} before, {accuracy(tuned):.3f} after; 'ham' always: {1 - test['label'].mean():.3f}")
 
 # %%

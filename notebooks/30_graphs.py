@@ -59,7 +59,7 @@ print(f"{cora.data.nodes} nodes, {cora.adjacency.nnz} entries of the adjacency, 
 def fit(model, epochs=EPOCHS, seed=0):
     """Full-batch training; every epoch is one step."""
     params = model.init(jax.random.key(seed), cora.features, cora.adjacency)["params"]
-    tx = effjax.graph.fastrain_optimizer()  # Adam with L2, as the citation benchmarks have it
+    tx = effjax.adam_l2()  # as the citation benchmarks have it
 
     def loss(params, key, features, adjacency):
         logits = model.apply({"params": params}, features, adjacency, train=True, rngs={"dropout": key})
@@ -102,7 +102,7 @@ print("label propagation", float(effjax.tasks.masked_accuracy(spread, cora.label
 # ## 2. What makes a step fast
 # The products with the graph are the work. On CPUs a scatter is slow once the graph leaves the cache, and the fast
 # kernel for CSR matrices is lost in derivatives and under `vmap`; `spmm` keeps it. Below, one product and its gradient
-# in each form, on a graph of 20,000 nodes with 20 neighbours each. `fastest_spmm` measures and tells which to take.
+# with each kernel, on a graph of 20,000 nodes with 20 neighbours each. `fastest_spmm` measures and tells which to take.
 
 # %%
 rng = np.random.default_rng(0)
@@ -110,10 +110,10 @@ nodes, degree, width = (2000 if SMOKE else 20000), 20, 64
 pairs = np.unique(rng.integers(0, nodes, (nodes * degree, 2)), axis=0)
 graph = effjax.graph.sparse_matrix(pairs[:, 0], pairs[:, 1], None, (nodes, nodes), buckets=True)
 x = jnp.asarray(rng.normal(size=(nodes, width)), jnp.float32)
-forms = ("csr", "segment", "buckets")
+kernels = ("csr", "segment", "buckets")
 milliseconds = []
-for form in forms:
-    both = jax.jit(lambda graph, x, form=form: jax.vjp(lambda x: effjax.graph.spmm(graph, x, form=form), x)[1](x))
+for kernel in kernels:
+    both = jax.jit(lambda graph, x, kernel=kernel: jax.vjp(lambda x: effjax.spmm(graph, x, kernel=kernel), x)[1](x))
     jax.block_until_ready(both(graph, x))
     times = []
     for _ in range(5):
@@ -122,7 +122,7 @@ for form in forms:
         times.append(1e3 * (time.perf_counter() - start))
     milliseconds.append(min(times))
 plt.figure(figsize=(4, 2))
-plt.barh(forms, milliseconds)
+plt.barh(kernels, milliseconds)
 plt.xlabel("ms, product and gradient")
 plt.show()
 print("to take here:", effjax.graph.fastest_spmm(graph, width))
@@ -181,9 +181,9 @@ plt.show()
 # the ensemble is unsure of then stop sending messages: they still get a prediction, and their edges are gone.
 
 # %%
-train, val, test = effjax.tasks.draw_split(jax.random.key(0), cora.labels, cora.classes, 20, 30)
-members = effjax.graph.init_members(jax.random.key(0), 4, cora.features.shape[1], 16, cora.classes)
-tx = effjax.graph.fastrain_optimizer()
+train, val, test = effjax.draw_split(jax.random.key(0), cora.labels, cora.classes, 20, 30)
+members = effjax.init_members(jax.random.key(0), 4, cora.features.shape[1], 16, cora.classes)
+tx = effjax.adam_l2()
 
 
 @jax.jit
@@ -218,12 +218,10 @@ print(f"the score finds wrong nodes with an AUC of {float(effjax.graph.error_auc
 fractions = (0, 0.05, 0.1, 0.2, 0.3)
 curves = {"score": [], "ORACLE (reads test labels)": []}
 for fraction in fractions:
-    for name, trust in (("score", scores.score), ("ORACLE (reads test labels)", -wrong.astype(jnp.float32))):
-        errors = effjax.graph.error_set(trust, fraction, train | val)
-        served = effjax.graph.serve_ensemble(
-            members, cora.features, effjax.graph.isolate(cora.adjacency, np.asarray(errors))
-        )
-        curves[name].append(float(effjax.tasks.masked_accuracy(served(), cora.labels, test)))
+    for name, found in (("score", scores.score), ("ORACLE (reads test labels)", -wrong.astype(jnp.float32))):
+        active = effjax.active_nodes(found, fraction, train | val)
+        served = effjax.serve_ensemble(members, cora.features, effjax.isolate(cora.adjacency, np.asarray(active)))
+        curves[name].append(float(effjax.masked_accuracy(served(), cora.labels, test)))
 plt.figure(figsize=(4, 3))
 for name, values in curves.items():
     plt.plot(fractions, values, "o-", label=name)
@@ -237,8 +235,9 @@ plt.show()
 # works on the detector and lets validation nodes decide whether to isolate at all.
 #
 # ## 5. Graphs of your own
-# Edges and features as arrays, a Jraph `GraphsTuple`, or a graph that does not fit: then neighbours are sampled, always
-# in the same shapes, so that nothing compiles twice.
+# Edges and features as arrays, a Jraph `GraphsTuple`, or many small graphs, padded to few shapes. Of a graph that does
+# not fit, neighbours are sampled, always in the same shapes, so that nothing compiles twice; or its rows are spread over
+# devices.
 
 # %%
 senders, receivers = np.array([0, 1, 1, 2, 2, 3]), np.array([1, 0, 2, 1, 3, 2])
@@ -249,3 +248,17 @@ print(model.apply(variables, jnp.eye(4), mine).shape)
 
 tuple_ = effjax.graph.to_graphs_tuple(mine, nodes=jnp.eye(4))
 print(type(tuple_).__name__, tuple_.senders.shape)
+
+batch = next(effjax.NeighbourSampler(mine, [0, 1, 2], (2,), batch_size=2, seed=0))
+print("sampled", effjax.block_mean(batch.blocks[0], jnp.eye(4)[batch.nodes]).shape)
+
+small = [effjax.get_fully_connected_graph(n, 1, node_features=np.ones((n, 2), np.float32)) for n in (2, 3, 4)]
+rungs = effjax.graph_ladder((2, 4, 1), (9, 29, 3))
+gate = effjax.ShapeGate(lambda total, graph: total + (graph.nodes.sum(1) * effjax.padding_masks(graph).nodes).sum())
+batches = effjax.GraphBatches(small, rungs, seed=0, epochs=1)
+for example in batches.example_batches():
+    gate.warm_up(jnp.float32(0), example)
+print("padded", sum(float(gate(jnp.float32(0), graph)) for graph in batches), "in", gate.compiles, "shapes")
+
+mesh = jax.make_mesh((1,), ("data",))
+print("sharded", (effjax.shard_matrix(mine, mesh, "data") @ effjax.shard_rows(np.eye(4), mesh, "data")).shape)

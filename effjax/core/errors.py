@@ -1,9 +1,12 @@
 """Argument checks whose messages say what was given, what is legal, and the way out."""
 
 import difflib
+import functools
 import math
+import types
+import typing
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +68,71 @@ def check_number(
         right = ")" if open_high or high == math.inf else "]"
         raise ValueError(f"{argument}={value!r} must be {kind} in {left}{low}, {high}{right}.{_space(hint)}")
     return value
+
+
+class Limits(NamedTuple):
+    """The interval of a number, as a mark in its type: ``Annotated[int, Limits(low=1)]``; see ``check_number``."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+    hint: str = ""
+
+
+Count = Annotated[int, Limits(low=1)]
+Natural = Annotated[int, Limits(low=0)]
+Positive = Annotated[float, Limits(low=0, open_low=True)]
+NotNegative = Annotated[float, Limits(low=0)]
+Share = Annotated[float, Limits(low=0, high=1, open_low=True)]
+"""Above 0, at most 1."""
+Rate = Annotated[float, Limits(low=0, high=1, open_high=True)]
+"""From 0, below 1: a momentum, a dropout rate."""
+
+
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Check a config's numbers and choices against its types: ``Annotated`` with ``Limits``, and ``Literal``.
+
+    Elements of tuples are checked one by one, None only where the type allows it.
+
+    Raises:
+      ValueError: a value out of range; the message names the field, the value and what is legal.
+      TypeError: a value of another type.
+
+    Example:
+      >>> class Config(NamedTuple):
+      ...     rates: tuple[Positive, ...]
+      >>> check_fields(Config((0.1, 0.0)))
+      Traceback (most recent call last):
+      ValueError: rates[1]=0.0 must be a number in (0, inf).
+    """
+    for name, kind in _hints(type(config)).items():
+        _check_field(f"{prefix}{name}", getattr(config, name), kind)
+
+
+_hints = functools.cache(functools.partial(typing.get_type_hints, include_extras=True))
+
+
+def _check_field(name: str, value: Any, kind: Any) -> None:
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        limits = [mark for mark in parts[1:] if isinstance(mark, Limits)]
+        for mark in limits:
+            check_number(name, value, integer=parts[0] is int, **mark._asdict())
+        if not limits:
+            _check_field(name, value, parts[0])
+    elif origin is typing.Literal:
+        check_choice(name, value, parts)
+    elif origin is tuple and isinstance(value, tuple):
+        for index, item in enumerate(value):
+            _check_field(f"{name}[{index}]", item, parts[0] if parts[-1] is ... else parts[index])
+    elif origin in (typing.Union, types.UnionType) and value is not None:
+        choices = [choice for part in parts if typing.get_origin(part) is typing.Literal for choice in part.__args__]
+        if choices:
+            check_choice(name, value, choices)
+        else:
+            for part in parts:
+                _check_field(name, value, part)
 
 
 def _is_number(value: Any, integer: bool) -> bool:

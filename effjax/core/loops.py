@@ -1,40 +1,42 @@
 """Functions over the slices of a leading axis, in the form of loop that is fastest here."""
 
-import math
-import time
+import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from effjax.core.errors import check_choice, check_number
+from effjax.core.timing import Name, fastest
 
 PyTree = Any
+Marks = tuple[int | None, ...]
 Name = TypeVar("Name")
 
 LOOPS = ("auto", "vmap", "map", "unroll")
-
-# A form is dropped after a run this many times slower than the best so far: one run of a
-# convolution's gradient inside `lax.map` on a CPU may take as long as thirty of them unrolled.
-_HOPELESS = 3.0
-_SECONDS = 0.3
 
 # Keyed by the function, weakly: a lambda made anew in every trace leaves nothing behind.
 _chosen: weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, str]] = weakref.WeakKeyDictionary()
 
 
-def stacked_map(fn: Callable[..., PyTree], stacked: PyTree, *shared: PyTree, size: int, loop: str = "auto") -> PyTree:
+def stacked_map(
+    fn: Callable[..., PyTree],
+    *args: PyTree,
+    size: int,
+    in_axes: Sequence[int | None] = (0,),
+    loop: str = "auto",
+) -> PyTree:
     """Apply ``fn`` to every slice of a leading axis and stack the results.
 
-    ``out[i] = fn(stacked[i], *shared)`` for ``i`` in ``[0, size)``.
+    ``out[i] = fn(args[0][i], *args[1:])`` for ``i`` in ``[0, size)``, with the default ``in_axes``.
 
     Args:
-      fn: function of one slice and the shared arguments; pure.
-      stacked: pytree of arrays ``[size, ...]``.
-      *shared: pytrees that every call receives whole.
+      fn: function of the slices and of what they share; pure.
+      *args: pytrees: of arrays ``[size, ...]`` where ``in_axes`` says 0; shared by all calls where it says None.
       size: length of the leading axis.
+      in_axes: 0 or None per argument, as in ``jax.vmap``; arguments beyond it are shared.
       loop: ``'vmap'``, ``'map'`` (``lax.map``), ``'unroll'`` (a Python loop) or ``'auto'``, the fastest of the
         three as measured by ``fastest_loop``. The forms may differ in the last bits, so name one where two
         processes must agree bitwise.
@@ -50,13 +52,13 @@ def stacked_map(fn: Callable[..., PyTree], stacked: PyTree, *shared: PyTree, siz
       [10, 11, 12]
     """
     check_choice("loop", loop, LOOPS)
-    _check_size(stacked, size)
+    marks = _marks(args, in_axes, size)
     if loop == "auto":
-        loop = fastest_loop(fn, stacked, *shared, size=size)
-    return _FORMS[loop](fn, stacked, shared, size)
+        loop = fastest_loop(fn, *args, size=size, in_axes=in_axes)
+    return _FORMS[loop](fn, args, marks, size)
 
 
-def fastest_loop(fn: Callable[..., PyTree], stacked: PyTree, *shared: PyTree, size: int) -> str:
+def fastest_loop(fn: Callable[..., PyTree], *args: PyTree, size: int, in_axes: Sequence[int | None] = (0,)) -> str:
     """The fastest of ``'vmap'``, ``'map'`` and ``'unroll'`` for ``stacked_map`` on the default device.
 
     Each form is compiled and run on zeros of the arguments' shapes, in turns, and a form that falls far behind is
@@ -65,9 +67,9 @@ def fastest_loop(fn: Callable[..., PyTree], stacked: PyTree, *shared: PyTree, si
 
     Args:
       fn: as in ``stacked_map``. It must not close over traced values.
-      stacked: arrays or ``jax.ShapeDtypeStruct`` of shape ``[size, ...]``.
-      *shared: arrays or ``jax.ShapeDtypeStruct``.
+      *args: arrays or ``jax.ShapeDtypeStruct``, as in ``stacked_map``.
       size: length of the leading axis.
+      in_axes: as in ``stacked_map``.
 
     Returns:
       The name of the form.
@@ -81,24 +83,21 @@ def fastest_loop(fn: Callable[..., PyTree], stacked: PyTree, *shared: PyTree, si
       True
     """
     check_number("size", size, low=1, integer=True)
-    _check_size(stacked, size)
+    marks = _marks(args, in_axes, size)
     if size == 1:
         return "unroll"
-    avals = jax.tree.map(_aval, (stacked, shared))
+    avals = jax.tree.map(_aval, args)
     leaves, treedef = jax.tree.flatten(avals)
-    signature = (treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves), size, jax.default_backend())
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    signature = (treedef, shapes, marks, size, jax.default_backend())
     try:
         known = _chosen.setdefault(fn, {})
     except TypeError:  # not hashable or not weakly referable: measure every time
         known = {}
     if signature not in known:
-        known[signature] = _measure(fn, avals, size)
+        forms = {name: lambda *args, form=form: form(fn, args, marks, size) for name, form in _FORMS.items()}
+        known[signature] = fastest_form(forms, *avals, way_out="name the loop: 'vmap', 'map' or 'unroll'")
     return known[signature]
-
-
-def _measure(fn: Callable[..., PyTree], avals: tuple[PyTree, tuple[PyTree, ...]], size: int) -> str:
-    forms = {name: lambda xs, shared, form=form: form(fn, xs, shared, size) for name, form in _FORMS.items()}
-    return fastest_form(forms, *avals, way_out="name the loop: 'vmap', 'map' or 'unroll'")
 
 
 def fastest_form(forms: Mapping[Name, Callable[..., PyTree]], *args: PyTree, way_out: str) -> Name:
@@ -127,59 +126,53 @@ def fastest_form(forms: Mapping[Name, Callable[..., PyTree]], *args: PyTree, way
     # Evaluated at once even inside a trace, where it would otherwise become part of the program.
     with jax.ensure_compile_time_eval():
         zeros = jax.tree.map(lambda aval: jnp.zeros(aval.shape, aval.dtype), avals)
-    best: dict[Name, float] = {}
-    programs = {}
-    for name, form in forms.items():
-        program = jax.jit(form).lower(*avals).compile()
-        try:
-            first = _seconds(program, zeros)
-        except TypeError as error:  # enclosing tracers were hoisted into extra inputs
-            raise ValueError(
-                "A function that closes over values of an enclosing jit, grad or vmap cannot be measured. "
-                f"Pass them as arguments, or {way_out}."
-            ) from error
-        if first <= _HOPELESS * min(best.values(), default=math.inf):
-            best[name], programs[name] = first, program
-    stop = time.perf_counter() + _SECONDS
-    for turn in range(20):
-        for name, program in programs.items():
-            best[name] = min(best[name], _seconds(program, zeros))
-        if turn >= 2 and time.perf_counter() > stop:
-            break
-    return min(best, key=best.__getitem__)
-
-
-def _seconds(program: Callable[..., PyTree], arguments: tuple[PyTree, ...]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(program(*arguments))
-    return time.perf_counter() - start
+    programs = {name: jax.jit(form).lower(*avals).compile() for name, form in forms.items()}
+    try:
+        return fastest({name: functools.partial(program, *zeros) for name, program in programs.items()})
+    except TypeError as error:  # enclosing tracers were hoisted into extra inputs
+        raise ValueError(
+            "A function that closes over values of an enclosing jit, grad or vmap cannot be measured. "
+            f"Pass them as arguments, or {way_out}."
+        ) from error
 
 
 def _aval(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
-def _check_size(stacked: PyTree, size: int) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(stacked):
-        if jnp.shape(leaf)[:1] != (size,):
-            raise ValueError(
-                f"stacked{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but its leading axis must be "
-                f"size={size}. Stack one slice per call along axis 0."
-            )
+def _marks(args: tuple[PyTree, ...], in_axes: Sequence[int | None], size: int) -> Marks:
+    """0 or None per argument; refuses stacked arguments of another size."""
+    marks = (*in_axes, *[None] * len(args))[: len(args)]
+    for stacked, mark in zip(args, marks, strict=True):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(stacked) if mark == 0 else ():
+            if jnp.shape(leaf)[:1] != (size,):
+                raise ValueError(
+                    f"stacked{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but its leading axis must be "
+                    f"size={size}. Stack one slice per call along axis 0."
+                )
+    return marks
 
 
-def _vmap(fn: Callable[..., PyTree], stacked: PyTree, shared: tuple[PyTree, ...], size: int) -> PyTree:
-    return jax.vmap(lambda one: fn(one, *shared), axis_size=size)(stacked)
+def _vmap(fn: Callable[..., PyTree], args: tuple[PyTree, ...], marks: Marks, size: int) -> PyTree:
+    return jax.vmap(fn, in_axes=marks, axis_size=size)(*args)
 
 
-def _unroll(fn: Callable[..., PyTree], stacked: PyTree, shared: tuple[PyTree, ...], size: int) -> PyTree:
-    outputs = [fn(jax.tree.map(lambda leaf: leaf[i], stacked), *shared) for i in range(size)]  # noqa: B023
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+def _unroll(fn: Callable[..., PyTree], args: tuple[PyTree, ...], marks: Marks, size: int) -> PyTree:
+    at = lambda i: (
+        jax.tree.map(lambda x: x[i], arg) if mark == 0 else arg for arg, mark in zip(args, marks, strict=True)
+    )
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(fn(*at(i)) for i in range(size)))
 
 
-def _map(fn: Callable[..., PyTree], stacked: PyTree, shared: tuple[PyTree, ...], size: int) -> PyTree:
+def _map(fn: Callable[..., PyTree], args: tuple[PyTree, ...], marks: Marks, size: int) -> PyTree:
     del size
-    return jax.lax.map(lambda one: fn(one, *shared), stacked)
+    own = [arg for arg, mark in zip(args, marks, strict=True) if mark == 0]
+
+    def one(own: list[PyTree]) -> PyTree:
+        left = iter(own)
+        return fn(*(next(left) if mark == 0 else arg for arg, mark in zip(args, marks, strict=True)))
+
+    return jax.lax.map(one, own)
 
 
 # `map` last: it is the one that may be hopeless.

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from effjax.core.errors import check_number
 
 Thunk = Callable[[], Any]
+Name = TypeVar("Name")
 Step = tuple[Callable[[Any, Any], tuple[Any, Any]], Any, Sequence[Any]]
 
 
@@ -80,6 +81,35 @@ def time_interleaved(
         for name in list(arms) if index % 2 == 0 else reversed(list(arms)):
             samples[name].append(1e3 * runners[name](repeats[name]) / repeats[name])
     return {name: _summary(values) for name, values in samples.items()}
+
+
+# An arm that takes this many times as long as the fastest is out after one run: one run of a convolution's gradient
+# inside `lax.map` on a CPU may take as long as thirty of them unrolled.
+_HOPELESS = 3.0
+_SECONDS = 0.3
+
+
+def fastest(arms: Mapping[Name, Thunk]) -> Name:
+    """The name of the function that is fastest by ``time_interleaved``, within about 0.3 seconds.
+
+    Args:
+      arms: functions without arguments, compiled; those that may be hopeless last.
+
+    Returns:
+      A key of ``arms``.
+
+    Example:
+      >>> fastest({"busy": lambda: sum(range(10**5)), "idle": lambda: None})
+      'idle'
+    """
+    first: dict[Name, float] = {}
+    for name, arm in arms.items():
+        seconds = _time_thunk(arm, 1)
+        if seconds <= _HOPELESS * min(first.values(), default=math.inf):
+            first[name] = seconds
+    rounds = min(20, max(3, int(_SECONDS / max(sum(first.values()), 1e-9))))
+    times = time_interleaved({name: arms[name] for name in first}, rounds=rounds, warmup=1)
+    return min(times, key=lambda name: min(times[name].samples_ms))
 
 
 def paired_ratio(over: Timing, under: Timing) -> float:

@@ -1,15 +1,17 @@
 """Paths of pytree leaves, selection by regular expression, and dtype-safe scalars."""
 
 import re
-from collections.abc import Container, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from effjax.core.errors import near
 
 PyTree = Any
+Node = TypeVar("Node")
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -55,6 +57,32 @@ def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     """
     fill = lambda path, leaf: leaves.get(path_name(path), leaf)
     return jax.tree_util.tree_map_with_path(fill, tree, is_leaf=lambda leaf: leaf is None)
+
+
+def only_node(tree: PyTree, kind: type[Node], *, argument: str = "state", maker: str) -> Node:
+    """The one node of a type in a tree, such as a method's own state inside the state of an ``optax.chain``.
+
+    Args:
+      tree: an optimizer's state.
+      kind: a NamedTuple class.
+      argument: what the caller calls the tree, for the message.
+      maker: the transformation that makes such nodes, for the message.
+
+    Raises:
+      ValueError: none, or several.
+
+    Example:
+      >>> only_node(({"a": 1}, Selection(2, (3,))), Selection, maker="select").counts
+      (3,)
+    """
+    mine = lambda node: isinstance(node, kind)
+    found = [node for node in jax.tree.leaves(tree, is_leaf=mine) if mine(node)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{argument}={type(tree).__name__} holds {len(found)} {kind.__name__}, but exactly one is needed. "
+            f"Pass the state that tx.init or tx.update of {maker} returned."
+        )
+    return found[0]
 
 
 class Selection(NamedTuple):
@@ -128,6 +156,13 @@ def wide(value: Any) -> jax.Array:
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def tree_where(condition: Any, on_true: PyTree, on_false: PyTree) -> PyTree:
-    """Leafwise ``where`` with one scalar condition; typed PRNG keys are allowed."""
-    return jax.tree.map(lambda a, b: jax.lax.select(jnp.broadcast_to(condition, jnp.shape(a)), a, b), on_true, on_false)
+def unread(fn: Callable[[PyTree], Any], tree: PyTree) -> list[str]:
+    """Paths of the leaves that the first array of ``fn(tree)`` does not depend on; ``fn`` is traced, not run.
+
+    Example:
+      >>> unread(lambda tree: tree["a"] + 0 * tree["b"], {"a": 1.0, "b": 2.0, "c": 3.0})
+      ['c']
+    """
+    jaxpr = jax.make_jaxpr(fn)(tree).jaxpr
+    _, used = dce_jaxpr(jaxpr, [True] + [False] * (len(jaxpr.outvars) - 1))
+    return [path for path, read in zip(leaf_paths(tree), used, strict=True) if not read]

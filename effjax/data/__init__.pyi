@@ -7,7 +7,6 @@ from .length_grouping import PaddedBatches as PaddedBatches
 from .packing import PackedBatches as PackedBatches
 from .pipeline import batches as batches
 from .pipeline import prefetch_to_device as prefetch_to_device
-from .pipeline import wrap_grain as wrap_grain
 from .ragged import Ragged as Ragged
 from .sequences import SequenceData as SequenceData
 from .sequences import sequence_data as sequence_data

@@ -19,7 +19,7 @@ import numpy as np
 from effjax.core.cursor import Cursor
 from effjax.core.errors import check_number
 
-__all__ = ["batches", "prefetch_to_device", "wrap_grain"]
+__all__ = ["batches", "prefetch_to_device"]
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Batch, int, np.random.Generator], Batch]

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from effjax.core.errors import NoEffectWarning, check_choice, check_number
-from effjax.core.tree import leaves_at, wide, with_leaves
+from effjax.core.tree import leaves_at, unread, wide, with_leaves
 from effjax.finetune.lora import (
     Lora,
     LoraConfig,
@@ -49,7 +50,7 @@ __all__ = [
 
 PyTree = Any
 Kernels = Mapping[str, jax.Array]
-Reset = Callable[[optax.GradientTransformation, PyTree, Lora, jax.Array], PyTree]
+Reset = Callable[[jax.Array, optax.GradientTransformation, PyTree, Lora], PyTree]
 
 _MERGES = ("master", "lazy", "plain")
 
@@ -87,6 +88,7 @@ class ColaConfig:
 
     lora: LoraConfig | LoraRule | str | Sequence[LoraRule | str]
     knots: Sequence[int] = ()
+    _: dataclasses.KW_ONLY
     links: int | None = None
     ranks: Sequence[int] | None = None
     alphas: Sequence[float] | None = None
@@ -319,6 +321,9 @@ def cola_value_and_grad(
     Returns:
       Function ``(state, *args) -> (loss, gradient)``, the gradient shaped like ``state.lora``.
 
+    Warns:
+      NoEffectWarning: the loss does not depend on some adapters, as where ``lora_apply`` was left out.
+
     Example:
       >>> import flax.linen as nn
       >>> from effjax.finetune.lora import lora_apply
@@ -334,6 +339,7 @@ def cola_value_and_grad(
         def of(lora: Lora) -> Any:
             return loss(cola_params(state._replace(lora=lora), config), *args)
 
+        _warn_unread(loss, config, of, state.lora)
         return jax.value_and_grad(of, has_aux=has_aux)(state.lora)
 
     return value_and_grad
@@ -422,7 +428,7 @@ def cola_next(
     Args:
       tx: the optimizer of the adapters.
       config: the chain.
-      reset: ``(tx, opt_state, lora, key) -> opt_state`` in place of ``cola_reset`` by ``config.schedule``.
+      reset: ``(key, tx, opt_state, lora) -> opt_state`` in place of ``cola_reset`` by ``config.schedule``.
 
     Returns:
       Function ``(state, opt_state, gradients=None) -> (state, opt_state)``.
@@ -480,8 +486,8 @@ def extend_and_reset(
     """The traceable part of ``cola_next``."""
     after = cola_extend(state, config, gradients)
     if reset is None:
-        return after, cola_reset(tx, opt_state, after.lora, config.schedule)[0]
-    return after, reset(tx, opt_state, after.lora, _link_key(after.key, after.link))
+        return after, cola_reset(tx, opt_state, after.lora, schedule=config.schedule)[0]
+    return after, reset(_link_key(after.key, after.link), tx, opt_state, after.lora)
 
 
 def cola_gradients(loss: Callable[..., Float[Array, ""]], state: ColaState, config: ColaConfig, *args: Any) -> Kernels:
@@ -570,6 +576,25 @@ def cola_export(links: Sequence[Lora]) -> Lora:
             "needed, all of the same kernels. Pass those of cola_links(state, config)."
         )
     return functools.reduce(lambda left, right: {path: _beside(left[path], right[path]) for path in left}, links)
+
+
+# Losses that were looked at, with the chains they were looked at with: once is enough, in a loop without jit too.
+_looked_at: weakref.WeakKeyDictionary[Callable[..., Any], set[ColaConfig]] = weakref.WeakKeyDictionary()
+
+
+def _warn_unread(loss: Callable[..., Any], config: ColaConfig, of: Callable[[Lora], Any], lora: Lora) -> None:
+    seen = _looked_at.setdefault(loss, set())
+    if config in seen:
+        return
+    seen.add(config)
+    idle = sorted({path.rpartition("/")[0] for path in unread(of, lora)})
+    if idle:
+        warnings.warn(
+            f"the loss does not depend on {len(idle)} of {len(lora)} adapters (of {idle[0]!r}, ...), so they learn "
+            "nothing. Call the network as lora_apply(module.apply)({'params': params}, ...), or adapt other kernels.",
+            NoEffectWarning,
+            stacklevel=3,
+        )
 
 
 def _check_room(state: ColaState, config: ColaConfig) -> None:

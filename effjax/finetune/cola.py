@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from effjax.core.tree import leaves_at, wide, with_leaves
+from effjax.core.tree import leaves_at, only_node, wide, with_leaves
 from effjax.finetune.chain import (
     ColaConfig,
     ColaState,
@@ -27,7 +27,7 @@ PyTree = Any
 
 
 class ColaOptState(NamedTuple):
-    """State of ``cola``; the fields as in ``ColaState``, and the inner optimizer's state."""
+    """State of ``cola``; the fields as in ``ColaState``, and the base optimizer's state."""
 
     link: Int[Array, ""]
     key: UInt[Array, "words"]
@@ -37,12 +37,12 @@ class ColaOptState(NamedTuple):
 
 
 def cola(
-    inner: optax.GradientTransformation, config: ColaConfig, *, seed: int | Array = 0, reset: Reset | None = None
+    base: optax.GradientTransformation, config: ColaConfig, *, seed: int | Array = 0, reset: Reset | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""The chain as an Optax transformation over ``{"base": params, "lora": adapters}``.
 
     .. math::
-        (a, b) &\leftarrow (a, b) + u \qquad\text{in every step, with the inner optimizer's u; and then, if tied,} \\
+        (a, b) &\leftarrow (a, b) + u \qquad\text{in every step, with the base optimizer's u; and then, if tied,} \\
         W &\leftarrow W + s\, a\, b, \qquad a \sim \mathrm{init}, \qquad b \leftarrow 0
 
     ``tie`` is a Python bool and a static argument, so that there are two executables. The untied one's updates of the
@@ -51,32 +51,32 @@ def cola(
 
         state = cola_init(key, model_params, config)
         params = {"base": state.base, "lora": state.lora}
-        opt_state = tx.init(params)
+        state = tx.init(params)
 
         @functools.partial(jax.jit, static_argnames="tie", donate_argnums=(0, 1))
-        def step(params, opt_state, batch, tie):
-            value, grads = cola_value_and_grad(loss, config)(cola_state(params, opt_state), batch)
-            updates, opt_state = tx.update({"lora": grads}, opt_state, params, tie=tie)
-            return optax.apply_updates(params, updates), opt_state, value
+        def step(params, state, batch, tie):
+            value, grads = cola_value_and_grad(loss, config)(cola_state(state, params), batch)
+            updates, state = tx.update({"lora": grads}, state, params, tie=tie)
+            return optax.apply_updates(params, updates), state, value
 
         for t in range(steps):
-            params, opt_state, value = step(params, opt_state, batches[t], config.ties(t))
+            params, state, value = step(params, state, batches[t], config.ties(t))
 
-    Accumulation: put ``optax.MultiSteps`` inside, ``cola(optax.MultiSteps(inner, k), config)``; outside, its buffers
+    Accumulation: put ``optax.MultiSteps`` inside, ``cola(optax.MultiSteps(base, k), config)``; outside, its buffers
     have the base's size. Either way a knot is tied only in a micro-batch that emits an update; in another one
     ``tie=True`` leaves the chain as it is. ``config.ties(micro_step, every=k)`` asks in the right ones.
 
     Args:
-      inner: optimizer of the adapters; LoRA+ is ``optax.chain(optax.adamw(...), scale_lora_b(16.0))``.
+      base: optimizer of the adapters; LoRA+ is ``optax.chain(optax.adamw(...), scale_lora_b(16.0))``.
       config: the chain.
       seed: of the new links' draws, or a PRNG key; the key of ``cola_init`` makes both draw the same.
-      reset: ``(inner, inner_state, lora, key) -> inner_state`` in place of ``cola_reset`` by ``config.schedule``.
+      reset: ``(key, base, state, lora) -> state`` in place of ``cola_reset`` by ``config.schedule``.
 
     Returns:
       A transformation. Its ``update`` takes ``{"lora": gradients}`` (an entry ``"base"`` is not looked at) and needs
       ``params``; ``tie`` ends the link after this update; ``gradients``, of ``cola_gradients``, serves
-      ``reinit='gradient'``. Other keywords go to ``inner``. The network's parameters and the export are those of
-      ``cola_state(params, opt_state)``.
+      ``reinit='gradient'``. Other keywords go to ``base``. The network's parameters and the export are those of
+      ``cola_state(state, params)``.
 
     Raises:
       ValueError: params or gradients of another form, ``reinit='gradient'`` tied without gradients.
@@ -88,27 +88,27 @@ def cola(
       >>> state = cola_init(jax.random.key(0), {"kernel": jnp.zeros((16, 8))}, config)
       >>> params = {"base": state.base, "lora": state.lora}
       >>> tx = cola(optax.sgd(1.0), config)
-      >>> updates, opt_state = tx.update({"lora": params["lora"]}, tx.init(params), params, tie=config.ties(9))
+      >>> updates, state = tx.update({"lora": params["lora"]}, tx.init(params), params, tie=config.ties(9))
       >>> params = optax.apply_updates(params, updates)
-      >>> cola_state(params, opt_state).link.item()
+      >>> cola_state(state, params).link.item()
       1
 
     The paper restarts the optimizer at knots and does not say what its learning rate does; ``config.schedule`` offers
     both. Beyond the paper: lazy knots and float32 masters, export of the chain as one adapter, data-driven knots
     (``SlopeKnot``), gradient-informed starts. The paper's rank step-down is kept at constant shapes.
     """
-    if isinstance(inner, optax.MultiSteps):
-        inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
-    inner = optax.with_extra_args_support(inner)
+    if isinstance(base, optax.MultiSteps):
+        base = optax.GradientTransformationExtraArgs(base.init, base.update)
+    base = optax.with_extra_args_support(base)
     key = jax.random.key(seed) if isinstance(seed, int) else seed
 
     def init(params: PyTree) -> ColaOptState:
         link, raw = jnp.zeros((), jnp.int32), jnp.copy(jax.random.key_data(key))
         if type(params).__name__ == "_ParamsPlaceholder":  # optax.tree.map_params asks where the parameters are
-            return ColaOptState(link, raw, params, params, inner.init(params))
+            return ColaOptState(link, raw, params, params, base.init(params))
         _check_params(params)
         past, master = chain_memory(params["base"], params["lora"], config)
-        return ColaOptState(link, raw, past, master, inner.init(params["lora"]))
+        return ColaOptState(link, raw, past, master, base.init(params["lora"]))
 
     def update(
         updates: PyTree,
@@ -127,17 +127,17 @@ def cola(
                 f"tie={tie!r} must be True or False, known when the step is compiled: write "
                 "jax.jit(step, static_argnames='tie') and pass config.ties(t)."
             )
-        moves, inner_state = inner.update(updates["lora"], state.inner, params["lora"], **extra_args)
+        moves, inner_state = base.update(updates["lora"], state.inner, params["lora"], **extra_args)
         still = jax.tree.map(jnp.zeros_like, params["base"])
         if not tie:
             return {"base": still, "lora": moves}, state._replace(inner=inner_state)
 
-        before = cola_state(params, state)._replace(lora=optax.apply_updates(params["lora"], moves))
-        after = extend_and_reset(inner, before, inner_state, config, reset, gradients)
+        before = cola_state(state, params)._replace(lora=optax.apply_updates(params["lora"], moves))
+        after = extend_and_reset(base, before, inner_state, config, reset, gradients)
         hold = (state.link >= config.most_links - 1) | ~_emitted(inner_state)
         chain, inner_state = select_tree(hold, (before, inner_state), after)
         difference = lambda new, old: wide(new) - wide(old)
-        kernels = (leaves_at(base, params["lora"]) for base in (chain.base, params["base"]))
+        kernels = (leaves_at(tree, params["lora"]) for tree in (chain.base, params["base"]))
         return (
             {
                 "base": with_leaves(still, jax.tree.map(difference, *kernels)),
@@ -149,12 +149,12 @@ def cola(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def cola_state(params: Mapping[str, PyTree], opt_state: PyTree) -> ColaState:
+def cola_state(state: PyTree, params: Mapping[str, PyTree]) -> ColaState:
     """The chain in the parameters and the optimizer state of ``cola``, for the functions of a ``ColaState``.
 
     Args:
+      state: optimizer state that holds a ``ColaOptState``, as of ``optax.chain``.
       params: ``{"base": ..., "lora": ...}``.
-      opt_state: state that holds a ``ColaOptState``, as of ``optax.chain``.
 
     Returns:
       A ``ColaState`` of the same arrays.
@@ -167,19 +167,12 @@ def cola_state(params: Mapping[str, PyTree], opt_state: PyTree) -> ColaState:
       >>> config = ColaConfig("kernel", knots=(10,))
       >>> state = cola_init(jax.random.key(0), {"kernel": jnp.zeros((16, 8))}, config)
       >>> params = {"base": state.base, "lora": state.lora}
-      >>> merged = cola_merge(cola_state(params, cola(optax.sgd(1.0), config).init(params)), config)
+      >>> merged = cola_merge(cola_state(cola(optax.sgd(1.0), config).init(params), params), config)
       >>> merged["kernel"].shape
       (16, 8)
     """
     _check_params(params)
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, ColaOptState))
-    found = [node for node in nodes if isinstance(node, ColaOptState)]
-    if len(found) != 1:
-        raise ValueError(
-            f"opt_state={type(opt_state).__name__} holds {len(found)} ColaOptState, but exactly one is needed. "
-            "Pass the state that tx.init or tx.update of cola returned."
-        )
-    own = found[0]
+    own = only_node(state, ColaOptState, maker="cola")
     return ColaState(params["base"], params["lora"], own.link, own.key, own.past, own.master)
 
 

@@ -57,13 +57,13 @@ class Restart(NamedTuple):
 
 
 def cola_reset(
-    tx: optax.GradientTransformation, opt_state: PyTree, lora: PyTree, schedule: str = "global"
+    tx: optax.GradientTransformation, state: PyTree, lora: PyTree, *, schedule: str = "global"
 ) -> tuple[PyTree, Restart]:
     """The optimizer's state at the start of a link: every moment and every bias-correction count at its start.
 
     Args:
       tx: the optimizer of the adapters.
-      opt_state: its state.
+      state: its state.
       lora: the new link's adapters, or any parameters of ``tx``.
       schedule: ``'global'`` carries the counts of schedules (and injected hyperparameters) over, so that one decay
         runs over the whole chain; ``'per_link'`` restarts them too.
@@ -72,7 +72,7 @@ def cola_reset(
       The state and a ``Restart`` that lists every leaf as reset or kept.
 
     Raises:
-      ValueError: ``opt_state`` is not of this ``tx``; with ``'global'``, a count in a state of unknown type, which may
+      ValueError: ``state`` is not of this ``tx``; with ``'global'``, a count in a state of unknown type, which may
         be a schedule's or a moment's.
 
     Example:
@@ -83,20 +83,19 @@ def cola_reset(
     """
     check_choice("schedule", schedule, SCHEDULES)
     fresh = tx.init(lora)
-    if jax.tree.structure(fresh) != jax.tree.structure(opt_state):
+    if jax.tree.structure(fresh) != jax.tree.structure(state):
         raise ValueError(
-            "opt_state has another structure than tx.init(lora) makes, so nothing of it can be reset. Pass the state "
+            "state has another structure than tx.init(lora) makes, so nothing of it can be reset. Pass the state "
             "that this tx made for these adapters."
         )
-    kept = set() if schedule == "per_link" else set(_schedule_leaves(opt_state, (), None))
-    paths = leaf_paths(opt_state)
+    kept = set() if schedule == "per_link" else set(_schedule_leaves(state, (), None))
+    paths = leaf_paths(state)
 
     def choose(path: str, old: jax.Array, new: jax.Array) -> jax.Array:
         return old if path in kept else jnp.asarray(new, jnp.asarray(old).dtype)
 
-    leaves = map(choose, paths, jax.tree.leaves(opt_state), jax.tree.leaves(fresh))
-    state = jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
-    return state, Restart(
+    leaves = map(choose, paths, jax.tree.leaves(state), jax.tree.leaves(fresh))
+    return jax.tree.unflatten(jax.tree.structure(state), leaves), Restart(
         tuple(path for path in paths if path not in kept), tuple(path for path in paths if path in kept)
     )
 

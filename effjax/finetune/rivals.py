@@ -86,10 +86,10 @@ def relora_schedule(
 
 
 def relora_reset(
-    tx: optax.GradientTransformation,
-    opt_state: PyTree,
-    lora: Lora,
     key: jax.Array,
+    tx: optax.GradientTransformation,
+    state: PyTree,
+    lora: Lora,
     *,
     prune: str = "magnitude",
     ratio: float = 0.9,
@@ -99,10 +99,10 @@ def relora_reset(
     For ``reset`` of ``cola`` and ``cola_next``: ``functools.partial(relora_reset, ratio=0.8)``.
 
     Args:
-      tx: the optimizer of the adapters.
-      opt_state: its state.
-      lora: the adapters (not looked at).
       key: PRNG key, for ``'random'``.
+      tx: the optimizer of the adapters.
+      state: its state.
+      lora: the adapters (not looked at).
       prune: ``'magnitude'``: zero all but the entries strictly above the quantile ``ratio`` of their moment's absolute
         values; ``'random'``: zero every entry with probability ``ratio`` (0.999 stands for a full reset).
       ratio: in (0, 1].
@@ -116,7 +116,7 @@ def relora_reset(
     Example:
       >>> tx = optax.sgd(0.1, momentum=0.9)
       >>> _, state = tx.update(jnp.arange(10.0), tx.init(jnp.zeros(10)))
-      >>> relora_reset(tx, state, jnp.zeros(10), jax.random.key(0))[0].trace.tolist()
+      >>> relora_reset(jax.random.key(0), tx, state, jnp.zeros(10))[0].trace.tolist()
       [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 9.0]
 
     Lialin et al. 2023, arXiv 2307.05695.
@@ -136,22 +136,22 @@ def relora_reset(
             keep = jax.random.bernoulli(jax.random.fold_in(key, seen), 1.0 - ratio, moment.shape)
         return jnp.where(keep, moment, jnp.zeros_like(moment))
 
-    state = optax.tree.map_params(tx, pruned, opt_state)
+    state = optax.tree.map_params(tx, pruned, state)
     if not seen:
         raise ValueError(
-            "opt_state holds no moments, so relora_reset would reset 0 % of it. Use an optimizer with moments, such "
+            "state holds no moments, so relora_reset would reset 0 % of it. Use an optimizer with moments, such "
             "as optax.adamw, or effjax's cola_reset."
         )
     return state
 
 
-def rac_lora(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def rac_lora(base: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """RAC-LoRA: train ``b`` alone; ``a`` is a random sketch that stays frozen for its link.
 
-    ``cola(rac_lora(inner), config)`` draws a new sketch at every knot.
+    ``cola(rac_lora(base), config)`` draws a new sketch at every knot.
 
     Args:
-      inner: optimizer of the factors ``b``; it keeps moments for them only.
+      base: optimizer of the factors ``b``; it keeps moments for them only.
 
     Returns:
       A transformation over adapters.
@@ -169,7 +169,7 @@ def rac_lora(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     def labels(lora: Lora) -> PyTree:
         return {path: {"a": "sketch", "b": "trained"} for path in lora} if isinstance(lora, Mapping) else "trained"
 
-    return optax.partition({"sketch": optax.set_to_zero(), "trained": inner}, labels)
+    return optax.partition({"sketch": optax.set_to_zero(), "trained": base}, labels)
 
 
 def rac_precondition(scales: Scales, train: str = "b") -> optax.GradientTransformationExtraArgs:
@@ -303,6 +303,6 @@ def plora_next(
         )
         empty = jax.tree.map(jnp.zeros_like, state.lora)
         state = cola_extend(state._replace(base=base, lora=empty), config)
-        return state, momentum, cola_reset(tx, opt_state, state.lora, config.schedule)[0]
+        return state, momentum, cola_reset(tx, opt_state, state.lora, schedule=config.schedule)[0]
 
     return knot

@@ -5,15 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
 
 from effjax.core.errors import check_number
-from effjax.graph.layers import dropout as random_dropout
-from effjax.graph.sparse import SparseMatrix
-from effjax.graph.stages import fastrain_optimizer, weighted_cross_entropy
+from effjax.graph.measures import masked_cross_entropy, node_weights
+from effjax.graph.sparse.layers import dropout as random_dropout
+from effjax.graph.sparse.matrix import SparseMatrix
+from effjax.graph.stages import adam_l2, scan_epochs
 
-__all__ = ["brier_score", "calibrate", "expected_calibration_error", "fit_calibration"]
+__all__ = ["calibrate", "fit_calibration"]
 
 PyTree = Any
 
@@ -33,8 +33,8 @@ def calibration_init(key: jax.Array, classes: int, hidden: int = 16) -> PyTree:
 
 def calibrate(
     params: PyTree,
-    adjacency: SparseMatrix,
     logits: Float[Array, "nodes classes"],
+    adjacency: SparseMatrix,
     *,
     dropout: float = 0.0,
     key: jax.Array | None = None,
@@ -48,8 +48,8 @@ def calibrate(
 
     Args:
       params: of ``calibration_init``.
-      adjacency: S, normalised with self-loops.
       logits: L, of the network to be calibrated.
+      adjacency: S, normalised with self-loops.
       dropout: rate on the hidden layer, in training.
       key: of the dropout; needed where the rate is above 0.
 
@@ -57,10 +57,10 @@ def calibrate(
       Calibrated logits.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> logits = jnp.array([[2.0, 1.0], [0.0, 3.0]])
       >>> head = calibration_init(jax.random.key(0), 2)
-      >>> calibrate(head, gcn_adjacency([0, 1], [1, 0], 2), logits).argmax(1).tolist()
+      >>> calibrate(head, logits, gcn_adjacency([0, 1], [1, 0], 2)).argmax(1).tolist()
       [0, 1]
     """
     return _scaled(params, adjacency, logits, adjacency @ logits, dropout, key)
@@ -86,10 +86,11 @@ def intra_distance(
       >>> float(intra_distance(jnp.zeros((1, 2)), jnp.array([0]), jnp.ones(1)))
       1.0
     """
+    weights, labels = node_weights(logits, labels, weights)
     first, second = jnp.moveaxis(jax.lax.top_k(jax.nn.softmax(logits), 2)[0], -1, 0)
     right = jnp.argmax(logits, -1) == labels
     distances = jnp.where(right, 1 - first + second, first - second)
-    return jnp.sum(weights * distances) / jnp.sum(weights)
+    return jnp.sum(weights * distances) / jnp.maximum(jnp.sum(weights), 1e-9)
 
 
 def calibration_loss(
@@ -99,7 +100,7 @@ def calibration_loss(
     strength: float = 0.5,
 ) -> Float[Array, ""]:
     """Cross-entropy of calibrated logits plus ``strength`` times their ``intra_distance``."""
-    return weighted_cross_entropy(logits, labels, weights) + strength * intra_distance(logits, labels, weights)
+    return masked_cross_entropy(logits, labels, weights) + strength * intra_distance(logits, labels, weights)
 
 
 def fit_calibration(
@@ -139,7 +140,7 @@ def fit_calibration(
       ValueError: a function without ``classes``, or numbers out of range.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> logits, labels = jnp.array([[2.0, 1.0], [0.0, 3.0]]), jnp.array([0, 1])
       >>> head, losses = fit_calibration(
       ...     jax.random.key(0), logits, gcn_adjacency([0, 1], [1, 0], 2), labels, jnp.ones(2), epochs=3
@@ -154,62 +155,15 @@ def fit_calibration(
     network = _spread(logits, adjacency)
     start, rest = jax.random.split(key)
     params = calibration_init(start, classes if callable(logits) else logits.shape[-1])
-    tx = fastrain_optimizer(learning_rate, weight_decay)
+    tx = adam_l2(learning_rate, weight_decay)
 
     def loss(params: PyTree, key: jax.Array) -> jax.Array:
         below, own = jax.random.split(key)
         calibrated = _scaled(params, adjacency, *network(below), dropout, own)
         return calibration_loss(calibrated, labels, weights, strength)
 
-    def epoch(carry: tuple[PyTree, PyTree], number: jax.Array) -> tuple[tuple[PyTree, PyTree], jax.Array]:
-        params, opt = carry
-        value, grads = jax.value_and_grad(loss)(params, jax.random.fold_in(rest, number))
-        updates, opt = tx.update(grads, opt, params)
-        return (optax.apply_updates(params, updates), opt), value
-
-    (params, _), losses = jax.lax.scan(epoch, (params, tx.init(params)), jnp.arange(epochs))
+    _, params, losses = scan_epochs(rest, loss, tx, tx.init(params), params, epochs=epochs)
     return params, losses
-
-
-def expected_calibration_error(
-    probabilities: Float[Array, "nodes classes"],
-    labels: Int[Array, "nodes"],
-    weights: Float[Array, "nodes"],
-    bins: int = 20,
-) -> Float[Array, ""]:
-    r"""How far confidence and accuracy are apart, over bins of confidence.
-
-    .. math:: \sum_b \frac{n_b}{n}\, |\,\mathrm{accuracy}_b - \mathrm{confidence}_b\,|
-
-    Args:
-      probabilities: rows sum to 1.
-      labels: true classes.
-      weights: 1 for the nodes that count, 0 for others.
-      bins: of equal width on (0, 1], open below.
-
-    Example:
-      >>> float(expected_calibration_error(jnp.array([[0.75, 0.25]]), jnp.array([0]), jnp.ones(1)))
-      0.25
-    """
-    check_number("bins", bins, low=1, integer=True)
-    confidence = probabilities.max(-1)
-    right = (probabilities.argmax(-1) == labels).astype(confidence.dtype)
-    edges = jnp.linspace(0, 1, bins + 1)
-    inside = (confidence[:, None] > edges[:-1]) & (confidence[:, None] <= edges[1:])
-    return jnp.abs((weights * (right - confidence)) @ inside).sum() / jnp.sum(weights)
-
-
-def brier_score(
-    probabilities: Float[Array, "nodes classes"], labels: Int[Array, "nodes"], weights: Float[Array, "nodes"]
-) -> Float[Array, ""]:
-    """Weighted mean over nodes of the squared error, summed over the classes.
-
-    Example:
-      >>> float(brier_score(jnp.array([[0.5, 0.5]]), jnp.array([0]), jnp.ones(1)))
-      0.5
-    """
-    hot = jax.nn.one_hot(labels, probabilities.shape[-1], dtype=probabilities.dtype)
-    return jnp.sum(weights * jnp.sum((probabilities - hot) ** 2, -1)) / jnp.sum(weights)
 
 
 def _uniform(key: jax.Array, inputs: int, outputs: int) -> dict[str, jax.Array]:

@@ -6,6 +6,7 @@ compares it with two views that err elsewhere: labels spread over the edges, whi
 the classes' mean features, which know no edges.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -13,21 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_number
-from effjax.graph.propagation import label_propagation
-from effjax.graph.sparse import SparseMatrix, matmul, row_sums, spmm, take_columns, take_rows
+from effjax.graph.problems import GeeniProblem, check_geeni_shapes
+from effjax.graph.sparse.checks import check_array
+from effjax.graph.sparse.matrix import SparseMatrix, check_matrix, matmul, row_sums, spmm, take_columns, take_rows
+from effjax.graph.sparse.propagation import label_propagation
 
-__all__ = [
-    "error_auc",
-    "error_scores",
-    "error_set",
-    "feature_view",
-    "fit_detector",
-    "held_out_trust",
-    "label_view",
-    "learned_trust",
-    "neighbour_agreement",
-    "spread_errors",
-]
+__all__ = ["active_nodes", "error_auc", "error_scores", "held_out_correctness", "learned_correctness"]
 
 _TINY = 1e-12
 
@@ -68,6 +60,7 @@ def error_scores(probabilities: Float[Array, "members nodes classes"]) -> ErrorS
       >>> scores.label.tolist(), scores.vote_share.tolist(), round(float(scores.score[0]), 4)
       ([0], [0.5], 0.1)
     """
+    check_array("probabilities", probabilities, (None, None, None), "floating", "Of every member.")
     mean = jnp.mean(probabilities, axis=0)
     label = jnp.argmax(mean, axis=1).astype(jnp.int32)
     votes = jnp.mean((jnp.argmax(probabilities, axis=2) == label).astype(mean.dtype), axis=0)
@@ -95,12 +88,14 @@ def neighbour_agreement(
       [N] in [0, 1].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> path = gcn_adjacency([0, 1, 1, 2], [1, 0, 2, 1], 4)
       >>> neighbour_agreement(path, jnp.array([0, 0, 1, 1])).tolist()
       [1.0, 0.5, 0.0, 0.0]
     """
-    pattern = matrix.pattern
+    pattern = check_matrix("matrix", matrix, square=True).pattern
+    if probabilities is not None:
+        check_array("probabilities", probabilities, (pattern.shape[0], None), "floating")
     neighbour = (pattern.valid & (pattern.rows != pattern.columns)).astype(matrix.values.dtype)
     if probabilities is None:
         found = (take_rows(pattern, label) == take_columns(pattern, label)).astype(matrix.values.dtype)
@@ -110,7 +105,7 @@ def neighbour_agreement(
     return row_sums(pattern, neighbour * found) / jnp.maximum(count, 1)
 
 
-def label_free_trust(scores: ErrorScores, matrix: SparseMatrix) -> dict[str, Float[Array, "nodes"]]:
+def label_free_correctness(scores: ErrorScores, matrix: SparseMatrix) -> dict[str, Float[Array, "nodes"]]:
     """The detectors that need no labels, by name; low where a node is suspicious.
 
     Args:
@@ -122,58 +117,74 @@ def label_free_trust(scores: ErrorScores, matrix: SparseMatrix) -> dict[str, Flo
       negative mutual information.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> scores = error_scores(jnp.array([[[0.75, 0.25], [0.5, 0.5]]]))
-      >>> label_free_trust(scores, gcn_adjacency([0, 1], [1, 0], 2))["agreement"].tolist()
+      >>> label_free_correctness(scores, gcn_adjacency([0, 1], [1, 0], 2))["agreement"].tolist()
       [1.75, 1.5]
     """
     agreement = neighbour_agreement(matrix, scores.label)
     return {"score": scores.score, "agreement": scores.score + agreement, "mutual": -scores.mutual_information}
 
 
-def error_set(trust: Float[Array, "nodes"], fraction: float, known: Bool[Array, "nodes"]) -> Bool[Array, "nodes"]:
-    r"""The :math:`\lfloor \rho N \rfloor` nodes that are trusted least, without those whose labels are known.
+def active_nodes(
+    correctness: Float[Array, "nodes"], fraction: float, known: Bool[Array, "nodes"]
+) -> Bool[Array, "nodes"]:
+    r"""The nodes that still send messages: all but the error nodes.
+
+    Error nodes are the :math:`\lfloor \rho N \rfloor` nodes of least correctness, without those of known label.
 
     Args:
-      trust: [N], low for suspicious nodes; of equal ones the first count as lower.
+      correctness: [N], low where a node is probably wrong; of equal ones the first count as lower.
       fraction: rho, in [0, 1].
-      known: labelled nodes, which are never isolated.
+      known: labelled nodes, which always send.
 
     Returns:
-      bool [N].
+      bool [N], False for error nodes.
+
+    Raises:
+      ValueError: ``fraction`` out of range, or arrays of unlike length.
 
     Example:
-      >>> error_set(jnp.array([0.1, 0.9, 0.2, 0.8]), 0.5, jnp.array([True, False, False, False])).tolist()
-      [False, False, True, False]
+      >>> known = jnp.array([True, False, False, False])
+      >>> active_nodes(jnp.array([0.1, 0.9, 0.2, 0.8]), 0.5, known).tolist()
+      [True, True, False, True]
     """
     check_number("fraction", fraction, low=0, high=1)
-    order = jnp.argsort(trust, stable=True)
-    rank = jnp.zeros(trust.shape, jnp.int32).at[order].set(jnp.arange(trust.shape[0], dtype=jnp.int32))
-    return (rank < jnp.floor(fraction * trust.shape[0] + 1e-6)) & ~known
+    check_array("correctness", correctness, (None,), "floating")
+    check_array("known", known, correctness.shape, "bool")
+    order = jnp.argsort(correctness, stable=True)
+    rank = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))
+    return (rank >= jnp.floor(fraction * order.shape[0] + 1e-6)) | known
 
 
 def error_auc(
-    trust: Float[Array, "nodes"], wrong: Bool[Array, "nodes"], mask: Bool[Array, "nodes"]
+    correctness: Float[Array, "nodes"], wrong: Bool[Array, "nodes"], mask: Bool[Array, "nodes"]
 ) -> Float[Array, ""]:
-    """Probability that a wrong node is trusted less than a right one; ties count half. Traceable.
+    """Probability that a wrong node has less correctness than a right one; ties count half. Traceable.
 
     Args:
-      trust: low for suspicious nodes.
+      correctness: low where a node is probably wrong.
       wrong: what was to be found.
       mask: the nodes that count.
 
     Returns:
       A scalar; 0.5 is chance, NaN where the mask holds only wrong or only right nodes.
 
+    Raises:
+      ValueError: arrays of unlike length.
+
     Example:
       >>> everything = jnp.ones(4, bool)
       >>> float(error_auc(jnp.array([0.1, 0.4, 0.3, 0.9]), jnp.array([True, True, False, False]), everything))
       0.75
     """
-    order = jnp.argsort(trust)
-    ordered = trust[order]
-    right, bad = (mask & ~wrong)[order].astype(trust.dtype), (mask & wrong)[order].astype(trust.dtype)
-    below = jnp.concatenate([jnp.zeros(1, trust.dtype), jnp.cumsum(bad)])
+    check_array("correctness", correctness, (None,), "floating")
+    for name, array in (("wrong", wrong), ("mask", mask)):
+        check_array(name, array, correctness.shape, "bool")
+    order = jnp.argsort(correctness)
+    ordered = correctness[order]
+    right, bad = (mask & ~wrong)[order].astype(ordered.dtype), (mask & wrong)[order].astype(ordered.dtype)
+    below = jnp.concatenate([jnp.zeros(1, ordered.dtype), jnp.cumsum(bad)])
     low, high = jnp.searchsorted(ordered, ordered, side="left"), jnp.searchsorted(ordered, ordered, side="right")
     pairs = jnp.sum(right * (below[low] + below[high]) / 2)
     return pairs / (jnp.sum(right) * jnp.sum(bad))
@@ -199,13 +210,13 @@ def label_view(
       known: bool [N].
       classes: C.
       steps: of ``label_propagation``.
-      alpha: likewise.
+      alpha: of ``label_propagation``.
 
     Returns:
       [N, C].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> pair = gcn_adjacency([0, 1], [1, 0], 2)
       >>> label_view(pair, jnp.array([1, 0]), jnp.array([True, False]), 2).round(3).tolist()
       [[0.0, 1.0], [0.0, 1.0]]
@@ -252,7 +263,7 @@ def spread_errors(
     steps: int = 10,
     alpha: float = 0.8,
 ) -> Float[Array, "nodes"]:
-    """Trust by the known errors nearby: their excess over the usual rate, spread over the edges (as Correct & Smooth).
+    """Correctness by the known errors nearby: their excess over the usual rate, spread over the edges.
 
     Args:
       matrix: S, normalised.
@@ -265,15 +276,15 @@ def spread_errors(
       [N], low where errors are near.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> pairs = gcn_adjacency([0, 1, 2, 3], [1, 0, 3, 2], 4)
-      >>> trust = spread_errors(pairs, jnp.array([True, False, False, False]), jnp.array([True, False, True, False]))
-      >>> bool(trust[1] < trust[3])
+      >>> found = spread_errors(pairs, jnp.array([True, False, False, False]), jnp.array([True, False, True, False]))
+      >>> bool(found[1] < found[3])
       True
     """
     rate = jnp.sum(wrong & checked) / jnp.maximum(jnp.sum(checked), 1)
     start = jnp.where(checked, rate - wrong, 0)
-    step = lambda trust, _: (alpha * spmm(matrix, trust) + (1 - alpha) * start, None)
+    step = lambda found, _: (alpha * spmm(matrix, found) + (1 - alpha) * start, None)
     return jax.lax.scan(step, start, length=steps)[0]
 
 
@@ -370,7 +381,7 @@ def detector_inputs(
       view, and its margin over the best other class in both views.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> scores = error_scores(jnp.full((2, 3, 4), 0.25))
       >>> graph = gcn_adjacency([0, 1], [1, 0], 3)
       >>> detector_inputs(scores, graph, jnp.zeros((3, 4)), jnp.zeros((3, 4))).shape
@@ -390,49 +401,44 @@ def _margin(view: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
     return own, own - jnp.max(others, axis=1)
 
 
-def learned_trust(
-    scores: ErrorScores,
-    features: SparseMatrix | Float[Array, "nodes features"],
-    matrix: SparseMatrix,
-    labels: Int[Array, "nodes"],
-    train: Bool[Array, "nodes"],
-    checked: Bool[Array, "nodes"],
-    folds: Int[Array, "nodes"],
-    fold_count: int,
-    *,
-    ridge: float = 5.0,
+def learned_correctness(
+    scores: ErrorScores, problem: GeeniProblem, folds: Int[Array, "nodes"], *, fold_count: int, ridge: float = 5.0
 ) -> Float[Array, "nodes"]:
-    """Probability of being right at every node, learned on labelled nodes that the members were not trained on.
+    """Probability that the ensemble is right at every node, learned on nodes that the members were not trained on.
 
-    In front of the detector stand two views made of known labels. A node it is fitted on must not see its own label
-    there, so the checked nodes fall into folds, and the views of a fold are made without its labels. Test labels are
-    never read. Traceable; under ``vmap`` over masks (``held_out_trust``) the propagations become columns.
+    The detector reads two views made of known labels. A node it is fitted on must not see its own label there, so the
+    validation nodes fall into folds, and the views of a fold are made without its labels. Test labels are never read.
+    Traceable; under ``vmap`` over masks (``held_out_correctness``) the propagations become columns.
 
     Args:
       scores: of the ensemble.
-      features: X.
-      matrix: S, normalised, with self-loops.
-      labels: read at ``train`` and ``checked`` only.
-      train: nodes the members were trained on: in the views, not in the fit.
-      checked: labelled nodes they were not trained on (validation).
-      folds: int [N] in [0, fold_count), read at ``checked``.
+      problem: the graph; labels are read at ``train``, which are in the views, and at ``val``, which the detector is
+        fitted on.
+      folds: int [N] in [0, fold_count), read at ``val``.
       fold_count: 2 or more.
-      ridge: of ``fit_detector``.
+      ridge: strength of the detector's regularisation.
 
     Returns:
-      [N]. At the checked nodes, too, it comes from views that see their labels: do not judge by them, see
-      ``held_out_trust``.
+      [N]. At the validation nodes it comes from views that see their labels: to judge there, take
+      ``held_out_correctness``.
+
+    Raises:
+      ValueError: arrays of another length, or numbers out of range.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> graph = gcn_adjacency([0, 1, 2, 3], [1, 0, 3, 2], 4)
+      >>> train = jnp.array([True, False, True, False])
+      >>> problem = GeeniProblem(jnp.eye(4), graph, jnp.array([0, 0, 1, 1]), train, ~train, 2)
       >>> scores = error_scores(jnp.full((2, 4, 2), 0.5))
-      >>> train, checked = jnp.array([True, False, True, False]), jnp.array([False, True, False, True])
-      >>> labels, folds = jnp.array([0, 0, 1, 1]), jnp.arange(4) // 2
-      >>> jax.jit(learned_trust, static_argnums=7)(scores, jnp.eye(4), graph, labels, train, checked, folds, 2).shape
+      >>> learned_correctness(scores, problem, jnp.arange(4) // 2, fold_count=2).shape
       (4,)
     """
     check_number("fold_count", fold_count, low=2, integer=True)
+    check_geeni_shapes(problem)
+    features, matrix, labels, checked = problem.features, problem.adjacency, problem.labels, problem.val
+    check_array("scores.label", scores.label, labels.shape, "integers")
+    check_array("folds", folds, labels.shape, "integers")
     classes = scores.probabilities.shape[1]
 
     def inputs(known):
@@ -441,7 +447,7 @@ def learned_trust(
 
     # The last one holds nothing out: it is for the nodes whose labels nobody knows.
     held_out = jnp.concatenate([folds == fold for fold in range(fold_count)] + [jnp.zeros_like(checked)])
-    known = (train | checked) & ~(checked & held_out.reshape(fold_count + 1, -1))
+    known = (problem.train | checked) & ~(checked & held_out.reshape(fold_count + 1, -1))
     variants = jax.vmap(inputs)(known)
     own = jnp.where(checked, folds, fold_count)
     fitted = variants[own, jnp.arange(own.shape[0])]
@@ -449,50 +455,41 @@ def learned_trust(
     return detector(variants[-1])
 
 
-def held_out_trust(
-    scores: ErrorScores,
-    features: SparseMatrix | Float[Array, "nodes features"],
-    matrix: SparseMatrix,
-    labels: Int[Array, "nodes"],
-    train: Bool[Array, "nodes"],
-    checked: Bool[Array, "nodes"],
-    folds: Int[Array, "nodes"],
-    fold_count: int,
-    *,
-    ridge: float = 5.0,
+def held_out_correctness(
+    scores: ErrorScores, problem: GeeniProblem, folds: Int[Array, "nodes"], *, fold_count: int, ridge: float = 5.0
 ) -> Float[Array, "folds nodes"]:
-    """``learned_trust`` once for every fold, as if its labels were unknown: for choosing what to isolate.
+    """``learned_correctness`` once for every fold, as if its labels were unknown: for choosing what to isolate.
 
-    How well isolation does at the checked nodes may be judged only by a detector that has not seen their labels,
+    How well isolation does at the validation nodes may be judged only by a detector that has not seen their labels,
     neither in its fit nor in its views: row f is such a detector for the nodes of fold f.
 
     Args:
-      scores: as for ``learned_trust``, as are the others.
-      features: likewise.
-      matrix: likewise.
-      labels: likewise.
-      train: likewise.
-      checked: likewise.
-      folds: likewise.
+      scores: of the ensemble.
+      problem: the graph.
+      folds: int [N] in [0, fold_count), read at ``val``.
       fold_count: 3 or more, as two remain for the fit.
-      ridge: likewise.
+      ridge: strength of the detector's regularisation.
 
     Returns:
       [fold_count, N].
 
+    Raises:
+      ValueError: arrays of another length, or numbers out of range.
+
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
-      >>> graph = gcn_adjacency([0, 1, 2, 3], [1, 0, 3, 2], 4)
-      >>> scores, none = error_scores(jnp.full((2, 4, 2), 0.5)), jnp.zeros(4, bool)
       >>> import functools
-      >>> trust = functools.partial(held_out_trust, fold_count=4)
-      >>> jax.eval_shape(trust, scores, jnp.eye(4), graph, jnp.array([0, 0, 1, 1]), none, ~none, jnp.arange(4)).shape
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
+      >>> graph, none = gcn_adjacency([0, 1, 2, 3], [1, 0, 3, 2], 4), jnp.zeros(4, bool)
+      >>> problem = GeeniProblem(jnp.eye(4), graph, jnp.array([0, 0, 1, 1]), none, ~none, 2)
+      >>> scores = error_scores(jnp.full((2, 4, 2), 0.5))
+      >>> found = functools.partial(held_out_correctness, fold_count=4)
+      >>> jax.eval_shape(found, scores, problem, jnp.arange(4)).shape
       (4, 4)
     """
     check_number("fold_count", fold_count, low=3, integer=True)
 
     def without(fold):
-        rest = checked & (folds != fold)
-        return learned_trust(scores, features, matrix, labels, train, rest, folds, fold_count, ridge=ridge)
+        rest = dataclasses.replace(problem, val=problem.val & (folds != fold))
+        return learned_correctness(scores, rest, folds, fold_count=fold_count, ridge=ridge)
 
     return jax.vmap(without)(jnp.arange(fold_count))

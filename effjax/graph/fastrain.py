@@ -16,30 +16,30 @@ import numpy as np
 import optax
 
 from effjax.core.errors import check_choice, check_number
-from effjax.graph.adjacency import loopless_adjacency
 from effjax.graph.calibration import calibrate, fit_calibration
-from effjax.graph.propagation import correct_and_smooth
-from effjax.graph.self_training import cluster_labels, guard_pseudolabels, most_confident, pseudolabel_weights
-from effjax.graph.sparse import SparseMatrix
+from effjax.graph.problems import NodeProblem, check_node_problem, checked_node_problem
+from effjax.graph.pseudolabels import cluster_labels, guard_pseudolabels, most_confident, pseudolabel_weights
+from effjax.graph.sparse.adjacency_matrices import loopless_adjacency
+from effjax.graph.sparse.matrix import SparseMatrix
+from effjax.graph.sparse.propagation import correct_and_smooth
 from effjax.graph.stages import (
     Stage,
-    compact_to_ladder,
+    adam_l2,
     drop_count,
     drop_edges,
     drop_edges_exactly,
     edge_pool,
     evaluate_stages,
-    fastrain_optimizer,
     pick_subset,
     prune_edges,
     select_pseudolabels,
+    select_to_ladder,
     stage_plan,
     train_stage,
 )
 
 __all__ = [
     "FastrainConfig",
-    "NodeProblem",
     "fastrain",
     "fastrain_graph",
     "fastrain_init",
@@ -52,25 +52,7 @@ __all__ = [
 PyTree = Any
 Init = Callable[[jax.Array, bool], PyTree]
 Apply = Callable[..., jax.Array]
-_OPTIMIZER = fastrain_optimizer()
-
-
-class NodeProblem(NamedTuple):
-    """A graph some of whose nodes have a label.
-
-    Attributes:
-      features: passed on to the network; usually [N, F], or a ``SparseMatrix``.
-      adjacency: ``SparseMatrix`` [N, N], normalised, with self-loops (``gcn_adjacency``).
-      labels: int [N], classes in [0, C) where ``mask``; not read elsewhere.
-      mask: bool [N], nodes with a label.
-      classes: C.
-    """
-
-    features: Any
-    adjacency: SparseMatrix
-    labels: jax.Array
-    mask: jax.Array
-    classes: int
+_OPTIMIZER = adam_l2()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,8 +74,8 @@ class FastrainSettings:
     """Share of the nodes with a label below which the network is deep, where its depth is planned."""
     samples: int = 10
     """Number of predictions on graphs with dropped edges that must agree; 0 filters nothing."""
-    samples_keep: float = 0.9
-    """Share of the edges that such a graph keeps."""
+    sample_keep_rate: float = 0.9
+    """Probability with which such a graph keeps an edge."""
     calibration_epochs: int = 200
     """Epochs of the calibration head."""
     calibration_dropout: bool = False
@@ -114,7 +96,7 @@ class FastrainConfig(FastrainSettings):
     Attributes:
       epochs: per stage, at most; a multiple of ``epochs_per_step``.
       depth: of every stage's network; 'plan' for dynamic sizing (``stage_plan``).
-      keep: share of the edges that an epoch keeps; 'plan' for dynamic regularisation.
+      keep_rate: probability with which an epoch keeps an edge; 'plan' for dynamic regularisation.
       pool: epochs take their graph from as many subsets of the edges, drawn once per stage; None draws for each epoch.
       pruned: remove edges between members of the training set that are predicted to differ.
       select: 'threshold' gives confident nodes a label, 'top-k' the most confident of each class, 'm3s' those of them
@@ -132,7 +114,7 @@ class FastrainConfig(FastrainSettings):
 
     epochs: int = 300
     depth: Literal["plan", "deep", "shallow"] = "plan"
-    keep: float | Literal["plan"] = "plan"
+    keep_rate: float | Literal["plan"] = "plan"
     pool: int | None = None
     pruned: bool = True
     select: Literal["threshold", "top-k", "m3s"] = "threshold"
@@ -157,18 +139,18 @@ class FastrainConfig(FastrainSettings):
         for name in ("deep_below", "threshold", "agreement"):
             check_number(name, getattr(self, name), low=0, high=1)
         check_number("head_dropout", self.head_dropout, low=0, high=1, open_high=True)
-        check_number("samples_keep", self.samples_keep, low=0, high=1, open_low=True)
+        check_number("sample_keep_rate", self.sample_keep_rate, low=0, high=1, open_low=True)
         check_choice("depth", self.depth, ("plan", "deep", "shallow"))
         check_choice("select", self.select, ("threshold", "top-k", "m3s"))
         check_choice("start", self.start, ("same", "fresh", "warm"))
-        if self.keep != "plan":
-            check_number("keep", self.keep, low=0, high=1, open_low=True, hint="Or 'plan'.")
+        if self.keep_rate != "plan":
+            check_number("keep_rate", self.keep_rate, low=0, high=1, open_low=True, hint="Or 'plan'.")
         if self.pool is not None:
             check_number("pool", self.pool, low=1, integer=True)
-            if self.exact_drop or self.keep == 1.0:
+            if self.exact_drop or self.keep_rate == 1.0:
                 raise ValueError(
-                    f"pool={self.pool} with exact_drop={self.exact_drop} and keep={self.keep}: a pool drops an exact "
-                    "number of edges by itself, and needs edges to drop. Leave out one of them."
+                    f"pool={self.pool} with exact_drop={self.exact_drop} and keep_rate={self.keep_rate}: a pool drops "
+                    "an exact number of edges by itself, and needs edges to drop. Leave out one of them."
                 )
         if self.growth is not None:
             check_number("growth", self.growth, low=0)
@@ -199,7 +181,7 @@ class FastrainState(NamedTuple):
       stage: int32, number of finished stages.
       epochs: int32 [stages], trained so far.
       deep: bool, the depth of this stage.
-      keep: float32, the share of edges that its epochs keep.
+      keep_rate: float32, the probability with which its epochs keep an edge.
       dropped: int32, the number of entries that its epochs drop where that is exact.
       loss: float32, mean of the last step.
       over: bool, whether the stage has reached a plateau.
@@ -217,7 +199,7 @@ class FastrainState(NamedTuple):
     stage: jax.Array
     epochs: jax.Array
     deep: jax.Array
-    keep: jax.Array
+    keep_rate: jax.Array
     dropped: jax.Array
     loss: jax.Array
     over: jax.Array
@@ -293,7 +275,7 @@ def fastrain(
       ValueError: a class without a label, or a label out of range.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> labels, mask = jnp.array([0, -1, 1, -1]), jnp.array([True, False, True, False])
       >>> problem = NodeProblem(jnp.eye(4), gcn_adjacency([0, 1, 2, 3], [1, 0, 3, 2], 4), labels, mask, 2)
       >>> found = fastrain(
@@ -308,7 +290,7 @@ def fastrain(
     exact count (``exact_drop``), and the frozen network calibrated without its dropout (``calibration_dropout``).
     Source: Nagarajan, Raghunathan 2023, TMLR (OpenReview 1IYJfwJtjQ), and the authors' program.
     """
-    problem = _checked(problem)
+    problem = checked_node_problem(problem)
     state = fastrain_init(key, init, problem, config)
     for _ in range(config.stages):
         graph = fastrain_graph(state, problem, config)
@@ -318,7 +300,7 @@ def fastrain(
                 break
         state = fastrain_next(state, init, apply, problem, config)
     scores = fastrain_scores(state, apply, problem, config)
-    pruned = compact_to_ladder(problem.adjacency, np.asarray(state.edges)) if config.pruned else problem.adjacency
+    pruned = select_to_ladder(problem.adjacency, np.asarray(state.edges)) if config.pruned else problem.adjacency
     epochs = tuple(state.epochs.tolist())
     return FastrainResult(fastrain_params(state), bool(state.deep), scores, state.labels, state.added, pruned, epochs)
 
@@ -340,13 +322,14 @@ def fastrain_init(
       A ``FastrainState``. No label outside the mask is in it.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> graph, mask = gcn_adjacency([0, 1], [1, 0], 2), jnp.array([True, True])
       >>> problem = NodeProblem(jnp.eye(2), graph, jnp.array([0, 1]), mask, 2)
       >>> state = fastrain_init(jax.random.key(0), lambda key, deep: jnp.zeros((2, 2)), problem, FastrainConfig())
       >>> state.added.tolist(), int(state.stage)
       ([0, 0], 0)
     """
+    check_node_problem(problem)
     _, start, rest = jax.random.split(key, 3)
     mask = problem.mask
     plan = _plan(problem, config, int(jnp.sum(mask)) if labelled is None else labelled)
@@ -371,10 +354,10 @@ def fastrain_graph(state: FastrainState, problem: NodeProblem, config: FastrainC
     """What the steps of a state's stage read: the pruned graph, or the pool of its subsets. Runs on the host."""
     matrix = problem.adjacency
     if config.pruned:
-        matrix = compact_to_ladder(matrix, np.asarray(state.edges))
+        matrix = select_to_ladder(matrix, np.asarray(state.edges))
     if config.pool:
         seed = np.asarray(jax.random.key_data(jax.random.fold_in(state.key, state.stage)))
-        matrix = edge_pool(np.random.default_rng(seed), matrix, float(state.keep), config.pool)
+        matrix = edge_pool(np.random.default_rng(seed), matrix, float(state.keep_rate), config.pool)
     return StageGraph(problem.features, matrix, bool(state.deep))
 
 
@@ -393,19 +376,18 @@ def fastrain_step(
       The new state and ``{"loss"}``. Where ``state.over`` the stage has reached its plateau.
     """
     place = _place(config, graph.deep)
-    epoch = state.epochs[state.stage]
-    params, opt, losses = train_stage(
-        lambda params, features, adjacency, key: apply(params, features, adjacency, key=key),
-        config.tx,
-        state.params[place],
-        state.opt[place],
-        graph.features,
-        functools.partial(_sample, state, graph, config),
-        state.labels,
-        state.weights,
+    opt, params, losses = train_stage(
         jax.random.fold_in(state.key, state.stage),
-        config.epochs_per_step,
-        first=epoch,
+        apply,
+        config.tx,
+        state.opt[place],
+        state.params[place],
+        features=graph.features,
+        sample=functools.partial(_sample, state, graph, config),
+        labels=state.labels,
+        weights=state.weights,
+        epochs=config.epochs_per_step,
+        first=state.epochs[state.stage],
     )
     loss = losses.mean()
     state = state._replace(
@@ -499,14 +481,14 @@ def _plan(problem: NodeProblem, config: FastrainConfig, labelled: int) -> Stage:
     nodes = problem.adjacency.shape[0]
     found = stage_plan(nodes, problem.classes, labelled, deep_below=config.deep_below)
     deep = found.deep if config.depth == "plan" else config.depth == "deep"
-    return Stage(deep, found.keep if config.keep == "plan" else config.keep)
+    return Stage(deep, found.keep_rate if config.keep_rate == "plan" else config.keep_rate)
 
 
 def _planned(problem: NodeProblem, plan: Stage) -> dict[str, jax.Array]:
     return {
         "deep": jnp.asarray(plan.deep),
-        "keep": jnp.float32(plan.keep),
-        "dropped": jnp.int32(drop_count(problem.adjacency.nnz, plan.keep)),
+        "keep_rate": jnp.float32(plan.keep_rate),
+        "dropped": jnp.int32(drop_count(problem.adjacency.nnz, plan.keep_rate)),
         "loss": jnp.float32(jnp.inf),
         "over": jnp.asarray(False),
     }
@@ -541,12 +523,12 @@ def _sample(state: FastrainState, graph: StageGraph, config: FastrainConfig, key
     matrix = graph.adjacency
     if config.pool:
         return pick_subset(key, matrix)
-    if config.keep == 1.0:
+    if config.keep_rate == 1.0:
         return matrix
     if config.exact_drop:
         # Of a pruned graph as large a share as of the whole one.
         return drop_edges_exactly(key, matrix, state.dropped * matrix.pattern.size // len(state.edges))
-    return drop_edges(key, matrix, state.keep)
+    return drop_edges(key, matrix, state.keep_rate)
 
 
 # Pseudolabels
@@ -557,7 +539,7 @@ class _Examination(NamedTuple):
 
     classes: int
     samples: int
-    samples_keep: float
+    sample_keep_rate: float
     epochs: int
     calibration_dropout: bool
     head_dropout: float
@@ -569,7 +551,7 @@ class _Examined(NamedTuple):
     logits: jax.Array
     predictions: jax.Array
     confidence: jax.Array
-    samples: jax.Array | None
+    sampled: jax.Array | None
 
 
 def _examined(
@@ -578,7 +560,7 @@ def _examined(
     how = _Examination(
         problem.classes,
         config.samples,
-        config.samples_keep,
+        config.sample_keep_rate,
         config.calibration_epochs,
         config.calibration_dropout,
         config.head_dropout,
@@ -604,11 +586,11 @@ def _examine(apply, how, key, params, graph, labels, weights, edges) -> _Examine
         epochs=how.epochs,
         dropout=how.head_dropout,
     )
-    confidence = jax.nn.softmax(calibrate(head, matrix, logits)).max(-1)
+    confidence = jax.nn.softmax(calibrate(head, logits, matrix)).max(-1)
     # The head changes no prediction, so that samples do without it.
-    sample = lambda key: apply(params, features, drop_edges(key, matrix, how.samples_keep)).argmax(-1)
-    samples = jax.lax.map(sample, jax.random.split(sample_key, how.samples)) if how.samples else None
-    return _Examined(logits, logits.argmax(-1), confidence, samples)
+    sample = lambda key: apply(params, features, drop_edges(key, matrix, how.sample_keep_rate)).argmax(-1)
+    sampled = jax.lax.map(sample, jax.random.split(sample_key, how.samples)) if how.samples else None
+    return _Examined(logits, logits.argmax(-1), confidence, sampled)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -627,19 +609,19 @@ def _selected(state: FastrainState, found: _Examined, problem: NodeProblem, conf
             checked = cluster_labels(key, found.logits, state.labels, mask, classes, clusters=clusters)
             new = new & (checked == found.predictions)
         return new
-    new = select_pseudolabels(found.confidence, mask, config.threshold, found.samples)
+    new = select_pseudolabels(found.confidence, mask, config.threshold, found.sampled)
     if config.growth is None:
         return new
     sure = select_pseudolabels(found.confidence, mask, config.threshold)
-    shown = (found.confidence, found.predictions, mask, classes, found.samples)
-    return guard_pseudolabels(new, sure, *shown, agreement=config.agreement, growth=config.growth)
+    limits = {"classes": classes, "agreement": config.agreement, "growth": config.growth}
+    return guard_pseudolabels(new, sure, found.confidence, found.predictions, mask, sampled=found.sampled, **limits)
 
 
 def _labelled(
     state: FastrainState, found: _Examined, new: jax.Array, problem: NodeProblem, config: FastrainConfig
 ) -> FastrainState:
     """The state with the labels, weights and edges that the new nodes bring."""
-    weights = pseudolabel_weights(found.confidence, found.predictions, found.samples) if config.weighted else 1.0
+    weights = pseudolabel_weights(found.confidence, found.predictions, found.sampled) if config.weighted else 1.0
     weights = jnp.where(new, weights, state.weights).astype(jnp.float32)
     predictions = found.predictions.astype(jnp.int32)
     edges = state.edges
@@ -660,24 +642,3 @@ def _labelled(
 @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
 def _train(state, graph, apply, config) -> tuple[FastrainState, dict[str, jax.Array]]:
     return fastrain_step(state, graph, apply, config)
-
-
-def _checked(problem: NodeProblem) -> NodeProblem:
-    labels, mask, nodes = np.asarray(problem.labels), np.asarray(problem.mask), problem.adjacency.shape[0]
-    if labels.shape != (nodes,) or mask.shape != (nodes,) or mask.dtype != bool or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"labels is {labels.dtype}{list(labels.shape)} and mask {mask.dtype}{list(mask.shape)}; integers [{nodes}] "
-            f"and bool [{nodes}] are needed, as the adjacency has {nodes} nodes."
-        )
-    given = labels[mask]
-    wrong = given[(given < 0) | (given >= problem.classes)]
-    if wrong.size:
-        raise ValueError(f"labels holds {wrong[0]} inside the mask; classes are 0..{problem.classes - 1}.")
-    empty = np.setdiff1d(np.arange(problem.classes), given)
-    if empty.size:
-        raise ValueError(
-            f"mask holds no node of the classes {empty.tolist()}, and self-training cannot find a class that it has "
-            "never seen. Label at least one node of each, or renumber the classes."
-        )
-    labels = jnp.asarray(np.where(mask, labels, -1), jnp.int32)
-    return problem._replace(labels=labels, mask=jnp.asarray(mask))

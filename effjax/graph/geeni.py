@@ -6,7 +6,6 @@ stopped (``effjax.graph.isolation``); what is left is served (``effjax.graph.gee
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -17,44 +16,35 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_choice, check_number
-from effjax.graph.adjacency import gcn_normalize
 from effjax.graph.error_nodes import (
     ErrorScores,
+    active_nodes,
     error_scores,
-    error_set,
-    held_out_trust,
-    label_free_trust,
-    learned_trust,
+    held_out_correctness,
+    label_free_correctness,
+    learned_correctness,
 )
 from effjax.graph.geeni_serving import ServedEnsemble, serve_ensemble
 from effjax.graph.isolation import MODES, Mode, isolate_to_ladder, isolated_values, random_edges
 from effjax.graph.members import (
-    FORMS,
-    Form,
+    LOOPS,
     GcnMembers,
+    Loop,
     ensemble_logits,
     ensemble_probabilities,
-    fastest_members_form,
+    fastest_members_loop,
     fold_members,
     init_members,
     mask_features,
     member_probabilities,
     members_loss,
 )
-from effjax.graph.sparse import SparseMatrix
+from effjax.graph.problems import GeeniProblem, check_geeni_shapes
+from effjax.graph.sparse.adjacency_matrices import gcn_normalize
+from effjax.graph.sparse.matrix import SparseMatrix
+from effjax.graph.stages import scan_epochs
 
-__all__ = [
-    "GeeniConfig",
-    "GeeniProblem",
-    "choose_isolation",
-    "distil_targets",
-    "geeni",
-    "geeni_init",
-    "geeni_next",
-    "geeni_serve",
-    "geeni_step",
-    "geeni_views",
-]
+__all__ = ["GeeniConfig", "geeni", "geeni_init", "geeni_next", "geeni_serve", "geeni_step", "geeni_views"]
 
 PyTree = Any
 Stage = Literal["members", "students"]
@@ -75,10 +65,10 @@ class GeeniSettings:
     """Learning rate of Adam."""
     weight_decay: float = 5e-4
     """L2 penalty of the first layer, added to its gradient."""
-    edge_keep: float = 0.8
-    """Share of the edges that members after the first see in training."""
-    feature_keep: float = 0.8
-    """Share of the features that members after the first see."""
+    edge_keep_rate: float = 0.8
+    """Probability with which members after the first see an edge in training."""
+    feature_keep_rate: float = 0.8
+    """Probability with which members after the first see a feature."""
     dropout: float = 0.5
     """Dropout rate on the hidden layer, in training."""
     student_dropout: float = 0.2
@@ -95,8 +85,8 @@ class GeeniSettings:
     """Parts of the validation nodes, each judged by a detector that has not seen it."""
     ridge: float = 5.0
     """Regularisation of the learned detector."""
-    form: Form | Literal["auto"] = "columns"
-    """How the members are run; auto measures, and two runs may then differ in the last bits."""
+    loop: Loop | Literal["auto"] = "columns"
+    """How the members are looped over; auto measures, and two runs may then differ in the last bits."""
 
     def __post_init__(self):
         for name in ("fractions", "modes", "powers"):  # a list would not be a static argument of `jit`
@@ -106,7 +96,7 @@ class GeeniSettings:
         for name in ("members", "epochs_per_step"):
             check_number(name, getattr(self, name), low=1, integer=True)
         check_number("folds", self.folds, low=3, integer=True)
-        for name in ("edge_keep", "feature_keep"):
+        for name in ("edge_keep_rate", "feature_keep_rate"):
             check_number(name, getattr(self, name), low=0, high=1, open_low=True)
         for name in ("dropout", "student_dropout"):
             check_number(name, getattr(self, name), low=0, high=1, open_high=True)
@@ -119,7 +109,7 @@ class GeeniSettings:
             check_number("powers", power, low=0, open_low=True)
         for mode in self.modes:
             check_choice("modes", mode, MODES)
-        check_choice("form", self.form, (*FORMS, "auto"))
+        check_choice("loop", self.loop, (*LOOPS, "auto"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,47 +175,17 @@ class GeeniConfig(GeeniSettings):
         return steps if stage == "members" else max(1, round(steps * self.student_share))
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("features", "adjacency", "labels", "train", "val", "weights", "alike"),
-    meta_fields=("classes",),
-)
-@dataclasses.dataclass(frozen=True)
-class GeeniProblem:
-    """Nodes of one graph to be classified.
-
-    Attributes:
-      features: X, float [N, F] or a ``SparseMatrix``.
-      adjacency: ``gcn_adjacency``: symmetric normalisation, with self-loops; values [nnz].
-      labels: int32 [N]; read at ``train`` and ``val`` only, except by the detector 'oracle'.
-      train: bool [N], nodes the networks are trained on.
-      val: bool [N], labelled nodes they are not trained on: they fit the detector and choose the isolation.
-      classes: C.
-      weights: float [nnz], what ``adjacency`` normalises; None for ones.
-      alike: bool [nnz], the edges that denoised members see (``alike_edges``).
-    """
-
-    features: jax.Array | SparseMatrix
-    adjacency: SparseMatrix
-    labels: jax.Array
-    train: jax.Array
-    val: jax.Array
-    classes: int
-    weights: jax.Array | None = None
-    alike: jax.Array | None = None
-
-
 class Isolation(NamedTuple):
     """Which nodes send, of ``choose_isolation``.
 
     Attributes:
-      trust: [N], of the detector; low where the ensemble is probably wrong.
-      send: [N] in [0, 1], by what the messages of every node are multiplied; ones where no isolation is better.
+      correctness: [N], of the detector; low where the ensemble is probably wrong.
+      active: [N] in [0, 1], by what the messages of every node are multiplied; ones where no isolation is better.
       mode: int32, place in ``GeeniConfig.modes``.
     """
 
-    trust: jax.Array
-    send: jax.Array
+    correctness: jax.Array
+    active: jax.Array
     mode: jax.Array
 
 
@@ -299,7 +259,7 @@ def geeni(key: jax.Array, problem: GeeniProblem, config: GeeniConfig | None = No
     """
     config = config or GeeniConfig()
     _check_problem(problem, config)
-    config = with_measured_form(problem, config)
+    config = with_measured_loop(problem, config)
     state = geeni_init(key, problem, config=config)
     for stage in config.stages:
         views = geeni_views(state, problem, config=config)
@@ -351,9 +311,9 @@ def geeni_views(state: GeeniState, problem: GeeniProblem, *, config: GeeniConfig
     """
     matrix, weights = member_graphs(problem, config)
     pattern = matrix.pattern
-    if config.members > 1 and config.edge_keep < 1:
+    if config.members > 1 and config.edge_keep_rate < 1:
         subsets = jax.random.fold_in(state.key, 2)
-        draw = lambda k: random_edges(jax.random.fold_in(subsets, k), pattern, config.edge_keep)
+        draw = lambda k: random_edges(jax.random.fold_in(subsets, k), pattern, config.edge_keep_rate)
         kept = jnp.stack([pattern.valid] + [draw(k) for k in range(1, config.members)])
         matrix = gcn_normalize(SparseMatrix(pattern, weights * kept))
     return GeeniViews(matrix, _features_kept(state, config))
@@ -379,20 +339,20 @@ def geeni_step(
 
         def loss(members: GcnMembers, key: jax.Array) -> jax.Array:
             seen = mask_features(members, views.features)
-            options = {"dropout": config.dropout, "key": key, "form": config.form}
+            options = {"dropout": config.dropout, "key": key, "loop": config.loop}
             return members_loss(
                 ensemble_logits(seen, problem.features, views.matrix, **options), problem.labels, problem.train
             )
 
-        members, opt, value = _epochs(loss, state.members, state.opt, state, config)
+        opt, members, value = _epochs(loss, state.opt, state.members, state, config)
         state = state._replace(members=members, opt=opt)
     else:
 
         def loss(students: GcnMembers, key: jax.Array) -> jax.Array:
-            options = {"dropout": config.student_dropout, "key": key, "form": config.form}
+            options = {"dropout": config.student_dropout, "key": key, "loop": config.loop}
             return distil_loss(ensemble_logits(students, problem.features, problem.adjacency, **options), state.targets)
 
-        students, opt, value = _epochs(loss, state.students, state.students_opt, state, config)
+        opt, students, value = _epochs(loss, state.students_opt, state.students, state, config)
         state = state._replace(students=students, students_opt=opt)
     networks = config.members if stage == "members" else config.students
     return state._replace(epoch=state.epoch + config.epochs_per_step), {"loss": value / networks}
@@ -441,7 +401,7 @@ def geeni_serve(state: GeeniState, problem: GeeniProblem, *, config: GeeniConfig
     matrix, weights = member_graphs(problem, config)
     if config.isolate:
         mode = config.modes[int(state.isolation.mode)]
-        matrix = isolate_to_ladder(matrix, state.isolation.send, mode=mode, weights=weights)
+        matrix = isolate_to_ladder(matrix, state.isolation.active, mode=mode, weights=weights)
     members = served_members(state, config=config)
     members = fold_members(members) if config.folded else members
     return serve_ensemble(members, problem.features, matrix, precompute=config.precompute)
@@ -465,14 +425,14 @@ def member_graphs(problem: GeeniProblem, config: GeeniConfig) -> tuple[SparseMat
     return gcn_normalize(SparseMatrix(matrix.pattern, alike)), alike
 
 
-def with_measured_form(problem: GeeniProblem, config: GeeniConfig) -> GeeniConfig:
-    """The config with the fastest form of the members' loop in place of ``form='auto'``. Runs on the host."""
-    if config.form != "auto":
+def with_measured_loop(problem: GeeniProblem, config: GeeniConfig) -> GeeniConfig:
+    """The config with the fastest loop over the members in place of ``loop='auto'``. Runs on the host."""
+    if config.loop != "auto":
         return config
     state = geeni_init(jax.random.key(0), problem, config=config)
     views = geeni_views(state, problem, config=config)
-    form = fastest_members_form(state.members, problem.features, views.matrix)
-    return dataclasses.replace(config, form=form)
+    loop = fastest_members_loop(state.members, problem.features, views.matrix)
+    return dataclasses.replace(config, loop=loop)
 
 
 # Students
@@ -523,14 +483,14 @@ def choose_isolation(
     """The isolation that is best at the validation nodes; none if none is better than that. Traceable.
 
     Candidates are all ``modes`` with all ``fractions`` (or ``powers``); of equal ones the first, the gentlest, counts.
-    The learned detector is judged fold by fold by one that has not seen the fold (``held_out_trust``).
+    The learned detector is judged fold by fold by one that has not seen the fold (``held_out_correctness``).
 
     Args:
       key: of the folds.
       members: that are to be served, not folded.
       problem: the graph; the labels of nodes outside ``train`` and ``val`` are not read, except by 'oracle'.
       matrix: S of the members, of ``member_graphs``; None for ``problem.adjacency``.
-      weights: A before normalisation, likewise shaped; None for ``problem.weights``.
+      weights: A before normalisation, of the same shape; None for ``problem.weights``.
       config: of the method; static.
 
     Returns:
@@ -545,9 +505,9 @@ def choose_isolation(
     weights = problem.weights if weights is None else weights
     scores = error_scores(member_probabilities(ensemble_logits(members, problem.features, matrix)))
     folds = jax.random.permutation(key, problem.labels.shape[0]) % config.folds
-    trust, judges = _trust(scores, problem, matrix, folds, config)
+    correctness, judges = _correctness(scores, problem, matrix, folds, config)
     known = problem.train | problem.val
-    sends = jax.vmap(lambda trust: _candidates(trust, known, config))(judges)  # [folds or 1, candidates, N]
+    actives = jax.vmap(lambda each: _candidates(each, known, config))(judges)  # [folds or 1, candidates, N]
     judged = problem.val & ((folds == jnp.arange(config.folds)[:, None]) | (len(judges) == 1))
     judged = judged[: len(judges)]
     answering = fold_members(members) if config.folded else members
@@ -556,19 +516,19 @@ def choose_isolation(
         found = ensemble_probabilities(ensemble_logits(answering, problem.features, matrix))
         return jnp.argmax(found, axis=1) == problem.labels
 
-    def isolated(send: jax.Array, mode: Mode) -> SparseMatrix:
-        return matrix._replace(values=isolated_values(matrix, send, mode=mode, weights=weights))
+    def isolated(active: jax.Array, mode: Mode) -> SparseMatrix:
+        return matrix._replace(values=isolated_values(matrix, active, mode=mode, weights=weights))
 
-    every = (sends.reshape(-1, sends.shape[-1]), jnp.repeat(judged, sends.shape[1], axis=0))
+    every = (actives.reshape(-1, actives.shape[-1]), jnp.repeat(judged, actives.shape[1], axis=0))
     counts = []
     for mode in config.modes:
         count = lambda one, mode=mode: jnp.sum(one[1] & right(isolated(one[0], mode)))
-        counts.append(jnp.sum(jax.lax.map(count, every).reshape(sends.shape[:2]), axis=0))
+        counts.append(jnp.sum(jax.lax.map(count, every).reshape(actives.shape[:2]), axis=0))
     table = jnp.stack(counts, axis=1)  # candidates by mode
     best = jnp.argmax(table)
     better = jnp.max(table) > jnp.sum(problem.val & right(matrix))
-    send = jnp.where(better, _candidates(trust, known, config)[best // len(counts)], 1.0)
-    return Isolation(trust, send, (best % len(counts)).astype(jnp.int32))
+    active = jnp.where(better, _candidates(correctness, known, config)[best // len(counts)], 1.0)
+    return Isolation(correctness, active, (best % len(counts)).astype(jnp.int32))
 
 
 _choose = jax.jit(choose_isolation, static_argnames="config")
@@ -579,29 +539,30 @@ def shared_graph(matrix: SparseMatrix) -> SparseMatrix:
     return matrix if matrix.values.ndim == 1 else matrix._replace(values=matrix.values[0])
 
 
-def _trust(
+def _correctness(
     scores: ErrorScores, problem: GeeniProblem, matrix: SparseMatrix, folds: Int[Array, "nodes"], config: GeeniConfig
 ) -> tuple[jax.Array, jax.Array]:
     """[N], and [folds, N] that has not seen the fold it is judged by (or [1, N] if it sees no labels at all)."""
     matrix = shared_graph(matrix)
     if config.isolate == "learned":
-        data = (scores, problem.features, matrix, problem.labels, problem.train, problem.val, folds)
+        seen = dataclasses.replace(problem, adjacency=matrix)
         options = {"fold_count": config.folds, "ridge": config.ridge}
-        return learned_trust(*data, **options), held_out_trust(*data, **options)
+        return learned_correctness(scores, seen, folds, **options), held_out_correctness(scores, seen, folds, **options)
     if config.isolate == "oracle":
-        trust = (scores.label == problem.labels).astype(jnp.float32)
+        found = (scores.label == problem.labels).astype(jnp.float32)
     else:
-        trust = label_free_trust(scores, matrix)[config.isolate]
-    return trust, trust[None]
+        found = label_free_correctness(scores, matrix)[config.isolate]
+    return found, found[None]
 
 
-def _candidates(trust: jax.Array, known: Bool[Array, "nodes"], config: GeeniConfig) -> jax.Array:
+def _candidates(correctness: jax.Array, known: Bool[Array, "nodes"], config: GeeniConfig) -> jax.Array:
     """[candidates, N]: by what the messages of every node are multiplied; nodes of known label always send."""
     if config.isolate == "oracle":
-        return jnp.where(known, 1.0, trust)[None]
+        return jnp.where(known, 1.0, correctness)[None]
     if config.soft:
-        return jnp.stack([jnp.where(known, 1.0, trust**power) for power in config.powers])
-    return jnp.stack([1.0 - error_set(trust, fraction, known) for fraction in config.fractions])
+        return jnp.stack([jnp.where(known, 1.0, correctness**power) for power in config.powers])
+    active = [active_nodes(correctness, fraction, known) for fraction in config.fractions]
+    return jnp.stack(active).astype(jnp.float32)
 
 
 # Training
@@ -618,48 +579,27 @@ def _epochs_key(key: jax.Array) -> jax.Array:
 def _features_kept(state: GeeniState, config: GeeniConfig) -> jax.Array:
     subsets = jax.random.fold_in(state.key, 2)
     shape = (config.members, state.members.kernel_0.shape[1])
-    return jax.random.bernoulli(jax.random.fold_in(subsets, 0), config.feature_keep, shape).at[0].set(True)
+    return jax.random.bernoulli(jax.random.fold_in(subsets, 0), config.feature_keep_rate, shape).at[0].set(True)
 
 
 def _epochs(
     loss: Callable[[GcnMembers, jax.Array], jax.Array],
-    params: GcnMembers,
     opt: PyTree,
+    params: GcnMembers,
     state: GeeniState,
     config: GeeniConfig,
-) -> tuple[GcnMembers, PyTree, jax.Array]:
-    tx, key = _optimizer(config), _epochs_key(state.key)
-
-    def epoch(carry: tuple[GcnMembers, PyTree], number: jax.Array) -> tuple[tuple[GcnMembers, PyTree], jax.Array]:
-        params, opt = carry
-        value, grads = jax.value_and_grad(loss)(params, jax.random.fold_in(key, number))
-        updates, opt = tx.update(grads, opt, params)
-        return (optax.apply_updates(params, updates), opt), value
-
-    numbers = state.epoch + jnp.arange(config.epochs_per_step)
-    (params, opt), values = jax.lax.scan(epoch, (params, opt), numbers)
-    return params, opt, jnp.mean(values)
+) -> tuple[PyTree, GcnMembers, jax.Array]:
+    key, tx = _epochs_key(state.key), _optimizer(config)
+    opt, params, values = scan_epochs(key, loss, tx, opt, params, epochs=config.epochs_per_step, first=state.epoch)
+    return opt, params, jnp.mean(values)
 
 
 # Checks
 
 
 def _check_shapes(problem: GeeniProblem, config: GeeniConfig) -> None:
-    nodes, pattern = problem.labels.shape[0], problem.adjacency.pattern
+    check_geeni_shapes(problem)
     check_number("problem.classes", problem.classes, low=1, integer=True)
-    if problem.adjacency.shape != (nodes, nodes) or problem.adjacency.values.ndim != 1:
-        raise ValueError(
-            f"problem.adjacency is {problem.adjacency.shape} with values {problem.adjacency.values.shape}, but "
-            f"problem.labels names {nodes} nodes. Build it with gcn_adjacency(senders, receivers, {nodes})."
-        )
-    if len(problem.features.shape) != 2 or problem.features.shape[0] != nodes:
-        raise ValueError(f"problem.features has shape {problem.features.shape}; [{nodes}, F] is needed.")
-    for name, size in (("train", nodes), ("val", nodes), ("alike", pattern.nnz)):
-        mask = getattr(problem, name)
-        if mask is not None and (mask.shape != (size,) or mask.dtype != bool):
-            raise ValueError(f"problem.{name} is {mask.dtype}{list(mask.shape)}; bool [{size}] is needed.")
-    if problem.weights is not None and problem.weights.shape != (pattern.nnz,):
-        raise ValueError(f"problem.weights has shape {problem.weights.shape}; [{pattern.nnz}] is needed.")
     if config.denoised_members and problem.alike is None:
         raise ValueError(
             f"denoised={config.denoised} needs problem.alike, the edges between alike nodes. Pass "
@@ -688,10 +628,10 @@ def _check_problem(problem: GeeniProblem, config: GeeniConfig) -> None:
         )
     pattern, weights = problem.adjacency.pattern, member_graphs(problem, dataclasses.replace(config, denoised=0.0))[1]
     symmetric = np.array_equal(pattern.t_rows, pattern.columns) and np.array_equal(pattern.t_indptr, pattern.indptr)
-    if config.members > 1 and config.edge_keep < 1 and not symmetric:
+    if config.members > 1 and config.edge_keep_rate < 1 and not symmetric:
         raise ValueError(
-            f"edge_keep={config.edge_keep} draws both directions of an edge together, but problem.adjacency has edges "
-            "in one direction only. Add the others, or use edge_keep=1."
+            f"edge_keep_rate={config.edge_keep_rate} draws both directions of an edge together, but problem.adjacency "
+            "has edges in one direction only. Add the others, or use edge_keep_rate=1."
         )
     expected = gcn_normalize(SparseMatrix(pattern, weights)).values
     if not np.allclose(problem.adjacency.values, expected, rtol=1e-4, atol=1e-6):

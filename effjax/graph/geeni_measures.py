@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from effjax.core.errors import check_choice, check_number
-from effjax.graph.adjacency import gcn_normalize, loopless_adjacency
-from effjax.graph.error_nodes import error_auc, error_scores, label_free_trust, spread_errors
+from effjax.graph.error_nodes import error_auc, error_scores, label_free_correctness, spread_errors
 from effjax.graph.geeni import (
     GeeniConfig,
     GeeniProblem,
@@ -21,6 +20,7 @@ from effjax.graph.geeni import (
     shared_graph,
 )
 from effjax.graph.isolation import random_edges
+from effjax.graph.measures import masked_accuracy
 from effjax.graph.members import (
     GcnMembers,
     ensemble_logits,
@@ -28,10 +28,9 @@ from effjax.graph.members import (
     fold_members,
     member_probabilities,
 )
-from effjax.graph.propagation import correct_and_smooth
-from effjax.graph.sparse import SparseMatrix
-
-__all__ = ["detector_aucs", "geeni_metrics"]
+from effjax.graph.sparse.adjacency_matrices import gcn_normalize, loopless_adjacency
+from effjax.graph.sparse.matrix import SparseMatrix
+from effjax.graph.sparse.propagation import correct_and_smooth
 
 _correct_and_smooth = jax.jit(correct_and_smooth)
 
@@ -62,7 +61,7 @@ def geeni_metrics(
     """
     whole = dataclasses.replace(config, isolate=None, soft=False)
     members, (matrix, _) = served_members(state, config=config), member_graphs(problem, config)
-    score = lambda found: _accuracy(found, problem.labels, test)
+    score = lambda found: masked_accuracy(found, problem.labels, test)
     served = geeni_serve(state, problem, config=config)
     metrics = {"accuracy": score(_afterwards(after, served(), state, problem, config))}
     if members.count > 1:
@@ -72,11 +71,14 @@ def geeni_metrics(
         teacher = dataclasses.replace(whole, students=0, folded=False)
         metrics["accuracy_teacher"] = score(geeni_serve(state, problem, config=teacher)())
     if config.isolate:
-        subsets, trusts = over_edge_subsets(state, problem, config=config), {config.isolate: state.isolation.trust}
-        aucs = _detector_aucs(members, problem, matrix, test, subsets=subsets, trusts=trusts)
+        subsets, others = (
+            over_edge_subsets(state, problem, config=config),
+            {config.isolate: state.isolation.correctness},
+        )
+        aucs = _detector_aucs(members, problem, matrix, test, subsets=subsets, others=others)
         metrics |= {f"auc_{name}": value for name, value in aucs.items()}
         metrics["edges_removed"] = 1 - int(served.matrix.pattern.size) / int(matrix.pattern.size)
-        metrics["isolated"] = jnp.mean(state.isolation.send == 0)
+        metrics["isolated"] = jnp.mean(state.isolation.active == 0)
     return metrics
 
 
@@ -92,15 +94,10 @@ def _afterwards(
     return found
 
 
-def _accuracy(found: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
-    mask = mask.astype(jnp.float32)
-    return jnp.sum(mask * (jnp.argmax(found, axis=1) == labels)) / jnp.maximum(jnp.sum(mask), 1e-9)
-
-
 @jax.jit
 def _member_accuracy(members: GcnMembers, problem: GeeniProblem, matrix: SparseMatrix, mask: jax.Array) -> jax.Array:
     logits = ensemble_logits(members, problem.features, matrix)
-    return jnp.mean(jax.vmap(lambda found: _accuracy(found, problem.labels, mask))(logits))
+    return jnp.mean(masked_accuracy(logits, problem.labels, mask))
 
 
 def over_edge_subsets(
@@ -110,7 +107,9 @@ def over_edge_subsets(
     members, (matrix, weights) = served_members(state, config=config), member_graphs(problem, config)
     members = fold_members(members) if config.folded else members
     key = jax.random.fold_in(jax.random.fold_in(state.key, 4), 1)
-    return _edge_subsets(key, members, problem.features, matrix._replace(values=weights), keep=config.edge_keep)
+    return _edge_subsets(
+        key, members, problem.features, matrix._replace(values=weights), keep_rate=config.edge_keep_rate
+    )
 
 
 def edge_subset_probabilities(
@@ -119,7 +118,7 @@ def edge_subset_probabilities(
     features: SparseMatrix | Float[Array, "nodes features"],
     graph: SparseMatrix,
     *,
-    keep: float | jax.Array = 0.8,
+    keep_rate: float | jax.Array = 0.8,
     count: int = 16,
 ) -> Float[Array, "count nodes classes"]:
     """The ensemble's probabilities on random subsets of the edges; their variance shows which nodes hang on few edges.
@@ -129,14 +128,14 @@ def edge_subset_probabilities(
       members: trained.
       features: X.
       graph: A with self-loops, before normalisation; values [nnz], or [K, nnz].
-      keep: probability of an edge.
+      keep_rate: probability of an edge.
       count: subsets.
 
     Returns:
       [count, N, C].
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> from effjax.graph.members import init_members
       >>> pair = adjacency([0, 1], [1, 0], 2, self_loops=True)
       >>> members = init_members(jax.random.key(0), 2, 2, 4, 3)
@@ -146,7 +145,7 @@ def edge_subset_probabilities(
     check_number("count", count, low=1, integer=True)
 
     def one(key: jax.Array) -> jax.Array:
-        matrix = gcn_normalize(graph._replace(values=graph.values * random_edges(key, graph.pattern, keep)))
+        matrix = gcn_normalize(graph._replace(values=graph.values * random_edges(key, graph.pattern, keep_rate)))
         return ensemble_probabilities(ensemble_logits(members, features, matrix))
 
     return jax.lax.map(one, jax.random.split(key, count))
@@ -159,7 +158,7 @@ def detector_aucs(
     mask: Bool[Array, "nodes"],
     *,
     subsets: Float[Array, "count nodes classes"],
-    trusts: Mapping[str, Float[Array, "nodes"]],
+    others: Mapping[str, Float[Array, "nodes"]],
 ) -> dict[str, Float[Array, ""]]:
     """``error_auc`` of every detector; traceable.
 
@@ -169,30 +168,30 @@ def detector_aucs(
       matrix: S of the members; of values [K, nnz] the first member's tell the neighbours.
       mask: bool [N], the nodes that count, such as the test nodes.
       subsets: of ``edge_subset_probabilities``.
-      trusts: more detectors by name, [N] each, low for suspicious nodes.
+      others: more detectors by name, [N] each, low where a node is probably wrong.
 
     Returns:
-      A scalar per detector: 'score', 'agreement', 'mutual' (``label_free_trust``), 'nearby' (``spread_errors`` of the
-      validation nodes), 'subsets' (variance over the edge subsets), and those of ``trusts``.
+      A scalar per detector: 'score', 'agreement', 'mutual' (``label_free_correctness``), 'nearby' (``spread_errors`` of
+      the validation nodes), 'subsets' (variance over the edge subsets), and those of ``others``.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> from effjax.graph.members import init_members
       >>> graph, none = gcn_adjacency([0, 1], [1, 0], 3), jnp.zeros(3, bool)
       >>> problem = GeeniProblem(jnp.eye(3), graph, jnp.array([0, 1, 0]), none, none, 2)
       >>> members = init_members(jax.random.key(0), 2, 3, 4, 2)
-      >>> more = {"subsets": jnp.ones((1, 3, 2)), "trusts": {"mine": jnp.arange(3.0)}}
+      >>> more = {"subsets": jnp.ones((1, 3, 2)), "others": {"mine": jnp.arange(3.0)}}
       >>> sorted(detector_aucs(members, problem, graph, ~none, **more))
       ['agreement', 'mine', 'mutual', 'nearby', 'score', 'subsets']
     """
     scores = error_scores(member_probabilities(ensemble_logits(members, problem.features, matrix)))
     wrong, shared = scores.label != problem.labels, shared_graph(matrix)
-    found = label_free_trust(scores, shared) | {
+    found = label_free_correctness(scores, shared) | {
         "nearby": spread_errors(shared, wrong, problem.val),
         "subsets": -jnp.sum(jnp.var(subsets, axis=0), axis=1),
-        **trusts,
+        **others,
     }
-    return {name: error_auc(trust, wrong, mask) for name, trust in found.items()}
+    return {name: error_auc(each, wrong, mask & (problem.labels >= 0)) for name, each in found.items()}
 
 
 _edge_subsets = jax.jit(edge_subset_probabilities)

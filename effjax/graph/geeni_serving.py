@@ -9,10 +9,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from effjax.core.errors import check_choice, check_number
-from effjax.graph.error_nodes import error_set
+from effjax.graph.error_nodes import active_nodes
 from effjax.graph.isolation import Mode, isolated_values, top_entries
-from effjax.graph.members import GcnMembers, aggregate_members, ensemble_logits, member_probabilities
-from effjax.graph.sparse import SparseMatrix, matmul, spmm
+from effjax.graph.members import (
+    GcnMembers,
+    aggregate_members,
+    check_features,
+    check_graphs,
+    ensemble_logits,
+    member_probabilities,
+)
+from effjax.graph.sparse.matrix import SparseMatrix, matmul, spmm
 
 __all__ = ["ServedEnsemble", "inductive_probabilities", "serve_ensemble"]
 
@@ -46,7 +53,7 @@ class ServedEnsemble(NamedTuple):
 def serve_ensemble(
     members: GcnMembers,
     features: SparseMatrix | jax.Array,
-    matrix: SparseMatrix,
+    adjacency: SparseMatrix,
     *,
     precompute: bool | Literal["auto"] = "auto",
 ) -> ServedEnsemble:
@@ -55,7 +62,7 @@ def serve_ensemble(
     Args:
       members: trained; of ``fold_members`` for the mean of the logits at the cost of one network.
       features: X.
-      matrix: of ``isolate`` and the prunings, values [nnz]; or [K, nnz] where members have graphs of their own.
+      adjacency: of ``isolate`` and the prunings, values [nnz]; or [K, nnz] where members have graphs of their own.
       precompute: store S X, which spares the first aggregation; for dense features and one graph only, as S X of sparse
         features is hardly sparse. ``'auto'`` does so where it can.
 
@@ -66,7 +73,7 @@ def serve_ensemble(
       ValueError: ``precompute=True`` with sparse features or several graphs, or graphs for another number of members.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> from effjax.graph.members import init_members
       >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
       >>> serve_ensemble(members, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2))().shape
@@ -78,12 +85,9 @@ def serve_ensemble(
         raise ValueError("precompute=True with sparse features would make them dense. Use False or features.todense().")
     count, width, hidden = members.kernel_0.shape
     classes = members.kernel_1.shape[-1]
-    own = matrix.values.ndim == 2
-    if own and matrix.values.shape[0] != count:
-        raise ValueError(
-            f"matrix.values has shape {matrix.values.shape}: {matrix.values.shape[0]} graphs for {count} members. Give "
-            "one row for every member, or one vector for all."
-        )
+    check_graphs("adjacency", adjacency, members)
+    check_features(features, members, adjacency)
+    own = adjacency.values.ndim == 2
     if precompute is True and own:
         raise ValueError("precompute=True with a graph per member would store S X once per member. Use False.")
     blocks = np.zeros((count, hidden, count, classes), members.kernel_1.dtype)
@@ -94,8 +98,8 @@ def serve_ensemble(
         members.bias_0.reshape(-1),
         jnp.asarray(blocks.reshape(count * hidden, count * classes)),
         members.bias_1,
-        spmm(matrix, features) if propagated else features,
-        matrix,
+        spmm(adjacency, features) if propagated else features,
+        adjacency,
         propagated,
     )
 
@@ -132,7 +136,7 @@ def _mean_softmax(logits: jax.Array, count: int) -> jax.Array:
 def inductive_probabilities(
     members: GcnMembers,
     features: SparseMatrix | Float[Array, "nodes features"],
-    matrix: SparseMatrix,
+    adjacency: SparseMatrix,
     known: Bool[Array, "nodes"],
     *,
     fraction: float = 0.1,
@@ -147,9 +151,9 @@ def inductive_probabilities(
     Args:
       members: two or more.
       features: X of all nodes, new ones included.
-      matrix: S, values [nnz].
+      adjacency: S, values [nnz].
       known: nodes with known labels, which are never isolated.
-      fraction: of all nodes, see ``error_set``.
+      fraction: of all nodes, of ``active_nodes``.
       mode: of the isolation.
       capacity: entries of the isolated matrix, a real saving; the smallest beyond it are dropped (``top_entries``).
         None keeps all nnz and multiplies the isolated ones by zero, which saves nothing.
@@ -161,7 +165,7 @@ def inductive_probabilities(
       ValueError: a single member, or numbers out of range.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> from effjax.graph.members import init_members
       >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
       >>> graph = gcn_adjacency([0, 1], [1, 0], 2)
@@ -170,9 +174,9 @@ def inductive_probabilities(
     """
     check_number("members.count", members.count, low=2, hint="One member scores and the others need to be there.")
     scorer, others = (jax.tree.map(lambda leaf, part=part: leaf[part], members) for part in (slice(1), slice(1, None)))
-    first = member_probabilities(ensemble_logits(scorer, features, matrix))
-    errors = error_set(jnp.max(first[0], axis=1), fraction, known)
-    isolated = matrix._replace(values=isolated_values(matrix, ~errors, mode=mode))
+    first = member_probabilities(ensemble_logits(scorer, features, adjacency))
+    active = active_nodes(jnp.max(first[0], axis=1), fraction, known)
+    isolated = adjacency._replace(values=isolated_values(adjacency, active, mode=mode))
     if capacity is not None:
         isolated = top_entries(isolated, capacity)
     rest = member_probabilities(ensemble_logits(others, features, isolated))

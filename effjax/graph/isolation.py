@@ -13,21 +13,19 @@ from jaxtyping import Array, Bool, Float
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.shapes import smallest_fit
-from effjax.graph.sparse import SparseMatrix, SparsePattern, compact, row_sums, take_columns, take_rows
+from effjax.graph.sparse.checks import check_array
+from effjax.graph.sparse.matrix import (
+    SparseMatrix,
+    SparsePattern,
+    check_matrix,
+    row_sums,
+    select_entries,
+    take_columns,
+    take_rows,
+)
 from effjax.graph.stages import nnz_ladder
 
-__all__ = [
-    "affected_nodes",
-    "agreeing_edges",
-    "alike_edges",
-    "edge_jaccard",
-    "isolate",
-    "isolate_to_ladder",
-    "isolated_values",
-    "random_edges",
-    "strongest_edges",
-    "top_entries",
-]
+__all__ = ["alike_edges", "isolate", "isolated_values", "strongest_edges"]
 
 Mode = Literal["none", "full", "rowscale"]
 MODES = ("none", "full", "rowscale")
@@ -35,7 +33,7 @@ MODES = ("none", "full", "rowscale")
 
 def isolated_values(
     matrix: SparseMatrix,
-    send: Bool[Array, "nodes"] | Float[Array, "nodes"],
+    active: Bool[Array, "nodes"] | Float[Array, "nodes"],
     *,
     mode: Mode = "full",
     weights: Float[Array, "entries"] | None = None,
@@ -53,7 +51,7 @@ def isolated_values(
 
     Args:
       matrix: S, normalised, with self-loops; values [nnz], or [K, nnz].
-      send: s, [N].
+      active: s, [N]; True or 1 for nodes that send messages.
       mode: see above.
       weights: A, the values before normalisation, shaped as ``matrix.values``; ones when None.
 
@@ -61,23 +59,24 @@ def isolated_values(
       Values shaped as ``matrix.values``.
 
     Raises:
-      ValueError: an unknown mode, or a ``send`` that is not [N].
+      ValueError: an unknown mode, an ``active`` that is not [N], or weights of another shape.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> pair = gcn_adjacency([0, 1], [1, 0], 2)
       >>> isolated_values(pair, jnp.array([True, False]), mode="none").round(2).tolist()
       [0.5, 0.0, 0.5, 0.5]
     """
     check_choice("mode", mode, MODES)
-    pattern, values = matrix.pattern, matrix.values
-    if jnp.shape(send) != (matrix.shape[1],):
-        raise ValueError(f"send has shape {jnp.shape(send)}, but the matrix {matrix.shape} needs [{matrix.shape[1]}].")
+    pattern, values = check_matrix("matrix", matrix, square=True, stacked=True)
+    check_array("active", active, (matrix.shape[1],), "bool or floating", "True for nodes that send messages.")
+    if weights is not None:
+        check_array("weights", weights, values.shape, "numbers")
     if values.ndim == 2:
-        one = lambda values, weights: isolated_values(SparseMatrix(pattern, values), send, mode=mode, weights=weights)
+        one = lambda values, weights: isolated_values(SparseMatrix(pattern, values), active, mode=mode, weights=weights)
         return jax.vmap(one, in_axes=(0, None if weights is None else 0))(values, weights)
-    send = jnp.asarray(send).astype(values.dtype)
-    factor = jnp.where(pattern.rows == pattern.columns, 1, take_columns(pattern, send))
+    active = jnp.asarray(active).astype(values.dtype)
+    factor = jnp.where(pattern.rows == pattern.columns, 1, take_columns(pattern, active))
     kept = values * factor
     if mode == "none":
         return kept
@@ -95,7 +94,7 @@ def _ratio(over: jax.Array, under: jax.Array) -> jax.Array:
 
 def isolate(
     matrix: SparseMatrix,
-    errors: Bool[np.ndarray, "nodes"],
+    active: Bool[np.ndarray, "nodes"],
     *,
     mode: Mode = "full",
     weights: Float[Array, "entries"] | None = None,
@@ -108,33 +107,32 @@ def isolate(
 
     Args:
       matrix: S, normalised, with self-loops; values [nnz].
-      errors: bool [N], such as of ``error_set``.
+      active: bool [N], True for nodes that send messages (``active_nodes``), False for error nodes.
       mode: of ``isolated_values``.
-      weights: likewise.
+      weights: of ``isolated_values``.
       capacity: entries of the result, the rest padded: a rung of ``nnz_ladder`` bounds the number of programs.
 
     Returns:
       A ``SparseMatrix`` with ``nnz - (messages of the error nodes)`` entries.
 
     Raises:
-      ValueError: ``errors`` is no mask of the nodes, an unknown mode, or more entries than ``capacity``.
+      ValueError: ``active`` is no mask of the nodes, an unknown mode, or more entries than ``capacity``.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> path = gcn_adjacency([0, 1, 1, 2], [1, 0, 2, 1], 3)
-      >>> path.nnz, isolate(path, np.array([False, True, False])).nnz
+      >>> path.nnz, isolate(path, np.array([True, False, True])).nnz
       (7, 5)
     """
-    errors = np.asarray(errors)
-    if errors.shape != (matrix.shape[1],) or errors.dtype != bool:
-        raise ValueError(f"errors is {errors.dtype}{list(errors.shape)}; bool [{matrix.shape[1]}] is needed.")
-    values = isolated_values(matrix, ~errors, mode=mode, weights=weights)
-    return compact(matrix._replace(values=values), sent_entries(matrix.pattern, errors), capacity=capacity)
+    check_matrix("matrix", matrix, square=True)
+    check_array("active", active, (matrix.shape[1],), "bool", "True for nodes that send messages.")
+    values = isolated_values(matrix, active, mode=mode, weights=weights)
+    return select_entries(matrix._replace(values=values), active_entries(matrix.pattern, active), capacity=capacity)
 
 
 def isolate_to_ladder(
     matrix: SparseMatrix,
-    send: Float[Array, "nodes"],
+    active: Float[Array, "nodes"],
     *,
     mode: Mode = "full",
     weights: Float[Array, "entries"] | None = None,
@@ -146,7 +144,7 @@ def isolate_to_ladder(
 
     Args:
       matrix: S, normalised, with self-loops; values [nnz], or [K, nnz].
-      send: s, [N]; 0 silences a node, 1 lets it send.
+      active: s, [N]; 1 for nodes that send messages, 0 for those that send none.
       mode: of ``isolated_values``.
       weights: A before normalisation, shaped as ``matrix.values``; ones when None.
 
@@ -154,103 +152,73 @@ def isolate_to_ladder(
       A ``SparseMatrix``; its sizes are powers of 0.9 times the entries of ``matrix``, so few programs are compiled.
 
     Raises:
-      ValueError: an unknown mode, or a ``send`` that is not [N].
+      ValueError: an unknown mode, or an ``active`` that is not [N].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> path = gcn_adjacency([0, 1, 1, 2], [1, 0, 2, 1], 3)
       >>> isolate_to_ladder(path, jnp.array([1.0, 0.0, 1.0])).pattern.size.item()
       5
     """
-    isolated = np.asarray(isolated_values(matrix, send, mode=mode, weights=weights))
+    isolated = np.asarray(isolated_values(matrix, active, mode=mode, weights=weights))
     rows = isolated.reshape(-1, matrix.nnz)
     kept = np.any(rows != 0, axis=0)
     capacity = smallest_fit(int(kept.sum()), nnz_ladder(int(matrix.pattern.size), shrink=0.9, least=0.05))
-    found = compact(matrix._replace(values=rows[0]), kept, capacity=capacity)
+    found = select_entries(matrix._replace(values=rows[0]), kept, capacity=capacity)
     if isolated.ndim == 1:
         return found
     return found._replace(values=jnp.pad(rows[:, kept], ((0, 0), (0, capacity - kept.sum()))))
 
 
-def sent_entries(pattern: SparsePattern, errors: Bool[np.ndarray, "nodes"]) -> Bool[np.ndarray, "entries"]:
-    """Which entries stay when these nodes send nothing: those of other senders, and the diagonal. On the host."""
+def active_entries(pattern: SparsePattern, active: Bool[np.ndarray, "nodes"]) -> Bool[np.ndarray, "entries"]:
+    """Which entries stay when only these nodes send: theirs, and the diagonal. Runs on the host."""
     rows, columns = np.asarray(pattern.rows), np.asarray(pattern.columns)
-    return (~np.asarray(errors)[columns] | (rows == columns)) & np.asarray(pattern.valid)
-
-
-def affected_nodes(
-    matrix: SparseMatrix, errors: Bool[np.ndarray, "nodes"], *, layers: int = 2
-) -> Bool[np.ndarray, "nodes"]:
-    """The nodes whose outputs isolation can change, in mode ``'none'``; all others keep theirs bit for bit.
-
-    Args:
-      matrix: S before isolation.
-      errors: bool [N].
-      layers: of the network that are isolated.
-
-    Returns:
-      bool [N].
-
-    Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
-      >>> path = gcn_adjacency([0, 1, 1, 2, 2, 3], [1, 0, 2, 1, 3, 2], 4)
-      >>> affected_nodes(path, np.array([True, False, False, False])).tolist()
-      [True, True, True, False]
-    """
-    check_number("layers", layers, low=1, integer=True)
-    lost = ~sent_entries(matrix.pattern, errors) & np.asarray(matrix.pattern.valid)
-    rows, columns = np.asarray(matrix.pattern.rows), np.asarray(matrix.pattern.columns)
-    first = np.zeros(matrix.shape[0], bool)
-    first[rows[lost]] = True
-    found = first
-    for _ in range(layers - 1):
-        found = first | found
-        found[rows[found[columns] & np.asarray(matrix.pattern.valid) & ~lost]] = True
-    return found
+    return (np.asarray(active)[columns] | (rows == columns)) & np.asarray(pattern.valid)
 
 
 # Edge pruning
 
 
-def random_edges(key: jax.Array, pattern: SparsePattern, keep: float) -> Bool[Array, "entries"]:
+def random_edges(key: jax.Array, pattern: SparsePattern, keep_rate: float) -> Bool[Array, "entries"]:
     """A random subset of a graph's edges, as members see in training; both directions of an edge share their fate.
 
     Args:
       key: of the draw.
       pattern: symmetric, as of an undirected graph; the diagonal always stays.
-      keep: probability of an edge.
+      keep_rate: probability of an edge.
 
     Returns:
       bool [nnz].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> random_edges(jax.random.key(0), gcn_adjacency([0, 1], [1, 0], 2).pattern, 0.0).tolist()
       [True, False, False, True]
     """
-    check_number("keep", keep, low=0, high=1)
+    check_number("keep_rate", keep_rate, low=0, high=1)
     draw = jax.random.uniform(key, (pattern.nnz,))
     # In a symmetric pattern entry e of the transpose stands where entry e does.
     first = jnp.minimum(jnp.arange(pattern.nnz), pattern.t_order)
-    return pattern.valid & ((draw[first] < keep) | (pattern.rows == pattern.columns))
+    return pattern.valid & ((draw[first] < keep_rate) | (pattern.rows == pattern.columns))
 
 
 def strongest_edges(matrix: SparseMatrix, fraction: float) -> Bool[np.ndarray, "entries"]:
-    """Which entries stay when a fraction of the edges, those of smallest value, goes; for ``compact``. On the host.
+    """Which entries stay when the edges of smallest value go; for ``select_entries``. Runs on the host.
 
     Args:
       matrix: S; the diagonal always stays.
-      fraction: of the entries off the diagonal, in [0, 1]; of equal values the first go.
+      fraction: of the entries off the diagonal that go, in [0, 1]; of equal values the first.
 
     Returns:
       bool [nnz].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> path = gcn_adjacency([0, 1, 1, 2], [1, 0, 2, 1], 3)
       >>> strongest_edges(path, 0.5).tolist()
       [True, False, False, True, True, True, True]
     """
+    check_matrix("matrix", matrix)
     check_number("fraction", fraction, low=0, high=1)
     rows, columns = np.asarray(matrix.pattern.rows), np.asarray(matrix.pattern.columns)
     valid = np.asarray(matrix.pattern.valid)
@@ -261,54 +229,15 @@ def strongest_edges(matrix: SparseMatrix, fraction: float) -> Bool[np.ndarray, "
     return keep
 
 
-def agreeing_edges(
-    pattern: SparsePattern, probabilities: Float[Array, "nodes classes"], *, confidence: float = 0.9
-) -> Bool[Array, "entries"]:
-    """Which entries stay when edges between nodes of surely different classes go; for ``compact``.
-
-    Args:
-      pattern: of S; the diagonal always stays.
-      probabilities: of the ensemble.
-      confidence: both ends must reach it, and differ in their class, for the edge to go.
-
-    Returns:
-      bool [nnz].
-
-    Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
-      >>> pair = gcn_adjacency([0, 1], [1, 0], 2)
-      >>> agreeing_edges(pair.pattern, jnp.array([[0.95, 0.05], [0.05, 0.95]])).tolist()
-      [True, False, False, True]
-    """
-    check_number("confidence", confidence, low=0, high=1)
-    label, sure = jnp.argmax(probabilities, axis=1), jnp.max(probabilities, axis=1) >= confidence
-    differ = take_rows(pattern, label) != take_columns(pattern, label)
-    return pattern.valid & ~(differ & take_rows(pattern, sure) & take_columns(pattern, sure))
-
-
 def edge_jaccard(pattern: SparsePattern, support: Bool[np.ndarray, "nodes features"]) -> Float[np.ndarray, "entries"]:
-    r"""Similarity of the features of the two ends of every entry, :math:`|X_i \cap X_j| / |X_i \cup X_j|`. On the host.
-
-    Poisoned edges join unlike nodes, so members that do not see edges below a small threshold err elsewhere.
-
-    Args:
-      pattern: of a matrix [N, N].
-      support: where the features are not zero.
-
-    Returns:
-      float32 [nnz]; 1 on the diagonal, 0 where both ends are without features.
+    """:math:`|X_i \\cap X_j| / |X_i \\cup X_j|` for every entry; 1 on the diagonal, 0 without features. On the host.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> pair = gcn_adjacency([0, 1], [1, 0], 2)
       >>> edge_jaccard(pair.pattern, np.array([[True, True], [True, False]])).tolist()
       [1.0, 0.5, 0.5, 1.0]
-
-    Wu et al. 2019 (IJCAI, arXiv:1903.01610).
     """
-    support = np.asarray(support)
-    if support.dtype != bool or support.shape[:1] != pattern.shape[:1]:
-        raise ValueError(f"support is {support.dtype}{list(support.shape)}; bool [{pattern.shape[0]}, F] is needed.")
     rows, columns = np.asarray(pattern.rows), np.asarray(pattern.columns)
     bits, sizes = np.packbits(support, axis=1), support.sum(1)
     common = np.empty(len(rows), np.int64)
@@ -322,10 +251,15 @@ def edge_jaccard(pattern: SparsePattern, support: Bool[np.ndarray, "nodes featur
 def alike_edges(
     features: SparseMatrix | Float[Array, "nodes features"], pattern: SparsePattern, *, threshold: float = 0.01
 ) -> Bool[Array, "entries"]:
-    """Which entries stay when edges between nodes of unlike features go (``edge_jaccard``). On the host.
+    r"""Which entries stay when edges between nodes of unlike features go. Runs on the host.
+
+    .. math:: |X_i \cap X_j| / |X_i \cup X_j| \ge \mathrm{threshold}
+
+    with :math:`X_i` the features of node i that are not zero. Poisoned edges join unlike nodes, so members that do not
+    see those edges err elsewhere.
 
     Args:
-      features: X.
+      features: X, [N, F].
       pattern: of a matrix [N, N].
       threshold: least similarity of the two ends of an edge, in [0, 1].
 
@@ -333,12 +267,18 @@ def alike_edges(
       bool [nnz].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> path = gcn_adjacency([0, 1, 1, 2], [1, 0, 2, 1], 3)
       >>> alike_edges(jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), path.pattern).tolist()
       [True, True, True, True, False, False, True]
+
+    Wu et al. 2019 (IJCAI, arXiv:1903.01610).
     """
     check_number("threshold", threshold, low=0, high=1)
+    if isinstance(features, SparseMatrix):
+        check_matrix("features", features)
+    if len(features.shape) != 2 or features.shape[0] != pattern.shape[0]:
+        raise ValueError(f"features has shape {features.shape}; [{pattern.shape[0]}, F] is needed.")
     features = features.todense() if isinstance(features, SparseMatrix) else features
     return jnp.asarray(edge_jaccard(pattern, np.asarray(features) != 0) >= threshold)
 
@@ -357,10 +297,11 @@ def top_entries(matrix: SparseMatrix, capacity: int) -> SparseMatrix:
       ValueError: ``capacity`` outside [1, nnz].
 
     Example:
-      >>> from effjax.graph.sparse import sparse_matrix
+      >>> from effjax.graph.sparse.matrix import sparse_matrix
       >>> top_entries(sparse_matrix([0, 0, 1], [0, 1, 1], [3.0, 1.0, 2.0], (2, 2)), 2).todense().tolist()
       [[3.0, 0.0], [0.0, 2.0]]
     """
+    check_matrix("matrix", matrix)
     check_number("capacity", capacity, low=1, high=matrix.nnz, integer=True)
     pattern = matrix.pattern
     kept = jnp.sort(jax.lax.top_k(matrix.values, capacity)[1])

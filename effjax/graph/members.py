@@ -13,25 +13,26 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.loops import stacked_map
-from effjax.core.timing import time_interleaved
-from effjax.graph.sparse import SparseMatrix, matmul, spmm
+from effjax.core.timing import fastest
+from effjax.graph.measures import masked_cross_entropy
+from effjax.graph.sparse.checks import check_array
+from effjax.graph.sparse.matrix import SparseMatrix, check_matrix, matmul, spmm
 
 __all__ = [
     "GcnMembers",
     "ensemble_logits",
     "ensemble_macs",
     "ensemble_probabilities",
-    "fastest_members_form",
+    "fastest_members_loop",
     "fold_members",
     "init_members",
-    "mask_features",
     "member_probabilities",
     "members_loss",
     "prune_width",
 ]
 
-Form = Literal["columns", "vmap", "map", "unroll"]
-FORMS = ("columns", "vmap", "map", "unroll")
+Loop = Literal["columns", "vmap", "map", "unroll"]
+LOOPS = ("columns", "vmap", "map", "unroll")
 
 
 class GcnMembers(NamedTuple):
@@ -55,13 +56,13 @@ class GcnMembers(NamedTuple):
         return self.kernel_0.shape[0]
 
 
-def init_members(key: jax.Array, count: int, features: int, hidden: int, classes: int) -> GcnMembers:
+def init_members(key: jax.Array, count: int, inputs: int, hidden: int, classes: int) -> GcnMembers:
     """Members that differ by their seed: Glorot uniform kernels, zero biases.
 
     Args:
       key: member k is drawn from the k-th of ``split(key, count)``.
       count: K.
-      features: F.
+      inputs: F, the number of features.
       hidden: H. For K members at the cost of one of width H', take H' / K.
       classes: C.
 
@@ -72,27 +73,31 @@ def init_members(key: jax.Array, count: int, features: int, hidden: int, classes
       >>> init_members(jax.random.key(0), 2, 2, 4, 2).kernel_0.shape
       (2, 2, 4)
     """
-    for name, number in (("count", count), ("features", features), ("hidden", hidden), ("classes", classes)):
+    for name, number in (("count", count), ("inputs", inputs), ("hidden", hidden), ("classes", classes)):
         check_number(name, number, low=1, integer=True)
     draw = jax.nn.initializers.glorot_uniform()
 
     def one(key: jax.Array) -> GcnMembers:
         first, second = jax.random.split(key)
         return GcnMembers(
-            draw(first, (features, hidden)), jnp.zeros(hidden), draw(second, (hidden, classes)), jnp.zeros(classes)
+            draw(first, (inputs, hidden)), jnp.zeros(hidden), draw(second, (hidden, classes)), jnp.zeros(classes)
         )
 
     return jax.vmap(one)(jax.random.split(key, count))
 
 
 def mask_features(members: GcnMembers, keep: Bool[Array, "members features"]) -> GcnMembers:
-    """Members that do not see some of the features: those rows of the first kernel are zero, and so is their gradient.
+    """Members that see only the kept features: other rows of the first kernel are zero, and so is their gradient.
+
+    Raises:
+      ValueError: ``keep`` is not bool [K, F].
 
     Example:
       >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
       >>> mask_features(members, jnp.array([[True, True], [True, False]])).kernel_0[1, 1].tolist()
       [0.0, 0.0, 0.0, 0.0]
     """
+    check_array("keep", keep, members.kernel_0.shape[:2], "bool")
     return members._replace(kernel_0=jnp.where(keep[:, :, None], members.kernel_0, 0))
 
 
@@ -155,67 +160,85 @@ def fold_members(members: GcnMembers) -> GcnMembers:
 def ensemble_logits(
     members: GcnMembers,
     features: SparseMatrix | Float[Array, "nodes features"],
-    matrix: SparseMatrix,
+    adjacency: SparseMatrix,
     *,
     last: SparseMatrix | None = None,
     propagated: bool = False,
     dropout: float = 0.0,
     key: jax.Array | None = None,
-    form: Form = "columns",
+    loop: Loop = "columns",
 ) -> Float[Array, "members nodes classes"]:
-    r"""Logits of all members, in one of four forms of one computation.
+    r"""Logits of all members, by one of four loops over them.
 
     .. math:: Z_k = S_2\, \mathrm{relu}(S_1 X W_{0,k} + b_{0,k})\, W_{1,k} + b_{1,k}
 
     ``'columns'`` puts the members side by side: one product with X and, where they share the graph, one with S in every
     layer. ``'vmap'``, ``'map'`` and ``'unroll'`` are loops over members (``effjax.core.loops``). Which is fastest
-    depends on the size: ``fastest_members_form`` measures.
+    depends on the size: ``fastest_members_loop`` measures.
 
     Args:
       members: K of them.
       features: X, dense or sparse.
-      matrix: S of both layers, normalised; its values are [nnz], or [K, nnz] where members see graphs of their own.
+      adjacency: S of both layers, normalised; its values are [nnz], or [K, nnz] where members see graphs of their own.
       last: S of the second layer, if it differs.
       propagated: ``features`` are already S X, and the first layer is a plain product.
       dropout: rate on the hidden layer, in training.
       key: of the dropout; needed where the rate is above 0.
-      form: see above.
+      loop: see above.
 
     Returns:
       [K, N, C].
 
     Raises:
-      ValueError: an unknown ``form``, a dropout without key, or values for another number of members.
+      TypeError: an adjacency of another kind.
+      ValueError: an unknown ``loop``, a dropout without key, features of another shape, or values for another number
+        of members.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
       >>> ensemble_logits(members, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2)).shape
       (2, 2, 2)
     """
-    check_choice("form", form, FORMS)
+    check_choice("loop", loop, LOOPS)
     check_number("dropout", dropout, low=0, high=1, open_high=True)
     if dropout and key is None:
         raise ValueError(f"dropout={dropout} needs a key. Pass one, or leave dropout out when evaluating.")
-    last = matrix if last is None else last
-    for name, given in (("matrix", matrix), ("last", last)):
-        if given.values.ndim == 2 and given.values.shape[0] != members.count:
-            raise ValueError(
-                f"{name}.values has shape {given.values.shape}: {given.values.shape[0]} graphs for {members.count} "
-                "members. Give one row for every member, or one vector for all."
-            )
+    last = adjacency if last is None else last
+    for name, matrix in (("adjacency", adjacency), ("last", last)):
+        check_graphs(name, matrix, members)
+    check_features(features, members, adjacency)
     keys = jax.random.split(key, members.count) if dropout else None
-    if form == "columns":
-        return _columns(members, features, matrix, last, propagated, dropout, keys)
-    own = tuple(given.values if given.values.ndim == 2 else None for given in (matrix, last))
+    if loop == "columns":
+        return _columns(members, features, adjacency, last, propagated, dropout, keys)
+    own = tuple(matrix.values if matrix.values.ndim == 2 else None for matrix in (adjacency, last))
     return stacked_map(
         functools.partial(_one, propagated, dropout),
         (members, own, keys),
         features,
-        (matrix, last),
+        (adjacency, last),
         size=members.count,
-        loop=form,
+        loop=loop,
     )
+
+
+def check_graphs(name: str, matrix: SparseMatrix, members: GcnMembers) -> None:
+    """Raise where a matrix is no graph of all members, nor one graph for each."""
+    values = check_matrix(name, matrix, square=True, stacked=True).values
+    if values.ndim == 2 and values.shape[0] != members.count:
+        raise ValueError(
+            f"{name}.values has shape {values.shape}: {values.shape[0]} graphs for {members.count} members. Give one "
+            "row for every member, or one vector for all."
+        )
+
+
+def check_features(features: SparseMatrix | jax.Array, members: GcnMembers, adjacency: SparseMatrix) -> None:
+    """Raise where features are not [N, F] of the graph and the members."""
+    if isinstance(features, SparseMatrix):
+        check_matrix("features", features)
+    wanted = (adjacency.shape[0], members.kernel_0.shape[1])
+    if tuple(features.shape) != wanted:
+        raise ValueError(f"features has shape {tuple(features.shape)}; the graph and the members need {list(wanted)}.")
 
 
 def _one(propagated, dropout, member, features, matrices):
@@ -286,61 +309,57 @@ def members_loss(
     labels: Int[Array, "nodes"],
     mask: Bool[Array, "nodes"],
 ) -> Float[Array, ""]:
-    """Sum over the members of their mean cross-entropy: every member trains as if it were alone.
+    """Sum over the members of their ``masked_cross_entropy``: every member trains as if it were alone.
 
     Args:
       logits: of ``ensemble_logits``.
-      labels: not read outside the mask.
+      labels: integers [N]; not read outside the mask, and -1 counts nowhere.
       mask: the training nodes; ``[K, N]`` gives every member its own.
 
     Returns:
       A scalar, nats.
 
+    Raises:
+      ValueError: labels or a mask of another shape or kind.
+
     Example:
       >>> round(float(members_loss(jnp.zeros((2, 1, 4)), jnp.array([3]), jnp.array([True]))), 4)
       2.7726
     """
-    log_p = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
-    weights = jnp.broadcast_to(mask, logits.shape[:2]).astype(log_p.dtype)
-    # A sum over classes, as the gradient of a gather would be a scatter.
-    picked = jnp.sum(log_p * jax.nn.one_hot(labels, logits.shape[-1], dtype=log_p.dtype), axis=-1)
-    return -jnp.sum(jnp.sum(weights * picked, 1) / jnp.maximum(jnp.sum(weights, 1), 1))
+    return jnp.sum(masked_cross_entropy(logits, labels, mask))
 
 
-def fastest_members_form(
+def fastest_members_loop(
     members: GcnMembers,
     features: SparseMatrix | jax.Array,
-    matrix: SparseMatrix,
+    adjacency: SparseMatrix,
     *,
     training: bool = True,
-    rounds: int = 5,
 ) -> str:
-    """The form of ``ensemble_logits`` that is fastest on this graph and device, measured. Not under ``jit``.
+    """The ``loop`` of ``ensemble_logits`` that is fastest on this graph and device, measured. Not under ``jit``.
 
     Args:
       members: as for ``ensemble_logits``.
-      features: likewise.
-      matrix: likewise.
+      features: X, [N, F].
+      adjacency: S, [N, N].
       training: time the gradient with respect to the members, not the logits.
-      rounds: of the measurement; the forms take turns.
 
     Returns:
       One of ``'columns'``, ``'vmap'``, ``'map'``, ``'unroll'``.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
-      >>> fastest_members_form(members, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2), rounds=1) in FORMS
+      >>> fastest_members_loop(members, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2)) in LOOPS
       True
     """
     programs = {}
-    for form in FORMS:
-        logits = functools.partial(ensemble_logits, form=form)
+    for loop in LOOPS:
+        logits = functools.partial(ensemble_logits, loop=loop)
         total = lambda *arguments, logits=logits: jnp.sum(jnp.square(logits(*arguments)))
-        program = jax.jit(jax.grad(total) if training else logits)
-        programs[form] = functools.partial(program, members, features, matrix)
-    times = time_interleaved(programs, rounds=rounds)
-    return min(times, key=lambda form: min(times[form].samples_ms))
+        program = jax.jit(jax.grad(total) if training else logits).lower(members, features, adjacency).compile()
+        programs[loop] = functools.partial(program, members, features, adjacency)
+    return fastest(programs)
 
 
 class EnsembleMacs(NamedTuple):
@@ -363,20 +382,21 @@ class EnsembleMacs(NamedTuple):
 
 
 def ensemble_macs(
-    members: GcnMembers, features: SparseMatrix | jax.Array, matrix: SparseMatrix, *, propagated: bool = False
+    members: GcnMembers, features: SparseMatrix | jax.Array, adjacency: SparseMatrix, *, propagated: bool = False
 ) -> EnsembleMacs:
     """What ``ensemble_logits`` multiplies and adds: isolation lowers ``aggregate``, narrow members all three.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> members = init_members(jax.random.key(0), 2, 2, 4, 2)
       >>> ensemble_macs(members, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2))
       EnsembleMacs(features=32, aggregate=48, classes=32)
     """
+    check_graphs("adjacency", adjacency, members)
     count, _, hidden = members.kernel_0.shape
     classes = members.kernel_1.shape[-1]
     entries = features.nnz if isinstance(features, SparseMatrix) else math.prod(features.shape)
     columns = classes if propagated else hidden + classes
     return EnsembleMacs(
-        entries * count * hidden, count * matrix.nnz * columns, features.shape[0] * count * hidden * classes
+        entries * count * hidden, count * adjacency.nnz * columns, features.shape[0] * count * hidden * classes
     )

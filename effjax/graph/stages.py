@@ -15,26 +15,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_number
 from effjax.core.shapes import smallest_fit
-from effjax.graph.layers import hashed_bits
-from effjax.graph.sparse import SparseMatrix, SparsePattern, compact
+from effjax.graph.measures import masked_cross_entropy
+from effjax.graph.sparse.checks import check_array
+from effjax.graph.sparse.layers import hashed_bits
+from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, check_matrix, select_entries
 
-__all__ = [
-    "agreeing",
-    "compact_to_ladder",
-    "drop_count",
-    "drop_edges",
-    "drop_edges_exactly",
-    "edge_pool",
-    "fastrain_optimizer",
-    "pick_subset",
-    "prune_edges",
-    "select_pseudolabels",
-    "stage_plan",
-    "train_stage",
-]
+__all__ = ["adam_l2", "drop_edges", "prune_edges", "select_pseudolabels", "stage_plan", "train_stage"]
 
 PyTree = Any
-Network = Callable[[PyTree, Any, SparseMatrix, jax.Array], jax.Array]
+Apply = Callable[..., jax.Array]
 
 
 class Stage(NamedTuple):
@@ -42,11 +31,11 @@ class Stage(NamedTuple):
 
     Attributes:
       deep: the network with one more layer, or the shallow one.
-      keep: share of the adjacency's entries that an epoch keeps.
+      keep_rate: probability with which an epoch keeps an entry of the adjacency.
     """
 
     deep: bool
-    keep: float
+    keep_rate: float
 
 
 def stage_plan(
@@ -55,15 +44,15 @@ def stage_plan(
     labelled: int,
     *,
     deep_below: float = 0.025,
-    keep_deep: float = 0.9,
-    keep_shallow: float = 0.8,
-    keep_one_shot: float = 1.0,
+    deep_rate: float = 0.9,
+    shallow_rate: float = 0.8,
+    one_shot_rate: float = 1.0,
 ) -> Stage:
     r"""Dynamic sizing and dynamic regularisation: depth and edge dropping by the size of the training set.
 
     .. math::
         \mathrm{deep} = [\,n < 0.025\,N\,], \qquad
-        \mathrm{keep} = \begin{cases} 1 & n = C \text{ and deep} \\ 0.9 & \text{deep} \\ 0.8 & \text{else} \end{cases}
+        \mathrm{rate} = \begin{cases} 1 & n = C \text{ and deep} \\ 0.9 & \text{deep} \\ 0.8 & \text{else} \end{cases}
 
     Few labels need a wide receptive field and bear little noise; many labels need neither depth nor every edge.
 
@@ -72,9 +61,9 @@ def stage_plan(
       classes: C.
       labelled: n, nodes with a label or a pseudolabel, as the stage begins.
       deep_below: share of N below which (strictly) the network is deep; 0 never, 1 (as good as) always.
-      keep_deep: share of entries kept in deep stages.
-      keep_shallow: in shallow ones.
-      keep_one_shot: in deep ones where ``labelled == classes``, one label a class.
+      deep_rate: probability of keeping an entry in deep stages.
+      shallow_rate: the same in shallow stages.
+      one_shot_rate: the same in deep stages where ``labelled == classes``, one label per class.
 
     Returns:
       A ``Stage``.
@@ -84,59 +73,61 @@ def stage_plan(
 
     Example:
       >>> stage_plan(2708, 7, 56), stage_plan(2708, 7, 1500)
-      (Stage(deep=True, keep=0.9), Stage(deep=False, keep=0.8))
+      (Stage(deep=True, keep_rate=0.9), Stage(deep=False, keep_rate=0.8))
 
-    The authors' program of April 2023; that of October 2022 was deep below 16 labels a class (64 on PubMed) instead.
+    The authors' program of April 2023; that of October 2022 was deep below 16 labels per class (64 on PubMed) instead.
     """
     check_number("nodes", nodes, low=1, integer=True)
     check_number("classes", classes, low=2, integer=True)
     check_number("labelled", labelled, low=1, high=nodes, integer=True, hint="Without a label nothing can be trained.")
     check_number("deep_below", deep_below, low=0, high=1)
-    for name, keep in (("keep_deep", keep_deep), ("keep_shallow", keep_shallow), ("keep_one_shot", keep_one_shot)):
-        check_number(name, keep, low=0, high=1, open_low=True)
+    rates = {"deep_rate": deep_rate, "shallow_rate": shallow_rate, "one_shot_rate": one_shot_rate}
+    for name, rate in rates.items():
+        check_number(name, rate, low=0, high=1, open_low=True)
     if labelled < deep_below * nodes:
-        return Stage(True, keep_one_shot if labelled == classes else keep_deep)
-    return Stage(False, keep_shallow)
+        return Stage(True, one_shot_rate if labelled == classes else deep_rate)
+    return Stage(False, shallow_rate)
 
 
-def drop_count(nnz: int, keep: float) -> int:
-    """Entries that the authors' program zeroes: ``int(nnz * (1 - keep))`` in double precision.
+def drop_count(nnz: int, keep_rate: float) -> int:
+    """Entries that the authors' program zeroes: ``int(nnz * (1 - keep_rate))`` in double precision.
 
     Example:
       >>> drop_count(190, 0.9)  # 1 - 0.9 is a little less than 0.1
       18
     """
     check_number("nnz", nnz, low=0, integer=True)
-    check_number("keep", keep, low=0, high=1)
-    return int(nnz * (1 - keep))
+    check_number("keep_rate", keep_rate, low=0, high=1)
+    return int(nnz * (1 - keep_rate))
 
 
-def drop_edges(key: jax.Array, matrix: SparseMatrix, keep: float | jax.Array) -> SparseMatrix:
-    """The matrix with every entry zeroed with probability ``1 - keep``; the rest is not scaled up.
+def drop_edges(key: jax.Array, matrix: SparseMatrix, keep_rate: float | jax.Array) -> SparseMatrix:
+    """The matrix with every entry zeroed with probability ``1 - keep_rate``; the rest is not scaled up.
 
-    Each direction of an edge has its own draw, and self-loops may go too. A mask saves no time: products still run over
-    all entries. ``edge_pool`` does.
+    Each direction of an edge has its own draw, and self-loops may go too. It saves no time, as products still run over
+    all entries; ``FastrainConfig(pool=...)`` does.
 
     Args:
       key: of the draw.
       matrix: normalised adjacency.
-      keep: probability of staying, a number or a traced scalar.
+      keep_rate: probability of staying, a number or a traced scalar.
 
     Returns:
       A ``SparseMatrix`` of the same pattern.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> matrix = gcn_adjacency([0, 1], [1, 0], 2)
       >>> bool((drop_edges(jax.random.key(0), matrix, 1.0).values == matrix.values).all())
       True
 
-    The authors drop an exact number (``drop_edges_exactly``), which takes a sort.
+    The authors drop an exact number (``FastrainConfig(exact_drop=True)``), which takes a sort.
     """
-    check_number("keep", keep, low=0, high=1)
-    # The upper bits, as a whole one is not below 2**32 in any integer at hand: keep is rounded to a 65536th.
+    check_matrix("matrix", matrix, stacked=True)
+    check_number("keep_rate", keep_rate, low=0, high=1)
+    # The upper bits, as a whole one is not below 2**32 in any integer at hand: the rate is rounded to a 65536th.
     draw = hashed_bits(key, matrix.values.shape) >> 16
-    stays = draw < jnp.round(jnp.asarray(keep, jnp.float32) * 65536).astype(jnp.uint32)
+    stays = draw < jnp.round(jnp.asarray(keep_rate, jnp.float32) * 65536).astype(jnp.uint32)
     return matrix._replace(values=jnp.where(stays, matrix.values, 0))
 
 
@@ -152,11 +143,12 @@ def drop_edges_exactly(key: jax.Array, matrix: SparseMatrix, dropped: int | jax.
       A ``SparseMatrix`` of the same pattern.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> matrix = gcn_adjacency([0, 1, 1, 2], [1, 0, 2, 1], 3)
       >>> int((drop_edges_exactly(jax.random.key(0), matrix, 2).values == 0).sum())
       2
     """
+    check_matrix("matrix", matrix)
     check_number("dropped", dropped, low=0, high=matrix.nnz, integer=True)
     draw = jnp.where(matrix.pattern.valid, jax.random.uniform(key, matrix.values.shape), 2.0)
     order = jnp.argsort(draw)
@@ -164,7 +156,7 @@ def drop_edges_exactly(key: jax.Array, matrix: SparseMatrix, dropped: int | jax.
     return matrix._replace(values=jnp.where(stays, matrix.values, 0))
 
 
-def edge_pool(rng: np.random.Generator, matrix: SparseMatrix, keep: float, size: int) -> SparseMatrix:
+def edge_pool(rng: np.random.Generator, matrix: SparseMatrix, keep_rate: float, size: int) -> SparseMatrix:
     """Subsets of a matrix's entries, compacted, so that dropping edges shortens the product. Runs on the host.
 
     An epoch takes one of them at random (``pick_subset``) instead of drawing its own: fewer entries in every product,
@@ -173,7 +165,7 @@ def edge_pool(rng: np.random.Generator, matrix: SparseMatrix, keep: float, size:
     Args:
       rng: of the draws.
       matrix: normalised adjacency.
-      keep: share of the real entries that a subset holds, exactly ``nnz - drop_count(nnz, keep)``.
+      keep_rate: of the real entries; a subset holds exactly ``nnz - drop_count(nnz, keep_rate)``.
       size: number of subsets.
 
     Returns:
@@ -183,15 +175,15 @@ def edge_pool(rng: np.random.Generator, matrix: SparseMatrix, keep: float, size:
       ValueError: nothing would be kept, or numbers out of range.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> pool = edge_pool(np.random.default_rng(0), gcn_adjacency([0, 1], [1, 0], 2), 0.75, 8)
       >>> pool.values.shape
       (8, 3)
     """
     check_number("size", size, low=1, integer=True)
     nnz = int(matrix.pattern.size)
-    kept = nnz - drop_count(nnz, keep)
-    check_number("kept entries", kept, low=1, hint=f"keep={keep} leaves none of the {nnz} entries.")
+    kept = nnz - drop_count(nnz, keep_rate)
+    check_number("kept entries", kept, low=1, hint=f"keep_rate={keep_rate} leaves none of the {nnz} entries.")
     host = jax.device_get(matrix)
     subsets = []
     for _ in range(size):
@@ -229,40 +221,30 @@ def _subset(matrix: SparseMatrix, mask: np.ndarray) -> SparseMatrix:
     )
 
 
-def agreeing(samples: Int[Array, "count nodes"]) -> Bool[Array, "nodes"]:
-    """Nodes for which all sampled predictions are the same.
-
-    Example:
-      >>> agreeing(jnp.array([[0, 1], [0, 2]])).tolist()
-      [True, False]
-    """
-    return (samples == samples[0]).all(0)
-
-
 def select_pseudolabels(
     confidence: Float[Array, "nodes"],
     mask: Bool[Array, "nodes"],
     threshold: float,
-    samples: Int[Array, "count nodes"] | None = None,
+    sampled: Int[Array, "count nodes"] | None = None,
 ) -> Bool[Array, "nodes"]:
     r"""Sampling-based pseudolabel filtering: the nodes that become training nodes.
 
     .. math:: \mathrm{new}_i = [\,c_i > \tau\,] \wedge [\,\hat y_i^{(1)} = \dots = \hat y_i^{(m)}\,] \wedge i \notin T
 
-    The samples are predictions on graphs with randomly dropped edges. As in the authors' program they must agree among
-    themselves, not with the prediction on the whole graph, which becomes the label.
+    Sampled predictions are those on graphs with randomly dropped edges. As in the authors' program they must agree
+    among themselves, not with the prediction on the whole graph, which becomes the label.
 
     Args:
       confidence: c, largest (calibrated) probability of each node.
       mask: T, nodes that have a label or pseudolabel already; those stay as they are.
       threshold: tau, exceeded strictly.
-      samples: predictions on sampled graphs; None for plain self-training.
+      sampled: predictions on sampled graphs; None for plain self-training.
 
     Returns:
       Mask of the new nodes.
 
     Raises:
-      ValueError: ``threshold`` outside [0, 1].
+      ValueError: ``threshold`` outside [0, 1], or arrays of unlike length.
 
     Example:
       >>> confidence, mask = jnp.array([0.95, 0.9, 0.9, 0.5]), jnp.array([True, False, False, False])
@@ -270,8 +252,23 @@ def select_pseudolabels(
       [False, True, False, False]
     """
     check_number("threshold", threshold, low=0, high=1)
+    check_array("confidence", confidence, (None,), "floating")
+    check_array("mask", mask, confidence.shape, "bool")
     new = (confidence > threshold) & ~mask
-    return new if samples is None else new & agreeing(samples)
+    if sampled is None:
+        return new
+    check_array("sampled", sampled, (None, *confidence.shape), "integers")
+    return new & unanimous(sampled)
+
+
+def unanimous(sampled: Int[Array, "count nodes"]) -> Bool[Array, "nodes"]:
+    """Nodes for which all sampled predictions are the same.
+
+    Example:
+      >>> unanimous(jnp.array([[0, 1], [0, 2]])).tolist()
+      [True, False]
+    """
+    return (sampled == sampled[0]).all(0)
 
 
 def prune_edges(
@@ -286,7 +283,7 @@ def prune_edges(
         \mathrm{keep}_{ij} \leftarrow \mathrm{keep}_{ij} \wedge
         \neg\,[\,i \in T,\ j \in T,\ \hat y_i \ne \hat y_j\,]
 
-    Self-loops stay, and so do the values of the remaining entries. The saving comes from ``compact``.
+    Self-loops stay, and so do the values of the remaining entries. The saving comes from ``select_entries``.
 
     Args:
       pattern: of the adjacency.
@@ -297,12 +294,19 @@ def prune_edges(
     Returns:
       The new mask of entries.
 
+    Raises:
+      ValueError: arrays of another length.
+
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> pattern = gcn_adjacency([0, 1], [1, 0], 2).pattern
       >>> prune_edges(pattern, jnp.ones(4, bool), jnp.array([0, 1]), jnp.array([True, True])).tolist()
       [True, False, False, True]
     """
+    nodes = pattern.shape[0]
+    check_array("keep", keep, (pattern.nnz,), "bool")
+    check_array("predictions", predictions, (nodes,), "integers")
+    check_array("mask", mask, (nodes,), "bool")
     inside = mask[pattern.rows] & mask[pattern.columns]
     return keep & ~(inside & (predictions[pattern.rows] != predictions[pattern.columns]))
 
@@ -331,25 +335,25 @@ def nnz_ladder(nnz: int, *, shrink: float = 0.95, least: float = 0.85) -> tuple[
     return tuple(reversed(sizes))
 
 
-def compact_to_ladder(matrix: SparseMatrix, keep: np.ndarray) -> SparseMatrix:
+def select_to_ladder(matrix: SparseMatrix, keep: np.ndarray) -> SparseMatrix:
     """The kept entries alone, padded to the ``nnz_ladder`` of the whole matrix. Runs on the host."""
     keep = np.asarray(keep)
     rungs = nnz_ladder(int(matrix.pattern.size))
-    return compact(matrix, keep, capacity=smallest_fit(int(keep.sum()), rungs))
+    return select_entries(matrix, keep, capacity=smallest_fit(int(keep.sum()), rungs))
 
 
 def train_stage(
-    network: Network,
+    key: jax.Array,
+    apply: Apply,
     tx: optax.GradientTransformation,
+    state: PyTree,
     params: PyTree,
-    opt: PyTree,
+    *,
     features: Any,
     sample: Callable[[jax.Array], SparseMatrix],
     labels: Int[Array, "nodes"],
     weights: Float[Array, "nodes"],
-    key: jax.Array,
     epochs: int,
-    *,
     first: int | jax.Array = 0,
 ) -> tuple[PyTree, PyTree, Float[Array, "epochs"]]:
     r"""Full-batch epochs on the labelled and pseudolabelled nodes, each on a graph of its own.
@@ -357,31 +361,35 @@ def train_stage(
     .. math:: \min_\theta\ \frac{\sum_i w_i\, \mathrm{CE}(f_\theta(X, A_e)_i, z_i)}{\sum_i w_i}
 
     One ``lax.scan``, so the training set may grow without compiling anew. Map it over labelled sets with ``jax.vmap``
-    on an accelerator (batched: params, opt, labels, weights, key), with ``jax.lax.map`` on a CPU.
+    on an accelerator (batched: key, state, params, labels, weights), with ``jax.lax.map`` on a CPU.
 
     Args:
-      network: ``(params, features, adjacency, key) -> logits [N, C]``, in training mode.
-      tx: the optimizer; the authors' is ``fastrain_optimizer``.
+      key: of the stage; epoch e uses ``fold_in(key, e)``.
+      apply: ``(params, features, adjacency, *, key=None) -> logits [N, C]``; with a key it is in training mode.
+      tx: the optimizer; the authors' is ``adam_l2``.
+      state: the optimizer's state.
       params: parameters.
-      opt: its state.
       features: passed on to the network.
       sample: ``key -> adjacency`` of an epoch, such as ``lambda key: drop_edges(key, matrix, 0.9)``.
-      labels: z; where ``weights`` is 0 nothing is read from them.
+      labels: z, integers [N]; not read where ``weights`` is 0.
       weights: of the nodes in the loss; 1 for members of the training set, 0 for all others.
-      key: of the stage; epoch e uses ``fold_in(key, e)``.
       epochs: how many, static.
       first: number of the first epoch, for training in pieces.
 
     Returns:
-      Parameters, optimizer state and the loss of every epoch.
+      The optimizer's state, parameters and the loss of every epoch.
+
+    Raises:
+      ValueError: labels or weights that are not [N].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> matrix, tx = gcn_adjacency([0, 1], [1, 0], 2), optax.sgd(1.0)
-      >>> network = lambda params, features, adjacency, key: adjacency @ (features @ params)
-      >>> params, _, losses = train_stage(
-      ...     network, tx, jnp.zeros((2, 2)), tx.init(jnp.zeros((2, 2))), jnp.eye(2), lambda key: matrix,
-      ...     jnp.array([1, -1]), jnp.array([1.0, 0.0]), jax.random.key(0), 3,
+      >>> apply = lambda params, features, adjacency, *, key=None: adjacency @ (features @ params)
+      >>> start = jnp.zeros((2, 2))
+      >>> _, params, losses = train_stage(
+      ...     jax.random.key(0), apply, tx, tx.init(start), start, features=jnp.eye(2), sample=lambda key: matrix,
+      ...     labels=jnp.array([1, -1]), weights=jnp.array([1.0, 0.0]), epochs=3,
       ... )
       >>> bool(losses[2] < losses[0])
       True
@@ -390,17 +398,32 @@ def train_stage(
 
     def loss(params: PyTree, key: jax.Array) -> jax.Array:
         graph_key, network_key = jax.random.split(key)
-        logits = network(params, features, sample(graph_key), network_key)
-        return weighted_cross_entropy(logits, labels, weights)
+        logits = apply(params, features, sample(graph_key), key=network_key)
+        return masked_cross_entropy(logits, labels, weights)
+
+    return scan_epochs(key, loss, tx, state, params, epochs=epochs, first=first)
+
+
+def scan_epochs(
+    key: jax.Array,
+    loss: Callable[[PyTree, jax.Array], jax.Array],
+    tx: optax.GradientTransformation,
+    state: PyTree,
+    params: PyTree,
+    *,
+    epochs: int,
+    first: int | jax.Array = 0,
+) -> tuple[PyTree, PyTree, Float[Array, "epochs"]]:
+    """Full-batch updates by the gradient of ``loss(params, fold_in(key, epoch))``, as one ``lax.scan``."""
 
     def epoch(carry: tuple[PyTree, PyTree], number: jax.Array) -> tuple[tuple[PyTree, PyTree], jax.Array]:
-        params, opt = carry
+        state, params = carry
         value, grads = jax.value_and_grad(loss)(params, jax.random.fold_in(key, number))
-        updates, opt = tx.update(grads, opt, params)
-        return (optax.apply_updates(params, updates), opt), value
+        updates, state = tx.update(grads, state, params)
+        return (state, optax.apply_updates(params, updates)), value
 
-    (params, opt), losses = jax.lax.scan(epoch, (params, opt), first + jnp.arange(epochs))
-    return params, opt, losses
+    (state, params), losses = jax.lax.scan(epoch, (state, params), first + jnp.arange(epochs))
+    return state, params, losses
 
 
 def evaluate_stages(
@@ -438,20 +461,6 @@ def evaluate_stages(
     return found
 
 
-def weighted_cross_entropy(
-    logits: Float[Array, "nodes classes"], labels: Int[Array, "nodes"], weights: Float[Array, "nodes"]
-) -> Float[Array, ""]:
-    """Weighted mean of the nodes' cross-entropies; labels of weight 0 are not read.
-
-    Example:
-      >>> round(float(weighted_cross_entropy(jnp.zeros((2, 4)), jnp.array([0, -1]), jnp.array([1.0, 0.0]))), 4)
-      1.3863
-    """
-    members = weights > 0
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(members, labels, 0))
-    return jnp.sum(jnp.where(members, weights * losses, 0)) / jnp.sum(weights)
-
-
-def fastrain_optimizer(learning_rate: float = 0.01, weight_decay: float = 5e-4) -> optax.GradientTransformation:
+def adam_l2(learning_rate: float = 0.01, weight_decay: float = 5e-4) -> optax.GradientTransformation:
     """Adam with L2 added to the gradient, of biases too, as PyTorch's ``weight_decay`` does; not AdamW."""
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))

@@ -9,9 +9,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice, check_number
-from effjax.graph.layers import Features, appnp, dropout
-from effjax.graph.modules import GATConv, GCNConv, GCNIIConv, Linear, ReleasedGATConv, SAGEConv, SGCConv
-from effjax.graph.sparse import SparseMatrix
+from effjax.graph.sparse.layers import Features, appnp, dropout
+from effjax.graph.sparse.matrix import SparseMatrix
+from effjax.graph.sparse.modules import GATConv, GCNConv, GCNIIConv, Linear, ReleasedGATConv, SAGEConv, SGCConv
 
 __all__ = ["NodeClassifier"]
 
@@ -30,7 +30,7 @@ class NodeClassifier(nn.Module):
     gcn                   relu between layers; the values of ``adjacency`` count
     sage, sage-max        relu between layers; the edges of ``adjacency`` count, self-loops too
     gat, gatv2, supergat  elu; ``heads`` heads, together ``hidden`` wide, one head in the last layer; attention dropout
-    released-gat          elu, behind the last layer too; no attention (``effjax.graph.layers.released_gat``)
+    released-gat          elu, behind the last layer too; no attention (``effjax.graph.sparse.layers.released_gat``)
     appnp                 a perceptron of ``depth`` layers, then ten propagations with teleport 0.1
     sgc                   ``depth`` propagations and one linear map; ``hidden`` and ``dropout`` play no part
     gcnii                 linear, ``depth - 2`` layers of GCNII (alpha 0.1, theta 0.5), linear
@@ -58,7 +58,7 @@ class NodeClassifier(nn.Module):
       ValueError: an unknown layer, sizes or rates out of range, heads that do not divide ``hidden``.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> graph, x = gcn_adjacency([0, 1], [1, 0], 3), jax.numpy.ones((3, 5))
       >>> model = NodeClassifier(classes=2, hidden=8, depth=3)
       >>> variables = model.init(jax.random.key(0), x, graph)
@@ -152,7 +152,7 @@ def sized_networks(
 
     Example:
       >>> import functools
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> graph, x = gcn_adjacency([0, 1], [1, 0], 3), jax.numpy.ones((3, 5))
       >>> init, apply = sized_networks(functools.partial(NodeClassifier, 2, hidden=8), x, graph)
       >>> params = init(jax.random.key(0), True)

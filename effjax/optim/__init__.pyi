@@ -1,10 +1,10 @@
+from .batch_size import scale_by_batch_size as scale_by_batch_size
+from .one_gradient import samuel_one_gradient as samuel_one_gradient
 from .samuel import samuel_eval_params as samuel_eval_params
 from .samuel import samuel_init as samuel_init
 from .samuel import samuel_probabilities as samuel_probabilities
 from .samuel import samuel_sync as samuel_sync
 from .samuel import samuel_value_and_grad as samuel_value_and_grad
-from .strongly_adaptive import covering_intervals as covering_intervals
-from .strongly_adaptive import preconditioner_regret as preconditioner_regret
 from .strongly_adaptive import strongly_adaptive_init as strongly_adaptive_init
 from .strongly_adaptive import strongly_adaptive_run as strongly_adaptive_run
 from .strongly_adaptive import strongly_adaptive_step as strongly_adaptive_step

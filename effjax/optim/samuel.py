@@ -1,5 +1,6 @@
 """SAMUEL: learning-rate experts by multiplicative weights (Lu, Xia, Arora, Hazan 2022, arXiv 2203.01400)."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -8,13 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from effjax.core.errors import NoEffectWarning, check_choice, check_number
 from effjax.core.loops import LOOPS, fastest_loop, stacked_map
-from effjax.core.tree import wide
+from effjax.core.stacked import aligned, column, finite_copies, replicated, spread_out, take, weighted_sum
+from effjax.core.tree import only_node, wide
 from effjax.optim.expert_weights import WeightRule, check_concrete, check_rates, draw, log_probabilities, raw_key
 
 __all__ = [
@@ -94,7 +96,7 @@ def samuel(
         params = samuel_init(params, experts=5)
         losses, grads = samuel_value_and_grad(loss)(params, batch)
         updates, state = tx.update(grads, state, params, value=losses)
-        params = samuel_sync(optax.apply_updates(params, updates), state)
+        params = samuel_sync(state, optax.apply_updates(params, updates))
 
     Args:
       base: ``learning_rate -> GradientTransformation``, traced once for all rates; or one transformation per expert.
@@ -129,7 +131,7 @@ def samuel(
       >>> state = tx.init(w)
       >>> losses, grads = loss(w, jnp.ones(3))
       >>> updates, state = tx.update(grads, state, w, value=losses)
-      >>> w = samuel_sync(optax.apply_updates(w, updates), state)
+      >>> w = samuel_sync(state, optax.apply_updates(w, updates))
       >>> w[:, 0].tolist(), state.synced.item()
       ([1.0, 0.25], False)
 
@@ -191,11 +193,11 @@ def samuel(
         log_weights, spread = rule.update(state.log_weights, state.spread, state.count, losses, played)
         updates, inner = experts.update(updates, state.inner, params, losses, extra_args)
         # A rate is float32 and would widen the updates of narrower parameters, and some base's state.
-        updates, inner = _cast_like(updates, params), _cast_like(inner, state.inner)
+        updates, inner = optax.tree.cast_like(updates, params), optax.tree.cast_like(inner, state.inner)
 
         def sync() -> tuple[PyTree, PyTree, Array, Array]:
             moves, target, chosen = _gather(updates, params, drawn, logits, average=select == "average")
-            copied = _spread_out(_take(inner, chosen), inner) if inner_state == "copy" else experts.init(target)
+            copied = spread_out(take(inner, chosen), inner) if inner_state == "copy" else experts.init(target)
             return moves, copied, rule.rebirths(log_weights, prior_odds), chosen
 
         ending = due(state.count) | last
@@ -232,14 +234,14 @@ def samuel_init(params: PyTree, experts: int) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], experts, axis=0), params)
 
 
-def samuel_sync(params: PyTree, state: PyTree, *others: PyTree) -> Any:
+def samuel_sync(state: PyTree, params: PyTree, *others: PyTree) -> Any:
     """After a segment's last step, overwrite every expert with the drawn one, bit for bit; else change nothing.
 
     The update of that step alone leaves the experts apart in the last bit, and a diverged one not finite.
 
     Args:
-      params: stacked parameters ``[E, ...]``, the step's updates applied.
       state: state returned by that step's ``tx.update``; the ``SamuelState`` may be nested in it.
+      params: stacked parameters ``[E, ...]``, the step's updates applied.
       *others: what else belongs to an expert, with the same leading axis: BatchNorm statistics, for instance.
 
     Returns:
@@ -252,14 +254,14 @@ def samuel_sync(params: PyTree, state: PyTree, *others: PyTree) -> Any:
       >>> tx = samuel(optax.sgd, (0.5, 0.05), period=1, select="argmax")
       >>> w = samuel_init(jnp.ones(()), experts=2)
       >>> updates, state = tx.update(w, tx.init(w), w, value=jnp.ones(2))
-      >>> samuel_sync(optax.apply_updates(w, updates), state).tolist()
+      >>> samuel_sync(state, optax.apply_updates(w, updates)).tolist()
       [0.5, 0.5]
     """
     found = _find(state)
     trees = (params, *others)
 
     def overwrite() -> tuple[PyTree, ...]:
-        return _spread_out(_take(trees, found.current_expert), trees)
+        return spread_out(take(trees, found.current_expert), trees)
 
     trees = jax.lax.cond(found.synced, overwrite, lambda: trees)
     return trees if others else trees[0]
@@ -307,8 +309,8 @@ def samuel_eval_params(state: PyTree, params: PyTree, *, average: bool = False) 
     """
     logits = log_probabilities(_find(state).log_weights)
     if average:
-        return _average(params, jax.nn.softmax(logits))
-    return _take(params, jnp.argmax(logits))
+        return weighted_sum(params, jax.nn.softmax(logits))
+    return take(params, jnp.argmax(logits))
 
 
 def samuel_value_and_grad(
@@ -355,19 +357,10 @@ def samuel_value_and_grad(
         check_choice("axis", axis, mesh.axis_names)
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
 
-    def one(own: tuple[PyTree, ...], *shared: PyTree) -> Any:
-        own_left, shared_left = iter(own), iter(shared)
-        marks = [*in_axes, *[None] * len(shared)][: len(own) + len(shared)]
-        return value_and_grad(*(next(own_left if mark == 0 else shared_left) for mark in marks))
-
     def losses_and_grads(params: PyTree, *args: PyTree) -> tuple[Any, PyTree]:
-        marks = [*in_axes, *[None] * len(args)]
-        arguments = (params, *args)
-        own = tuple(argument for argument, mark in zip(arguments, marks, strict=False) if mark == 0)
-        shared = tuple(argument for argument, mark in zip(arguments, marks, strict=False) if mark is None)
-        size = _leading(params)
+        size, arguments = _leading(params), (params, *args)
         if mesh is None:
-            return stacked_map(one, own, *shared, size=size, loop=loop)
+            return stacked_map(value_and_grad, *arguments, in_axes=in_axes, size=size, loop=loop)
         devices = mesh.shape[axis]
         if size % devices:
             raise ValueError(
@@ -375,19 +368,21 @@ def samuel_value_and_grad(
                 f"Use {math.ceil(size / devices) * devices} experts, or a mesh axis that divides {size}."
             )
         local = size // devices
+        own = [mark == 0 for mark in (*in_axes, *[None] * len(args))][: len(arguments)]
         form = loop
         if form == "auto":
-            slices = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((local, *leaf.shape[1:]), leaf.dtype), own)
-            form = fastest_loop(one, slices, *shared, size=local)
+            part = lambda leaf: jax.ShapeDtypeStruct((local, *leaf.shape[1:]), leaf.dtype)
+            parts = (jax.tree.map(part, x) if mine else x for x, mine in zip(arguments, own, strict=True))
+            form = fastest_loop(value_and_grad, *parts, in_axes=in_axes, size=local)
         sharded = jax.shard_map(
-            lambda mine, ours: stacked_map(one, mine, *ours, size=local, loop=form),
+            functools.partial(stacked_map, value_and_grad, in_axes=in_axes, size=local, loop=form),
             mesh=mesh,
-            in_specs=(P(axis), P()),
+            in_specs=tuple(P(axis) if mine else P() for mine in own),
             out_specs=P(axis),
             axis_names={axis},
             check_vma=False,
         )
-        return sharded(own, shared)
+        return sharded(*arguments)
 
     return losses_and_grads
 
@@ -436,7 +431,7 @@ class _Experts(NamedTuple):
         if self.mixed:
             return tuple(tx.init(_row(params, e)) for e, tx in enumerate(self.base))
         inner = jax.vmap(lambda rate, own: self.base(rate).init(own))(self._aligned_rates(params), params)
-        return _aligned(inner, params)
+        return aligned(inner, params)
 
     def update(self, grads: PyTree, inner: PyTree, params: PyTree, losses: Array, extra: dict) -> tuple[PyTree, PyTree]:
         if self.mixed:
@@ -451,10 +446,10 @@ class _Experts(NamedTuple):
             tx = optax.with_extra_args_support(self.base(rate))
             return tx.update(grad, own_inner, own, **extra | {"value": loss})
 
-        return jax.vmap(one)(self._aligned_rates(params), grads, inner, params, _aligned(losses, params))
+        return jax.vmap(one)(self._aligned_rates(params), grads, inner, params, aligned(losses, params))
 
     def _aligned_rates(self, params: PyTree) -> Array:
-        return _aligned(jnp.asarray(self.rates, float), params)
+        return aligned(jnp.asarray(self.rates, float), params)
 
 
 def _schedule(period: int | Sequence[int]) -> Callable[[Array], Array]:
@@ -493,7 +488,7 @@ def _check_losses(value: Any, params: PyTree, updates: PyTree, size: int) -> Flo
     _check_stacked("updates", updates, size)
     if jnp.shape(value) != (size,):
         raise ValueError(f"value has shape {jnp.shape(value)}, but must hold one loss per expert: ({size},).")
-    return _replicated(wide(value))
+    return replicated(wide(value))
 
 
 def _leading(tree: PyTree) -> int:
@@ -504,14 +499,7 @@ def _leading(tree: PyTree) -> int:
 
 
 def _find(state: PyTree) -> SamuelState:
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, SamuelState))
-    found = [node for node in nodes if isinstance(node, SamuelState)]
-    if len(found) != 1:
-        raise ValueError(
-            f"state={type(state).__name__} holds {len(found)} SamuelState, but exactly one is needed. "
-            "Pass the state that tx.init or tx.update of samuel returned."
-        )
-    return found[0]
+    return only_node(state, SamuelState, maker="samuel")
 
 
 def _gather(
@@ -519,83 +507,22 @@ def _gather(
 ) -> tuple[PyTree, PyTree, Array]:
     """Updates that bring every expert to the drawn one (or to the average), the parameters there, and the expert."""
     after = optax.apply_updates(params, updates)
-    sound = _all_finite(after)
+    sound = finite_copies(after)
     sound |= ~sound.any()
     logits = jnp.where(sound, logits, -jnp.inf)
     chosen = jnp.where(sound[drawn], drawn, jnp.argmax(logits).astype(jnp.int32))
-    anchor, own = _take(params, chosen), _take(updates, chosen)
+    anchor, own = take(params, chosen), take(updates, chosen)
     if average:
-        mean = _average(after, jax.nn.softmax(logits))
+        mean = weighted_sum(after, jax.nn.softmax(logits))
         own = jax.tree.map(lambda m, p, u: (m - p).astype(u.dtype), mean, anchor, own)
-    target = _spread_out(optax.apply_updates(anchor, own), params)
+    target = spread_out(optax.apply_updates(anchor, own), params)
     # The chosen expert keeps its own update: P_c + ((P_c + u_c) - P_c) is not P_c + u_c to the last bit.
     leads = jnp.arange(logits.size) == chosen
     moves = jax.tree.map(
-        lambda t, p, o, u: jnp.where(_column(leads, u), o, (t - p).astype(u.dtype)), target, params, own, updates
+        lambda t, p, o, u: jnp.where(column(leads, u), o, (t - p).astype(u.dtype)), target, params, own, updates
     )
     return moves, target, chosen
 
 
-def _column(values: Array, like: Array) -> Array:
-    return values.reshape(values.shape + (1,) * (like.ndim - 1))
-
-
 def _row(tree: PyTree, expert: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[expert], tree)
-
-
-def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf, model: jnp.asarray(leaf, jnp.asarray(model).dtype), tree, like)
-
-
-def _take(tree: PyTree, expert: Array) -> PyTree:
-    """``leaf[expert]`` as a masked sum: other experts' NaN stay out, and a sharded expert axis costs one all-reduce."""
-
-    def take(leaf: Array) -> Array:
-        mask = _column(jnp.arange(leaf.shape[0]) == expert, leaf)
-        return jnp.sum(jnp.where(mask, leaf, jnp.zeros_like(leaf)), axis=0, dtype=leaf.dtype)
-
-    return jax.tree.map(take, tree)
-
-
-def _average(tree: PyTree, weights: Float[Array, "experts"]) -> PyTree:
-    def average(leaf: Array) -> Array:
-        column = _column(weights, leaf)
-        return jnp.sum(jnp.where(column > 0, column * wide(leaf), 0.0), axis=0).astype(leaf.dtype)
-
-    return jax.tree.map(average, tree)
-
-
-def _spread_out(one: PyTree, like: PyTree) -> PyTree:
-    """Copy one expert's arrays to all; the sum takes over the sharding of ``like`` on explicit meshes too."""
-    return jax.tree.map(lambda leaf, stacked: jnp.zeros_like(stacked) + leaf, one, like)
-
-
-def _all_finite(tree: PyTree) -> Bool[Array, "experts"]:
-    sound = [
-        _replicated(jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))))
-        for leaf in jax.tree.leaves(tree)
-        if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    ]
-    return jnp.stack(sound).all(axis=0)
-
-
-def _aligned(tree: PyTree, like: PyTree) -> PyTree:
-    """On explicit meshes, shard all leading axes as ``like``'s, which ``vmap`` requires; else change nothing."""
-    leaves = jax.tree.leaves(like)
-    sharding = jax.typeof(leaves[0]).sharding if leaves else None  # none under optax.tree.map_params
-    if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
-        return tree
-
-    def align(leaf: Array) -> Array:
-        spec = P(sharding.spec[0], *jax.typeof(leaf).sharding.spec[1:])
-        return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, spec))
-
-    return jax.tree.map(align, tree)
-
-
-def _replicated(values: Array) -> Array:
-    mesh = jax.typeof(values).sharding.mesh
-    if AxisType.Explicit not in mesh.axis_types:
-        return values
-    return jax.sharding.reshard(values, NamedSharding(mesh, P(*[None] * values.ndim)))

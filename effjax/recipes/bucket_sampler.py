@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from effjax.core.errors import Count
 from effjax.data.packing import PackedBatches
 from effjax.recipes.spec import Claim, Group
 from effjax.recipes.texts import MODALITY, TextArm, TextStudy, bucketed, group_name, padded, text_groups
@@ -18,11 +19,11 @@ _TIMES = {"sst2": (3.0, 2.0), "sms_spam": (2.0, 1.5)}
 class BucketSamplerStudy(TextStudy):
     """Config of the BucketSampler study."""
 
-    growing_caps: tuple[int, ...] = (64, 256, 512)
+    growing_caps: tuple[Count, ...] = (64, 256, 512)
     """Largest batch in each epoch, of the arm with the paper's growing batches; later epochs have the last one."""
-    growing_shapes: int = 24
+    growing_shapes: Count = 24
     """Number of batch shapes that the arm with growing batches may use."""
-    official_width: int = 5
+    official_width: Count = 5
     """Width of the paper's buckets, in tokens."""
 
 

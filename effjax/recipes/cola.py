@@ -4,12 +4,12 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import optax
 
-from effjax.core.errors import check_number
+from effjax.core.errors import Count, Limits, Positive, Rate
 from effjax.data.ragged import Ragged, padded_columns
 from effjax.data.sets import load
 from effjax.finetune.chain import ColaConfig, cola_next
@@ -17,8 +17,8 @@ from effjax.finetune.lora import LoraConfig, LoraRule
 from effjax.finetune.restart import cola_reset
 from effjax.finetune.rivals import plora_next, rac_lora, relora_reset, relora_schedule
 from effjax.models.pretrained import is_decoder
+from effjax.optim.batch_size import adamw_by_batch_size
 from effjax.optim.by_part import by_part
-from effjax.optim.scale_by_batch_size import adamw_by_batch_size
 from effjax.recipes.spec import Arm, Claim, Group
 from effjax.recipes.texts import Plan, TextFields, bucketed, check_epochs, group_name, padded, text_metric
 from effjax.tasks.adapted import (
@@ -46,6 +46,9 @@ LANGUAGE = ("tiny_shakespeare", "wikitext2", "ptb")
 """Data without labels: the task is to predict the next token."""
 
 
+Several = Annotated[int, Limits(low=2, hint="One link is LoRA.")]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ColaStudy(TextFields):
     """Config of the COLA study."""
@@ -54,49 +57,40 @@ class ColaStudy(TextFields):
     """Data set and pretrained model: digits/mlp-64-64 (trained here in a second, then its pixels are permuted),
     sst2/minilm, glue/rte/minilm, tiny_shakespeare/stories260k, superglue/cb/opt-1.3b (by prompts), ...; the last part
     is the model: a folder in EFFJAX_MODELS, an installed or a packaged one."""
-    links: tuple[int, ...] = (2, 3, 6)
+    links: tuple[Several, ...] = (2, 3, 6)
     """Numbers of adapters in a chain, one arm each."""
-    summed: tuple[int, ...] = (3, 6)
+    summed: tuple[Several, ...] = (3, 6)
     """Factors of the rank of LoRA, one arm each."""
-    rival_links: int = 3
+    rival_links: Several = 3
     """Number of links of the other chains, and of restarts without a merge."""
-    rank: int = 1
+    rank: Count = 1
     """Rank of an adapter."""
-    scale: float = 2.0
+    scale: Positive = 2.0
     """Factor alpha / rank of an adapter, the same at every rank."""
     targets: str | None = None
     """Regex on the paths of the kernels that are adapted; None for all of an MLP, query and value of a transformer."""
-    learning_rate: float = 1e-2
+    learning_rate: Positive = 1e-2
     """Initial learning rate of the adapters and the head, which falls linearly to 0."""
-    full_rate: float = 3e-3
+    full_rate: Positive = 3e-3
     """Initial learning rate of full fine-tuning."""
-    rac_rate: float = 0.1
+    rac_rate: Positive = 0.1
     """Initial learning rate of RAC-LoRA, which trains one factor."""
-    galore_rate: float = 0.1
+    galore_rate: Positive = 0.1
     """Initial learning rate of GaLore."""
-    galore_every: int = 20
+    galore_every: Count = 20
     """Steps between two projections of GaLore."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Examples of one step."""
-    batch_sizes: tuple[int, ...] = ()
+    batch_sizes: tuple[Count, ...] = ()
     """Examples of one step, with a group of arms for each number; () for the one group of batch_size."""
     partial_batches: bool = False
     """Whether the last texts of an epoch, which do not fill a batch, are trained on too, beside dummy rows."""
-    dropout: float = 0.0
+    dropout: Rate = 0.0
     """Every dropout rate of an encoder."""
-    max_shapes: int = 6
+    max_shapes: Count = 6
     """Number of batch shapes that BucketSampler may use."""
-    bucket_passes: int = 2
+    bucket_passes: Count = 2
     """Passes over the data of the arms with BucketSampler, per pass of the others: theirs are several times shorter."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("rank", "batch_size", "bucket_passes"):
-            check_number(name, getattr(self, name), low=1, integer=True)
-        for name, low in (("batch_sizes", 1), ("links", 2), ("summed", 2)):
-            for value in getattr(self, name):
-                check_number(name, value, low=low, integer=True, hint="One link is LoRA." if low == 2 else "")
-        check_number("rival_links", self.rival_links, low=2, integer=True)
 
 
 def groups(config: ColaStudy) -> list[Group]:
@@ -228,8 +222,8 @@ class _Run(NamedTuple):
     def adamw(self, rate: optax.Schedule | None = None) -> optax.GradientTransformation:
         """AdamW, with the falling rate of the adapters where none is given."""
         rate = rate or self.falling(self.config.learning_rate)
-        base = self.config.batch_size if self.loader.shapes else None
-        return adamw_by_batch_size(rate, weight_decay=self.config.weight_decay, base=base)
+        reference = self.config.batch_size if self.loader.shapes else None
+        return adamw_by_batch_size(rate, weight_decay=self.config.weight_decay, reference=reference)
 
     def lora(self, times: int = 1) -> LoraConfig:
         """Adapters of ``times`` the study's rank; alpha / rank stays."""

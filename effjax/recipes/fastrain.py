@@ -12,14 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.errors import check_choice, check_number
-from effjax.graph.adjacency import loopless_adjacency
 from effjax.graph.fastrain import (
     Apply,
     FastrainConfig,
     FastrainSettings,
     FastrainState,
     Init,
-    NodeProblem,
     fastrain_graph,
     fastrain_init,
     fastrain_metrics,
@@ -27,8 +25,10 @@ from effjax.graph.fastrain import (
     fastrain_params,
     fastrain_step,
 )
-from effjax.graph.propagation import label_propagation
-from effjax.graph.stages import evaluate_stages, fastrain_optimizer
+from effjax.graph.problems import NodeProblem
+from effjax.graph.sparse.adjacency_matrices import loopless_adjacency
+from effjax.graph.sparse.propagation import label_propagation
+from effjax.graph.stages import adam_l2, evaluate_stages
 from effjax.models.gnn import NodeClassifier, sized_networks
 from effjax.recipes.spec import Arm, Claim, Group, StudyConfig
 from effjax.tasks.graph import NodeData, draw_labelled, node_data, node_task
@@ -103,7 +103,7 @@ class FastrainStudy(StudyConfig, FastrainSettings):
         """The settings of an arm that differs from FASTRAIN by ``changes``."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(FastrainSettings)}
         fields |= {"epochs": self.stage_steps * self.epochs_per_step, "head_dropout": self.dropout}
-        fields |= {"agreement": self.guard_agreement, "tx": fastrain_optimizer(self.learning_rate, self.weight_decay)}
+        fields |= {"agreement": self.guard_agreement, "tx": adam_l2(self.learning_rate, self.weight_decay)}
         return FastrainConfig(**(fields | changes))
 
 
@@ -123,8 +123,8 @@ def _arms(c: FastrainStudy) -> Iterator[Arm]:
     def arm(name: str, role: str, label: str, *, layer: str | None = None, **changes: Any) -> Arm:
         return Arm(name, role, lambda loaded: _program(c, loaded, layer, c.method(**changes)), label)
 
-    st = functools.partial(arm, keep=0.9, samples=0, pruned=False)
-    once = functools.partial(st, keep=1.0, stages=1)
+    st = functools.partial(arm, keep_rate=0.9, samples=0, pruned=False)
+    once = functools.partial(st, keep_rate=1.0, stages=1)
     shallow, deep = {"depth": "shallow"}, {"depth": "deep"}
     yield once("shallow", "baseline", "GCN, 2 layers", **shallow)
     yield once("deep", "baseline", "GCN, 3 layers", **deep)
@@ -133,7 +133,7 @@ def _arms(c: FastrainStudy) -> Iterator[Arm]:
     yield arm("fastrain", "method", "FASTRAIN")
     yield arm("no-spf", "control", "FASTRAIN without filtering", samples=0)
     yield arm("no-pgp", "control", "FASTRAIN without pruning", pruned=False)
-    yield arm("no-dr", "control", "FASTRAIN without dynamic regularisation", keep=0.9)
+    yield arm("no-dr", "control", "FASTRAIN without dynamic regularisation", keep_rate=0.9)
     yield arm("no-ds", "control", "FASTRAIN without dynamic sizing (deep)", **deep)
     yield st("st-shallow-plateau", "baseline", "self-training, 2 layers, plateau", **shallow, plateau=c.plateau)
     yield st("st-deep-plateau", "baseline", "self-training, 3 layers, plateau", **deep, plateau=c.plateau)
@@ -143,8 +143,8 @@ def _arms(c: FastrainStudy) -> Iterator[Arm]:
     yield arm("fastrain-weighted", "method", "FASTRAIN, weighted pseudolabels", weighted=True)
     yield arm("fastrain-guard", "method", "FASTRAIN, guarded", growth=c.guard_growth)
     yield arm("fastrain-appnp", "method", "FASTRAIN around APPNP", **shallow, layer="appnp")
-    yield st("top-k", "alternative", "top-k self-training", **shallow, keep=1.0, stages=2, select="top-k")
-    yield st("m3s", "alternative", "M3S", **shallow, keep=1.0, select="m3s")
+    yield st("top-k", "alternative", "top-k self-training", **shallow, keep_rate=1.0, stages=2, select="top-k")
+    yield st("m3s", "alternative", "M3S", **shallow, keep_rate=1.0, select="m3s")
     yield Arm("lp", "alternative", functools.partial(_propagation, c), "label propagation")
     yield once("correct-and-smooth", "alternative", "GCN, Correct & Smooth", **shallow, smoothed=True)
     yield once("appnp", "alternative", "APPNP", **shallow, layer="appnp")

@@ -13,7 +13,6 @@ import numpy as np
 from effjax.core.errors import check_number
 from effjax.graph.geeni import (
     GeeniConfig,
-    GeeniProblem,
     GeeniSettings,
     GeeniState,
     geeni_init,
@@ -21,11 +20,12 @@ from effjax.graph.geeni import (
     geeni_step,
     geeni_views,
     served_members,
-    with_measured_form,
+    with_measured_loop,
 )
 from effjax.graph.geeni_measures import geeni_metrics
 from effjax.graph.isolation import alike_edges
 from effjax.graph.members import ensemble_logits, ensemble_probabilities, fold_members
+from effjax.graph.problems import GeeniProblem
 from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig
 from effjax.tasks.graph import NodeData, draw_split, node_data
 from effjax.tasks.task import Metric, Task
@@ -90,7 +90,7 @@ class Variant(NamedTuple):
 
 
 _LEARNED, _FOLDED = {"isolate": "learned"}, {"folded": True}
-FORMS: dict[str, Variant] = {
+VARIANTS: dict[str, Variant] = {
     "single": Variant("one GCN", "baseline", "one"),
     "single-wide": Variant("one GCN, as wide as the ensemble", "alternative", "one-wide"),
     "single-drop-edges": Variant("one GCN, mean over edge subsets", "alternative", "one", after="drop-edges"),
@@ -150,11 +150,14 @@ def claims(config: GeeniStudy) -> dict[str, Sequence[Claim]]:
 
 
 def groups(config: GeeniStudy) -> list[Group]:
-    """Every form on every graph."""
+    """Every variant on every graph."""
     found = []
     for task in config.tasks:
         build = functools.partial(program, config, fixed="/" in task)
-        arms = [Arm(name, form.role, functools.partial(build, form), form.label) for name, form in FORMS.items()]
+        arms = [
+            Arm(name, variant.role, functools.partial(build, variant), variant.label)
+            for name, variant in VARIANTS.items()
+        ]
         found.append(Group(task.replace("/", "-"), METRIC, functools.partial(_load, config, task), arms))
     return found
 
@@ -198,12 +201,12 @@ def _large_enough(config: GeeniStudy, data: NodeData) -> NodeData:
     return data._replace(source=f"{data.source} Per seed, {drawn} were drawn to train and to validate on.")
 
 
-def method_config(study: GeeniStudy, form: Variant) -> GeeniConfig:
+def method_config(study: GeeniStudy, variant: Variant) -> GeeniConfig:
     """What ``geeni`` is given for an arm."""
     count, hidden = study.members, study.hidden
     sizes = {None: (0, 1), "one": (1, hidden), "one-wide": (1, hidden * count)}
     sizes |= {"wide": (count, hidden), "narrow": (count, hidden // count)}
-    (members, width), (students, student_width) = sizes[form.networks], sizes[form.students]
+    (members, width), (students, student_width) = sizes[variant.networks], sizes[variant.students]
     amount = study.budget.steps(1, lambda epoch: 1)
     own = {
         "members": members,
@@ -215,19 +218,19 @@ def method_config(study: GeeniStudy, form: Variant) -> GeeniConfig:
         "precompute": False,  # the product with X is part of what the arms cost
     }
     shared = {field.name: getattr(study, field.name) for field in dataclasses.fields(GeeniSettings)}
-    return GeeniConfig(**shared | own | dict(form.options))
+    return GeeniConfig(**shared | own | dict(variant.options))
 
 
-def program(study: GeeniStudy, form: Variant, data: NodeData, *, fixed: bool) -> Program:
+def program(study: GeeniStudy, variant: Variant, data: NodeData, *, fixed: bool) -> Program:
     """``effjax.geeni`` in phases.
 
     Args:
       study: the config.
-      form: the arm.
+      variant: the arm.
       data: the graph.
       fixed: take the graph's own split for every seed; otherwise it is drawn from the seed.
     """
-    config = method_config(study, form)
+    config = method_config(study, variant)
     fixed = fixed or (study.own is not None and data.data.train is not None)
     alike = alike_edges(data.features, data.adjacency.pattern, threshold=study.jaccard) if config.denoised else None
 
@@ -242,7 +245,7 @@ def program(study: GeeniStudy, form: Variant, data: NodeData, *, fixed: bool) ->
         train, val, _ = masks(key)
         return GeeniProblem(data.features, data.adjacency, data.labels, train, val, data.classes, alike=alike)
 
-    config = with_measured_form(problem(jax.random.key(0)), config)
+    config = with_measured_loop(problem(jax.random.key(0)), config)
 
     def phase(stage: str) -> Phase:
         def aux(state: GeeniState) -> PyTree:
@@ -283,7 +286,7 @@ def program(study: GeeniStudy, form: Variant, data: NodeData, *, fixed: bool) ->
         params=functools.partial(served_members, config=config),
         loader=Loader(None, data.data.nodes),
         evaluate=lambda state: geeni_metrics(
-            state, problem(state.key), masks(state.key)[2], config=config, after=form.after
+            state, problem(state.key), masks(state.key)[2], config=config, after=variant.after
         ),
         sharding=((f"^({networks})/", ("expert",)),) if config.members > 1 else (),
     )

@@ -15,12 +15,12 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
-from effjax.core.errors import check_number
+from effjax.core.errors import Count, Positive, Rate, Share
 from effjax.data.sets import DataSet, load
 from effjax.data.shift import permute_labels, permute_pixels
 from effjax.models.mlp import MLP
+from effjax.optim.one_gradient import samuel_one_gradient
 from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
-from effjax.optim.samuel_one_gradient import samuel_one_gradient
 from effjax.recipes.spec import Arm, Claim, Group, StudyConfig, Sweep
 from effjax.tasks.image import image_task
 from effjax.tasks.task import Metric, Task
@@ -45,40 +45,33 @@ class SamuelStudy(StudyConfig):
     """Data set and model: digits/mlp-64 (one hidden layer of 64), fashion_mnist/cnn, cifar10/resnet20, ..."""
     settings: tuple[Setting, ...] = ("offline", "shift")
     """Ordinary training, or data that shift."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Examples of one step."""
-    train_rows: int | None = None
+    train_rows: Count | None = None
     """Number of training examples used; all when None."""
-    test_rows: int | None = None
+    test_rows: Count | None = None
     """Number of test examples used; all when None."""
-    phases: int = 4
+    phases: Count = 4
     """Number of parts of a shifting run, each with a permutation of its own."""
-    grid: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)
+    grid: tuple[Positive, ...] = (1.0, 0.3, 0.1, 0.03, 0.01, 0.001)
     """Fixed learning rates of SGD with momentum that a user would sweep."""
-    cosine_grid: tuple[float, ...] = (0.3, 0.1, 0.03)
+    cosine_grid: tuple[Positive, ...] = (0.3, 0.1, 0.03)
     """Initial learning rates of the cosine schedules."""
-    momentum: float = 0.9
+    momentum: Rate = 0.9
     """Momentum of every SGD."""
-    experts: tuple[float, ...] = (1.0, 0.1, 0.01, 0.001, 0.0001)
+    experts: tuple[Positive, ...] = (1.0, 0.1, 0.01, 0.001, 0.0001)
     """Learning rates of SAMUEL's experts."""
-    period_fraction: float = 0.125
+    period_fraction: Share = 0.125
     """Steps between two re-initialisations of the experts, as a part of the run."""
     loop: Literal["vmap", "map", "unroll", "auto"] = "vmap"
     """Form of the loop over experts; auto measures, and a resumed run may then differ in the last bits."""
-    one_gradient_rates: tuple[float, ...] = (0.3, 0.1, 0.03)
+    one_gradient_rates: tuple[Positive, ...] = (0.3, 0.1, 0.03)
     """Candidate learning rates of the one-gradient variant; each must be one that could be used alone."""
-    one_gradient_every: int = 10
+    one_gradient_every: Count = 10
     """Steps between two scorings of the one-gradient variant."""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("batch_size", "phases", "one_gradient_every"):
-            check_number(name, getattr(self, name), low=1, integer=True)
-        check_number("momentum", self.momentum, low=0, high=1, open_high=True)
-        check_number("period_fraction", self.period_fraction, low=0, high=1, open_low=True)
-        for name in ("grid", "cosine_grid", "experts", "one_gradient_rates"):
-            for rate in getattr(self, name):
-                check_number(name, rate, low=0, open_low=True)
         if self.budget.unit == "examples" and self.budget.amount < self.batch_size:
             raise ValueError(
                 f"budget.amount={self.budget.amount} examples is less than one batch of {self.batch_size}."
@@ -244,7 +237,7 @@ def _experts(config: SamuelStudy, task: Task, *, shorter: int = 1, loop: str | N
     def step(state, batch, aux):
         (losses, model), grads = losses_and_grads(state.params, state.model, batch, state.step_key)
         updates, opt = tx.update(grads, state.opt, state.params, value=losses)
-        params, model = samuel_sync(optax.apply_updates(state.params, updates), opt, model)
+        params, model = samuel_sync(opt, optax.apply_updates(state.params, updates), model)
         return state.after(params, model, opt), {"loss": losses[opt.current_expert]}
 
     return Program(

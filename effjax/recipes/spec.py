@@ -5,9 +5,9 @@ import dataclasses
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from effjax.core.errors import check_number, near
+from effjax.core.errors import Limits, check_fields, near
 from effjax.data.files import read_data
 from effjax.tasks.task import Metric
 from effjax.train.options import Budget, TrainOptions
@@ -126,6 +126,11 @@ class OwnData:
     columns: tuple[tuple[str, Any], ...] = ()
     """Keywords of effjax.data.files.read_data and their values."""
 
+    def __post_init__(self):
+        # As JSON brings them back.
+        columns = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in self.columns)
+        object.__setattr__(self, "columns", columns)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyConfig:
@@ -133,7 +138,7 @@ class StudyConfig:
 
     budget: Budget
     """What one run of an arm may spend."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Annotated[int, Limits(low=0, high=2**32 - 1)], ...] = (0, 1, 2)
     """Seeds of parameters and data order."""
     arms: tuple[str, ...] = ("*",)
     """Names or shell patterns of the arms to run; a pattern that begins with ! leaves arms out."""
@@ -161,10 +166,9 @@ class StudyConfig:
         return _OWN_METRICS.get(modality, _ACCURACY) if "score" in dict(self.own.columns) else _ACCURACY
 
     def __post_init__(self):
+        check_fields(self)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={self.seeds} must be one or more different integers, e.g. 0 1 2.")
-        for seed in self.seeds:
-            check_number("seeds", seed, low=0, high=2**32 - 1, integer=True)
         if not self.arms:
             raise ValueError("arms=() leaves nothing to compare. Give names or patterns; '*' takes all.")
 

@@ -3,16 +3,15 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import optax
 
-from effjax.core.errors import check_number
-from effjax.data.bucket_sampler import BucketSampler
+from effjax.core.errors import Count, Limits, NotNegative, Positive, Rate
+from effjax.data.bucket_sampler import BucketSampler, PlannedBatches
 from effjax.data.length_grouping import PaddedBatches
-from effjax.data.planned import PlannedBatches
-from effjax.optim.scale_by_batch_size import adamw_by_batch_size
+from effjax.optim.batch_size import adamw_by_batch_size
 from effjax.recipes.spec import Arm, Group, Role, StudyConfig, Sweep
 from effjax.tasks.task import Metric, Task
 from effjax.tasks.text import text_task
@@ -31,25 +30,23 @@ class TextFields(StudyConfig):
 
     tasks: tuple[str, ...]
     """Data sets and models."""
-    max_length: int = 64
+    max_length: Count = 64
     """Tokens of a text; longer ones are truncated."""
-    train_rows: int | None = None
+    train_rows: Count | None = None
     """Most training texts used; all when None."""
-    test_rows: int | None = None
+    test_rows: Count | None = None
     """Most test texts used; all when None."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Weight decay of AdamW."""
     scan_layers: bool = False
     """Whether one layer is compiled instead of all of them."""
-    max_shapes: int = 9
+    max_shapes: Count = 9
     """Number of batch shapes that BucketSampler may use."""
-    tokens: int = 8192
+    tokens: Count = 8192
     """Most padded tokens of one of BucketSampler's batches."""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("max_shapes", "tokens"):
-            check_number(name, getattr(self, name), low=1, integer=True)
         for task in self.tasks:
             if not all(task.rpartition("/")):
                 raise ValueError(f"tasks={task!r} must be DATA/MODEL, such as 'sst2/encoder-2x64'.")
@@ -68,17 +65,16 @@ class TextStudy(TextFields):
     tasks: tuple[str, ...] = ("sst2/encoder-2x64",)
     """Data set and model: sms_spam/encoder-2x64, sst2/minilm, glue/rte/roberta-base, ...; the last part is the model:
     one trained from scratch, a folder in EFFJAX_MODELS, or an installed one."""
-    batch_size: int = 32
+    batch_size: Annotated[int, Limits(low=8)] = 32
     """Texts of a step; where a step has another number, its update is scaled by sqrt(number / batch_size)."""
-    learning_rates: tuple[float, ...] = (1e-3,)
+    learning_rates: tuple[Positive, ...] = (1e-3,)
     """Initial learning rates of AdamW, which fall linearly to 0 over the run; several are a sweep for every arm."""
-    dropout: float = 0.1
+    dropout: Rate = 0.1
     """Every dropout rate of the model."""
 
     def __post_init__(self):
         super().__post_init__()
         check_epochs(self)
-        check_number("batch_size", self.batch_size, low=8, integer=True)
         if self.batch_size % 8:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of 8, as BucketSampler's batches are.")
         if not self.learning_rates:
@@ -192,7 +188,7 @@ def _build(config: TextStudy, arm: TextArm, rate: float, loaded: Mapping[float, 
     return supervised(
         # Half of the key starts the network, the other half is dropout's.
         task._replace(init=lambda key: task.init(jax.random.split(key)[0])),
-        adamw_by_batch_size(falling, weight_decay=config.weight_decay, base=config.batch_size),
+        adamw_by_batch_size(falling, weight_decay=config.weight_decay, reference=config.batch_size),
         steps=steps,
         loader=loader,
         options=config.train,

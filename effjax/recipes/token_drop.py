@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
-from effjax.core.errors import check_number
+from effjax.core.errors import Count, Limits, Rate
 from effjax.recipes.spec import Claim, Group
 from effjax.recipes.texts import MODALITY, TextArm, TextStudy, bucketed, text_groups
 from effjax.tasks.task import Task
@@ -27,16 +27,12 @@ CLAIMS = {
 class TokenDropStudy(TextStudy):
     """Config of the TokenDrop study."""
 
-    caps: tuple[int, ...] = (32,)
+    caps: tuple[Count, ...] = (32,)
     """Largest batch of BucketSampler in each epoch; later epochs have the last one."""
-    period: int = 5
+    period: Annotated[int, Limits(low=2)] = 5
     """Texts are shortened to a multiple of this many tokens."""
-    low_dropout: float = 0.0
+    low_dropout: Rate = 0.0
     """Dropout rate of the model in arms that drop tokens, which regularises as well."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_number("period", self.period, low=2, integer=True)
 
 
 def groups(config: TokenDropStudy) -> list[Group]:

@@ -8,8 +8,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from effjax.core.errors import check_choice, check_number
-from effjax.core.tree import wide
-from effjax.recurrent.through_time import SequencePart
+from effjax.core.tree import only_node, wide
+from effjax.recurrent.drivers import SequencePart
 
 __all__ = [
     "fptt",
@@ -368,10 +368,4 @@ def _ours(node: Any) -> bool:
 
 
 def _find(state: PyTree) -> FpttState:
-    found = [node for node in jax.tree.leaves(state, is_leaf=_ours) if _ours(node)]
-    if len(found) != 1:
-        raise ValueError(
-            f"state={type(state).__name__} holds {len(found)} FpttState, but exactly one is needed. "
-            "Pass the state that tx.init or tx.update of fptt returned."
-        )
-    return found[0]
+    return only_node(state, FpttState, maker="fptt")

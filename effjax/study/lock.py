@@ -43,6 +43,7 @@ class FolderLock:
 
     Raises:
       FolderInUse: on entering, at once.
+      ValueError: on entering, a folder that cannot be made.
 
     Example:
       >>> import tempfile
@@ -62,7 +63,12 @@ class FolderLock:
         if not self._first:
             return self
         self._made = not self._path.parent.exists()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # a file stands there, or the place is not ours
+            raise ValueError(
+                f"--out {self._path.parent} cannot be a folder: {error.strerror}. Choose another."
+            ) from None
         mine = {
             "pid": os.getpid(),
             "host": socket.gethostname(),

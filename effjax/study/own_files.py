@@ -1,17 +1,15 @@
 """The command line's words for a user's own data: ``--data FILE --text NAME --label NAME --model PATH``."""
 
-import argparse
 import ast
 import dataclasses
 import difflib
 import inspect
 import re
 import shlex
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from effjax.core.errors import near
 from effjax.data.files import READERS
@@ -47,23 +45,27 @@ def flag(name: str) -> str:
     return _OTHERS.get(name, f"--{name.replace('_', '-')}")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--data``, ``--model`` and one option per keyword of ``effjax.data.files``."""
-    own = parser.add_argument_group("your own data, in place of the study's")
-    own.add_argument("--data", metavar="PATH", help="file, folder, or hf:owner/name")
-    own.add_argument(
-        "--model", metavar="NAME", help="text, image: a model by name; text: also the folder of a checkpoint"
-    )
+def own_options() -> type:
+    """A dataclass of ``--data``, ``--model`` and one option per keyword of ``effjax.data.files``, for tyro."""
+    import tyro
+
+    def option(kind: Any, default: Any, **shown: str) -> tuple[Any, Any]:
+        return Annotated[kind, tyro.conf.DisallowNone, tyro.conf.arg(**shown)], dataclasses.field(default=default)
+
+    about = "text, image: a model by name; text: also the folder of a checkpoint"
+    found = {
+        "data": option(str | None, None, metavar="PATH", help="your own: a file, a folder, or hf:owner/name"),
+        "model": option(str | None, None, metavar="NAME", help=about),
+    }
     for name, item in keywords().items():
         takes = [modality for modality in READERS if name in _keywords(modality)]
-        options: dict[str, Any] = {"dest": f"own_{name}", "help": f"{', '.join(takes)}: {_about(takes[0], name)}"}
-        kind, many = _type(item.annotation)
-        if kind is bool:
-            own.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=None, **options)
-        else:
-            word = {int: "N", float: "SHARE"}.get(kind, "FILE" if name in _PATHS else "NAME")
-            many, word = (2, ("HEIGHT", "WIDTH")) if name == "size" else ("+" if many else None, word)
-            own.add_argument(flag(name), type=kind, nargs=many, metavar=word, **options)
+        kind, metavar = _type(name, item.annotation)
+        shown = {"name": flag(name).removeprefix("--"), "help": f"{', '.join(takes)}: {_about(takes[0], name)}"}
+        if kind is not bool:
+            shown["metavar"] = metavar
+        default = item.default if kind is bool else None
+        found[name] = option(kind if kind is bool else kind | None, default, **shown)
+    return dataclasses.make_dataclass("OwnOptions", [(name, *entry) for name, entry in found.items()], frozen=True)
 
 
 def _about(modality: str, name: str) -> str:
@@ -72,64 +74,46 @@ def _about(modality: str, name: str) -> str:
     found = re.search(rf"^  {name}: (.+?)(?=^  \w+: |^$)", doc, re.MULTILINE | re.DOTALL)
     text = re.sub(r"[;.] ``[^`]*``( and the like)? when None|``", "", " ".join(found[1].split()))
     text = f"{name} {text}" if text.startswith("of ") else text
-    return text.rstrip(".").replace("None", "left out").replace("%", "%%")
+    return text.rstrip(".").replace("None", "left out")
 
 
-def _type(annotation: Any) -> tuple[type, bool]:
-    """The type of one word of an option, and whether it takes several."""
-    inner = [part for part in typing.get_args(annotation) if part is not type(None)]
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        kinds = [_type(part) for part in inner]
-        many = any(several for _, several in kinds)
-        return next((kind for kind, _ in kinds if kind is not str), str), many
-    if typing.get_origin(annotation) is typing.Literal:
-        return type(inner[0]), False
-    if typing.get_origin(annotation) is not None:  # a tuple or sequence
-        return (inner[0] if inner and inner[0] in (int, float) else str), True
-    return (annotation if annotation in (int, float, bool) else str), False
+def _type(name: str, annotation: Any) -> tuple[Any, str]:
+    """The type of an option, and how its value is called in ``--help``."""
+    if name == "size":
+        return tuple[int, int], "HEIGHT WIDTH"
+    parts = [part for part in typing.get_args(annotation) or (annotation,) if part is not type(None)]
+    if isinstance(parts[0], str | int) or typing.get_origin(parts[0]) is typing.Literal:
+        choices = parts if isinstance(parts[0], str | int) else typing.get_args(parts[0])
+        return Literal[tuple(choices)], "|".join(map(str, choices))
+    if any(typing.get_origin(part) is Sequence for part in parts):
+        return tuple[str, ...], "NAME [NAME ...]"
+    kind = next((part for part in parts if part in (int, float, bool)), str)
+    return kind, {int: "N", float: "SHARE"}.get(kind, "FILE" if name in _PATHS else "NAME")
 
 
-def from_arguments(options: argparse.Namespace) -> OwnData | None:
-    """What ``add_arguments`` read; None without ``--data``. Paths become absolute, for a run may go on elsewhere.
+def own_data(options: Any) -> OwnData | None:
+    """What a user said of data of one's own, in ``own_options``; None without ``--data``. Paths become absolute, for a
+    run may go on elsewhere.
 
     Raises:
       ValueError: another option without ``--data``.
     """
-    given = {
-        name.removeprefix("own_"): tuple(value) if isinstance(value, list) else value
-        for name, value in vars(options).items()
-        if name.startswith("own_") and value is not None
-    }
-    if options.data is None:
-        if given or options.model is not None:
-            named = "--model" if options.model is not None else flag(next(iter(given)))
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    given = {name: value for name, value in vars(options).items() if value != defaults[name]}
+    path, model = given.pop("data", None), given.pop("model", None)
+    if path is None:
+        if given or model is not None:
+            named = "--model" if model is not None else flag(next(iter(given)))
             raise ValueError(f"{named} is about data of your own. Give them with --data FILE_OR_FOLDER.")
         return None
     given |= {name: _absolute(given[name]) for name in _PATHS if name in given}
-    model = options.model
     if model is not None and Path(model).expanduser().exists():
         model = _absolute(model)
-    return OwnData(path=_absolute(options.data), model=model, columns=tuple(sorted(given.items())))
+    return OwnData(path=_absolute(path), model=model, columns=tuple(sorted(given.items())))
 
 
 def _absolute(path: str) -> str:
     return path if path.startswith("hf:") else str(Path(path).expanduser().absolute())
-
-
-def check_words(words: Sequence[str], config: StudyConfig) -> None:
-    """Refuse a misspelled option of one's own data; misspelled fields of the config are refused by their parser.
-
-    Raises:
-      ValueError: with the near names.
-    """
-    fields = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config)}
-    known = ["--data", "--model", *map(flag, keywords())]
-    for word in words:
-        name = word.partition("=")[0]
-        if not name.startswith("--") or "." in name or name.removeprefix("--no-") in fields or name in fields:
-            continue
-        if hint := _near(name, known):
-            raise ValueError(f"{name} is no option.{hint}")
 
 
 def _near(name: str, options: Sequence[str]) -> str:

@@ -5,7 +5,6 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import effjax
 from effjax.core.errors import check_choice
 from effjax.recipes.spec import Claim, Group, OwnData, StudyConfig, choose_arms
-from effjax.study.own_files import check_words, with_all_rows, with_own
+from effjax.study.own_files import with_all_rows, with_own
+from effjax.study.settings import from_table, from_words, read_toml
 from effjax.train.options import Budget
 from effjax.train.program import Program
 
@@ -118,64 +118,100 @@ def presets(stem: str) -> dict[str, StudyConfig]:
     return {name: value for name, value in vars(module).items() if isinstance(value, StudyConfig)}
 
 
-def resolve(target: str, overrides: Sequence[str] = (), own: OwnData | None = None) -> Study:
-    """Find the study and apply typed overrides (``--seeds 0 1 --budget.amount 300``).
+class Begun(NamedTuple):
+    """A study before the command line's words change its config.
+
+    Attributes:
+      stem: of the method.
+      preset: name of the preset.
+      base: the preset's config.
+      config: the same with the changes of a TOML file, and with all rows of a user's own data.
+      recipe: the module ``effjax.recipes.<stem>``.
+    """
+
+    stem: str
+    preset: str
+    base: StudyConfig
+    config: StudyConfig
+    recipe: Recipe | ModuleType
+
+
+def begin(target: str, *, own: bool = False) -> Begun:
+    """Find a study by what a user calls it.
 
     Args:
       target: ``stem``, ``stem:preset`` or the path of a TOML file with ``study = "stem"``, optionally
         ``preset = "cpu"``, and the fields to change.
+      own: whether it is to run on a user's own data.
+
+    Raises:
+      ValueError: unknown study, preset, file or field, with near names.
+    """
+    table: dict[str, Any] = {}
+    path = Path(target)
+    if path.suffix.lower() == ".toml":
+        target, table = _study_of(path)
+    stem, _, preset = target.partition(":")
+    known = presets(stem)
+    recipe = importlib.import_module(f"effjax.recipes.{stem}")
+    preset = preset or (getattr(recipe, "OWN_PRESET", DEFAULT_PRESET) if own else DEFAULT_PRESET)
+    check_choice(f"preset of {stem}", preset, tuple(known))
+    base = known[preset]
+    start = with_all_rows(base) if own else base
+    return Begun(stem, preset, base, from_table(start, table, f"config file {str(path)!r}") if table else start, recipe)
+
+
+def finish(begun: Begun, config: StudyConfig, own: OwnData | None = None) -> Study:
+    """The study with its final config, checked against its arms, on a user's own data if there are any."""
+    if own is not None:
+        if config.tasks != begun.base.tasks:
+            raise ValueError(f"--tasks together with --data {own.path}: your data are the one task. Leave --tasks out.")
+        config = with_own(config, begun.recipe, own, begun.stem)
+    study = Study(begun.stem, begun.preset, config, config != begun.base, begun.recipe)
+    study.groups()  # refuses patterns that match no arm
+    return study
+
+
+def resolve(target: str, overrides: Sequence[str] = (), own: OwnData | None = None) -> Study:
+    """Find the study and apply typed overrides (``--seeds 0 1 --budget.amount 300``).
+
+    Args:
+      target: see ``begin``.
       overrides: command-line words; they win over the file's.
       own: a user's own data, in place of the study's. All of their rows are used unless ``overrides`` say otherwise.
 
     Raises:
-      ValueError: unknown study, preset or file, with near names.
-      SystemExit: an override that does not fit the config's fields; the message is on stderr.
+      ValueError: unknown study, preset, file or field, with near names; a value that does not fit.
     """
-    words: list[str] = []
-    if target.lower().endswith(".toml"):
-        target, words = _read_toml(Path(target))
-    stem, _, preset = target.partition(":")
-    known = presets(stem)
-    recipe = importlib.import_module(f"effjax.recipes.{stem}")
-    preset = preset or (DEFAULT_PRESET if own is None else getattr(recipe, "OWN_PRESET", DEFAULT_PRESET))
-    check_choice(f"preset of {stem}", preset, tuple(known))
-    base = known[preset]
-    start = base if own is None else with_all_rows(base)
-    if own is not None:
-        check_words([*words, *overrides], base)
-    config = _override(start, [*words, *overrides], f"effjax ... {stem}:{preset}")
-    if own is not None:
-        if config.tasks != base.tasks:
-            raise ValueError(f"--tasks together with --data {own.path}: your data are the one task. Leave --tasks out.")
-        config = with_own(config, recipe, own, stem)
-    study = Study(stem, preset, config, config != base, recipe)
-    study.groups()  # refuses patterns that match no arm
-    return study
+    begun = begin(target, own=own is not None)
+    config = begun.config
+    if overrides:
+        config = from_words(type(config), overrides, f"effjax ... {begun.stem}:{begun.preset}", default=config)
+    return finish(begun, config, own)
 
 
 def resolve_saved(stem: str, preset: str, values: Mapping[str, Any]) -> Study:
     """The study of a saved config (the ``config`` of a results.json or a trained arm)."""
     base = resolve(f"{stem}:{preset}")
-    config = _from_dict(base.config, values)
+    config = from_table(base.config, values, "the saved config (if another version wrote it, run the study again)")
     return base._replace(config=config, overridden=config != base.config)
 
 
-def _from_dict(like: Any, values: Mapping[str, Any]) -> Any:
-    """A dataclass of ``like``'s type with the fields of a JSON dictionary."""
-    fields = {}
-    for name, value in values.items():
-        if not hasattr(like, name):
-            raise ValueError(f"the saved config has a field {name!r} that this version lacks. Run the study again.")
-        if name == "own" and value is not None:
-            value = OwnData(**{field: _as_tuples(entry) for field, entry in value.items()})
-        elif isinstance(value, dict):
-            value = _from_dict(getattr(like, name), value)
-        fields[name] = _as_tuples(value)
-    return type(like)(**fields)
-
-
-def _as_tuples(value: Any) -> Any:
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+def _study_of(path: Path) -> tuple[str, dict[str, Any]]:
+    """``stem:preset`` and the other entries of a TOML file."""
+    table = read_toml(path)
+    if "study" not in table:
+        raise ValueError(f'config file {str(path)!r} names no study. Add a line such as study = "samuel".')
+    for name in ("study", "preset"):
+        if not isinstance(table.get(name, ""), str):
+            raise ValueError(f'config file {str(path)!r}: {name}={table[name]!r} must be a text, such as "samuel".')
+    stem, colon, named = table.pop("study").partition(":")
+    preset = table.pop("preset", named)
+    if "own" in table:
+        raise ValueError(f"config file {str(path)!r}: data of your own are given on the command line, by --data PATH.")
+    if colon and preset != named:
+        raise ValueError(f"config file {str(path)!r} names the presets {named!r} and {preset!r}. Keep one of them.")
+    return f"{stem}:{preset}", table
 
 
 def words_of(target: str) -> tuple[str | None, tuple[str, ...]]:
@@ -196,39 +232,3 @@ def studies() -> str:
         takes += f" (preset {recipe.OWN_PRESET})" if hasattr(recipe, "OWN_PRESET") else ""
         lines.append(f"  {stem:<16} {' '.join(presets(stem)):<50} {takes}".rstrip())
     return "\n".join(lines)
-
-
-def _override(base: StudyConfig, words: list[str], program: str) -> StudyConfig:
-    if not words:
-        return base
-    import tyro
-
-    return tyro.cli(type(base), args=words, default=base, prog=program, config=(tyro.conf.AvoidSubcommands,))
-
-
-def _read_toml(path: Path) -> tuple[str, list[str]]:
-    try:
-        table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # editors on Windows begin with a mark
-    except FileNotFoundError:
-        raise FileNotFoundError(f"config file {str(path)!r} does not exist.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config file {str(path)!r} is not TOML: {error}.") from None
-    if "study" not in table:
-        raise ValueError(f'config file {str(path)!r} names no study. Add a line such as study = "samuel".')
-    stem, colon, named = str(table.pop("study")).partition(":")
-    preset = table.pop("preset", named or DEFAULT_PRESET)
-    if colon and preset != named:
-        raise ValueError(f"config file {str(path)!r} names the presets {named!r} and {preset!r}. Keep one of them.")
-    return f"{stem}:{preset}", list(_as_words(table))
-
-
-def _as_words(table: Mapping[str, Any], prefix: str = "--"):
-    for name, value in table.items():
-        flag = prefix + name.replace("_", "-")
-        if isinstance(value, dict):
-            yield from _as_words(value, flag + ".")
-        elif isinstance(value, bool):
-            yield prefix + ("" if value else "no-") + name.replace("_", "-")
-        else:
-            yield flag
-            yield from (str(item) for item in (value if isinstance(value, list) else [value]))

@@ -1,11 +1,8 @@
 from .adapted import cola_task as cola_task
 from .adapted import lora_task as lora_task
 from .custom import Score as Score
-from .graph import NodeData as NodeData
 from .graph import draw_labelled as draw_labelled
 from .graph import draw_split as draw_split
-from .graph import masked_accuracy as masked_accuracy
-from .graph import masked_cross_entropy as masked_cross_entropy
 from .graph import node_data as node_data
 from .graph import node_task as node_task
 from .image import image_task as image_task

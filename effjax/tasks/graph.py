@@ -7,25 +7,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
 
 from effjax.core.errors import check_choice, check_number
 from effjax.data.graphs import CsrFeatures, GraphData, graph_data
-from effjax.graph.adjacency import gcn_adjacency
-from effjax.graph.adjacency import row_normalize as divide_rows
-from effjax.graph.sparse import SparseMatrix, sparse_matrix
+from effjax.graph.measures import masked_accuracy, masked_cross_entropy
+from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
+from effjax.graph.sparse.adjacency_matrices import row_normalize as divide_rows
+from effjax.graph.sparse.checks import check_array
+from effjax.graph.sparse.matrix import SparseMatrix, sparse_matrix
 from effjax.tasks.task import Metric, Task, Variables
 
-__all__ = [
-    "NodeData",
-    "draw_labelled",
-    "draw_split",
-    "masked_accuracy",
-    "masked_cross_entropy",
-    "node_data",
-    "node_task",
-]
+__all__ = ["draw_labelled", "draw_split", "node_data", "node_task"]
 
 
 class NodeData(NamedTuple):
@@ -249,31 +242,6 @@ def _mask(argument: str, given: Any, labels: np.ndarray) -> np.ndarray:
     return given
 
 
-def masked_cross_entropy(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
-    r"""Mean cross-entropy over the masked nodes, in nats.
-
-    .. math:: \frac{\sum_i m_i\, (-\log p_{i, y_i})}{\sum_i m_i}
-
-    Args:
-      logits: [N, C].
-      labels: int [N]; not read outside the mask.
-      mask: bool or float [N]; of an empty mask the loss is 0.
-
-    Returns:
-      A float32 scalar.
-    """
-    mask = mask.astype(jnp.float32)
-    safe = jnp.where(mask > 0, labels, 0)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), safe)
-    return jnp.sum(mask * losses) / jnp.maximum(jnp.sum(mask), 1e-9)
-
-
-def masked_accuracy(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
-    """Share of the masked nodes whose largest logit is their label; ties go to the lowest class."""
-    mask = mask.astype(jnp.float32)
-    return jnp.sum(mask * (jnp.argmax(logits, axis=1) == labels)) / jnp.maximum(jnp.sum(mask), 1e-9)
-
-
 def draw_labelled(key: jax.Array, labels: jax.Array, classes: int, per_class: int) -> jax.Array:
     """A random labelled set with the same number of nodes of every class.
 
@@ -311,7 +279,7 @@ def draw_split(
 
 def _rank_in_class(key: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
     """Place of every node in a random order of its class; beyond all nodes for those without one."""
-    labels = jnp.asarray(labels)
+    labels = jnp.asarray(check_array("labels", labels, (None,), "integers", "One class for each node, -1 for none."))
     order = jax.random.permutation(key, labels.shape[0])
     member = (labels[order][:, None] == jnp.arange(classes)).astype(jnp.int32)
     before = jnp.cumsum(member, axis=0) - member

@@ -72,6 +72,17 @@ def accumulated(
     return run
 
 
+def all_finite(tree: PyTree) -> jax.Array:
+    """Whether every floating-point number of a tree is finite; a bool scalar.
+
+    Example:
+      >>> bool(all_finite({"w": jnp.ones(3), "n": 1})), bool(all_finite([jnp.array([1.0, jnp.nan])]))
+      (True, False)
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])) if leaves else jnp.bool_(True)
+
+
 def _split(rows: jax.Array, parts: int) -> jax.Array:
     if rows.shape[0] % parts:
         raise ValueError(

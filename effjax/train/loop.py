@@ -12,9 +12,10 @@ import numpy as np
 import optax
 
 from effjax.core.cost import Executables, count_compiles
-from effjax.core.tree import leaf_paths, tree_where
+from effjax.core.tree import leaf_paths
 from effjax.data.pipeline import prefetch_to_device, put_batch
 from effjax.train.checkpoint import CheckpointError, Checkpoints
+from effjax.train.grad import all_finite
 from effjax.train.logging import JsonlLog, jsonable
 from effjax.train.mesh import batch_sharding, state_shardings
 from effjax.train.options import TrainOptions
@@ -34,7 +35,7 @@ class Preempted(Exception):
 
 
 class NonFiniteError(RuntimeError):
-    """The loss, or the parameters about to be saved, are not finite.
+    """The loss, or the parameters about to be saved or returned, are not finite.
 
     Attributes:
       train_s: seconds spent stepping until this was noticed.
@@ -52,7 +53,7 @@ class FitResult(NamedTuple):
       train: means over all steps of the step metrics, through ``Program.train_metrics``.
       train_s: seconds spent stepping and between phases, over all interruptions, without compiling, evaluating and
         saving.
-      skipped: updates dropped because their loss was not finite.
+      skipped: updates dropped because their loss, their gradients or the parameters after them were not finite.
       curve: one record an evaluation during training, ``{"step", "train_s", metric: value, ...}``.
     """
 
@@ -62,6 +63,9 @@ class FitResult(NamedTuple):
     train_s: float
     skipped: int
     curve: list[dict[str, float]]
+
+
+_all_finite = jax.jit(all_finite)
 
 
 class Prepared:
@@ -89,7 +93,7 @@ class Prepared:
         self.init = _copied(program.init) if mesh is None else jax.jit(program.init, out_shardings=shardings)
         self._steps = {
             step: Executables(
-                _skip_nonfinite(step) if options.nonfinite == "skip" else step,
+                _skip_nonfinite(step, program.params) if options.nonfinite == "skip" else step,
                 donate_argnums=(0,) if options.donate else (),
                 out_shardings=None if mesh is None else (shardings, None),
             )
@@ -313,6 +317,12 @@ class _Run:
     def finish(self) -> FitResult:
         self._check_books(everything=True)
         self.books.end_window(self.done)
+        if self.done and self.books.skipped == self.done:
+            raise NonFiniteError(
+                f"all {self.done} updates were skipped, from step 1 on: their losses, gradients or parameters were not "
+                "finite. Check the data and the learning rate."
+            )
+        self._check_params()
         if self.checkpoints is not None:
             self._write_checkpoint(None)
         return FitResult(
@@ -405,8 +415,7 @@ class _Run:
         if self.checkpoints.latest() == self.done:
             return
         self._check_books(everything=True)
-        if not bool(_all_finite(self.program.params(self.state))):
-            raise NonFiniteError(f"the parameters at step {self.done} are not finite; they were not saved.")
+        self._check_params()
         self.checkpoints.save(
             self.done,
             self.state,
@@ -419,6 +428,13 @@ class _Run:
             metrics,
         )
         self.saved_at = time.monotonic()
+
+    def _check_params(self) -> None:
+        if not bool(_all_finite(self.program.params(self.state))):
+            raise NonFiniteError(
+                f"the parameters at step {self.done} are not finite; they were not saved. Lower the learning rate, or "
+                "set train.nonfinite=skip to drop updates that are not finite and count them."
+            )
 
     def _resume_clock(self) -> None:
         self._started, self._compiled_before = time.perf_counter(), self._compile_s()
@@ -454,7 +470,7 @@ class _Books:
         self._pending.append((step, metrics))
 
     def read(self, lag: int) -> int | None:
-        """Read all but the newest ``lag`` steps; return the first step whose loss is not finite, if any."""
+        """Read all but the newest ``lag`` steps; return the first one that was not finite, if any."""
         ready = [self._pending.popleft() for _ in range(max(0, len(self._pending) - lag))]
         first_bad = None
         for (step, _), metrics in zip(ready, jax.device_get([metrics for _, metrics in ready]), strict=True):
@@ -466,10 +482,12 @@ class _Books:
         return first_bad
 
     def _add(self, step: int, metrics: dict[str, float]) -> bool:
-        bad = not np.isfinite(metrics["loss"])
+        skipped = bool(metrics.pop("skipped", False))
         self.last = metrics
-        if bad:
-            self.skipped += self._options.nonfinite == "skip"
+        if skipped or not np.isfinite(metrics["loss"]):
+            self.skipped += skipped
+            if skipped and self._log is not None:
+                self._log.write(step=step, skipped=self.skipped, **metrics)
             return True
         self.last_finite = step
         self._count += 1
@@ -512,18 +530,16 @@ def _copied(init: Callable) -> Callable:
     return lambda key: jax.device_put(jax.tree.map(jnp.copy, init(key)), device)
 
 
-def _skip_nonfinite(step: Callable) -> Callable:
+def _skip_nonfinite(step: Callable, params: Callable[[PyTree], PyTree]) -> Callable:
+    """The step, undone where its loss, its gradients (as far as it tells) or the parameters after it are not finite."""
+
     def guarded(state, batch, aux):
         new, metrics = step(state, batch, aux)
-        return tree_where(jnp.isfinite(metrics["loss"]), new, state), metrics
+        metrics = dict(metrics)
+        sound = jnp.isfinite(metrics["loss"]) & metrics.pop("sound", True) & all_finite(params(new))
+        return optax.tree.where(sound, new, state), {**metrics, "skipped": ~sound}
 
     return guarded
-
-
-@jax.jit
-def _all_finite(tree: PyTree) -> jax.Array:
-    checks = [jnp.all(jnp.isfinite(x)) for x in _floating(tree)]
-    return jnp.all(jnp.stack(checks)) if checks else jnp.bool_(True)
 
 
 def _floating(tree: PyTree) -> list[jax.Array]:

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
-from effjax.core.errors import check_choice, check_number
+from effjax.core.errors import Count, NotNegative, Positive, check_fields, check_number
 
 __all__ = ["Budget", "MeshOptions", "TrainOptions"]
 
@@ -14,14 +14,13 @@ __all__ = ["Budget", "MeshOptions", "TrainOptions"]
 class Budget:
     """What every arm may spend on one run."""
 
-    amount: float
+    amount: Positive
     """How much of the unit."""
     unit: Literal["steps", "examples", "epochs", "device_seconds"] = "steps"
     """What is counted; device seconds are turned into steps by each arm's measured step time."""
 
     def __post_init__(self):
-        check_number("budget.amount", self.amount, low=0, open_low=True)
-        check_choice("budget.unit", self.unit, ("steps", "examples", "epochs", "device_seconds"))
+        check_fields(self, "budget.")
 
     def steps(self, batch_size: int, epoch_steps: Callable[[int], int] | None = None) -> int:
         """Steps of one run; device seconds must have been resolved before.
@@ -50,11 +49,11 @@ class MeshOptions:
     """Devices along each mesh axis; -1 on one axis takes all that remain."""
 
     data: int = 1
-    """batch-parallel devices"""
+    """Devices along which a batch is split."""
     model: int = 1
-    """devices that share one model's parameters"""
+    """Devices that share one model's parameters."""
     expert: int = 1
-    """devices that hold different experts"""
+    """Devices that hold different experts."""
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -76,46 +75,39 @@ class MeshOptions:
 class TrainOptions:
     """How a run is executed; none of these fields changes what is learned, but for ``dtype``."""
 
-    accumulate: int = 1
-    """micro-batches whose gradients are averaged for one update"""
+    accumulate: Count = 1
+    """Micro-batches whose gradients are averaged for one update."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """compute dtype of the model; parameters stay float32"""
+    """Dtype in which the model computes; parameters stay float32."""
     remat: bool = False
-    """recompute activations in the backward pass"""
+    """Whether activations are computed again in the backward pass instead of kept."""
     donate: bool = True
-    """reuse the old state's buffers for the new state"""
+    """Whether the new state takes the old state's buffers."""
     compile_cache: str | None = None
-    """folder of JAX's persistent compilation cache"""
-    prefetch: int = 2
-    """batches put on the device ahead of use"""
-    read_lag: int = 16
-    """steps between computing a metric and reading it, so that the host does not block the device"""
-    log_steps: int = 50
-    """steps averaged into one line of the log"""
+    """Folder of JAX's persistent compilation cache."""
+    prefetch: Count = 2
+    """Batches put on the device ahead of use."""
+    read_lag: Count = 16
+    """Steps between computing a metric and reading it, so that the host does not block the device."""
+    log_steps: Count = 50
+    """Steps averaged into one line of the log."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """a non-finite loss ends the run, or its update is dropped and counted"""
-    checkpoint_seconds: float = 30.0
-    """time between checkpoints of a single process"""
-    checkpoint_steps: int | None = None
-    """steps between checkpoints; overrides the seconds (several processes default to a twentieth of the run)"""
-    keep: int = 2
-    """newest checkpoints kept"""
-    evaluate_steps: int | None = None
-    """steps between evaluations during training"""
+    """What is done where a loss, gradient or parameter is not finite: end the run, or drop the update and count it."""
+    checkpoint_seconds: NotNegative = 30.0
+    """Seconds between checkpoints of a single process."""
+    checkpoint_steps: Count | None = None
+    """Steps between checkpoints, in place of the seconds; several processes default to a twentieth of the run."""
+    keep: Count = 2
+    """Newest checkpoints kept."""
+    evaluate_steps: Count | None = None
+    """Steps between evaluations during training; None for none."""
     best_metric: str | None = None
-    """also keep the checkpoint with the largest value of this evaluation metric (prefix - for smallest)"""
+    """Evaluation metric whose checkpoint of the largest value is kept too; -NAME for the smallest."""
     mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
-    """device mesh"""
+    """Mesh of devices."""
 
     def __post_init__(self):
-        for name in ("accumulate", "prefetch", "read_lag", "log_steps", "keep"):
-            check_number(f"train.{name}", getattr(self, name), low=1, integer=True)
-        check_number("train.checkpoint_seconds", self.checkpoint_seconds, low=0)
-        for name in ("checkpoint_steps", "evaluate_steps"):
-            if getattr(self, name) is not None:
-                check_number(f"train.{name}", getattr(self, name), low=1, integer=True)
-        check_choice("train.dtype", self.dtype, ("float32", "bfloat16"))
-        check_choice("train.nonfinite", self.nonfinite, ("stop", "skip"))
+        check_fields(self, "train.")
         if self.best_metric is not None and self.evaluate_steps is None:
             raise ValueError(
                 f"train.best_metric={self.best_metric!r} needs evaluations during training: set train.evaluate_steps."

@@ -58,7 +58,8 @@ class Phase(NamedTuple):
 
     Attributes:
       step: ``(state, batch, aux) -> (state, metrics)``; traceable, never jitted by the recipe, compiled once for all
-        phases that share it. ``metrics`` is a flat dictionary of scalars and holds ``loss``.
+        phases that share it. ``metrics`` is a flat dictionary of scalars and holds ``loss``; a step that knows its
+        gradients may say in ``sound`` whether they are finite, for runs that skip such updates.
       steps: at most; None for as many as the budget allows.
       over: ``state -> bool``, traced and read after every step: the phase ends early where it is True.
       leave: ``state -> state`` on the host, after the last step: a knot, new pseudolabels, a pruning decision.

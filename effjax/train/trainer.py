@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from effjax.tasks.task import Task
-from effjax.train.grad import accumulated
+from effjax.train.grad import accumulated, all_finite
 from effjax.train.loaders import column_loader, examples_in
 from effjax.train.options import TrainOptions
 from effjax.train.program import Loader, Phase, Program, Rules
@@ -85,7 +85,8 @@ def supervised(
         ``task.details["draw"]`` if there is one, or for a ``full_batch`` task all of it in every step.
       batch_size: rows of one step, where there is no ``loader``.
       options: how the run is executed: ``accumulate`` is done here; ``dtype`` and ``remat`` must be the task's.
-      eval_params: ``(opt_state, params) -> params`` to be evaluated, where they are not those that are trained.
+      eval_params: ``(state, params) -> params``, what is evaluated, from the optimizer's state and what is trained;
+        None where the two are the same.
       counts: ``batch -> {name: number}``, more step metrics.
       period: steps after which the cost of a step repeats.
       sharding: rules over the paths of ``TrainState``.
@@ -134,6 +135,8 @@ def supervised(
             batch_size=examples_in(batch),
         )
         metrics = {**metrics, "loss": value, **(counts(batch) if counts else {})}
+        if options.nonfinite == "skip":
+            metrics["sound"] = all_finite(grads)
         return state.after(optax.apply_updates(state.params, updates), model, opt), metrics
 
     def variables(state: TrainState) -> PyTree:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from effjax.graph.adjacency import gcn_adjacency
+from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
 from effjax.models.bert import Bert, BertClassifier
 from effjax.models.cnn import CNN
 from effjax.models.decoder import Decoder

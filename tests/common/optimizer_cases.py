@@ -13,9 +13,9 @@ import optax
 from effjax.finetune.chain import ColaConfig, cola_init
 from effjax.finetune.cola import cola
 from effjax.finetune.lora import LoraRule, lora_merge
+from effjax.optim.batch_size import scale_by_batch_size
+from effjax.optim.one_gradient import samuel_one_gradient
 from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
-from effjax.optim.samuel_one_gradient import samuel_one_gradient
-from effjax.optim.scale_by_batch_size import scale_by_batch_size
 from effjax.recurrent.fptt import fptt, fptt_eval_params
 
 PyTree = Any
@@ -78,10 +78,10 @@ def _batch_sized(**keywords: Any) -> OptimizerCase:
         "bucket_sampler",
         lambda **overrides: optax.chain(
             optax.scale_by_adam(),
-            scale_by_batch_size(**{"base": 64, **keywords, **overrides}),
+            scale_by_batch_size(**{"reference": 64, **keywords, **overrides}),
             optax.scale_by_learning_rate(0.1),
         ),
-        ("base", 32.0),
+        ("reference", 32.0),
         call=lambda loss, params: (jax.grad(loss)(params), {"batch_size": 96}),
         learning_rate=False,
     )

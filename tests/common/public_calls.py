@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from effjax.recurrent.drivers import fptt_step
 from small_graph import write_small_cora
 
 import effjax
@@ -20,8 +21,8 @@ from effjax.finetune.lora import LoraRule, lora_apply
 from effjax.models.mlp import MLP
 from effjax.models.sequence import LSTMCell
 from effjax.models.sequence_network import SequenceNetwork, step_network
+from effjax.optim.batch_size import scale_by_batch_size
 from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
-from effjax.optim.scale_by_batch_size import scale_by_batch_size
 from effjax.recurrent.fptt import fptt, fptt_terminal_loss
 from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNN
@@ -54,7 +55,7 @@ def samuel_loop():
     def step(params, opt, batch):
         losses, grads = losses_and_grads(params, batch)
         updates, opt = tx.update(grads, opt, params, value=losses)
-        return samuel_sync(optax.apply_updates(params, updates), opt), opt
+        return samuel_sync(opt, optax.apply_updates(params, updates)), opt
 
     params = samuel_init(task.init(KEY)["params"], 5)
     opt, stream = tx.init(params), batches(task.train, 64, seed=0)
@@ -99,7 +100,7 @@ def _texts(columns, arm_name, study):
     tx = optax.chain(
         optax.scale_by_adam(),
         optax.add_decayed_weights(0.0),
-        scale_by_batch_size(base=32),
+        scale_by_batch_size(reference=32),
         optax.scale_by_learning_rate(optax.linear_schedule(1e-3, 0.0, sampler.total_steps)),
     )
 

@@ -85,7 +85,7 @@ def test_packages_import_none_of_their_modules_before_they_are_used():
         ("optim", "from effjax.core.tree import select\nfrom effjax.data import sources", 0),
         ("optim", "def f():\n    from effjax.train.loop import fit", 1),
         ("optim", "from effjax.models import resnet", 1),
-        ("models", "from effjax.graph.layers import gcn", 0),
+        ("models", "from effjax.graph.sparse.layers import gcn", 0),
         ("models", "from effjax.recurrent import irnn", 1),
         ("optim", "from effjax import vision", 1),
         ("optim", "from ..graph import x", 1),

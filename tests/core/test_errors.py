@@ -1,11 +1,14 @@
 """Argument checks: what is refused, and that the message tells the way out."""
 
+import dataclasses
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.core.errors import check_choice, check_number, near
+from effjax.core.errors import Count, Natural, Positive, Rate, Share, check_choice, check_fields, check_number, near
 
 
 def test_near_names_close_matches_only():
@@ -57,3 +60,42 @@ def test_check_number_lets_traced_scalars_through_and_still_checks_their_type():
     assert jax.jit(lambda rate: check_number("rate", rate, low=0))(-1.0) == -1.0
     with pytest.raises(TypeError, match="rate="):
         jax.jit(lambda rate: check_number("rate", rate))(jnp.ones(2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    count: Count = 1
+    rates: tuple[Positive, ...] = (0.1,)
+    rows: Count | None = None
+    loop: Literal["vmap", "map"] = "map"
+    form: Literal["a"] | Literal["b"] = "a"
+    size: tuple[Count, Natural] = (1, 0)
+    momentum: Rate = 0.0
+    share: Share = 1.0
+    name: str = ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"count": 0}, r"^my\.count=0 must be an integer in \[1, inf\)"),
+        ({"rates": (0.1, 0)}, r"^my\.rates\[1\]=0 must be a number in \(0, inf\)"),
+        ({"rates": (0.1, float("nan"))}, r"^my\.rates\[1\]=nan"),
+        ({"rows": 0}, r"^my\.rows=0"),
+        ({"loop": "mpa"}, r"^my\.loop='mpa' is not one of 'vmap', 'map'. Did you mean 'map'"),
+        ({"form": "c"}, r"^my\.form='c' is not one of 'a', 'b'"),
+        ({"size": (0, 0)}, r"^my\.size\[0\]=0"),
+        ({"size": (1, -1)}, r"^my\.size\[1\]=-1"),
+        ({"momentum": 1.0}, r"^my\.momentum=1.0 must be a number in \[0, 1\)"),
+        ({"share": 0.0}, r"^my\.share=0.0 must be a number in \(0, 1\]"),
+    ],
+)
+def test_constraints_that_stand_in_the_types_are_checked(fields, message):
+    check_fields(Config(rows=3, rates=(), size=(2, 0), momentum=0, form="b"))
+    with pytest.raises(ValueError, match=message):
+        check_fields(Config(**fields), "my.")
+
+
+def test_a_value_of_another_type_is_named():
+    with pytest.raises(TypeError, match=r"count=1\.5 must be an integer, not float"):
+        check_fields(Config(count=1.5))

@@ -40,15 +40,15 @@ def test_keys_may_be_stacked():
 @pytest.mark.parametrize("slow", ["vmap", "map", "unroll"])
 def test_a_slow_form_is_not_taken_and_soon_dropped(slow, monkeypatch):
     runs = dict.fromkeys(loops._FORMS, 0)
-    programs = {}  # in the order in which the forms are measured
+    thunks = {}  # in the order in which the forms are measured
 
-    def clock(program, arguments):
-        name = programs.setdefault(program, [*runs][min(len(programs), 2)])
-        runs[name] += 1
+    def clock(thunk, calls):
+        name = thunks.setdefault(thunk, [*runs][min(len(thunks), 2)])
+        runs[name] += calls
         return 10.0 if name == slow else 1.0
 
     monkeypatch.setattr(loops, "_seconds", clock)
-    choice = loops._measure(jnp.sin, (jax.ShapeDtypeStruct((3, 4), jnp.float32), ()), 3)
+    choice = fastest_loop(lambda x: jnp.sin(x), jax.ShapeDtypeStruct((3, 4), jnp.float32), size=3)
     assert choice != slow
     # The first form measured has no rival yet and stays in the race.
     assert runs[slow] == 1 or slow == next(iter(loops._FORMS))

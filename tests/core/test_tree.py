@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effjax.core.tree import leaf_paths, select, tree_where, wide
+from effjax.core.tree import leaf_paths, only_node, select, unread, wide
 
 
 class Pair(NamedTuple):
@@ -97,20 +97,18 @@ def test_wide_is_float32_at_least():
         assert wide(np.float64(0.1)) == 0.1
 
 
-def test_tree_where_selects_whole_trees_with_keys_under_jit():
-    first = {"x": jnp.ones(3), "key": jax.random.key(1), "n": np.int32(4)}
-    second = {"x": jnp.zeros(3), "key": jax.random.key(2), "n": np.int32(5)}
-    for flag, expected in ((True, first), (False, second)):
-        chosen = jax.jit(tree_where)(flag, first, second)
-        assert jnp.issubdtype(chosen["key"].dtype, jax.dtypes.prng_key)
-        assert jnp.array_equal(jax.random.key_data(chosen["key"]), jax.random.key_data(expected["key"]))
-        np.testing.assert_array_equal(chosen["x"], expected["x"])
-        assert chosen["n"] == expected["n"]
+def test_the_one_node_of_a_type_is_found_and_none_or_two_are_refused():
+    one = Pair(1, 2)
+    assert only_node([{"a": one}, 3], Pair, maker="pairs") is one
+    for tree in ([3], [one, one]):
+        with pytest.raises(ValueError, match=f"state=list holds {tree.count(one)} Pair.*pairs returned"):
+            only_node(tree, Pair, maker="pairs")
 
 
-def test_tree_where_maps_over_conditions_and_over_stacks_of_keys():
-    keys = jax.random.split(jax.random.key(0), 4)
-    chosen = tree_where(jnp.asarray(False), keys, keys[::-1])
-    assert jnp.array_equal(jax.random.key_data(chosen), jax.random.key_data(keys[::-1]))
-    rows = jax.vmap(tree_where)(jnp.asarray([True, False]), jnp.ones((2, 3)), jnp.zeros((2, 3)))
-    np.testing.assert_array_equal(rows, [[1, 1, 1], [0, 0, 0]])
+def test_leaves_that_the_first_result_does_not_depend_on_are_found_inside_jit_and_scan():
+    def fn(tree):
+        inner = jax.jit(lambda a, b: (a, b))(tree["a"], tree["b"])
+        total, _ = jax.lax.scan(lambda sum, row: (sum + row, None), inner[0], tree["rows"])
+        return total, tree["d"]
+
+    assert unread(fn, {"a": 1.0, "b": 2.0, "d": 3.0, "rows": jnp.ones(4)}) == ["b", "d"]

@@ -134,7 +134,7 @@ def assert_equal(left, right):
 def stepper(tx, config):
     @functools.partial(jax.jit, static_argnames="tie")
     def step(params, opt_state, tie=False):
-        _, grads = cola_value_and_grad(loss, config)(cola_state(params, opt_state))
+        _, grads = cola_value_and_grad(loss, config)(cola_state(opt_state, params))
         updates, opt_state = tx.update({"lora": grads}, opt_state, params, tie=tie)
         return optax.apply_updates(params, updates), opt_state
 
@@ -318,7 +318,7 @@ def least_squares(file, optimizer, rates, reset=True):
         if k + 1 < len(steps):
             state = cola_extend(state, config)
             if reset:
-                opt_state = cola_reset(tx, opt_state, state.lora, rates)[0]
+                opt_state = cola_reset(tx, opt_state, state.lora, schedule=rates)[0]
     losses.append(float(squares({**cola_params(state, config)})))
     np.testing.assert_allclose(losses, data["loss"], rtol=1e-5, atol=1e-6)
     return losses
@@ -383,7 +383,7 @@ def test_transformation_is_the_pure_chain():
         state, inner = trainer(ADAM, config)(state, inner, 1)
         params, opt_state = step(params, opt_state, tie=config.ties(t))
     assert opt_state.link == state.link == 2
-    for a, b in zip(jax.tree.leaves(cola_state(params, opt_state)), jax.tree.leaves(state), strict=True):
+    for a, b in zip(jax.tree.leaves(cola_state(opt_state, params)), jax.tree.leaves(state), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -421,7 +421,7 @@ def test_untied_step_costs_what_lora_costs(dtype):
 
     def cola_step(tie, carry, x):
         params, opt_state = carry
-        _, grads = cola_value_and_grad(objective, config)(cola_state(params, opt_state), x)
+        _, grads = cola_value_and_grad(objective, config)(cola_state(opt_state, params), x)
         updates, opt_state = tx.update({"lora": grads}, opt_state, params, tie=tie)
         return optax.apply_updates(params, updates), opt_state
 
@@ -461,7 +461,7 @@ def test_knots_under_multi_steps_happen_when_an_update_is_emitted(place):
 
     @functools.partial(jax.jit, static_argnames="tie")
     def step(params, opt_state, tie):
-        _, grads = cola_value_and_grad(loss, config)(cola_state(params, opt_state))
+        _, grads = cola_value_and_grad(loss, config)(cola_state(opt_state, params))
         updates, opt_state = tx.update(grads_of(grads, params), opt_state, params, tie=tie)
         return optax.apply_updates(params, updates), opt_state
 
@@ -471,7 +471,7 @@ def test_knots_under_multi_steps_happen_when_an_update_is_emitted(place):
             untied, tied = (step(micro, micro_state, tie) for tie in (False, True))
             assert_equal(tied, untied)
         micro, micro_state = step(micro, micro_state, config.ties(t, every=3))
-    assert cola_state(micro, micro_state).link == 1
+    assert cola_state(micro_state, micro).link == 1
     for a, b in zip(jax.tree.leaves(micro), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
@@ -481,9 +481,9 @@ def test_inside_a_chain_and_with_lora_plus():
     tx = optax.chain(optax.clip_by_global_norm(1e3), cola(optax.chain(optax.sgd(0.1), scale_lora_b(4.0)), config))
     params, opt_state = begin(tx, config)
     first = params["lora"]["up/kernel"]["a"]
-    grads = gradient(cola_state(params, opt_state), config)
+    grads = gradient(cola_state(opt_state, params), config)
     params, opt_state = stepper(tx, config)(params, opt_state, tie=True)
-    assert cola_state(params, opt_state).link == 1
+    assert cola_state(opt_state, params).link == 1
     # With scale 2: the first step moves b alone, four times as far as the rate says.
     moved = params["base"]["up"]["kernel"] - PARAMS["up"]["kernel"]
     np.testing.assert_allclose(moved, -0.8 * first @ grads["up/kernel"]["b"], rtol=1e-3, atol=1e-6)
@@ -530,7 +530,7 @@ def test_reset_is_complete_and_spares_the_schedule(tx, kept):
     lora = {"k": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3))}}
     old, fresh = worked(tx, lora), tx.init(lora)
     for schedule in ("global", "per_link"):
-        new, restart = cola_reset(tx, old, lora, schedule)
+        new, restart = cola_reset(tx, old, lora, schedule=schedule)
         assert sorted(restart.reset + restart.kept) == sorted(leaf_paths(old))
         by_path = {
             path: values
@@ -566,7 +566,7 @@ def test_a_state_of_unknown_make_is_not_reset_silently():
     for tx, words in ((optax.contrib.prodigy(), "count in ProdigyState"), (odd, "seen in")):
         with pytest.raises(ValueError, match=words + r".*per_link"):
             cola_reset(tx, tx.init(lora), lora)
-        assert cola_reset(tx, tx.init(lora), lora, "per_link")[1].kept == ()
+        assert cola_reset(tx, tx.init(lora), lora, schedule="per_link")[1].kept == ()
     with pytest.raises(ValueError, match="nothing of it can be reset"):
         cola_reset(ADAM, optax.sgd(0.1).init(lora), lora)
 
@@ -625,7 +625,7 @@ def test_many_small_knots_add_up_with_a_master():
 
     for _ in range(40):
         params, opt_state = tied(params, opt_state)
-    assert_equal(cola_state(params, opt_state).base, state.base)
+    assert_equal(cola_state(opt_state, params).base, state.base)
     assert params["base"]["kernel"].dtype == jnp.bfloat16
 
 
@@ -745,6 +745,22 @@ def test_bad_chains_are_refused(fields, words):
         ColaConfig(**{"lora": RULE, **fields})
 
 
+def test_a_loss_that_does_not_read_adapters_warns_once():
+    state = cola_init(KEY, PARAMS, config := ColaConfig(RULE, knots=(3,)))
+
+    def upper(params):
+        params = {**params, "down": {name: params["down"][name] for name in ("kernel", "bias")}}
+        return jnp.mean(APPLY({"params": params}, X) ** 2)
+
+    for blind, words in (
+        (plain_loss, "2 of 2 adapters .of 'down/kernel'"),
+        (upper, "1 of 2 adapters .of 'down/kernel'"),
+    ):
+        with pytest.warns(NoEffectWarning, match=words + r".*Call the network as lora_apply"):
+            cola_value_and_grad(blind, config)(state)
+        cola_value_and_grad(blind, config)(state)  # warnings are errors here
+
+
 def test_bad_calls_are_refused():
     config = ColaConfig(RULE, knots=(3,))
     tx = cola(ADAM, config)
@@ -762,7 +778,7 @@ def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match=r"cannot sit inside optax.partition or"):
         optax.partition({"ours": tx, "other": ADAM}, {"base": "ours", "lora": "other"}).init(params)
     with pytest.raises(ValueError, match="holds 0 ColaOptState"):
-        cola_state(params, ADAM.init(params))
+        cola_state(ADAM.init(params), params)
     with pytest.raises(ValueError, match="matches none"):
         cola_init(KEY, PARAMS, ColaConfig("upp/kernel", knots=(3,)))
     state = cola_extend(cola_init(KEY, PARAMS, config), config)

@@ -72,7 +72,7 @@ def test_magnitude_pruning_parity(percent):
     tx = optax.trace(0.9)
     with jax.enable_x64(True):
         state = optax.TraceState(jnp.asarray(data["prune_in"]))
-        pruned = relora_reset(tx, state, None, KEY, ratio=percent / 100)
+        pruned = relora_reset(KEY, tx, state, None, ratio=percent / 100)
     np.testing.assert_array_equal(pruned.trace, data[f"prune_out_{percent}"])
 
 
@@ -91,9 +91,9 @@ def test_relora_prunes_moments_and_keeps_counts_at_a_knot():
         assert int(adam.count) == 1
         for moment in jax.tree.leaves((adam.mu, adam.nu)):
             assert abs(float((moment != 0).mean()) - share) < 0.03
-        assert cola_state(params, state).link == 1
+        assert cola_state(state, params).link == 1
     with pytest.raises(ValueError, match="would reset 0 %"):
-        relora_reset(optax.sgd(0.1), optax.sgd(0.1).init(lora), lora, KEY)
+        relora_reset(KEY, optax.sgd(0.1), optax.sgd(0.1).init(lora), lora)
 
 
 @pytest.mark.parametrize(("train", "expected"), [("b", "W_next_A"), ("a", "W_next_B")])
@@ -159,4 +159,4 @@ def test_bad_input():
     with pytest.raises(ValueError, match="restart_warmup_steps=30"):
         relora_schedule(1.0, 100, 20, first_warmup_steps=5, restart_warmup_steps=30)
     with pytest.raises(ValueError, match="Did you mean 'random'"):
-        relora_reset(optax.trace(0.9), None, None, KEY, prune="randon")
+        relora_reset(KEY, optax.trace(0.9), None, None, prune="randon")

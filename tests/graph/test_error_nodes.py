@@ -8,20 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.graph.adjacency import gcn_adjacency
 from effjax.graph.error_nodes import (
+    active_nodes,
     error_auc,
     error_scores,
-    error_set,
     feature_view,
     fit_detector,
-    held_out_trust,
+    held_out_correctness,
     label_view,
-    learned_trust,
+    learned_correctness,
     neighbour_agreement,
     spread_errors,
 )
-from effjax.graph.sparse import sparse_matrix
+from effjax.graph.problems import GeeniProblem
+from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
+from effjax.graph.sparse.matrix import sparse_matrix
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "geeni"
 NODES, CLASSES, FOLDS = 120, 3, 4
@@ -60,8 +61,14 @@ def world():
     }
 
 
-trusted = jax.jit(lambda data: learned_trust(**data, fold_count=FOLDS))
-held_out = jax.jit(lambda data: held_out_trust(**data, fold_count=FOLDS))
+def taken(data):
+    """The arguments of a detector."""
+    parts = (data[name] for name in ("features", "matrix", "labels", "train", "checked"))
+    return data["scores"], GeeniProblem(*parts, CLASSES), data["folds"]
+
+
+learned = jax.jit(lambda data: learned_correctness(*taken(data), fold_count=FOLDS))
+held_out = jax.jit(lambda data: held_out_correctness(*taken(data), fold_count=FOLDS))
 
 
 def test_parity_with_the_reference():
@@ -76,7 +83,7 @@ def test_parity_with_the_reference():
         matrix = sparse_matrix(rows, columns, core["S"][rows, columns], core["S"].shape)
         agreement = neighbour_agreement(matrix, scores.label)
         np.testing.assert_allclose(agreement, core["neighbour_agreement"], rtol=0, atol=1e-15)
-        errors = error_set(scores.score, float(core["isolate_fraction"]), jnp.asarray(core["known_mask"]))
+        errors = ~active_nodes(scores.score, float(core["isolate_fraction"]), jnp.asarray(core["known_mask"]))
         np.testing.assert_array_equal(errors, core["error_mask"])
         test, wrong = jnp.asarray(detector["test_mask"]), jnp.asarray(detector["wrong"])
         auc = error_auc(scores.score, wrong, test)
@@ -114,26 +121,24 @@ def test_the_order_of_members_does_not_matter_and_nodes_may_be_renumbered():
         "matrix": gcn_adjacency(place[columns[off]], place[rows[off]], NODES),
         **{name: data[name][order] for name in ("features", "labels", "train", "checked", "folds")},
     }
-    np.testing.assert_allclose(trusted(moved), trusted(data)[order], atol=1e-4)
+    np.testing.assert_allclose(learned(moved), learned(data)[order], atol=1e-4)
 
 
-def test_error_sets():
-    trust = jnp.array([0.3, 0.1, 0.1, 0.9, 0.2])
+def test_active_nodes():
+    correctness = jnp.array([0.3, 0.1, 0.1, 0.9, 0.2])
     known = jnp.array([False, True, False, False, False])
-    assert error_set(trust, 0.6, known).tolist() == [False, False, True, False, True]
-    assert not error_set(trust, 0.0, known).any()
-    everything = error_set(trust, 1.0, known)
-    assert everything.tolist() == (~known).tolist()
-    traced = jax.jit(error_set)(trust, 0.6, known)
-    assert traced.tolist() == error_set(trust, 0.6, known).tolist()
+    assert active_nodes(correctness, 0.6, known).tolist() == [True, True, False, True, False]
+    assert active_nodes(correctness, 0.0, known).all()
+    assert active_nodes(correctness, 1.0, known).tolist() == known.tolist()
+    assert jax.jit(active_nodes)(correctness, 0.6, known).tolist() == [True, True, False, True, False]
 
 
 def test_auc_is_the_share_of_ordered_pairs():
     rng = np.random.default_rng(0)
-    trust, wrong, mask = rng.integers(0, 5, 60), rng.random(60) < 0.3, rng.random(60) < 0.7
-    bad, right = trust[wrong & mask], trust[~wrong & mask]
+    scores, wrong, mask = rng.integers(0, 5, 60), rng.random(60) < 0.3, rng.random(60) < 0.7
+    bad, right = scores[wrong & mask], scores[~wrong & mask]
     expected = np.mean((bad[:, None] < right) + 0.5 * (bad[:, None] == right))
-    found = jax.jit(error_auc)(jnp.asarray(trust, jnp.float32), jnp.asarray(wrong), jnp.asarray(mask))
+    found = jax.jit(error_auc)(jnp.asarray(scores, jnp.float32), jnp.asarray(wrong), jnp.asarray(mask))
     assert float(found) == pytest.approx(expected, abs=1e-6)
 
 
@@ -176,7 +181,7 @@ def test_the_detector_finds_the_errors_that_all_members_share():
     wrong = data["scores"].label != data["labels"]
     test = ~(data["train"] | data["checked"])
     alone = float(error_auc(data["scores"].score, wrong, test))
-    found = float(error_auc(trusted(data), wrong, test))
+    found = float(error_auc(learned(data), wrong, test))
     assert alone < 0.7
     assert found > 0.95
     near = float(error_auc(spread_errors(data["matrix"], wrong, data["checked"]), wrong, test))
@@ -187,23 +192,23 @@ def test_no_label_leaks():
     data = world()
     test = ~(data["train"] | data["checked"])
     hidden = data | {"labels": jnp.where(test, -1, data["labels"])}
-    np.testing.assert_array_equal(trusted(hidden), trusted(data))
+    np.testing.assert_array_equal(learned(hidden), learned(data))
     np.testing.assert_array_equal(held_out(hidden), held_out(data))
-    trust = held_out(data)
+    first = held_out(data)
     for fold in range(FOLDS):  # what judges a fold does not depend on its labels
         mine = data["checked"] & (data["folds"] == fold)
         other = held_out(data | {"labels": jnp.where(mine, (data["labels"] + 1) % CLASSES, data["labels"])})
-        np.testing.assert_array_equal(other[fold], trust[fold])
-        assert (other[(fold + 1) % FOLDS] != trust[(fold + 1) % FOLDS]).any()
+        np.testing.assert_array_equal(other[fold], first[fold])
+        assert (other[(fold + 1) % FOLDS] != first[(fold + 1) % FOLDS]).any()
 
 
 def test_bad_input():
     data = world()
     with pytest.raises(ValueError, match=r"fold_count=1 must be an integer in \[2"):
-        learned_trust(**data, fold_count=1)
+        learned_correctness(*taken(data), fold_count=1)
     with pytest.raises(ValueError, match=r"fold_count=2 must be an integer in \[3"):
-        held_out_trust(**data, fold_count=2)
+        held_out_correctness(*taken(data), fold_count=2)
     with pytest.raises(ValueError, match=r"ridge=0 must be a number in \(0, inf\)"):
         fit_detector(data["features"], data["train"], data["checked"], ridge=0)
     with pytest.raises(ValueError, match=r"fraction=2 must be a number in \[0, 1\]"):
-        error_set(jnp.ones(3), 2, jnp.zeros(3, bool))
+        active_nodes(jnp.ones(3), 2, jnp.zeros(3, bool))

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from small_graph import write_small_cora
 
-from effjax.graph.adjacency import adjacency, gcn_normalize, loopless_adjacency
 from effjax.graph.calibration import calibrate, fit_calibration
-from effjax.graph.fastrain import FastrainConfig, NodeProblem, fastrain, fastrain_init, fastrain_scores
-from effjax.graph.self_training import self_training
-from effjax.graph.stages import compact_to_ladder, drop_edges, fastrain_optimizer, train_stage
+from effjax.graph.fastrain import FastrainConfig, fastrain, fastrain_init, fastrain_scores
+from effjax.graph.problems import NodeProblem
+from effjax.graph.pseudolabels import self_training
+from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_normalize, loopless_adjacency
+from effjax.graph.stages import adam_l2, drop_edges, select_to_ladder, train_stage
 from effjax.models.gnn import NodeClassifier
 from effjax.tasks.graph import draw_labelled, node_data
 
@@ -23,7 +24,7 @@ SMALL = {
     "samples": 3,
     "threshold": 0.25,
     "deep_below": 0.08,
-    "tx": fastrain_optimizer(0.05),
+    "tx": adam_l2(0.05),
 }
 
 
@@ -64,7 +65,7 @@ def by_hand(problem, network, deep, keep):
     rows, columns = np.asarray(whole.pattern.rows), np.asarray(whole.pattern.columns)
 
     def trained(stage, labels, mask, edges):
-        matrix = compact_to_ladder(whole, edges)
+        matrix = select_to_ladder(whole, edges)
         params = init(start, deep[stage])
         train = lambda params, x, a, key: apply(params, x, a, key=key)
         sample = lambda key: drop_edges(key, matrix, keep[stage])
@@ -104,7 +105,7 @@ def test_it_is_its_parts_put_together_by_hand(problem, network):
 
 def test_without_its_parts_it_is_plain_self_training(problem, network):
     init, apply = network
-    found = run(problem, network, depth="shallow", keep=1.0, samples=0, pruned=False)
+    found = run(problem, network, depth="shallow", keep_rate=1.0, samples=0, pruned=False)
     _, start, rest = jax.random.split(KEY, 3)
     features, adjacency, tx, history = problem.features, problem.adjacency, SMALL["tx"], []
 
@@ -146,7 +147,7 @@ def test_filtering_and_the_guard_only_take_away(problem, network):
     added = lambda **changes: run(problem, network, epochs=20, **changes)
     everything, kept, few = (
         added(samples=0, pruned=False),
-        added(samples=5, samples_keep=0.5),
+        added(samples=5, sample_keep_rate=0.5),
         added(samples=0, growth=1),
     )
     plain, filtered, guarded = (np.asarray(found.added) == 1 for found in (everything, kept, few))
@@ -169,7 +170,7 @@ def test_a_plateau_ends_a_stage_and_nothing_runs_after_it(problem, network):
 
 def test_starts_are_the_same_draw_a_fresh_one_or_the_last_parameters(problem, network):
     # A rate of 0 leaves the parameters as each stage found them.
-    still = {"depth": "shallow", "epochs": 20, "tx": fastrain_optimizer(0.0)}
+    still = {"depth": "shallow", "epochs": 20, "tx": adam_l2(0.0)}
     one = run(problem, network, stages=1, **still).params
     two = {start: run(problem, network, start=start, **still).params for start in ("same", "fresh", "warm")}
     jax.tree.map(np.testing.assert_array_equal, two["same"], one)
@@ -220,9 +221,9 @@ def test_bad_problems(problem, network, change, message):
         ({"growth": 2, "select": "top-k"}, "limits select='threshold' only"),
         ({"epochs": 70}, "no multiple of epochs_per_step=50. Take epochs=50, or epochs_per_step=70"),
         ({"depth": "thick"}, "depth='thick'"),
-        ({"keep": 0.0}, r"keep=0\.0"),
+        ({"keep_rate": 0.0}, r"keep_rate=0\.0"),
         ({"pool": 4, "exact_drop": True}, "Leave out one of them"),
-        ({"pool": 4, "keep": 1.0}, "Leave out one of them"),
+        ({"pool": 4, "keep_rate": 1.0}, "Leave out one of them"),
     ],
 )
 def test_bad_settings(change, message):

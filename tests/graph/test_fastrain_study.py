@@ -216,7 +216,7 @@ def test_arms_of_a_seed_share_their_labelled_nodes(built):
 @pytest.mark.parametrize(
     ("changes", "most"),
     [
-        ({"depth": "shallow", "keep": 1.0, "select": "m3s", "samples": 0, "smoothed": True}, STUDY.top_k),
+        ({"depth": "shallow", "keep_rate": 1.0, "select": "m3s", "samples": 0, "smoothed": True}, STUDY.top_k),
         ({"depth": "shallow", "weighted": True, "pool": 4, "growth": STUDY.guard_growth}, 3 * STUDY.guard_growth),
     ],
     ids=["m3s, correct and smooth", "guard, weights, pool"],

@@ -1,4 +1,4 @@
-"""GEENI: parity in float64, four forms of one computation, kernel calls, the one call, serving, cost, bad input."""
+"""GEENI: parity in float64, four loops of one computation, kernel calls, the one call, serving, cost, bad input."""
 
 import dataclasses
 import functools
@@ -11,11 +11,9 @@ import pytest
 
 from effjax.core.cost import Executables
 from effjax.core.macs import count_macs
-from effjax.graph.adjacency import gcn_adjacency
-from effjax.graph.error_nodes import error_scores, error_set
+from effjax.graph.error_nodes import active_nodes, error_scores
 from effjax.graph.geeni import (
     GeeniConfig,
-    GeeniProblem,
     choose_isolation,
     distil_loss,
     geeni,
@@ -27,12 +25,12 @@ from effjax.graph.geeni import (
 from effjax.graph.geeni_serving import inductive_probabilities, serve_ensemble
 from effjax.graph.isolation import isolate, isolate_to_ladder, random_edges
 from effjax.graph.members import (
-    FORMS,
+    LOOPS,
     GcnMembers,
     ensemble_logits,
     ensemble_macs,
     ensemble_probabilities,
-    fastest_members_form,
+    fastest_members_loop,
     fold_members,
     init_members,
     mask_features,
@@ -40,7 +38,9 @@ from effjax.graph.members import (
     members_loss,
     prune_width,
 )
-from effjax.graph.sparse import SparseMatrix, sparse_matrix
+from effjax.graph.problems import GeeniProblem
+from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
+from effjax.graph.sparse.matrix import SparseMatrix, sparse_matrix
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "geeni" / "geeni_core.npz"
 # Even numbers of columns: odd ones are padded for the kernel, which would count as work.
@@ -76,28 +76,28 @@ def own_graphs(matrix):
     return matrix._replace(values=matrix.values * keep)
 
 
-def loss(members, features, matrix, labels, form, dropout=0.0):
-    logits = ensemble_logits(members, features, matrix, dropout=dropout, key=jax.random.key(0), form=form)
+def loss(members, features, matrix, labels, loop, dropout=0.0):
+    logits = ensemble_logits(members, features, matrix, dropout=dropout, key=jax.random.key(0), loop=loop)
     return members_loss(logits, labels, jnp.arange(NODES) < 12)
 
 
-value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnames=("form", "dropout"))
+value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnames=("loop", "dropout"))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_parity_with_the_reference(form):
+@pytest.mark.parametrize("loop", LOOPS)
+def test_parity_with_the_reference(loop):
     reference = np.load(REFERENCE)
     with jax.enable_x64(True):
         at = np.nonzero(reference["S"])
         matrix = sparse_matrix(*at, reference["S"][at], reference["S"].shape)
         members = GcnMembers(*(jnp.asarray(reference[name]) for name in ("W1", "b1", "W2", "b2")))
         x = jnp.asarray(reference["X"])
-        run = jax.jit(functools.partial(ensemble_logits, form=form))
+        run = jax.jit(functools.partial(ensemble_logits, loop=loop))
         found = member_probabilities(run(members, x, matrix))
         np.testing.assert_allclose(found, reference["member_probs"], rtol=0, atol=1e-14)
         before = ensemble_macs(members, x, matrix).aggregate
         for mode in ("none", "full", "rowscale"):
-            isolated = isolate(matrix, reference["error_mask"], mode=mode)
+            isolated = isolate(matrix, ~reference["error_mask"], mode=mode)
             both = member_probabilities(run(members, x, isolated))
             np.testing.assert_allclose(both, reference[f"member_probs_iso_{mode}_both_layers"], rtol=0, atol=1e-14)
             last = member_probabilities(run(members, x, matrix, last=isolated))
@@ -107,11 +107,11 @@ def test_parity_with_the_reference(form):
 
 
 @pytest.mark.parametrize(("own", "sparse"), [(False, False), (True, True)], ids=["one graph, dense", "own, sparse"])
-def test_all_forms_compute_the_same_with_their_gradients(own, sparse):
+def test_all_loops_compute_the_same_with_their_gradients(own, sparse):
     members, x, x_sparse, matrix, labels = world()
     matrix = own_graphs(matrix) if own else matrix
     results = [
-        value_and_grad(members, x_sparse if sparse else x, matrix, labels, form=form, dropout=0.5) for form in FORMS
+        value_and_grad(members, x_sparse if sparse else x, matrix, labels, loop=loop, dropout=0.5) for loop in LOOPS
     ]
     for value, grads in results[1:]:
         np.testing.assert_allclose(value, results[0][0], rtol=1e-5)
@@ -122,17 +122,17 @@ def test_all_forms_compute_the_same_with_their_gradients(own, sparse):
 def test_members_train_as_if_they_were_alone():
     members, x, _, matrix, labels = world()
     matrix = own_graphs(matrix)
-    _, grads = value_and_grad(members, x, matrix, labels, form="columns")
+    _, grads = value_and_grad(members, x, matrix, labels, loop="columns")
     for k in range(COUNT):
         one = jax.tree.map(lambda leaf, k=k: leaf[k : k + 1], members)
-        alone = value_and_grad(one, x, matrix._replace(values=matrix.values[k : k + 1]), labels, form="columns")[1]
+        alone = value_and_grad(one, x, matrix._replace(values=matrix.values[k : k + 1]), labels, loop="columns")[1]
         for left, right in zip(alone, grads, strict=True):
             np.testing.assert_allclose(left[0], right[k], atol=1e-6)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the kernel is the CPU's")
 @pytest.mark.parametrize(
-    ("form", "own", "calls"),
+    ("loop", "own", "calls"),
     [
         # One product a layer forward and one backward, and X forward and backward: 6; every member for itself: x K.
         ("columns", False, 6),
@@ -145,10 +145,10 @@ def test_members_train_as_if_they_were_alone():
         ("unroll", True, 6 * COUNT),
     ],
 )
-def test_kernel_calls_of_the_lowered_training_step(form, own, calls):
+def test_kernel_calls_of_the_lowered_training_step(loop, own, calls):
     members, _, sparse, matrix, labels = world()
     matrix = own_graphs(matrix) if own else matrix
-    traced = value_and_grad.trace(members, sparse, matrix, labels, form=form)
+    traced = value_and_grad.trace(members, sparse, matrix, labels, loop=loop)
     assert "scatter-add" not in str(traced.jaxpr)
     assert products(traced.lower().as_text()) == calls
 
@@ -223,7 +223,7 @@ def test_served_with_and_without_the_first_aggregation():
     members, x, sparse, matrix, _ = world()
     errors = np.zeros(NODES, bool)
     errors[:4] = True
-    isolated = isolate(matrix, errors)
+    isolated = isolate(matrix, ~errors)
     expected = ensemble_probabilities(ensemble_logits(members, x, isolated))
     for features, precompute, propagated in (
         (x, True, True),
@@ -252,7 +252,7 @@ def test_served_with_and_without_the_first_aggregation():
 def test_isolated_to_a_ladder_is_isolated(mode):
     _, _, _, matrix, _ = world()
     errors = np.arange(NODES) % 3 == 0
-    expected = isolate(matrix, errors, mode=mode)
+    expected = isolate(matrix, ~errors, mode=mode)
     found = isolate_to_ladder(matrix, jnp.where(errors, 0.0, 1.0), mode=mode)
     assert expected.nnz == int(found.pattern.size) <= found.nnz < matrix.nnz
     np.testing.assert_array_equal(found.todense(), expected.todense())
@@ -267,8 +267,8 @@ def test_inductive_serving_is_the_host_form_inside_jit(capacity):
     known = jnp.arange(NODES) < 5
     first = jax.tree.map(lambda leaf: leaf[:1], members)
     scorer = member_probabilities(ensemble_logits(first, x, matrix))
-    errors = error_set(scorer[0].max(1), 0.2, known)
-    isolated = isolate(matrix, np.asarray(errors))
+    active = active_nodes(scorer[0].max(1), 0.2, known)
+    isolated = isolate(matrix, np.asarray(active))
     others = jax.tree.map(lambda leaf: leaf[1:], members)
     rest = member_probabilities(ensemble_logits(others, x, isolated))
     expected = jnp.concatenate([scorer, rest]).mean(0)
@@ -300,9 +300,9 @@ def test_scores_of_members_with_one_graph_come_from_one_program():
     np.testing.assert_allclose(scores.probabilities.sum(1), 1, atol=1e-6)
 
 
-def test_measured_form():
+def test_measured_loop():
     members, x, _, matrix, _ = world()
-    assert fastest_members_form(members, x, matrix, training=False, rounds=1) in FORMS
+    assert fastest_members_loop(members, x, matrix, training=False) in LOOPS
 
 
 def problem_of(**changes):
@@ -344,7 +344,7 @@ def test_one_call_is_its_parts_and_gives_probabilities():
 def test_training_lowers_the_loss_of_all_members():
     _, x, _, matrix, _ = world()
     learnable = jnp.argmax((matrix @ x)[:, :CLASSES], axis=1)
-    config = GeeniConfig(**FEW | {"learning_rate": 0.05, "dropout": 0.0, "edge_keep": 1.0})
+    config = GeeniConfig(**FEW | {"learning_rate": 0.05, "dropout": 0.0, "edge_keep_rate": 1.0})
     problem = problem_of(labels=learnable.astype(jnp.int32))
     state = geeni_init(jax.random.key(0), problem, config=config)
     views = geeni_views(state, problem, config=config)
@@ -395,7 +395,7 @@ def test_bad_problems_and_configs():
         ({"val": jnp.zeros(3, bool)}, r"problem.val is bool\[3\]; bool \[30\]"),
         ({"train": jnp.zeros(NODES)}, r"problem.train is float32\[30\]"),
         ({"labels": jnp.full(NODES, CLASSES)}, r"lie in \[4, 4\]; classes=4 allows \[0, 3\]"),
-        ({"labels": jnp.zeros(7, jnp.int32)}, r"problem.adjacency is \(30, 30\).* names 7 nodes"),
+        ({"labels": jnp.zeros(7, jnp.int32)}, r"problem.labels is int32\[7\]; integers \[30\]"),
         ({"features": jnp.ones((7, 2))}, r"problem.features has shape \(7, 2\); \[30, F\]"),
         ({"adjacency": one_way}, "edges in one direction only"),
     ):
@@ -418,14 +418,14 @@ def test_bad_problems_and_configs():
 
 def test_bad_input():
     members, x, _, matrix, _ = world()
-    with pytest.raises(ValueError, match=r"form='column' is not one of .*Did you mean 'columns'"):
-        ensemble_logits(members, x, matrix, form="column")
+    with pytest.raises(ValueError, match=r"loop='column' is not one of .*Did you mean 'columns'"):
+        ensemble_logits(members, x, matrix, loop="column")
     with pytest.raises(ValueError, match=r"dropout=0.5 needs a key"):
         ensemble_logits(members, x, matrix, dropout=0.5)
     two = SparseMatrix(matrix.pattern, jnp.stack([matrix.values] * 2))
     with pytest.raises(ValueError, match="2 graphs for 4 members"):
         ensemble_logits(members, x, two)
-    with pytest.raises(ValueError, match=r"x has shape \(29, 4, 6\)"):
+    with pytest.raises(ValueError, match=r"features has shape \(29, 6\); the graph and the members need \[30, 6\]"):
         ensemble_logits(members, x[1:], matrix)
     with pytest.raises(ValueError, match=r"width=9 must be an integer in \[1, 6\]"):
         prune_width(members, 9)

@@ -12,7 +12,7 @@ import pytest
 import effjax
 from effjax.data.graphs import GraphData
 from effjax.graph.geeni import geeni_next, geeni_serve
-from effjax.recipes.geeni import FORMS, GeeniStudy, claims, groups, method_config
+from effjax.recipes.geeni import VARIANTS, GeeniStudy, claims, groups, method_config
 from effjax.recipes.spec import Budget, choose_arms
 from effjax.study.claims import decide
 from effjax.tasks.graph import node_data
@@ -110,11 +110,9 @@ def test_the_public_call_is_the_study_s_arm():
         key = jax.random.key(0)
         train, val, _ = effjax.tasks.draw_split(jax.random.fold_in(key, 0), small_data().labels, CLASSES, 6, 10)
         data = small_data()
-        alike = effjax.graph.alike_edges(data.features, data.adjacency.pattern)
-        problem = effjax.graph.GeeniProblem(
-            data.features, data.adjacency, data.labels, train, val, CLASSES, alike=alike
-        )
-        config = method_config(study(), FORMS[name])
+        alike = effjax.alike_edges(data.features, data.adjacency.pattern)
+        problem = effjax.GeeniProblem(data.features, data.adjacency, data.labels, train, val, CLASSES, alike=alike)
+        config = method_config(study(), VARIANTS[name])
         found = effjax.geeni(key, problem, config)
         expected = geeni_serve(state, problem, config=config)
         assert jax.tree.structure(found) == jax.tree.structure(expected)
@@ -129,19 +127,19 @@ def test_groups_and_claims():
     made = groups(config)
     assert [group.name for group in made] == ["small", "small-x"]
     for group in made:
-        assert [arm.name for arm in group.arms] == list(FORMS)
+        assert [arm.name for arm in group.arms] == list(VARIANTS)
         oracle = next(arm for arm in group.arms if arm.name == "oracle")
         assert oracle.role == "control"
         assert "ORACLE" in oracle.label
     values = lambda name: {"mean": 0.5, "values": [0.5]}
     metrics = {name: values(name) for name in ("accuracy", *(f"auc_{d}" for d in _LABEL_FREE), "auc_learned")}
     arms = lambda names: {
-        f"{group}/{name}": {"metrics": metrics, "cost": {}, "role": FORMS[name].role, "status": "ok"}
+        f"{group}/{name}": {"metrics": metrics, "cost": {}, "role": VARIANTS[name].role, "status": "ok"}
         for group in ("small", "small-x")
         for name in names
     }
     about = {group.name: group.metric._asdict() for group in made}
-    decided = decide(claims(config), arms(FORMS), about, timed=False)
+    decided = decide(claims(config), arms(VARIANTS), about, timed=False)
     assert len(decided) == 2 * 15
     assert not any("undecided" in claim for claim in decided)
     gains = {claim["group"]: claim["right"] for claim in decided if "oracle" in claim["text"]}
@@ -191,7 +189,7 @@ def test_isolation_is_chosen_once_and_fits_the_state(name):
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     assert shapes(state) == shapes(before)
     train, val, _ = masks(program, state)
-    send = np.asarray(state.isolation.send)
+    send = np.asarray(state.isolation.active)
     assert (send[train | val] == 1).all()  # labelled nodes always send
     metrics = program.judged(state)
     assert all(np.isfinite(value) for value in metrics.values())
@@ -204,11 +202,11 @@ def test_accuracy_of_the_compacted_graph_is_that_of_the_dense_formula(name):
     program, state = trained(name)
     train, _, test = masks(program, state)
     send = np.where(train | (np.arange(NODES) % 4 > 0), 1.0, 0.0)
-    state = state._replace(isolation=state.isolation._replace(send=jnp.asarray(send, jnp.float32)))
+    state = state._replace(isolation=state.isolation._replace(active=jnp.asarray(send, jnp.float32)))
     metrics = program.judged(state)
     members, graph = program.params(state), dense_graph(send)
     expected = dense_probabilities(members, [graph] * SMALL["members"], name == "geeni-folded")
-    served = geeni_serve(state, program.phases[0].aux(state)[0], config=method_config(study(), FORMS[name]))
+    served = geeni_serve(state, program.phases[0].aux(state)[0], config=method_config(study(), VARIANTS[name]))
     np.testing.assert_allclose(served(), expected, atol=1e-5)
     right = np.argmax(expected, 1) == np.asarray(small_data().labels)
     assert metrics["accuracy"] == pytest.approx(right[test].mean())
@@ -245,7 +243,7 @@ def test_test_labels_are_read_by_the_oracle_alone():
     test = masks(program, state)[2]
     hidden = dataclasses.replace(problem, labels=jnp.where(test, -1, problem.labels))
     for name in ("geeni-learned", "geeni-score", "geeni-soft", "oracle"):
-        config = method_config(study(), FORMS[name])
+        config = method_config(study(), VARIANTS[name])
         chosen, blind = (geeni_next(state, some, config=config, stage="members") for some in (problem, hidden))
         same = all(np.array_equal(*pair) for pair in zip(chosen.isolation, blind.isolation, strict=True))
         assert same == (name != "oracle"), name
@@ -266,12 +264,12 @@ def test_isolation_is_declined_where_it_does_not_help():
     # The other way round, too: labels that the silent graph gets right and the whole graph gets wrong.
     silent = dense_probabilities(members, [dense_graph(1.0 * (train | val))] * SMALL["members"]).argmax(1)
     for some in (labels, np.where(val, silent, labels)):
-        method = method_config(config, FORMS["geeni-score"])
+        method = method_config(config, VARIANTS["geeni-score"])
         judged = dataclasses.replace(problem, labels=jnp.asarray(some, jnp.int32))
         chosen = geeni_next(state, judged, config=method, stage="members").isolation
         whole = dense_probabilities(members, [dense_graph()] * SMALL["members"]).argmax(1)
         better = (silent == some)[val].sum() > (whole == some)[val].sum()
-        np.testing.assert_array_equal(chosen.send, 1.0 * (train | val) if better else np.ones(NODES))
+        np.testing.assert_array_equal(chosen.active, 1.0 * (train | val) if better else np.ones(NODES))
         outcomes.add(bool(better))
     assert outcomes == {True, False}
 

@@ -10,24 +10,24 @@ import numpy as np
 import optax
 import pytest
 
-from effjax.graph.adjacency import gcn_adjacency
-from effjax.graph.sparse import SparseMatrix, compact, sparse_matrix
+from effjax.graph.measures import masked_cross_entropy
+from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
+from effjax.graph.sparse.matrix import SparseMatrix, select_entries, sparse_matrix
 from effjax.graph.stages import (
-    agreeing,
-    compact_to_ladder,
+    adam_l2,
     drop_count,
     drop_edges,
     drop_edges_exactly,
     edge_pool,
     evaluate_stages,
-    fastrain_optimizer,
     nnz_ladder,
     pick_subset,
     prune_edges,
     select_pseudolabels,
+    select_to_ladder,
     stage_plan,
     train_stage,
-    weighted_cross_entropy,
+    unanimous,
 )
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "fastrain_gnn"
@@ -49,7 +49,7 @@ def gcn_params(found, prefix):
     return {name: layer(name) for name in ("gc1", "gc2")}
 
 
-def gcn(params, features, adjacency, key):
+def gcn(params, features, adjacency, *, key=None):
     del key
     first, second = params["gc1"], params["gc2"]
     hidden = jax.nn.relu(adjacency @ (features @ first["weight"]) + first["bias"])
@@ -80,33 +80,29 @@ def dense(matrix):
 
 def test_six_training_steps_are_the_authors():
     found = vectors("train_trace")
-    matrix, tx = matrix_of(found), fastrain_optimizer(0.01, 5e-4)
+    matrix, tx = matrix_of(found), adam_l2(0.01, 5e-4)
     params = gcn_params(found, "p0__")
-    opt = tx.init(params)
+    state = tx.init(params)
+    data = {
+        "features": jnp.asarray(found["X"]),
+        "labels": jnp.asarray(found["y"]),
+        "weights": jnp.asarray(found["train_mask"], jnp.float32),
+    }
     stage = jax.jit(
-        lambda params, opt, sampled: train_stage(
-            gcn,
-            tx,
-            params,
-            opt,
-            jnp.asarray(found["X"]),
-            lambda key: sampled,
-            jnp.asarray(found["y"]),
-            jnp.asarray(found["train_mask"], jnp.float32),
-            KEY,
-            1,
+        lambda state, params, sampled: train_stage(
+            KEY, gcn, tx, state, params, sample=lambda key: sampled, epochs=1, **data
         )[:2]
     )
     for number in range(6):
         entries = found[f"zeroed_{number}"]
         assert len(entries) == drop_count(matrix.nnz, float(found["edge_keep_fraction"]))
-        params, opt = stage(params, opt, zeroed(matrix, entries))
+        state, params = stage(state, params, zeroed(matrix, entries))
         expected = gcn_params(found, f"p{number + 1}__")
         # Adam divides by the root of tiny second moments, so the last digits of the gradient show.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), params, expected)
-        logits = gcn(params, found["X"], matrix, None)
+        logits = gcn(params, found["X"], matrix)
         others = jnp.asarray(~found["train_mask"], jnp.float32)
-        loss = weighted_cross_entropy(logits, found["y"], others)
+        loss = masked_cross_entropy(logits, jnp.asarray(found["y"]), others)
         np.testing.assert_allclose(loss, found[f"test_loss_{number}"], rtol=1e-5)
 
 
@@ -115,7 +111,7 @@ def test_filtering_and_pruning_are_the_authors():
     matrix = matrix_of(found)
     samples = jnp.asarray(found["sampled_pred"])
     assert found["zeroed"].shape == (10, drop_count(matrix.nnz, 0.9))
-    np.testing.assert_array_equal(agreeing(samples), found["robust"])
+    np.testing.assert_array_equal(unanimous(samples), found["robust"])
     mask, threshold = jnp.asarray(found["train_mask"]), float(found["threshold"])
     new = select_pseudolabels(jnp.asarray(found["confidence"]), mask, threshold, samples)
     assert int(new.sum()) > 0
@@ -124,7 +120,7 @@ def test_filtering_and_pruning_are_the_authors():
     np.testing.assert_array_equal(jnp.where(new, predictions, found["y"]), found["pseudo_labels"])
     keep = prune_edges(matrix.pattern, jnp.ones(matrix.nnz, bool), predictions, mask | new)
     assert int(keep.sum()) == found["pgp_nnz_after"] < found["pgp_nnz_before"] == matrix.nnz
-    np.testing.assert_array_equal(dense(compact(matrix, np.asarray(keep))), found["pgp_adj_dense"])
+    np.testing.assert_array_equal(dense(select_entries(matrix, np.asarray(keep))), found["pgp_adj_dense"])
 
 
 def test_sampled_predictions_are_the_authors():
@@ -132,7 +128,7 @@ def test_sampled_predictions_are_the_authors():
     params = gcn_params(found, "p__base_model__")
     for entries, expected in zip(found["zeroed"], found["sampled_pred"], strict=True):
         # The calibration head never changes a prediction.
-        logits = gcn(params, found["X"], zeroed(matrix_of(found), entries), None)
+        logits = gcn(params, found["X"], zeroed(matrix_of(found), entries))
         np.testing.assert_array_equal(logits.argmax(1), expected)
 
 
@@ -152,9 +148,9 @@ def test_shallow_from_the_known_label_rates(nodes, classes, least):
 
 def test_the_limit_itself_is_shallow_and_one_label_a_class_keeps_all_edges():
     assert not stage_plan(1000, 7, 25).deep
-    assert stage_plan(1000, 7, 7).keep == 1.0
-    assert stage_plan(1000, 7, 8).keep == 0.9
-    assert stage_plan(1000, 7, 7, deep_below=0).keep == 0.8
+    assert stage_plan(1000, 7, 7).keep_rate == 1.0
+    assert stage_plan(1000, 7, 8).keep_rate == 0.9
+    assert stage_plan(1000, 7, 7, deep_below=0).keep_rate == 0.8
 
 
 @pytest.mark.parametrize(
@@ -180,7 +176,7 @@ def test_drop_counts_are_those_of_double_precision():
 def test_exactly_so_many_real_entries_are_dropped(keep):
     matrix = random_graph(30, 90, 0)
     whole = matrix.nnz
-    padded = compact(matrix, np.ones(whole, bool), capacity=whole + 5)
+    padded = select_entries(matrix, np.ones(whole, bool), capacity=whole + 5)
     count = drop_count(whole, keep)
     drop = jax.jit(jax.vmap(lambda key: drop_edges_exactly(key, padded, count).values))
     for values in np.asarray(drop(jax.random.split(KEY, 20))):
@@ -263,7 +259,7 @@ def test_what_pruning_may_and_may_not_do(seed):
     predictions, mask = jnp.asarray(rng.integers(0, 3, 30)), jnp.asarray(rng.random(30) < 0.6)
     before = jnp.ones(matrix.nnz, bool)
     keep = prune_edges(matrix.pattern, before, predictions, mask)
-    after, whole = dense(compact(matrix, np.asarray(keep))), dense(matrix)
+    after, whole = dense(select_entries(matrix, np.asarray(keep))), dense(matrix)
     np.testing.assert_array_equal(after[after != 0], whole[after != 0])
     np.testing.assert_array_equal(after != 0, after.T != 0)
     assert bool(keep[rows == columns].all())
@@ -282,7 +278,7 @@ def test_nodes_may_be_renamed():
     predictions, mask = rng.integers(0, 3, 40), rng.random(40) < 0.7
     confidence, samples = rng.random(40).astype(np.float32), rng.integers(0, 2, (2, 40))
     back = np.argsort(new)
-    pruned = lambda m, p, t: dense(compact(m, np.asarray(prune_edges(m.pattern, jnp.ones(m.nnz, bool), p, t))))
+    pruned = lambda m, p, t: dense(select_entries(m, np.asarray(prune_edges(m.pattern, jnp.ones(m.nnz, bool), p, t))))
     here = pruned(matrix, jnp.asarray(predictions), jnp.asarray(mask))
     there = pruned(renamed, jnp.asarray(predictions[back]), jnp.asarray(mask[back]))
     np.testing.assert_array_equal(there[new][:, new], here)
@@ -298,12 +294,12 @@ def test_masked_compacted_and_dense_graphs_give_the_same_logits():
     matrix, params = matrix_of(found), gcn_params(found, "p__base_model__")
     keep = np.random.default_rng(0).random(matrix.nnz) < 0.93
     masked = matrix._replace(values=jnp.where(keep, matrix.values, 0))
-    small = compact_to_ladder(matrix, keep)
+    small = select_to_ladder(matrix, keep)
     assert small.nnz in nnz_ladder(matrix.nnz)
     assert small.nnz < matrix.nnz
-    expected = gcn(params, found["X"], masked.todense(), None)
-    for adjacency in (masked, small, compact(matrix, keep)):
-        np.testing.assert_allclose(gcn(params, found["X"], adjacency, None), expected, rtol=1e-5, atol=1e-6)
+    expected = gcn(params, found["X"], masked.todense())
+    for adjacency in (masked, small, select_entries(matrix, keep)):
+        np.testing.assert_allclose(gcn(params, found["X"], adjacency), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_ladder_starts_at_the_whole_and_ends_where_it_should():
@@ -311,7 +307,7 @@ def test_the_ladder_starts_at_the_whole_and_ends_where_it_should():
     assert rungs[-1] == 13264
     assert rungs[0] >= 0.85 * 13264
     assert all(0.949 < low / high < 0.951 for low, high in itertools.pairwise(rungs))
-    tiny = compact_to_ladder(random_graph(20, 30, 0), np.zeros(random_graph(20, 30, 0).nnz, bool))
+    tiny = select_to_ladder(random_graph(20, 30, 0), np.zeros(random_graph(20, 30, 0).nnz, bool))
     assert tiny.nnz == nnz_ladder(random_graph(20, 30, 0).nnz)[0]
 
 
@@ -331,9 +327,10 @@ def toy():
 
 def stage_of(params, labels, weights, key, epochs, first=0, tx=None):
     matrix, features, *_ = toy()
-    tx = tx or fastrain_optimizer()
+    tx = tx or adam_l2()
     sample = lambda key: drop_edges(key, matrix, 0.8)
-    return train_stage(gcn, tx, params, tx.init(params), features, sample, labels, weights, key, epochs, first=first)
+    data = {"features": features, "sample": sample, "labels": labels, "weights": weights}
+    return train_stage(key, gcn, tx, tx.init(params), params, epochs=epochs, first=first, **data)
 
 
 def test_labels_outside_the_training_set_are_not_read():
@@ -348,10 +345,10 @@ def test_a_stage_in_pieces_is_the_stage():
     _, _, labels, params = toy()
     weights = (jnp.arange(30) < 9).astype(jnp.float32)
     tx = optax.sgd(0.1)
-    whole, _, losses = jax.jit(lambda p: stage_of(p, labels, weights, KEY, 6, tx=tx))(params)
+    _, whole, losses = jax.jit(lambda p: stage_of(p, labels, weights, KEY, 6, tx=tx))(params)
     piece = jax.jit(lambda p, first: stage_of(p, labels, weights, KEY, 3, first, tx))
-    half, _, early = piece(params, 0)
-    half, _, late = piece(half, 3)
+    _, half, early = piece(params, 0)
+    _, half, late = piece(half, 3)
     jax.tree.map(np.testing.assert_array_equal, whole, half)
     np.testing.assert_array_equal(losses, jnp.concatenate([early, late]))
 
@@ -372,22 +369,17 @@ def test_weights_scale_the_nodes():
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     weights = jnp.array([1.0, 0.5, 0.0, 0.25])
     expected = np.average(np.asarray(losses), weights=np.asarray(weights))
-    np.testing.assert_allclose(weighted_cross_entropy(logits, labels, weights), expected, rtol=1e-6)
+    np.testing.assert_allclose(masked_cross_entropy(logits, labels, weights), expected, rtol=1e-6)
 
 
 def test_the_training_step_holds_the_csr_kernel_and_no_scatter_of_entries():
     matrix, features, labels, params = toy()
     x = sparse_matrix(*np.nonzero(np.asarray(features) > 0), None, features.shape)
-    tx = fastrain_optimizer()
-
-    def network(params, features, adjacency, key):
-        first, second = params["gc1"], params["gc2"]
-        hidden = jax.nn.relu(adjacency @ (features @ first["weight"]) + first["bias"])
-        return adjacency @ (hidden @ second["weight"]) + second["bias"]
+    tx = adam_l2()
 
     def run(params, matrix: SparseMatrix, x: SparseMatrix):
-        sample = lambda key: drop_edges(key, matrix, 0.8)
-        return train_stage(network, tx, params, tx.init(params), x, sample, labels, jnp.ones(30), KEY, 2)[0]
+        data = {"features": x, "sample": lambda key: drop_edges(key, matrix, 0.8), "labels": labels}
+        return train_stage(KEY, gcn, tx, tx.init(params), params, weights=jnp.ones(30), epochs=2, **data)[1]
 
     text = jax.jit(run).lower(params, matrix, x).compile().as_text()
     # Forward: X W, A H, A H; backward: the transposes of the same.

@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from effjax.graph.adjacency import gcn_adjacency
-from effjax.graph.sparse import sparse_matrix
+from effjax.graph.measures import masked_accuracy, masked_cross_entropy
+from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
+from effjax.graph.sparse.matrix import sparse_matrix
 from effjax.models.gnn import LAYERS, NodeClassifier
-from effjax.tasks.graph import draw_split, masked_accuracy, masked_cross_entropy, node_data
+from effjax.tasks.graph import draw_split, node_data
 
 RELEASED = np.load(Path(__file__).resolve().parents[1] / "reference" / "fastrain_gnn" / "models_forward_grad.npz")
 KEY = jax.random.key(0, impl="rbg")

@@ -52,7 +52,7 @@ def run(tx, size, steps=8, params=None, sampled=None, sync=True, tamper=None):
             losses = tamper(losses, state.count)
         updates, state = tx.update(grads, state, params, value=losses, sampled=draw)
         params = optax.apply_updates(params, updates)
-        return losses, state, samuel_sync(params, state) if sync else params
+        return losses, state, samuel_sync(state, params) if sync else params
 
     params = samuel_init(PARAMS, size) if params is None else params
     state, history = tx.init(params), []
@@ -230,7 +230,7 @@ def test_not_finite_parameters_never_spread(select, sampled):
     def step(seed):
         state = tx.init(params)._replace(key=jax.random.key_data(jax.random.key(seed)))
         updates, state = tx.update(grads, state, params, value=jnp.ones(3), sampled=sampled)
-        return samuel_sync(optax.apply_updates(params, updates), state), state
+        return samuel_sync(state, optax.apply_updates(params, updates)), state
 
     for seed in range(8):
         synced, state = step(seed)
@@ -259,7 +259,7 @@ def test_after_a_sync_the_others_are_forgotten():
         other = {"w": params["w"] + noise * others[:, None, None], "b": params["b"] + noise * others[:, None]}
         _, middle = tx.update(params, state, other, value=jnp.array([2.0, 1.0, 3.0]))
         updates, end = tx.update(params, middle, other, value=jnp.array([2.0, 1.0, 3.0]), sampled=1)
-        ends.append((samuel_sync(optax.apply_updates(other, updates), end), end.log_weights, end.current_expert))
+        ends.append((samuel_sync(end, optax.apply_updates(other, updates)), end.log_weights, end.current_expert))
     assert_same(*ends)
 
 
@@ -267,7 +267,7 @@ def test_other_state_is_synchronised_too():
     tx = samuel(optax.sgd, RATES, period=1)
     params, stats = samuel_init(PARAMS, 3), {"mean": jnp.arange(3.0), "count": jnp.arange(3)}
     updates, state = tx.update(params, tx.init(params), params, value=jnp.ones(3), sampled=2)
-    _, stats = samuel_sync(optax.apply_updates(params, updates), state, stats)
+    _, stats = samuel_sync(state, optax.apply_updates(params, updates), stats)
     assert stats["mean"].tolist() == [2.0, 2.0, 2.0]
     assert stats["count"].tolist() == [2, 2, 2]
     assert stats["count"].dtype == jnp.int32
@@ -320,7 +320,7 @@ def test_parity_with_the_official_program(name):
             updates, new_state = tx.update(grads, state, w, value=losses, sampled=sampled)
             # Before a sync resets them, the weights of this step are those of a run that never syncs.
             _, unsynced = never.update(grads, state, w, value=losses, sampled=sampled)
-            return losses, samuel_sync(optax.apply_updates(w, updates), new_state), new_state, unsynced
+            return losses, samuel_sync(new_state, optax.apply_updates(w, updates)), new_state, unsynced
 
         never = samuel(bases, period=[], meta_rates=tuple(ref["mw_etas"]), **OFFICIAL)
         w = samuel_init(jnp.asarray(ref["params_init"]), len(bases))
@@ -452,7 +452,7 @@ MESH = """
         def step(p, state, batch):
             losses, grads = losses_and_grads(p, batch)
             updates, state = tx.update(grads, state, p, value=losses)
-            return losses, samuel_sync(optax.apply_updates(p, updates), state), state
+            return losses, samuel_sync(state, optax.apply_updates(p, updates)), state
 
         state, history = jax.jit(tx.init)(p), []
         for t in range(7):

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from samuel_theory import covering_intervals, preconditioner_regret
 
 from effjax.optim.strongly_adaptive import (
-    covering_intervals,
-    preconditioner_regret,
     strongly_adaptive_init,
     strongly_adaptive_run,
     strongly_adaptive_step,
@@ -138,7 +137,7 @@ def test_long_runs_keep_finite_weights():
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="horizon=0"):
-        covering_intervals(0)
+        strongly_adaptive_init(3, 0)
     with pytest.raises(ValueError, match="rates=0"):
         strongly_adaptive_init(3, 8, rates=0)
     state = strongly_adaptive_init(3, 8)

@@ -49,12 +49,12 @@ def trained(data: Any, form: str, hidden: int, seeds: int, epochs: int) -> list[
 
     import effjax
     from effjax.graph.geeni import served_members
-    from effjax.recipes.geeni import FORMS, GeeniStudy, method_config
+    from effjax.recipes.geeni import VARIANTS, GeeniStudy, method_config
     from effjax.recipes.spec import Budget
 
     study = GeeniStudy(hidden=hidden, budget=Budget(epochs, "epochs"))
-    config = method_config(study, FORMS[form])
-    step = jax.jit(effjax.graph.geeni_step, static_argnames=("config", "stage"))
+    config = method_config(study, VARIANTS[form])
+    step = jax.jit(effjax.geeni_step, static_argnames=("config", "stage"))
     found = []
     for seed in range(seeds):
         key = jax.random.key(seed)
@@ -80,28 +80,29 @@ def served_graph(arm: Trained) -> Any:
     matrix = arm.problem.adjacency
     if arm.state.isolation is None:
         return matrix
-    silent = np.asarray(arm.state.isolation.send == 0)
-    return isolate(matrix, silent, mode=arm.config.modes[int(arm.state.isolation.mode)])
+    active = np.asarray(arm.state.isolation.active != 0)
+    return isolate(matrix, active, mode=arm.config.modes[int(arm.state.isolation.mode)])
 
 
-def least_trusted(arm: Trained, share: float) -> Any:
+def least_certain(arm: Trained, share: float) -> Any:
     """The graph with a share of the nodes isolated."""
     import numpy as np
 
-    from effjax.graph.error_nodes import error_scores, error_set
+    from effjax.graph.error_nodes import active_nodes, error_scores
     from effjax.graph.isolation import isolate
     from effjax.graph.members import ensemble_logits, member_probabilities
 
     problem = arm.problem
     logits = ensemble_logits(arm.members, problem.features, problem.adjacency)
     score = error_scores(member_probabilities(logits)).score
-    return isolate(problem.adjacency, np.asarray(error_set(score, share, problem.train | problem.val)))
+    return isolate(problem.adjacency, np.asarray(active_nodes(score, share, problem.train | problem.val)))
 
 
 def rows_of(graph: str, seeds: int, epochs: int) -> dict[str, Row]:
     import jax
 
     from effjax.graph.geeni_serving import serve_ensemble
+    from effjax.graph.measures import masked_accuracy
     from effjax.graph.members import (
         ensemble_logits,
         ensemble_macs,
@@ -110,7 +111,7 @@ def rows_of(graph: str, seeds: int, epochs: int) -> dict[str, Row]:
         member_probabilities,
     )
     from effjax.recipes.geeni import GeeniStudy
-    from effjax.tasks.graph import masked_accuracy, node_data
+    from effjax.tasks.graph import node_data
 
     task = node_data(graph, row_normalize=graph not in GeeniStudy.raw_features)
     single, wide, narrow, tiny, distilled, one_distilled = (
@@ -171,7 +172,7 @@ def rows_of(graph: str, seeds: int, epochs: int) -> dict[str, Row]:
         "4 x 64 in columns, 30 % isolated",
         "control",
         wide,
-        lambda a: least_trusted(a, 0.3),
+        lambda a: least_certain(a, 0.3),
         False,
         precompute=False,
     )
@@ -183,7 +184,7 @@ def rows_of(graph: str, seeds: int, epochs: int) -> dict[str, Row]:
             label,
             "control",
             narrow,
-            lambda a, s=share: least_trusted(a, s / 100),
+            lambda a, s=share: least_certain(a, s / 100),
             False,
             precompute=False,
         )
@@ -192,7 +193,7 @@ def rows_of(graph: str, seeds: int, epochs: int) -> dict[str, Row]:
         "4 x 8 in columns, 30 % isolated",
         "control",
         tiny,
-        lambda a: least_trusted(a, 0.3),
+        lambda a: least_certain(a, 0.3),
         False,
         precompute=False,
     )

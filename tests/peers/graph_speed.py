@@ -84,8 +84,8 @@ def jax_arm(graph: str, network: str, name: str) -> Arm:
     import optax
 
     from effjax.core.cost import Executables, count_params
+    from effjax.graph.measures import masked_cross_entropy
     from effjax.models.gnn import NodeClassifier
-    from effjax.tasks.graph import masked_cross_entropy
 
     data = task(graph)
     features = data.features if name == "effjax" else jnp.asarray(dense_features(data.features))
@@ -334,26 +334,26 @@ def resident(which: str) -> None:
 
 
 def forms(graph: str, rounds: int, min_time: float) -> dict[str, Any]:
-    """Milliseconds of ``A @ x`` [N, 64] and of it with its gradient, for every form of the product."""
+    """Milliseconds of ``A @ x`` [N, 64] and of it with its gradient, for every kernel."""
     from effjax.core.timing import time_interleaved
-    from effjax.graph.adjacency import gcn_adjacency
-    from effjax.graph.sparse import FORMS, spmm
+    from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
+    from effjax.graph.sparse.matrix import KERNELS, spmm
 
     data = task(graph).data
     matrix = gcn_adjacency(data.senders, data.receivers, data.nodes, buckets=True)
     x = jax.random.normal(jax.random.key(0), (data.nodes, HIDDEN))
     runs = {}
-    for form in FORMS:
-        if form == "dense" and data.nodes > 15_000:
+    for kernel in KERNELS:
+        if kernel == "dense" and data.nodes > 15_000:
             continue
-        product = jax.jit(lambda matrix, x, form=form: spmm(matrix, x, form=form))
-        both = jax.jit(lambda matrix, x, form=form: jax.vjp(lambda x: spmm(matrix, x, form=form), x)[1](x))
-        runs[form, "forward"] = lambda f=product: jax.block_until_ready(f(matrix, x))
-        runs[form, "both"] = lambda f=both: jax.block_until_ready(f(matrix, x))
+        product = jax.jit(lambda matrix, x, kernel=kernel: spmm(matrix, x, kernel=kernel))
+        both = jax.jit(lambda matrix, x, kernel=kernel: jax.vjp(lambda x: spmm(matrix, x, kernel=kernel), x)[1](x))
+        runs[kernel, "forward"] = lambda f=product: jax.block_until_ready(f(matrix, x))
+        runs[kernel, "both"] = lambda f=both: jax.block_until_ready(f(matrix, x))
     timed = time_interleaved(runs, rounds=rounds, warmup=2, min_time=min_time)
     found: dict[str, Any] = {}
-    for (form, way), samples in timed.items():
-        found.setdefault(form, {})[way] = samples.samples_ms
+    for (kernel, way), samples in timed.items():
+        found.setdefault(kernel, {})[way] = samples.samples_ms
     return found
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.graph.adjacency import adjacency, gcn_adjacency
-from effjax.graph.attention import gat
-from effjax.graph.layers import gcn, sage
+from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_adjacency
+from effjax.graph.sparse.attention import gat
+from effjax.graph.sparse.layers import gcn, sage
 from effjax.study.readme import replace_card_tables
 from effjax.study.report import read_results
 from effjax.tasks.graph import node_data

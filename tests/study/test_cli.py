@@ -26,10 +26,15 @@ def test_methods_lists_names(capsys):
         (["compare", "samule"], "Did you mean 'samuel'"),
         (["compare", "samuel:smoke", "--tasks", "digitz/mlp"], "digits"),
         (["compare", "samuel:smoke", "--experts", "0.1"], "is one expert"),
-        (["compare", "samuel:smoke", "--experts", "0.1", "-0.1"], "experts=-0.1"),
+        (["compare", "samuel:smoke", "--experts", "0.1", "-0.1"], "experts[1]=-0.1"),
         (["compare", "samuel:smoke", "--experts", "0.1", "0.1"], "repeat"),
         (["compare", "samuel:smoke", "--batch-size", "100000"], "100000"),
         (["compare", "samuel:smoke", "--train.mesh.data", "7"], "needs 7 devices and 1 are there"),
+        (["compare", "samuel:smoke", "--sedes", "3"], "Perhaps you meant: --seeds"),
+        (["compare", "--seeds", "3"], "Missing"),
+        (["compare"], "STUDY"),
+        (["comparre", "samuel:smoke"], "compare"),
+        (["report"], "needs one folder"),
         (["methods", "nothing"], "matches none"),
         (["report", "nowhere"], "does not exist"),
         (["export", "nowhere", "--out", "x"], "does not exist"),
@@ -39,20 +44,44 @@ def test_methods_lists_names(capsys):
 )
 def test_bad_input_is_one_readable_message(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    try:
-        code = main(words)
-    except SystemExit as stop:  # how the override parser ends
-        code = stop.code
-    assert code == 2
+    assert main(words) == 2
     error = capsys.readouterr().err
-    assert message in error
     assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("effjax: ")  # the whole message; progress may stand before it
+    assert message in error.splitlines()[-1]
 
 
-def test_a_missing_extra_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "tyro", None)
-    assert main(["compare", "samuel:smoke", "--seeds", "3"]) == 2
-    assert 'tyro is not installed. pip install "effjax[study]"' in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["tyro", "msgspec", "matplotlib", "grain"])
+def test_a_missing_extra_is_named_before_any_work(name, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, name, None)
+    assert main(["compare", "samuel:smoke", "--seeds", "3", "--out", str(tmp_path / "out")]) == 2
+    assert f'{name} is not installed. pip install "effjax[study]"' in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_of_a_study_lists_the_fields_of_its_config_and_help_alone_the_studies(capsys):
+    for words, found in (
+        (["--help"], ("compare", "train", "report", "methods", "export")),
+        (["compare", "--help"], ("samuel", "smoke cpu overhead gpu paper", "--data PATH", "--cost-only")),
+        (["compare", "samuel:smoke", "--help"], ("--period-fraction FLOAT", "--budget.unit", "--train.mesh.data INT")),
+        (["train", "cola", "--config-help"], ("--rival-links INT", "--arm")),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 0
+        printed = capsys.readouterr().out
+        assert all(word in printed for word in found)
+
+
+def test_help_and_methods_start_without_jax():
+    code = "import sys; from effjax.cli import main; main({}); assert not {{'jax', 'numpy'}} & set(sys.modules)"
+    for words in (["methods", "sam*"], ["--version"]):
+        subprocess.run([sys.executable, "-c", code.format(words)], check=True, capture_output=True)
+
+
+def test_the_study_may_stand_behind_options(tmp_path, capsys):
+    assert main(["compare", "--cost-only", "--out", str(tmp_path), "samuel:smoke", "--batch-size", "0"]) == 2
+    assert "batch_size=0" in capsys.readouterr().err
 
 
 def test_methods_fit_the_terminal_and_a_closed_pipe_is_no_error():

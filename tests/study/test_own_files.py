@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from effjax.cli import main
-from effjax.graph.adjacency import adjacency, gcn_adjacency, gcn_normalize, loopless_adjacency
+from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_adjacency, gcn_normalize, loopless_adjacency
 from effjax.recipes.spec import OwnData
 from effjax.study import compare as compare_module
 from effjax.study.own_files import as_flags
@@ -186,7 +186,11 @@ BAD = [
     (["bucket_sampler", *MESSAGES, "--train-rows", "99"], "--train-rows 99 must be", "[1, 64]"),
     (["bucket_sampler", *MESSAGES, "--size", "8", "8"], "--size is for image data", "--text, --text-b"),
     (["bucket_sampler", *MESSAGES, "--labels", "y.npy"], "--labels is for graph data", "Did you mean '--label'"),
-    (["bucket_sampler", *MESSAGES, "--lable", "kind"], "--lable is no option", "Did you mean '--label'"),
+    (
+        ["bucket_sampler", *MESSAGES, "--lable", "kind"],
+        "Unrecognized options: --lable",
+        "Perhaps you meant: --label NAME",
+    ),
     (["bucket_sampler", *MESSAGES, "--tasks", "sst2/minilm"], "--tasks together with --data", "Leave --tasks out"),
     (["bucket_sampler", *MESSAGES, "--model", "stories260k"], "--model stories260k is a Decoder", "encoder"),
     (

@@ -7,13 +7,12 @@ import pytest
 from small_graph import write_small_cora
 
 from effjax.data.graphs import GraphData
-from effjax.graph.sparse import SparseMatrix
+from effjax.graph.measures import masked_accuracy, masked_cross_entropy
+from effjax.graph.sparse.matrix import SparseMatrix
 from effjax.models.gnn import NodeClassifier
 from effjax.tasks.graph import (
     draw_labelled,
     draw_split,
-    masked_accuracy,
-    masked_cross_entropy,
     node_data,
     node_task,
 )

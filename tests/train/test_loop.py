@@ -164,6 +164,32 @@ def test_non_finite_loss_can_be_skipped_and_is_counted():
     assert np.isfinite(result.train["loss"])
 
 
+def _poisoned_parameters(poison: int | None):
+    """A program whose loss is always finite; where a batch is poisoned the parameters after it are not."""
+    program = toy(poison=poison)
+    step = program.phases[0].step
+
+    def hidden(state, batch, aux):
+        bad = jnp.isnan(batch["x"]).any()
+        new, metrics = step(state, {**batch, "x": jnp.nan_to_num(batch["x"])}, aux)
+        return {**new, "params": {"w": jnp.where(bad, jnp.nan, new["params"]["w"])}}, metrics
+
+    return program._replace(phases=(program.phases[0]._replace(step=hidden),))
+
+
+def test_an_update_that_breaks_the_parameters_is_skipped_though_its_loss_is_finite(tmp_path):
+    result = fit(_poisoned_parameters(17), 0, options=TrainOptions(nonfinite="skip"), directory=tmp_path)
+    assert result.skipped == 1
+    assert np.isfinite(result.state["params"]["w"]).all()
+    lines = read_jsonl(tmp_path / "log.jsonl")
+    assert [line["step"] for line in lines if "skipped" in line] == [18]
+
+
+def test_parameters_that_are_not_finite_are_never_returned_as_a_success():
+    with pytest.raises(NonFiniteError, match="the parameters at step 40 are not finite"):
+        fit(_poisoned_parameters(39), 0)
+
+
 def test_batches_that_end_early_are_named():
     rows = {"x": np.ones((16, 5), np.float32), "y": np.ones(16, np.float32)}
     program = toy(10, opened=lambda seed: batches(rows, BATCH, seed=seed, epochs=2))

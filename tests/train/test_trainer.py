@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from effjax.optim.samuel_one_gradient import samuel_one_gradient
+from effjax.optim.one_gradient import samuel_one_gradient
 from effjax.tasks.custom import task
 from effjax.train.grad import accumulated
 from effjax.train.loaders import column_loader, examples_in
-from effjax.train.loop import fit
+from effjax.train.loop import NonFiniteError, fit
 from effjax.train.options import TrainOptions
 from effjax.train.trainer import check_options, supervised
 
@@ -71,6 +71,20 @@ def test_a_line_search_of_ours_runs_with_running_statistics():
     tx = samuel_one_gradient(optax.sgd, (0.3, 0.1), every=2)
     state = fit(supervised(problem(0.1), tx, steps=6, batch_size=8), 0).state
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_gradients_that_are_not_finite_are_skipped_though_loss_and_parameters_are_finite():
+    mine = problem()
+
+    def loss(variables, batch, key=None, **options):
+        value, aux = mine.loss(variables, batch, key, **options)
+        return value + jnp.sqrt(0 * optax.tree.norm(variables["params"])), aux  # the root's slope at 0
+
+    program = supervised(
+        mine._replace(loss=loss), optax.set_to_zero(), steps=3, batch_size=8, options=TrainOptions(nonfinite="skip")
+    )
+    with pytest.raises(NonFiniteError, match="all 3 updates were skipped"):
+        fit(program, 0, options=TrainOptions(nonfinite="skip"))
 
 
 def test_dropout_differs_between_steps_and_seeds_and_comes_again():

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice
 from effjax.core.shapes import pad_to
-from effjax.graph.sparse import SparseMatrix, sparse_matrix, spmm
+from effjax.graph.sparse.matrix import SparseMatrix, check_matrix, sparse_matrix, spmm
 
 __all__ = ["shard_matrix", "shard_rows", "sharded_spmm"]
 
@@ -73,12 +73,13 @@ def shard_matrix(matrix: SparseMatrix, mesh: Mesh, axis: str) -> ShardedMatrix:
       ValueError: the mesh has no such axis.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> mesh = jax.make_mesh((1,), ("data",))
       >>> matrix = shard_matrix(adjacency([0, 1, 2], [1, 2, 0], 3), mesh, "data")
       >>> (matrix @ shard_rows(jnp.arange(3.0)[:, None], mesh, "data")).ravel().tolist()
       [2.0, 0.0, 1.0]
     """
+    check_matrix("matrix", matrix)
     check_choice("axis", axis, mesh.axis_names)
     devices = mesh.shape[axis]
     rows, columns = (-(-size // devices) * devices for size in matrix.shape)
@@ -145,12 +146,14 @@ def sharded_spmm(matrix: ShardedMatrix, x: Float[Array, "columns ..."]) -> Float
       ValueError: ``x`` has not C rows.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> mesh = jax.make_mesh((1,), ("data",))
       >>> pair = shard_matrix(adjacency([0, 1], [1, 0], 2, self_loops=True), mesh, "data")
       >>> sharded_spmm(pair, shard_rows(np.asarray([[1.0, 2.0], [3.0, 4.0]]), mesh, "data")).tolist()
       [[4.0, 6.0], [4.0, 6.0]]
     """
+    if not isinstance(matrix, ShardedMatrix):
+        raise TypeError(f"matrix is a {type(matrix).__name__}; cut it into blocks with effjax.graph.shard_matrix.")
     x = jnp.asarray(x)
     if x.shape[:1] != matrix.shape[1:]:
         raise ValueError(

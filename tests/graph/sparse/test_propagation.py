@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from effjax.core.cost import count_compiles
-from effjax.graph.adjacency import adjacency, gcn_normalize
-from effjax.graph.propagation import correct, correct_and_smooth, label_propagation, smooth
+from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_normalize
+from effjax.graph.sparse.propagation import correct, correct_and_smooth, label_propagation, smooth
 
-VECTORS = np.load(Path(__file__).parents[1] / "reference" / "fastrain_gnn" / "pyg_layers.npz")
+VECTORS = np.load(Path(__file__).parents[2] / "reference" / "fastrain_gnn" / "pyg_layers.npz")
 LABELS, MASK, BASE = VECTORS["y"], VECTORS["train_mask"], VECTORS["cs_base_soft"]
 NODES, CLASSES = BASE.shape
 GRAPH = gcn_normalize(adjacency(*VECTORS["edge_index"], NODES))

@@ -1,5 +1,6 @@
 """SAMUEL with one parameter set: candidate rates scored by forward passes, for somebody else's loop."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, UInt
 
 from effjax.core.errors import check_choice, check_number
+from effjax.core.stacked import replicated
 from effjax.core.tree import wide
 from effjax.optim.expert_weights import WeightRule, check_concrete, check_rates, draw, log_probabilities, raw_key
 
@@ -20,7 +22,7 @@ PyTree = Any
 # Log-weights stay this close to the best one, so that a rate that lost, or diverged, can come back.
 _FLOOR = 30.0
 # What an evaluation changes.
-_CHOICE = ("evaluations", "log_weights", "learning_rate", "spread")
+_CHOICE = ("evaluations", "log_weights", "learning_rate", "spread", "start", "followed")
 
 
 class SamuelOneGradientState(NamedTuple):
@@ -34,6 +36,9 @@ class SamuelOneGradientState(NamedTuple):
       learning_rate: the rate in use.
       spread: running mean square of the losses' spread, see ``samuel``.
       displacement: sum of the base's updates, at rate 1, since the last evaluation.
+      start: sum of the parameters' numbers at the last evaluation.
+      followed: 1 where the parameters have moved since the evaluation before by the updates; else the ratio of the two,
+        as something after this transformation changes its updates.
       inner: the base optimizer's state.
     """
 
@@ -44,11 +49,13 @@ class SamuelOneGradientState(NamedTuple):
     learning_rate: Float[Array, ""]
     spread: Float[Array, ""]
     displacement: PyTree
+    start: Float[Array, ""]
+    followed: Float[Array, ""]
     inner: PyTree
 
 
 def samuel_one_gradient(
-    base: Callable[[Any], optax.GradientTransformation] | optax.GradientTransformation,
+    base: Callable[[Any], optax.GradientTransformation],
     learning_rates: Sequence[float],
     *,
     every: int = 10,
@@ -72,8 +79,9 @@ def samuel_one_gradient(
         p_e \propto \textstyle\sum_q w_{qe}
 
     and the most probable rate (or a drawn one) becomes :math:`\gamma`; :math:`\eta_q` and s are those of ``samuel``. It
-    costs one buffer as large as the parameters and E forward passes in n steps. It stands outermost, and the loop
-    passes the loss of the batch at hand as a function of the parameters, as for Optax's line searches::
+    costs one buffer as large as the parameters and E forward passes in n steps. It stands outermost: what follows it in
+    a chain would move the parameters where no candidate was scored (``state.followed`` is then not 1). The loop passes
+    the loss of the batch at hand as a function of the parameters, as for Optax's line searches::
 
         updates, state = tx.update(grads, state, params, value_fn=lambda p: loss(p, batch))
 
@@ -84,7 +92,7 @@ def samuel_one_gradient(
 
     Args:
       base: ``learning_rate -> GradientTransformation`` whose update is proportional to the rate (SGD with momentum,
-        Adam, AdamW, ...: checked by ``init`` on a few numbers); or the transformation at rate 1 itself.
+        Adam, AdamW, ...: checked by ``init`` on a few numbers).
       learning_rates: two or more candidates; their median is used until the first evaluation.
       every: steps between two evaluations, n.
       select: ``'argmax'`` or ``'sample'``.
@@ -104,6 +112,9 @@ def samuel_one_gradient(
         ``init``, a base that is not proportional to its rate; at ``update``, no ``value_fn``; parameters masked by
         ``optax.partition`` or ``optax.masked``; a state under ``vmap``.
 
+    Warns:
+      UserWarning: outside ``jit``, where the parameters have not moved by the updates.
+
     Example:
       >>> tx = samuel_one_gradient(optax.sgd, (0.4, 0.1, 0.025), every=2)
       >>> loss = lambda w: ((w - 1.0) ** 2).sum()
@@ -118,8 +129,12 @@ def samuel_one_gradient(
     A variant of Lu, Xia, Arora, Hazan 2022 (arXiv 2203.01400), not in the paper: there every expert trains its own
     network. Weights are never reset, but stay within a factor of e^30 of the largest.
     """
-    if not isinstance(base, optax.GradientTransformation) and not callable(base):
-        raise TypeError(f"base={base!r} must be a function of the learning rate, such as optax.adam.")
+    if isinstance(base, optax.GradientTransformation) or not callable(base):
+        raise TypeError(
+            f"base={base!r} must be a function of the learning rate, such as optax.adam or lambda rate: "
+            "optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(rate)): the rate inside a finished "
+            "transformation would multiply every candidate."
+        )
     rates = check_rates("learning_rates", learning_rates)
     if len(rates) < 2:
         raise ValueError(f"learning_rates={rates!r} leave nothing to choose from. Give two rates or more.")
@@ -127,12 +142,11 @@ def samuel_one_gradient(
     check_choice("select", select, ("argmax", "sample"))
     check_concrete("discount", discount, low=0.0, high=1.0, open_low=True)
     rule = WeightRule.make(meta_rates, eta_scale, normalize, spread_decay, loss_clip)
-    direction = optax.with_extra_args_support(base if isinstance(base, optax.GradientTransformation) else base(1.0))
+    direction = optax.with_extra_args_support(base(1.0))
 
     def init(params: PyTree) -> SamuelOneGradientState:
         _check_whole(params)
-        if not isinstance(base, optax.GradientTransformation):
-            _check_proportional(base, params)
+        _check_proportional(base, params)
         return SamuelOneGradientState(
             count=jnp.zeros((), jnp.int32),
             evaluations=jnp.zeros((), jnp.int32),
@@ -141,6 +155,8 @@ def samuel_one_gradient(
             learning_rate=jnp.asarray(np.sort(rates)[(len(rates) - 1) // 2], float),
             spread=jnp.zeros((), float),
             displacement=jax.tree.map(jnp.zeros_like, params),
+            start=_total(params),
+            followed=jnp.ones((), float),
             inner=direction.init(params),
         )
 
@@ -166,6 +182,8 @@ def samuel_one_gradient(
             "log_weights": log_weights,
             "learning_rate": candidates[chosen],
             "spread": spread,
+            "start": _total(params),
+            "followed": _followed(state, params, every),
         }
 
     def update(
@@ -189,6 +207,8 @@ def samuel_one_gradient(
         # Only scalars pass the branch: buffers as large as the parameters would be copied in every step.
         small = {name: getattr(state, name) for name in _CHOICE}
         small = jax.lax.cond(due, lambda: evaluate(state, params, value_fn), lambda: small)
+        if not isinstance(count, jax.core.Tracer) and due and small["followed"] != 1:
+            warnings.warn(_NOT_OUTERMOST.format(float(small["followed"])), stacklevel=2)
         steps, inner = direction.update(updates, state.inner, params, value_fn=value_fn, **extra_args)
         rate = small["learning_rate"]
         return jax.tree.map(lambda d, p: (rate * wide(d)).astype(p.dtype), steps, params), state._replace(
@@ -203,6 +223,26 @@ def samuel_one_gradient(
 
 def _move(params: PyTree, rate: Array, direction: PyTree) -> PyTree:
     return jax.tree.map(lambda p, d: (wide(p) + rate * wide(d)).astype(p.dtype), params, direction)
+
+
+def _total(tree: PyTree) -> Float[Array, ""]:
+    return sum((replicated(jnp.sum(wide(leaf))) for leaf in jax.tree.leaves(tree)), jnp.zeros((), float))
+
+
+def _followed(state: SamuelOneGradientState, params: PyTree, every: int) -> Float[Array, ""]:
+    """See the state; told from sums over all numbers, as a copy of the parameters would cost memory."""
+    moved, told = _total(params) - state.start, state.learning_rate * _total(state.displacement)
+    floating = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    rounding = optax.tree.norm([wide(leaf) * float(jnp.finfo(leaf.dtype).eps) for leaf in floating])
+    as_told = jnp.abs(moved - told) <= 0.1 * jnp.abs(told) + 8 * every * replicated(rounding)
+    return jnp.where(as_told | ~jnp.isfinite(moved), 1.0, moved / told).astype(state.followed.dtype)
+
+
+_NOT_OUTERMOST = (
+    "the parameters have moved {:.3g} times as far as samuel_one_gradient said, so the candidate rates are scored "
+    "where they do not lead. It must stand outermost: put what follows it in the chain inside, "
+    "samuel_one_gradient(lambda rate: optax.chain(optax.sgd(rate), ...), learning_rates)."
+)
 
 
 def _check_whole(params: PyTree) -> None:
@@ -224,7 +264,14 @@ def _check_proportional(base: Callable[[Any], optax.GradientTransformation], par
     # Concrete even where `init` is traced.
     with jax.ensure_compile_time_eval():
         own, grads = (jax.tree.map(lambda leaf, n=n: jnp.asarray(shrink(leaf, n)), params) for n in (0.5, -0.3))
-        whole, half = (base(rate).update(grads, base(rate).init(own), own) for rate in (1.0, 0.5))
+        # What a loop may hand on, for bases that ask for it.
+        extra = {"value": jnp.float32(1), "grad": grads, "value_fn": lambda params: jnp.float32(1), "batch_size": 1}
+
+        def first(rate: float) -> tuple[PyTree, PyTree]:
+            tx = optax.with_extra_args_support(base(rate))
+            return tx.update(grads, tx.init(own), own, **extra)
+
+        whole, half = first(1.0), first(0.5)
         pairs = [(w, 2.0 * h) for w, h in zip(*map(jax.tree.leaves, (whole[0], half[0])), strict=True)]
         pairs += list(zip(*map(jax.tree.leaves, (whole[1], half[1])), strict=True))
         if not all(np.allclose(w, h, rtol=1e-4, atol=0.0, equal_nan=True) for w, h in pairs):

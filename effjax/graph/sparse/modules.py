@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from effjax.core.errors import check_choice, check_number
-from effjax.graph.attention import gat, gatv2, supergat
-from effjax.graph.layers import Features, dense, gcn, gcnii, released_gat, sage, sgc
-from effjax.graph.sparse import SparseMatrix
+from effjax.graph.sparse.attention import gat, gatv2, supergat
+from effjax.graph.sparse.layers import Features, dense, gcn, gcnii, released_gat, sage, sgc
+from effjax.graph.sparse.matrix import SparseMatrix
 
-__all__ = ["GATConv", "GCNConv", "GCNIIConv", "ReleasedGATConv", "SAGEConv", "SGCConv"]
+__all__ = ["GATConv", "GCNConv", "GCNIIConv", "SAGEConv", "SGCConv"]
 
 Initializer = Callable[..., jax.Array]
 
@@ -57,7 +57,7 @@ class GCNConv(nn.Module):
       When called with features [N, F] and a matrix [N, N]: [N, O].
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> graph = gcn_adjacency([0, 1], [1, 0], 3)
       >>> variables = GCNConv(4).init(jax.random.key(0), jnp.ones((3, 2)), graph)
       >>> GCNConv(4).apply(variables, jnp.ones((3, 2)), graph).shape
@@ -88,7 +88,7 @@ class SAGEConv(nn.Module):
       When called with features [N, F] and a matrix [N, N]: [N, O].
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> graph = adjacency([0, 1], [1, 0], 3)
       >>> variables = SAGEConv(4).init(jax.random.key(0), jnp.ones((3, 2)), graph)
       >>> SAGEConv(4).apply(variables, jnp.ones((3, 2)), graph).shape
@@ -126,7 +126,7 @@ class GCNIIConv(nn.Module):
     """``gcnii`` with its parameters; fields as its arguments.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> graph, x = gcn_adjacency([0, 1], [1, 0], 3), jnp.ones((3, 4))
       >>> variables = GCNIIConv(layer=1).init(jax.random.key(0), x, x, graph)
       >>> GCNIIConv(layer=1).apply(variables, x, x, graph).shape
@@ -176,7 +176,7 @@ class GATConv(nn.Module):
       When called with features [N, F] and a matrix [N, N]: [N, H * D], or [N, D] averaged.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> graph = adjacency([0, 1], [1, 0], 3, self_loops=True)
       >>> variables = GATConv(4, heads=2).init(jax.random.key(0), jnp.ones((3, 5)), graph)
       >>> GATConv(4, heads=2).apply(variables, jnp.ones((3, 5)), graph).shape

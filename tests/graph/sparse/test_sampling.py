@@ -10,10 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from effjax.data.pipeline import ResumableIterator, prefetch_to_device
-from effjax.graph.adjacency import adjacency, gcn_adjacency
-from effjax.graph.sampling import NeighbourSampler, block_mean, block_sum, sample_entries
+from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_adjacency
+from effjax.graph.sparse.sampling import NeighbourSampler, block_mean, block_sum, sample_entries
 
-VECTORS = np.load(Path(__file__).parents[1] / "reference" / "fastrain_gnn" / "pyg_layers.npz")
+VECTORS = np.load(Path(__file__).parents[2] / "reference" / "fastrain_gnn" / "pyg_layers.npz")
 X = VECTORS["x"]
 NODES = len(X)
 GRAPH = adjacency(*VECTORS["edge_index"], NODES)

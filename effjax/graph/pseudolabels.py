@@ -8,16 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_number
-from effjax.graph.stages import agreeing, select_pseudolabels
+from effjax.graph.sparse.checks import check_array
+from effjax.graph.stages import select_pseudolabels, unanimous
 
-__all__ = [
-    "cluster_labels",
-    "enough_agreement",
-    "guard_pseudolabels",
-    "most_confident",
-    "pseudolabel_weights",
-    "self_training",
-]
+__all__ = ["most_confident", "self_training"]
 
 PyTree = Any
 Select = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -79,6 +73,8 @@ def self_training(
       ([0, 1, -1], [0, 1, -1])
     """
     check_number("stages", stages, low=1, integer=True)
+    check_array("labels", labels, (None,), "integers")
+    check_array("mask", mask, labels.shape, "bool")
     check_number("labelled nodes", int(jnp.sum(mask)), low=1, integer=True, hint="Label at least one node of a class.")
     if select is None:
         select = lambda confidence, predictions, mask: select_pseudolabels(confidence, mask, threshold)
@@ -126,6 +122,9 @@ def most_confident(
     """
     check_number("classes", classes, low=1, integer=True)
     check_number("count", count, low=0, integer=True)
+    check_array("candidates", candidates, (None,), "bool")
+    check_array("confidence", confidence, candidates.shape, "floating")
+    check_array("predictions", predictions, candidates.shape, "integers")
     group = jnp.where(candidates, predictions, classes)
     order = jnp.lexsort((-confidence, group))
     sizes = jnp.bincount(group, length=classes + 1)
@@ -169,6 +168,8 @@ def cluster_labels(
       [1, 1, 0, 0]
     """
     nodes = embeddings.shape[0]
+    check_array("labels", labels, (nodes,), "integers")
+    check_array("mask", mask, (nodes,), "bool")
     check_number("clusters", clusters, low=1, high=nodes, integer=True)
     check_number("steps", steps, low=1, integer=True)
 
@@ -194,14 +195,14 @@ def cluster_labels(
 def pseudolabel_weights(
     confidence: Float[Array, "nodes"],
     predictions: Int[Array, "nodes"],
-    samples: Int[Array, "count nodes"] | None = None,
+    sampled: Int[Array, "count nodes"] | None = None,
 ) -> Float[Array, "nodes"]:
     """Weights of pseudolabels in the loss: the confidence, times the share of sampled predictions that agree with it.
 
     Args:
       confidence: of the predictions.
       predictions: on the whole graph.
-      samples: predictions on sampled graphs.
+      sampled: predictions on sampled graphs.
 
     Returns:
       Numbers in [0, 1].
@@ -210,36 +211,9 @@ def pseudolabel_weights(
       >>> pseudolabel_weights(jnp.array([0.5]), jnp.array([1]), jnp.array([[1], [0]])).tolist()
       [0.25]
     """
-    if samples is None:
+    if sampled is None:
         return confidence
-    return confidence * (samples == predictions).mean(0, dtype=confidence.dtype)
-
-
-def enough_agreement(
-    new: Bool[Array, "nodes"],
-    candidates: Bool[Array, "nodes"],
-    samples: Int[Array, "count nodes"],
-    least: float,
-) -> Bool[Array, "nodes"]:
-    """A guard: no new pseudolabels at all where too few of the confident nodes have agreeing samples.
-
-    Args:
-      new: mask of the selected nodes.
-      candidates: the confident nodes that they were selected from.
-      samples: predictions on sampled graphs.
-      least: share of the candidates that must agree.
-
-    Returns:
-      ``new``, or all False.
-
-    Example:
-      >>> samples = jnp.array([[0, 1], [0, 2]])
-      >>> enough_agreement(jnp.array([True, False]), jnp.array([True, True]), samples, 0.6).tolist()
-      [False, False]
-    """
-    check_number("least", least, low=0, high=1)
-    sure = jnp.sum(candidates & agreeing(samples))
-    return new & (sure >= least * jnp.sum(candidates))
+    return confidence * (sampled == predictions).mean(0, dtype=confidence.dtype)
 
 
 def guard_pseudolabels(
@@ -248,19 +222,19 @@ def guard_pseudolabels(
     confidence: Float[Array, "nodes"],
     predictions: Int[Array, "nodes"],
     mask: Bool[Array, "nodes"],
-    classes: int,
-    samples: Int[Array, "count nodes"] | None = None,
     *,
+    classes: int,
+    sampled: Int[Array, "count nodes"] | None = None,
     agreement: float = 0.8,
     growth: float = 5.0,
 ) -> Bool[Array, "nodes"]:
-    r"""The guard for few labels: none where samples disagree, and of each class only the most confident.
+    r"""The guard for few labels: none where sampled predictions differ, and of each class only the most confident.
 
-    With one or two labels a class a network is sure of far more than it knows. Per stage and predicted class at most
+    With one or two labels per class a network is sure of far more than it knows. Per stage and predicted class at most
 
     .. math:: g\,|T| / C
 
-    nodes, rounded, get a label, and none at all where ``enough_agreement`` says so.
+    nodes, rounded, get a label, and none at all where too few of the candidates have the same class on all samples.
 
     Args:
       new: mask of the selected nodes.
@@ -269,9 +243,9 @@ def guard_pseudolabels(
       predictions: classes in [0, C).
       mask: T, the nodes that have a label already.
       classes: C.
-      samples: predictions on sampled graphs; without them only the number is limited.
-      agreement: least share of the candidates whose samples agree.
-      growth: g, a multiple of the labelled nodes of a class.
+      sampled: predictions on sampled graphs; without them only the number is limited.
+      agreement: least share of the candidates that must be of one class on all samples.
+      growth: g, a multiple of the labelled nodes per class.
 
     Returns:
       A part of ``new``.
@@ -279,11 +253,13 @@ def guard_pseudolabels(
     Example:
       >>> confidence = jnp.array([0.9, 0.8, 0.7, 0.6])
       >>> given = jnp.array([False, False, False, True])
-      >>> guard_pseudolabels(~given, ~given, confidence, jnp.zeros(4, int), given, 1, growth=2.0).tolist()
+      >>> guard_pseudolabels(~given, ~given, confidence, jnp.zeros(4, int), given, classes=1, growth=2.0).tolist()
       [True, True, False, False]
     """
     check_number("growth", growth, low=0)
-    if samples is not None:
-        new = enough_agreement(new, candidates, samples, agreement)
+    check_number("agreement", agreement, low=0, high=1)
+    if sampled is not None:
+        agreed = jnp.sum(candidates & unanimous(sampled))
+        new = new & (agreed >= agreement * jnp.sum(candidates))
     most = jnp.round(growth * jnp.sum(mask) / classes).astype(jnp.int32)
     return most_confident(new, confidence, predictions, classes, most)

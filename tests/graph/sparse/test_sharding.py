@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from effjax.graph.adjacency import adjacency
-from effjax.graph.sharding import shard_matrix, shard_rows, sharded_spmm
+from effjax.graph.sparse.adjacency_matrices import adjacency
+from effjax.graph.sparse.sharding import shard_matrix, shard_rows, sharded_spmm
 
 EIGHT_DEVICES = """
 import dataclasses, functools, re
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from effjax.graph.adjacency import adjacency, gcn_adjacency
-from effjax.graph.sharding import shard_matrix, shard_rows, sharded_spmm
-from effjax.graph.sparse import spmm
+from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_adjacency
+from effjax.graph.sparse.sharding import shard_matrix, shard_rows, sharded_spmm
+from effjax.graph.sparse.matrix import spmm
 
 rng = np.random.default_rng(0)
 N, F, C = 90, 7, 3  # 90 is no multiple of 8

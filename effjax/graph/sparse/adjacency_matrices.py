@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from effjax.graph.sparse import SparseMatrix, row_sums, sparse_matrix, take_columns, take_rows
+from effjax.core.errors import check_number
+from effjax.graph.sparse.checks import check_array
+from effjax.graph.sparse.matrix import SparseMatrix, check_matrix, row_sums, sparse_matrix, take_columns, take_rows
 
 __all__ = ["adjacency", "gcn_adjacency", "gcn_normalize", "loopless_adjacency", "row_normalize"]
 
@@ -26,7 +28,7 @@ def adjacency(
       senders: integers [E].
       receivers: integers [E].
       nodes: N.
-      weights: numbers [E]; ones when None.
+      weights: finite numbers [E]; ones when None.
       self_loops: add an edge of weight 1 to every node that has none to itself.
       capacity: entries of the result, the rest padded (``sparse_matrix``).
       buckets: as for ``sparse_matrix``.
@@ -35,7 +37,8 @@ def adjacency(
       A ``SparseMatrix`` [N, N].
 
     Raises:
-      ValueError: an edge outside 0..N-1, or two between the same nodes in one direction.
+      ValueError: senders and receivers of unlike length, an edge outside 0..N-1, two between the same nodes in one
+        direction, or a weight that is not finite.
 
     Example:
       >>> adjacency([0, 1], [1, 0], 3, self_loops=True).todense()
@@ -43,16 +46,34 @@ def adjacency(
              [1., 1., 0.],
              [0., 0., 1.]], dtype=float32)
     """
-    senders, receivers = np.asarray(senders).reshape(-1), np.asarray(receivers).reshape(-1)
+    nodes = check_number("nodes", nodes, low=0, integer=True)
+    senders, receivers = (np.asarray(ends) if np.size(ends) else np.zeros(0, np.int32) for ends in (senders, receivers))
+    check_array("senders", senders, (None,), "integers", "Of an edge_index [2, E] give the two rows.")
+    check_array("receivers", receivers, senders.shape, "integers", "One for every sender.")
     weights = np.ones(len(senders), np.float32) if weights is None else np.asarray(weights)
+    check_array("weights", weights, senders.shape, "numbers", "One for every edge.")
     weights = weights.astype(np.float32) if weights.dtype.kind in "biu" else weights  # counts
+    check_weights("weights", weights, low=None)
     if self_loops:
         bare = np.setdiff1d(np.arange(nodes), senders[senders == receivers])
         senders, receivers = np.concatenate([senders, bare]), np.concatenate([receivers, bare])
         weights = np.concatenate([weights, np.ones(len(bare), weights.dtype)])
-    if not len(senders):
-        senders = receivers = np.zeros(0, np.int32)
     return sparse_matrix(receivers, senders, weights, (nodes, nodes), capacity=capacity, buckets=buckets)
+
+
+def check_weights(argument: str, weights: ArrayLike, *, low: float | None = 0.0) -> None:
+    """Raise ``ValueError`` where a weight is not finite or below ``low``; traced weights are not known yet."""
+    if isinstance(weights, jax.core.Tracer):
+        return
+    values = np.asarray(weights)
+    legal = np.isfinite(values) if low is None else np.isfinite(values) & (values >= low)
+    if not legal.all():
+        bad = tuple(int(place) for place in np.argwhere(~legal)[0])
+        raise ValueError(
+            f"{argument}: {np.sum(~legal)} of {values.size} are {'' if low is None else 'negative or '}not finite, the "
+            f"first is {argument}[{', '.join(map(str, bad))}]={values[bad]:g}."
+            f"{'' if low is None else ' Degrees are sums of weights and need a square root.'} Drop these edges."
+        )
 
 
 def gcn_normalize(matrix: SparseMatrix) -> SparseMatrix:
@@ -66,9 +87,15 @@ def gcn_normalize(matrix: SparseMatrix) -> SparseMatrix:
       matrix: [N, N], values not negative, self-loops included where wanted; [nnz], or [K, nnz] for K graphs.
 
     Returns:
-      A ``SparseMatrix`` of the same pattern.
+      A ``SparseMatrix`` of the same pattern, floating.
+
+    Raises:
+      ValueError: a matrix that is not square, or a weight that is negative or not finite (unless traced).
     """
-    pattern = matrix.pattern
+    pattern = check_matrix("matrix", matrix, square=True, stacked=True).pattern
+    check_weights("matrix.values", matrix.values)
+    if not jnp.issubdtype(matrix.values.dtype, jnp.floating):
+        matrix = matrix._replace(values=matrix.values.astype(jnp.float32))
     if matrix.values.ndim == 2:
         return SparseMatrix(
             pattern, jax.vmap(lambda values: gcn_normalize(SparseMatrix(pattern, values)).values)(matrix.values)
@@ -98,19 +125,21 @@ def gcn_adjacency(
              [0.5, 0.5]], dtype=float32)
     """
     if weights is not None:
-        values = np.asarray(weights)
-        if (bad := np.flatnonzero(~(np.isfinite(values) & (values >= 0)))).size:
-            raise ValueError(
-                f"weights: {bad.size} of {values.size} are negative or not finite, the first is weights[{bad[0]}]="
-                f"{values.reshape(-1)[bad[0]]:g}. Degrees are sums of weights and need a square root: drop these edges."
-            )
+        check_weights("weights", weights)
     return gcn_normalize(
         adjacency(senders, receivers, nodes, weights=weights, self_loops=True, capacity=capacity, buckets=buckets)
     )
 
 
 def row_normalize(matrix: SparseMatrix) -> SparseMatrix:
-    """Rows divided by their sums, as mean aggregation and bag-of-words features have it; zero rows stay zero."""
+    """Rows divided by their sums, as mean aggregation and bag-of-words features have it; zero rows stay zero.
+
+    Raises:
+      ValueError: numbers that are negative or not finite, whose sums are no measure of a row (unless traced).
+    """
+    check_weights("matrix.values", check_matrix("matrix", matrix).values)
+    if not jnp.issubdtype(matrix.values.dtype, jnp.floating):
+        matrix = matrix._replace(values=matrix.values.astype(jnp.float32))
     total = row_sums(matrix.pattern, matrix.values)
     scale = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
     return SparseMatrix(matrix.pattern, take_rows(matrix.pattern, scale) * matrix.values)
@@ -131,13 +160,14 @@ def loopless_adjacency(matrix: SparseMatrix) -> SparseMatrix:
       A ``SparseMatrix`` [N, N].
 
     Raises:
-      ValueError: a node without a self-loop, so that the weights of its edges cannot be told.
+      ValueError: a node without a self-loop, so that the weights of its edges cannot be told, or negative weights.
 
     Example:
       >>> loopless_adjacency(gcn_adjacency([0, 1], [1, 0], 2)).todense()
       Array([[0., 1.],
              [1., 0.]], dtype=float32)
     """
+    check_weights("matrix.values", check_matrix("matrix", matrix, square=True).values)
     size = int(matrix.pattern.size)
     rows, columns = np.asarray(matrix.pattern.rows)[:size], np.asarray(matrix.pattern.columns)[:size]
     values, loops = np.asarray(matrix.values)[:size].astype(np.float64), np.zeros(matrix.shape[0])

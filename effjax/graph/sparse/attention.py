@@ -1,6 +1,6 @@
 """Graph attention: GAT, GATv2, SuperGAT, and the softmax over the edges that enter a node.
 
-Functions of parameters, features and a matrix as in ``effjax.graph.layers``; the matrix's weights are ignored, but a
+Functions of parameters, features and a matrix as in ``effjax.graph.sparse.layers``. The weights are ignored, but a
 zero is no edge. Attention needs self-loops in the matrix, where a node should see itself. No step scatters: sums over
 edges are sparse products, one for every head, and their gradients are products with the transpose.
 """
@@ -15,8 +15,18 @@ from jaxtyping import Array, Bool, Float
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import wide
-from effjax.graph.layers import Features, Params, add_bias, dropout, edges, project
-from effjax.graph.sparse import SparseMatrix, SparsePattern, row_sums, spmm, take_columns, take_rows
+from effjax.graph.sparse.checks import check_array
+from effjax.graph.sparse.layers import Features, Params, add_bias, dropout, edges, project
+from effjax.graph.sparse.matrix import (
+    SparseMatrix,
+    SparsePattern,
+    check_entries,
+    check_matrix,
+    row_sums,
+    spmm,
+    take_columns,
+    take_rows,
+)
 
 # exp(-60) is far above the smallest normal float32, exp(-87), so a row's largest term keeps all its digits and so does
 # every term that counts beside it.
@@ -45,12 +55,14 @@ def edge_softmax(
       [nnz, H], 0 where no edge is; every row that has an edge sums to 1.
 
     Example:
-      >>> from effjax.graph.sparse import sparse_matrix
+      >>> from effjax.graph.sparse.matrix import sparse_matrix
       >>> pattern = sparse_matrix([0, 0, 1], [0, 1, 1], None, (2, 2)).pattern
       >>> edge_softmax(pattern, jnp.array([[1.0], [1.0], [-500.0]])).tolist()
       [[0.5], [0.5], [1.0]]
     """
-    terms, total = _exponentials(pattern, logits, pattern.valid if edge is None else edge)
+    check_array("logits", logits, (pattern.nnz, None))
+    edge = pattern.valid if edge is None else check_array("edge", edge, (pattern.nnz,), "bool")
+    terms, total = _exponentials(pattern, logits, edge)
     return terms / take_rows(pattern, total)
 
 
@@ -86,7 +98,6 @@ def _upper_bounds(pattern: SparsePattern, logits: jax.Array, edge: jax.Array) ->
 # The two products of attention. Each one's gradient is the other.
 
 
-@jax.custom_vjp
 def weighted_sums(
     pattern: SparsePattern, weights: Float[Array, "nnz heads"], x: Float[Array, "columns heads width"]
 ) -> Float[Array, "rows heads width"]:
@@ -103,11 +114,18 @@ def weighted_sums(
       [R, H, D].
 
     Example:
-      >>> from effjax.graph.sparse import sparse_matrix
+      >>> from effjax.graph.sparse.matrix import sparse_matrix
       >>> pattern = sparse_matrix([0, 0], [0, 1], None, (2, 2)).pattern
       >>> weighted_sums(pattern, jnp.array([[1.0], [2.0]]), jnp.array([[[1.0]], [[10.0]]])).ravel().tolist()
       [21.0, 0.0]
     """
+    check_entries("weights", pattern, weights)
+    check_array("x", x, (pattern.shape[1], weights.shape[1], None))
+    return _weighted_sums(pattern, weights, x)
+
+
+@jax.custom_vjp
+def _weighted_sums(pattern: SparsePattern, weights: jax.Array, x: jax.Array) -> jax.Array:
     if jax.default_backend() != "cpu":
         return row_sums(pattern, weights[:, :, None] * take_columns(pattern, x))
     weights = weights.T
@@ -115,7 +133,6 @@ def weighted_sums(
     return jnp.stack(heads, axis=1)
 
 
-@jax.custom_vjp
 def edge_dot(
     pattern: SparsePattern, left: Float[Array, "rows heads width"], right: Float[Array, "columns heads width"]
 ) -> Float[Array, "nnz heads"]:
@@ -134,11 +151,18 @@ def edge_dot(
       [nnz, H].
 
     Example:
-      >>> from effjax.graph.sparse import sparse_matrix
+      >>> from effjax.graph.sparse.matrix import sparse_matrix
       >>> pattern = sparse_matrix([0, 1], [1, 1], None, (2, 2)).pattern
       >>> edge_dot(pattern, jnp.array([[[1.0]], [[2.0]]]), jnp.array([[[3.0]], [[4.0]]])).tolist()
       [[4.0], [8.0]]
     """
+    check_array("left", left, (pattern.shape[0], None, None))
+    check_array("right", right, (pattern.shape[1], *left.shape[1:]))
+    return _edge_dot(pattern, left, right)
+
+
+@jax.custom_vjp
+def _edge_dot(pattern: SparsePattern, left: jax.Array, right: jax.Array) -> jax.Array:
     if jax.default_backend() != "cpu":
         return jnp.sum(take_rows(pattern, left) * take_columns(pattern, right), axis=-1)
     heads, width = left.shape[1:]
@@ -161,8 +185,8 @@ def _edge_dot_backward(saved, g):
     return None, weighted_sums(pattern, g, right), to_right
 
 
-weighted_sums.defvjp(lambda *inputs: (weighted_sums(*inputs), inputs), _weighted_sums_backward)
-edge_dot.defvjp(lambda *inputs: (edge_dot(*inputs), inputs), _edge_dot_backward)
+_weighted_sums.defvjp(lambda *inputs: (_weighted_sums(*inputs), inputs), _weighted_sums_backward)
+_edge_dot.defvjp(lambda *inputs: (_edge_dot(*inputs), inputs), _edge_dot_backward)
 
 
 # The layers
@@ -206,7 +230,7 @@ def gat(
       ValueError: shapes that do not fit, numbers out of range, a rate without a key.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> params = {"kernel": jnp.eye(2), "source": jnp.zeros((2, 1)), "target": jnp.zeros((2, 1))}
       >>> gat(params, jnp.eye(2), adjacency([0], [1], 2, self_loops=True)).tolist()
       [[1.0, 0.0], [0.5, 0.5]]
@@ -214,6 +238,7 @@ def gat(
     Reference: Velickovic et al., "Graph attention networks", ICLR 2018.
     """
     check_number("slope", slope, low=0, high=1)
+    check_matrix("matrix", matrix, square=True)
     z = _heads(project(x, params["kernel"], dtype), params["source"].shape)
     ends = _scores(z, params["target"], params["source"])
     pattern = matrix.pattern
@@ -256,7 +281,7 @@ def gatv2(
       ValueError: as ``gat``.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> names = ("source_kernel", "target_kernel", "source_bias", "target_bias")
       >>> params = dict(zip(names, (jnp.eye(2), jnp.eye(2), jnp.zeros(2), jnp.zeros(2))))
       >>> params["attention"] = jnp.zeros((2, 1))
@@ -266,6 +291,7 @@ def gatv2(
     Reference: Brody, Alon, Yahav, "How attentive are graph attention networks?", ICLR 2022.
     """
     check_number("slope", slope, low=0, high=1)
+    check_matrix("matrix", matrix, square=True)
     source = project(x, params["source_kernel"], dtype) + wide(params["source_bias"])
     target = project(x, params["target_kernel"], dtype) + wide(params["target_bias"])
     pattern, attention = matrix.pattern, params["attention"]
@@ -314,7 +340,7 @@ def supergat(
       ValueError: as ``gat``, an unknown ``mode``.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> params = {"kernel": jnp.eye(2), "source": jnp.zeros((2, 1)), "target": jnp.zeros((2, 1))}
       >>> supergat(params, jnp.eye(2), adjacency([0], [1], 2, self_loops=True)).tolist()
       [[1.0, 0.0], [0.5, 0.5]]
@@ -324,6 +350,7 @@ def supergat(
     """
     check_choice("mode", mode, ("mixed", "scaled"))
     check_number("slope", slope, low=0, high=1)
+    check_matrix("matrix", matrix, square=True)
     z = project(x, params["kernel"], dtype)
     if mode == "scaled":
         check_number("heads", heads, low=1, integer=True, hint="Without attention vectors nothing else tells it.")

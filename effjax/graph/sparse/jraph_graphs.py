@@ -17,13 +17,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from effjax.core.errors import check_number
-from effjax.graph.sparse import SparseMatrix, sparse_matrix
+from effjax.graph.sparse.matrix import SparseMatrix, check_matrix, sparse_matrix
 
 __all__ = [
     "from_graphs_tuple",
     "get_fully_connected_graph",
     "to_graphs_tuple",
-    "with_zero_out_padding_outputs",
     "zero_out_padding",
 ]
 
@@ -124,14 +123,12 @@ def to_graphs_tuple(
       ValueError: sizes that do not fit, an entry between two graphs of a batch, NaN features.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> graph = to_graphs_tuple(adjacency([1, 0, 2], [0, 1, 2], 3), n_node=[2, 1])
       >>> graph.receivers.tolist(), graph.n_edge.tolist()
       ([0, 1, 2], [2, 1])
     """
-    pattern = matrix.pattern
-    if matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"matrix has shape {matrix.shape}; a graph's is square.")
+    pattern = check_matrix("matrix", matrix, square=True).pattern
     n_node = np.asarray([matrix.shape[0]] if n_node is None else n_node)
     if n_node.sum() != matrix.shape[0]:
         raise ValueError(
@@ -260,16 +257,18 @@ def zero_out_padding(graph: jraph.GraphsTuple) -> jraph.GraphsTuple:
     # Jraph's masks index n_node by a traced number, which NumPy arrays refuse.
     graph = graph._replace(n_node=jnp.asarray(graph.n_node), n_edge=jnp.asarray(graph.n_edge))
 
-    def zeroed(tree: PyTree, mask: Callable[[jraph.GraphsTuple], jax.Array]) -> PyTree:
+    def zeroed(name: str, mask: Callable[[jraph.GraphsTuple], jax.Array]) -> PyTree:
+        tree = getattr(graph, name)
         if not jax.tree.leaves(tree):  # without features the number of nodes is not known
             return tree
         keep = mask(graph)
+        _check_rows(f"graph.{name}", tree, keep.shape[0])
         return jax.tree.map(lambda leaf: jnp.where(keep.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0), tree)
 
     return graph._replace(
-        nodes=zeroed(graph.nodes, jraph.get_node_padding_mask),
-        edges=zeroed(graph.edges, jraph.get_edge_padding_mask),
-        globals=zeroed(graph.globals, jraph.get_graph_padding_mask),
+        nodes=zeroed("nodes", jraph.get_node_padding_mask),
+        edges=zeroed("edges", jraph.get_edge_padding_mask),
+        globals=zeroed("globals", jraph.get_graph_padding_mask),
     )
 
 

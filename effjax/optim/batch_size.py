@@ -14,7 +14,7 @@ __all__ = ["scale_by_batch_size"]
 
 
 def scale_by_batch_size(
-    base: float = 64, power: float = 0.5, max_factor: float | None = None
+    reference: float = 64, *, power: float = 0.5, max_factor: float | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scale updates to the number of examples behind them.
 
@@ -26,13 +26,13 @@ def scale_by_batch_size(
         tx = optax.chain(
             optax.scale_by_adam(),
             optax.add_decayed_weights(0.01),
-            scale_by_batch_size(base=64),
+            scale_by_batch_size(reference=64),
             optax.scale_by_learning_rate(schedule),
         )
         updates, state = tx.update(grads, state, params, batch_size=batch["weight"].sum())
 
     Args:
-      base: :math:`B_0`, the batch size that the learning rate is meant for.
+      reference: :math:`B_0`, the batch size that the learning rate is meant for.
       power: p; 0.5 for Adam and its kin, 1 for SGD.
       max_factor: :math:`f_{\max}`; None for no limit.
 
@@ -45,7 +45,7 @@ def scale_by_batch_size(
       ValueError: arguments out of range; at ``update``, no ``batch_size``, or one that is not a positive scalar.
 
     Example:
-      >>> tx = scale_by_batch_size(base=64)
+      >>> tx = scale_by_batch_size(reference=64)
       >>> updates, _ = tx.update(jnp.ones(2), tx.init(None), batch_size=256)
       >>> updates.tolist()
       [2.0, 2.0]
@@ -53,7 +53,7 @@ def scale_by_batch_size(
     The paper's program multiplies the rate once per micro-step without a reset, so that under gradient accumulation the
     factors compound; here they do not. ``max_factor`` is ours.
     """
-    check_number("base", base, low=0, open_low=True)
+    check_number("reference", reference, low=0, open_low=True)
     check_number("power", power)
     if max_factor is not None:
         check_number("max_factor", max_factor, low=0, open_low=True, hint="None sets no limit.")
@@ -82,7 +82,7 @@ def scale_by_batch_size(
                 "batch['weight'].sum()."
             )
         check_number("batch_size", batch_size, low=0, open_low=True)
-        factor = (wide(batch_size) / base) ** power
+        factor = (wide(batch_size) / reference) ** power
         if max_factor is not None:
             factor = jnp.minimum(factor, max_factor)
         return jax.tree.map(lambda u: (wide(u) * factor).astype(u.dtype), updates), state
@@ -91,20 +91,20 @@ def scale_by_batch_size(
 
 
 def adamw_by_batch_size(
-    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.0, base: float | None = 64
+    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 0.0, reference: float | None = 64
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW with ``scale_by_batch_size``, where it belongs.
 
     Args:
-      learning_rate: meant for batches of ``base`` examples.
+      learning_rate: meant for batches of ``reference`` examples.
       weight_decay: of AdamW.
-      base: see ``scale_by_batch_size``; None for AdamW as it is.
+      reference: see ``scale_by_batch_size``; None for AdamW as it is.
 
     Returns:
-      A transformation whose ``update`` needs ``batch_size``, unless ``base`` is None.
+      A transformation whose ``update`` needs ``batch_size``, unless ``reference`` is None.
 
     Example:
-      >>> tx = adamw_by_batch_size(0.5, base=4)
+      >>> tx = adamw_by_batch_size(0.5, reference=4)
       >>> updates, _ = tx.update(jnp.ones(1), tx.init(jnp.ones(1)), jnp.ones(1), batch_size=16)
       >>> round(updates.item(), 4)
       -1.0
@@ -112,6 +112,6 @@ def adamw_by_batch_size(
     return optax.chain(
         optax.scale_by_adam(),
         optax.add_decayed_weights(weight_decay),
-        *([] if base is None else [scale_by_batch_size(base=base)]),
+        *([] if reference is None else [scale_by_batch_size(reference)]),
         optax.scale_by_learning_rate(learning_rate),
     )

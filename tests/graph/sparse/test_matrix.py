@@ -7,12 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effjax.graph.adjacency import adjacency, gcn_adjacency, gcn_normalize, row_normalize
-from effjax.graph.sparse import (
-    FORMS,
+from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_adjacency, gcn_normalize, row_normalize
+from effjax.graph.sparse.matrix import (
+    KERNELS,
     SparseMatrix,
     column_sums,
-    compact,
     fastest_spmm,
     matmul,
     row_sums,
@@ -42,12 +41,12 @@ def matrix(**options):
 
 
 @pytest.mark.parametrize("capacity", [None, 40])
-@pytest.mark.parametrize("form", [*FORMS, "auto"])
-def test_every_form_is_the_dense_product(form, capacity):
+@pytest.mark.parametrize("kernel", [*KERNELS, "auto"])
+def test_every_kernel_is_the_dense_product(kernel, capacity):
     a, dense = matrix(capacity=capacity)
     x = np.random.default_rng(2).normal(size=(7, 5)).astype(np.float32)
     g = np.random.default_rng(3).normal(size=(9, 5)).astype(np.float32)
-    product, pull = jax.vjp(lambda values, x: spmm(SparseMatrix(a.pattern, values), x, form=form), a.values, x)
+    product, pull = jax.vjp(lambda values, x: spmm(SparseMatrix(a.pattern, values), x, kernel=kernel), a.values, x)
     to_values, to_x = pull(jnp.asarray(g))
     np.testing.assert_allclose(product, dense @ x, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(to_x, dense.T @ g, rtol=1e-5, atol=1e-6)
@@ -56,13 +55,13 @@ def test_every_form_is_the_dense_product(form, capacity):
     np.testing.assert_allclose(np.asarray(to_values)[real], wanted[real], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_second_derivatives(form):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_second_derivatives(kernel):
     a, dense = matrix()
     x = jnp.asarray(np.random.default_rng(2).normal(size=(7, 2)), jnp.float32)
 
     def loss(values, x):
-        return jnp.sum(jnp.tanh(spmm(SparseMatrix(a.pattern, values), x, form=form)))
+        return jnp.sum(jnp.tanh(spmm(SparseMatrix(a.pattern, values), x, kernel=kernel)))
 
     def dense_loss(values, x):
         return jnp.sum(jnp.tanh(jnp.zeros(dense.shape).at[a.pattern.rows, a.pattern.columns].set(values) @ x))
@@ -76,8 +75,8 @@ def test_padding_is_inert_and_capacity_is_checked():
     plain, _ = matrix()
     padded, _ = matrix(capacity=plain.nnz + 5)
     x = jax.random.normal(jax.random.key(0), (7, 3))
-    for form in FORMS:
-        loss = lambda x, a, form=form: jnp.sum(spmm(a, x, form=form) ** 2)
+    for kernel in KERNELS:
+        loss = lambda x, a, kernel=kernel: jnp.sum(spmm(a, x, kernel=kernel) ** 2)
         np.testing.assert_array_equal(jax.grad(loss)(x, plain), jax.grad(loss)(x, padded))
     assert padded.nnz == plain.nnz + 5
     assert int(padded.pattern.valid.sum()) == plain.nnz
@@ -111,8 +110,8 @@ def test_messages_and_their_gradients():
 def test_half_precision_sums_in_float32():
     ones = sparse_matrix(np.zeros(300, int), np.arange(300), None, (1, 300))
     x = jnp.ones((300, 1), jnp.bfloat16)
-    for form in ("csr", "segment", "dense"):
-        product = spmm(ones, x, form=form)
+    for kernel in ("csr", "segment", "dense"):
+        product = spmm(ones, x, kernel=kernel)
         assert product.dtype == jnp.bfloat16
         assert float(product[0, 0]) == 300.0
     assert float(row_sums(ones.pattern, jnp.ones(300, jnp.bfloat16))[0]) == 300.0
@@ -164,32 +163,32 @@ def test_any_pattern(places):
     np.testing.assert_array_equal(a.todense(), dense)
     np.testing.assert_array_equal(a.transpose.todense(), dense.T)
     x = np.arange(5, dtype=np.float32)
-    for form in ("csr", "segment", "dense"):
-        np.testing.assert_allclose(spmm(a, x, form=form), dense @ x, rtol=1e-6)
-        np.testing.assert_allclose(spmm(a.transpose, np.ones(6, np.float32), form=form), dense.sum(0), rtol=1e-6)
+    for kernel in ("csr", "segment", "dense"):
+        np.testing.assert_allclose(spmm(a, x, kernel=kernel), dense @ x, rtol=1e-6)
+        np.testing.assert_allclose(spmm(a.transpose, np.ones(6, np.float32), kernel=kernel), dense.sum(0), rtol=1e-6)
 
 
 def test_compact_drops_entries_and_padding():
     a, dense = matrix(capacity=40)
     keep = np.asarray(a.values) > 0
-    small = compact(a, keep, capacity=30)
+    small = select_entries(a, keep, capacity=30)
     assert small.nnz == 30
     assert int(small.pattern.size) == keep.sum()
     np.testing.assert_allclose(small.todense(), np.maximum(dense, 0), rtol=1e-6)
     with pytest.raises(ValueError, match=r"keep has shape \(3,\)"):
-        compact(a, np.ones(3, bool))
+        select_entries(a, np.ones(3, bool))
 
 
 def test_an_empty_matrix():
     empty = sparse_matrix([], [], [], (3, 2), buckets=True)
-    for form in FORMS:
-        np.testing.assert_array_equal(spmm(empty, jnp.ones((2, 4)), form=form), np.zeros((3, 4)))
+    for kernel in KERNELS:
+        np.testing.assert_array_equal(spmm(empty, jnp.ones((2, 4)), kernel=kernel), np.zeros((3, 4)))
     assert row_sums(empty.pattern, jnp.zeros((0, 2))).shape == (3, 2)
 
 
-def test_fastest_is_one_of_the_forms():
+def test_fastest_is_one_of_the_kernels():
     a, _ = matrix()
-    assert fastest_spmm(a, 4) in FORMS
+    assert fastest_spmm(a, 4) in KERNELS
     assert matmul(jnp.ones((2, 7)), jnp.ones((7, 3))).shape == (2, 3)
 
 
@@ -215,11 +214,11 @@ def test_bad_products():
     a, _ = matrix()
     with pytest.raises(ValueError, match=r"x has shape \(6, 2\), but the matrix \(9, 7\) needs 7 rows"):
         a @ jnp.ones((6, 2))
-    with pytest.raises(ValueError, match=r"form='csc' is not one of"):
-        spmm(a, jnp.ones(7), form="csc")
+    with pytest.raises(ValueError, match=r"kernel='csc' is not one of"):
+        spmm(a, jnp.ones(7), kernel="csc")
     bare = sparse_matrix([0], [0], None, (9, 7))
     with pytest.raises(ValueError, match=r"buckets=True"):
-        spmm(bare, jnp.ones(7), form="buckets")
+        spmm(bare, jnp.ones(7), kernel="buckets")
 
 
 def test_adjacency_receives_by_row():

@@ -7,7 +7,8 @@ import optax
 import pytest
 from flax import nnx
 
-from effjax.optim.samuel_one_gradient import samuel_one_gradient
+from effjax.optim.batch_size import scale_by_batch_size
+from effjax.optim.one_gradient import samuel_one_gradient
 
 RATES = (0.3, 0.1, 0.03)
 _keys = jax.random.split(jax.random.key(0), 2)
@@ -145,10 +146,38 @@ def test_proportional_bases_are_accepted(base):
     samuel_one_gradient(base, RATES).init(params)
 
 
-def test_a_direction_may_be_given_itself():
-    direction = optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
-    left, right = (run(samuel_one_gradient(base, RATES, every=3))[-1][0] for base in (direction, optax.adam))
-    np.testing.assert_array_equal(left, right)
+def test_a_finished_transformation_is_refused_as_its_rate_would_multiply_every_candidate():
+    with pytest.raises(TypeError, match=r"must be a function of the learning rate, such as optax.adam or lambda rate"):
+        samuel_one_gradient(optax.adam(1e-3), RATES)
+
+
+@pytest.mark.parametrize(
+    ("base", "moved"),
+    [
+        (lambda lr: optax.chain(optax.adam(lr), scale_by_batch_size(8)), 0.2),  # sqrt(32 / 8) times Adam's first step
+        (lambda lr: optax.chain(optax.adam(lr), optax.contrib.reduce_on_plateau()), 0.1),
+    ],
+)
+def test_bases_that_ask_the_loop_for_more_are_given_it(base, moved):
+    tx = samuel_one_gradient(base, (0.4, 0.1))
+    w, loss = jnp.ones(3), lambda w: ((w - 3) ** 2).sum()
+    updates, _ = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss, value=loss(w), batch_size=32)
+    np.testing.assert_allclose(updates, moved, rtol=1e-4)
+
+
+@pytest.mark.parametrize("base", [optax.sgd, optax.adam])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_follows_in_the_chain_is_noticed(base, dtype):
+    alone = samuel_one_gradient(base, RATES, every=3)
+    assert [float(state.followed) for _, state in run(alone, 12, dtype)] == [1.0] * 12
+    history = run(optax.chain(alone, optax.scale(0.25)), 12)
+    assert float(history[-1][1][0].followed) == pytest.approx(0.25, rel=1e-2)
+    w, state = jnp.zeros(4), (tx := optax.chain(alone, optax.scale(0.25))).init(jnp.zeros(4))
+    for batch in zip(X[:3], Y[:3], strict=True):
+        updates, state = tx.update(jax.grad(loss_fn)(w, batch), state, w, value_fn=jnp.sum)  # not asked yet
+        w = optax.apply_updates(w, updates)
+    with pytest.warns(UserWarning, match=r"moved 0\.25 times as far.*It must stand outermost"):
+        tx.update(jax.grad(loss_fn)(w, batch), state, w, value_fn=lambda p: loss_fn(p, batch))
 
 
 def test_missing_value_fn_shows_the_line_to_write():

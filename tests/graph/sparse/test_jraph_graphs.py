@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jraph._src import utils as jraph_utils
 
-from effjax.graph.adjacency import adjacency, gcn_adjacency
-from effjax.graph.jraph_graphs import (
+from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_adjacency
+from effjax.graph.sparse.jraph_graphs import (
     check_graphs_tuple,
     from_graphs_tuple,
     get_fully_connected_graph,

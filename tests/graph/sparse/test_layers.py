@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effjax.graph.adjacency import adjacency, gcn_adjacency
-from effjax.graph.attention import edge_dot, edge_softmax, gat, gatv2, supergat, weighted_sums
-from effjax.graph.layers import (
+from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_adjacency
+from effjax.graph.sparse.attention import edge_dot, edge_softmax, gat, gatv2, supergat, weighted_sums
+from effjax.graph.sparse.layers import (
     appnp,
     dense,
     dropout,
@@ -23,10 +23,10 @@ from effjax.graph.layers import (
     sage,
     sgc,
 )
-from effjax.graph.modules import GATConv, SAGEConv
-from effjax.graph.sparse import SparseMatrix, compact, sparse_matrix
+from effjax.graph.sparse.matrix import SparseMatrix, select_entries, sparse_matrix
+from effjax.graph.sparse.modules import GATConv, SAGEConv
 
-REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "fastrain_gnn"
+REFERENCE = Path(__file__).resolve().parents[2] / "reference" / "fastrain_gnn"
 PYG = np.load(REFERENCE / "pyg_layers.npz")
 RELEASED = np.load(REFERENCE / "models_forward_grad.npz")
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
@@ -166,7 +166,7 @@ def test_dropped_edges_are_as_edges_taken_out(model):
     drop = (np.random.default_rng(0).uniform(size=matrix.nnz) < 0.3) & (rows != columns)
     params, x = layers(model), jnp.asarray(PYG["x"])
     masked = run(model, params, x, matrix._replace(values=jnp.where(drop, 0, matrix.values)))
-    compacted = compact(matrix, ~drop, capacity=CAPACITY)
+    compacted = select_entries(matrix, ~drop, capacity=CAPACITY)
     assert int(compacted.pattern.size) < int(matrix.pattern.size)
     assert_close(run(model, params, x, compacted), masked)
     assert np.abs(masked[0] - run(model, params, x, matrix)[0]).max() > 1e-3

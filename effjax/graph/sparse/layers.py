@@ -2,7 +2,7 @@
 
 Layers are functions of a mapping of parameters, features ``[N, F]`` (an array, or a ``SparseMatrix`` that stays
 sparse) and a matrix ``[N, N]`` whose rows receive and whose columns send. Kernels are ``[in, out]``. Results are
-float32 at least; ``dtype`` is that of the products' operands alone. ``effjax.graph.modules`` has them as modules.
+float32 at least; ``dtype`` is that of the products' operands alone. As modules: ``effjax.graph.sparse.modules``.
 """
 
 import math
@@ -18,8 +18,16 @@ from jaxtyping import Array, Float
 from effjax.core.errors import check_choice, check_number
 from effjax.core.products import dot
 from effjax.core.tree import wide
-from effjax.graph.buckets import bucket_max
-from effjax.graph.sparse import SparseMatrix, SparsePattern, row_sums, spmm, take_columns, take_rows
+from effjax.graph.sparse.buckets import bucket_max
+from effjax.graph.sparse.matrix import (
+    SparseMatrix,
+    SparsePattern,
+    check_matrix,
+    row_sums,
+    spmm,
+    take_columns,
+    take_rows,
+)
 
 Params = Mapping[str, jax.Array]
 Features = SparseMatrix | Float[Array | np.ndarray, "nodes features"]
@@ -87,8 +95,7 @@ def project(x: Features, kernel: jax.Array, dtype: DTypeLike | None = None) -> j
 
 def aggregate(matrix: SparseMatrix, x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     """``matrix @ x`` of operands in ``dtype``, summed in float32 at least."""
-    if matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"matrix has shape {matrix.shape}, but a graph's has a row and a column for every node.")
+    check_matrix("matrix", matrix, square=True)
     return spmm(matrix._replace(values=_rounded(matrix.values, dtype)), _rounded(x, dtype))
 
 
@@ -103,7 +110,7 @@ def add_bias(x: jax.Array, params: Params) -> jax.Array:
 
 def edges(matrix: SparseMatrix) -> jax.Array:
     """bool [nnz]: entries that are edges for layers that ignore weights. Zeros (dropped edges, padding) are none."""
-    return (matrix.values != 0) & matrix.pattern.valid
+    return (check_matrix("matrix", matrix).values != 0) & matrix.pattern.valid
 
 
 # The layers
@@ -134,7 +141,7 @@ def gcn(params: Params, x: Features, matrix: SparseMatrix, *, dtype: DTypeLike |
       ValueError: shapes that do not fit.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> gcn({"kernel": jnp.eye(2)}, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2)).round(3)
       Array([[0.5, 0.5],
              [0.5, 0.5]], dtype=float32)
@@ -171,7 +178,7 @@ def sage(
       ValueError: shapes that do not fit, an unknown ``reduce``, sparse features with ``"max"``.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> params = {"kernel": jnp.eye(1), "root": jnp.zeros((1, 1))}
       >>> sage(params, jnp.array([[1.0], [3.0], [5.0]]), adjacency([1, 2], [0, 0], 3)).tolist()
       [[4.0], [0.0], [0.0]]
@@ -179,6 +186,7 @@ def sage(
     Reference: Hamilton, Ying, Leskovec, "Inductive representation learning on large graphs", NIPS 2017.
     """
     check_choice("reduce", reduce, ("mean", "max"))
+    check_matrix("matrix", matrix, square=True)
     kernel, own = params["kernel"], project(x, params["root"], dtype)
     if reduce == "max":
         if isinstance(x, SparseMatrix):
@@ -202,6 +210,8 @@ def neighbour_max(matrix: SparseMatrix, x: jax.Array) -> jax.Array:
     No kernel takes maxima. Where the pattern has buckets (``adjacency(..., buckets=True)``) they are found slot by
     slot; without, by this family's only scatter. The gradient is sums over the edges.
     """
+    if x.ndim != 2 or x.shape[0] != matrix.shape[1]:
+        raise ValueError(f"x has shape {x.shape}, but the matrix {matrix.shape} needs [{matrix.shape[1]}, F].")
     return _row_max(matrix.pattern, edges(matrix), x)
 
 
@@ -251,7 +261,7 @@ def appnp(
       ValueError: arguments out of range, shapes that do not fit.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> appnp(jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2), steps=1, alpha=0.5).astype(jnp.float16)
       Array([[0.75, 0.25],
              [0.25, 0.75]], dtype=float16)
@@ -285,7 +295,7 @@ def sgc(
       ValueError: ``hops`` below 1, shapes that do not fit.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> sgc({"kernel": jnp.eye(2)}, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2)).shape
       (2, 2)
 
@@ -332,7 +342,7 @@ def gcnii(
       ValueError: numbers out of range, shapes that do not fit.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> graph, x = gcn_adjacency([0, 1], [1, 0], 2), jnp.eye(2)
       >>> gcnii({"kernel": x}, x, x, graph, layer=1, alpha=0.5).astype(jnp.float16)
       Array([[0.75, 0.25],
@@ -345,6 +355,8 @@ def gcnii(
     check_number("alpha", alpha, low=0, high=1)
     check_number("theta", theta, low=0, open_low=True)
     beta = math.log(theta / layer + 1)
+    if jnp.shape(first) != jnp.shape(x):
+        raise ValueError(f"first has shape {jnp.shape(first)}, but x has {jnp.shape(x)}; they must be alike.")
     mixed = (1 - alpha) * aggregate(matrix, x, dtype) + alpha * wide(first)
     return (1 - beta) * mixed + beta * project(mixed, params["kernel"], dtype)
 
@@ -366,7 +378,7 @@ def released_gat(params: Params, x: Features, matrix: SparseMatrix, *, dtype: DT
       [N, H * D], float32 at least.
 
     Example:
-      >>> from effjax.graph.adjacency import gcn_adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> released_gat({"kernel": jnp.eye(2)}, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2)).shape
       (2, 2)
 

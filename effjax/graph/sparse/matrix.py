@@ -17,24 +17,25 @@ from jax.experimental import sparse as jax_sparse
 from jax.typing import ArrayLike
 
 from effjax.core.errors import check_choice, check_number
-from effjax.core.timing import time_interleaved
-from effjax.graph.buckets import BucketTable, bucket_product, bucket_table
+from effjax.core.timing import fastest
+from effjax.graph.sparse.buckets import BucketTable, bucket_product, bucket_table
+from effjax.graph.sparse.checks import check_array
 
 __all__ = [
     "SparseMatrix",
     "SparsePattern",
     "column_sums",
-    "compact",
     "fastest_spmm",
     "row_sums",
+    "select_entries",
     "sparse_matrix",
     "spmm",
     "take_columns",
     "take_rows",
 ]
 
-Form = Literal["auto", "csr", "segment", "buckets", "dense"]
-FORMS = ("csr", "segment", "buckets", "dense")
+Kernel = Literal["auto", "csr", "segment", "buckets", "dense"]
+KERNELS = ("csr", "segment", "buckets", "dense")
 _UNROLLED = 16
 
 
@@ -55,7 +56,7 @@ class SparsePattern:
       t_rows: int32 [nnz], rows of the entries in that order.
       t_order: int32 [nnz], the entries in that order: ``values[t_order]`` are the transpose's.
       size: int32 scalar, the entries that are real; those after it are padding at (R - 1, C - 1).
-      buckets: tables of the form ``'buckets'``, for the matrix and its transpose; None without.
+      buckets: tables of the kernel ``'buckets'``, for the matrix and its transpose; None without.
       shape: (R, C), static.
     """
 
@@ -101,7 +102,7 @@ class SparseMatrix(NamedTuple):
 
     Attributes:
       pattern: where the entries stand.
-      values: floating [nnz]; they may be traced and differentiated.
+      values: numbers [nnz]; they may be traced and differentiated.
     """
 
     pattern: SparsePattern
@@ -131,6 +132,48 @@ class SparseMatrix(NamedTuple):
         return jnp.zeros(pattern.shape, self.values.dtype).at[pattern.rows, pattern.columns].add(self.values)
 
 
+def check_matrix(argument: str, matrix: Any, *, square: bool = False, stacked: bool = False) -> SparseMatrix:
+    """Return ``matrix`` if it is a ``SparseMatrix`` with a value for every entry; else raise. Nothing is computed.
+
+    Args:
+      argument: the argument's name, for the message.
+      matrix: what was given.
+      square: whether it must be [N, N], as a graph's.
+      stacked: whether values [K, nnz], of K graphs with one pattern, are legal too.
+
+    Raises:
+      TypeError: another kind of matrix, with the way to convert it.
+      ValueError: values of another length, or a matrix that is not square.
+    """
+    if not isinstance(matrix, SparseMatrix):
+        shape, kind = getattr(matrix, "shape", None), f"{type(matrix).__module__}.{type(matrix).__name__}"
+        if hasattr(matrix, "tocoo"):
+            way = "found = a.tocoo(); effjax.graph.sparse_matrix(found.row, found.col, found.data, found.shape)"
+        elif hasattr(matrix, "indices") and hasattr(matrix, "data"):
+            way = "effjax.graph.sparse_matrix(*a.indices.T, a.data, a.shape)"
+        else:
+            way = "rows, columns = np.nonzero(a); effjax.graph.sparse_matrix(rows, columns, a[rows, columns], a.shape)"
+        raise TypeError(
+            f"{argument} is a {kind}{'' if shape is None else f' of shape {tuple(shape)}'}; a SparseMatrix is needed. "
+            f"From edges: effjax.graph.adjacency(senders, receivers, nodes). From a matrix a: {way}."
+        )
+    axes, nnz = np.shape(matrix.values), matrix.pattern.nnz
+    if axes[-1:] != (nnz,) or len(axes) > 1 + stacked:
+        raise ValueError(
+            f"{argument}.values has shape {axes}, but the pattern has {nnz} entries (self-loops and padding count). "
+            f"Give numbers [{nnz}]{f' or [K, {nnz}]' if stacked else ''}, in the order of the pattern."
+        )
+    if square and matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"{argument} has shape {matrix.shape}, but a graph's has a row and a column for every node.")
+    return matrix
+
+
+def check_entries(argument: str, pattern: SparsePattern, entries: Any, kind: str = "numbers") -> jax.Array:
+    """Return ``entries`` [nnz, ...] if there is one for every entry of the pattern; else raise ``ValueError``."""
+    hint = "One for every entry of the pattern, self-loops and padding included."
+    return jnp.asarray(check_array(argument, entries, (pattern.nnz, ...), kind, hint))
+
+
 # Building, on the host
 
 
@@ -152,7 +195,7 @@ def sparse_matrix(
       shape: (R, C).
       capacity: entries of the result; the rest is padded with zeros at (R - 1, C - 1), which change no
         product and no gradient, so that matrices of several sizes run one program. None for nnz.
-      buckets: also build the tables of the form ``'buckets'``.
+      buckets: also build the tables of the kernel ``'buckets'``.
 
     Returns:
       A ``SparseMatrix`` sorted by row, then column.
@@ -172,6 +215,12 @@ def sparse_matrix(
         raise ValueError(
             f"rows, columns and values have the shapes {rows.shape}, {columns.shape} and {values.shape}. Give one "
             "number of each for every entry."
+        )
+    if not jnp.issubdtype(values.dtype, jnp.number) and values.dtype != bool:
+        raise ValueError(f"values are {values.dtype}; numbers are needed.")
+    if values.dtype.kind in "iu" and not np.array_equal(np.asarray(jnp.asarray(values)), values):
+        raise ValueError(
+            f"values of {values.dtype} do not fit into {jnp.asarray(values).dtype}. Give floating numbers."
         )
     order = np.lexsort((columns, rows))
     rows, columns, values = rows[order], columns[order], values[order]
@@ -219,11 +268,11 @@ def _pattern(rows: np.ndarray, columns: np.ndarray, size: int, shape: tuple[int,
     return SparsePattern(*map(jnp.asarray, arrays), tables, (int(shape[0]), int(shape[1])))
 
 
-def compact(matrix: SparseMatrix, keep: np.ndarray, *, capacity: int | None = None) -> SparseMatrix:
+def select_entries(matrix: SparseMatrix, keep: np.ndarray, *, capacity: int | None = None) -> SparseMatrix:
     """The matrix without the entries that are not kept; products shrink with it. Runs on the host.
 
     Args:
-      matrix: its padding goes whatever ``keep`` says.
+      matrix: [R, C]; its padding goes in any case.
       keep: bool [nnz].
       capacity: as for ``sparse_matrix``.
 
@@ -235,12 +284,11 @@ def compact(matrix: SparseMatrix, keep: np.ndarray, *, capacity: int | None = No
 
     Example:
       >>> matrix = sparse_matrix([0, 0, 1], [0, 1, 1], [1.0, 2.0, 3.0], (2, 2))
-      >>> compact(matrix, np.array([True, False, True])).nnz
+      >>> select_entries(matrix, np.array([True, False, True])).nnz
       2
     """
-    pattern, keep = matrix.pattern, np.asarray(keep)
-    if keep.shape != (matrix.nnz,) or keep.dtype != bool:
-        raise ValueError(f"keep has shape {keep.shape} and dtype {keep.dtype}; bool [{matrix.nnz}] is needed.")
+    pattern = check_matrix("matrix", matrix).pattern
+    keep = np.asarray(check_array("keep", keep, (matrix.nnz,), "bool"))
     keep = keep & (np.arange(matrix.nnz) < int(pattern.size))
     rows, columns, values = (np.asarray(part)[keep] for part in (pattern.rows, pattern.columns, matrix.values))
     return sparse_matrix(rows, columns, values, matrix.shape, capacity=capacity, buckets=pattern.buckets is not None)
@@ -249,7 +297,7 @@ def compact(matrix: SparseMatrix, keep: np.ndarray, *, capacity: int | None = No
 # Products
 
 
-def spmm(matrix: SparseMatrix, x: ArrayLike, *, form: Form = "auto") -> jax.Array:
+def spmm(matrix: SparseMatrix, x: ArrayLike, *, kernel: Kernel = "auto") -> jax.Array:
     r"""Product of a sparse matrix with columns.
 
     .. math:: Y_{r\cdot} = \sum_{e:\, row(e) = r} v_e\, X_{column(e)\cdot}
@@ -259,17 +307,18 @@ def spmm(matrix: SparseMatrix, x: ArrayLike, *, form: Form = "auto") -> jax.Arra
 
     Args:
       matrix: [R, C]; structure and values may be traced.
-      x: [C] or [C, ...]. Products of less than 32 bits are summed in float32.
-      form: ``'csr'``, XLA's CSR kernel (native on CPU); ``'segment'``, gathers and sorted segment sums;
+      x: [C] or [C, ...]; integers count as float32. Products of less than 32 bits are summed in float32.
+      kernel: ``'csr'``, XLA's CSR kernel (native on CPU); ``'segment'``, gathers and sorted segment sums;
         ``'buckets'``, rows in buckets of padded length, no scatter (the matrix must have been built with
         ``buckets=True``); ``'dense'``, for small graphs on matrix units. ``'auto'``: ``'csr'`` on CPU,
         else ``'segment'``; ``fastest_spmm`` measures.
 
     Returns:
-      [R, ...] of the dtype of ``x``.
+      [R, ...] of the dtype of ``x``, floating.
 
     Raises:
-      ValueError: ``x`` has not C rows, or a form that the matrix or the library lacks.
+      TypeError: ``matrix`` is of another kind.
+      ValueError: ``x`` has not C rows, or a kernel that the matrix or the library lacks.
 
     Example:
       >>> matrix = sparse_matrix([0, 1, 1], [1, 0, 1], [1.0, 2.0, 3.0], (2, 2))
@@ -277,12 +326,14 @@ def spmm(matrix: SparseMatrix, x: ArrayLike, *, form: Form = "auto") -> jax.Arra
       Array([10., 32.], dtype=float32)
     """
     x = jnp.asarray(x)
+    check_matrix("matrix", matrix)
     if x.ndim == 0 or x.shape[0] != matrix.shape[1]:
         raise ValueError(f"x has shape {x.shape}, but the matrix {matrix.shape} needs {matrix.shape[1]} rows.")
-    form = _resolve(form, matrix.pattern)
+    x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+    kernel = _resolve(kernel, matrix.pattern)
     dtype = jnp.promote_types(jnp.result_type(x, matrix.values), jnp.float32)
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:])).astype(dtype)
-    product = _spmm(form, matrix.pattern, matrix.values.astype(dtype), flat)
+    product = _spmm(kernel, matrix.pattern, matrix.values.astype(dtype), flat)
     return product.reshape(matrix.shape[0], *x.shape[1:]).astype(x.dtype)
 
 
@@ -297,57 +348,57 @@ def matmul(x: SparseMatrix | jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def fastest_spmm(matrix: SparseMatrix, width: int) -> str:
-    """The fastest form of a product with ``width`` columns and its gradient, measured on the default device.
+    """The fastest kernel of a product with ``width`` columns and its gradient, measured on the default device.
 
     Args:
-      matrix: the forms ``'buckets'`` and ``'dense'`` take part if it was built with buckets, and if it
+      matrix: the kernels ``'buckets'`` and ``'dense'`` take part if it was built with buckets, and if it
         is small enough to be dense (2**26 numbers).
       width: columns of the right side.
 
     Returns:
-      The name of a form.
+      The name of a kernel.
 
     Example:
-      >>> fastest_spmm(sparse_matrix([0, 1], [1, 0], None, (2, 2)), 4) in FORMS
+      >>> fastest_spmm(sparse_matrix([0, 1], [1, 0], None, (2, 2)), 4) in KERNELS
       True
     """
+    check_matrix("matrix", matrix)
     check_number("width", width, low=1, integer=True)
     legal = ["csr", "segment"]
     legal += ["buckets"] if matrix.pattern.buckets is not None else []
     legal += ["dense"] if math.prod(matrix.shape) <= 2**26 else []
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def both_ways(form: str, matrix: SparseMatrix, x: jax.Array) -> jax.Array:
-        product, pull = jax.vjp(lambda x: spmm(matrix, x, form=form), x)
+    def both_ways(kernel: str, matrix: SparseMatrix, x: jax.Array) -> jax.Array:
+        product, pull = jax.vjp(lambda x: spmm(matrix, x, kernel=kernel), x)
         return pull(product)
 
     x = jnp.ones((matrix.shape[1], width), matrix.values.dtype)
-    times = time_interleaved({form: functools.partial(both_ways, form, matrix, x) for form in legal}, rounds=5)
-    return min(times, key=lambda form: times[form].median_ms)
+    compiled = {kernel: jax.jit(functools.partial(both_ways, kernel)).lower(matrix, x).compile() for kernel in legal}
+    return fastest({kernel: functools.partial(program, matrix, x) for kernel, program in compiled.items()})
 
 
-def _resolve(form: Form, pattern: SparsePattern) -> str:
-    if form == "auto":
+def _resolve(kernel: Kernel, pattern: SparsePattern) -> str:
+    if kernel == "auto":
         return "csr" if jax.default_backend() == "cpu" else "segment"
-    check_choice("form", form, ("auto", *FORMS))
-    if form == "buckets" and pattern.buckets is None:
-        raise ValueError("form='buckets' needs tables. Build the matrix with sparse_matrix(..., buckets=True).")
-    return form
+    check_choice("kernel", kernel, ("auto", *KERNELS))
+    if kernel == "buckets" and pattern.buckets is None:
+        raise ValueError("kernel='buckets' needs tables. Build the matrix with sparse_matrix(..., buckets=True).")
+    return kernel
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _spmm(form: str, pattern: SparsePattern, values: jax.Array, x: jax.Array) -> jax.Array:
-    return _batched(form)(pattern, values, x)
+def _spmm(kernel: str, pattern: SparsePattern, values: jax.Array, x: jax.Array) -> jax.Array:
+    return _batched(kernel)(pattern, values, x)
 
 
-def _spmm_forward(form, pattern, values, x):
-    return _spmm(form, pattern, values, x), (pattern, values, x)
+def _spmm_forward(kernel, pattern, values, x):
+    return _spmm(kernel, pattern, values, x), (pattern, values, x)
 
 
-def _spmm_backward(form, residuals, g):
+def _spmm_backward(kernel, residuals, g):
     pattern, values, x = residuals
     to_values = jnp.sum(take_rows(pattern, g) * take_columns(pattern, x), axis=1)
-    return None, to_values, _spmm(form, pattern.transpose, values[pattern.t_order], g)
+    return None, to_values, _spmm(kernel, pattern.transpose, values[pattern.t_order], g)
 
 
 _spmm.defvjp(_spmm_forward, _spmm_backward)
@@ -356,34 +407,54 @@ _spmm.defvjp(_spmm_forward, _spmm_backward)
 # Messages: rows and columns of the entries, and sums back. Each is the other's derivative.
 
 
-@jax.custom_vjp
 def take_rows(pattern: SparsePattern, x: jax.Array) -> jax.Array:
-    """``x[row]`` for every entry: [R, ...] -> [nnz, ...]; its gradient is ``row_sums``."""
-    return x[pattern.rows]
+    """``x[row]`` for every entry: [R, ...] -> [nnz, ...]; its gradient is ``row_sums``.
+
+    Raises:
+      ValueError: ``x`` has not R rows.
+    """
+    return _take_rows(pattern, jnp.asarray(check_array("x", x, (pattern.shape[0], ...))))
 
 
-@jax.custom_vjp
 def take_columns(pattern: SparsePattern, x: jax.Array) -> jax.Array:
-    """``x[column]`` for every entry: [C, ...] -> [nnz, ...]; its gradient is ``column_sums``."""
-    return x[pattern.columns]
+    """``x[column]`` for every entry: [C, ...] -> [nnz, ...]; its gradient is ``column_sums``.
+
+    Raises:
+      ValueError: ``x`` has not C rows.
+    """
+    return _take_columns(pattern, jnp.asarray(check_array("x", x, (pattern.shape[1], ...))))
 
 
 def row_sums(pattern: SparsePattern, entries: jax.Array) -> jax.Array:
     """Sums over the entries of every row, [nnz, ...] -> [R, ...], by the CSR kernel on CPU.
 
-    Padding counts as part of the last row: make it zero (``pattern.valid``).
+    Padding counts as part of the last row: make it zero (``pattern.valid``). Sums of integers are exact.
+
+    Raises:
+      ValueError: ``entries`` holds more or less than one for every entry of the pattern.
 
     Example:
       >>> matrix = sparse_matrix([0, 1, 1], [1, 0, 1], [1.0, 2.0, 3.0], (2, 2))
       >>> row_sums(matrix.pattern, matrix.values)
       Array([1., 5.], dtype=float32)
     """
+    entries = check_entries("entries", pattern, entries)
+    if not jnp.issubdtype(entries.dtype, jnp.inexact):
+        return _exact_sums(entries, pattern.rows, pattern.shape[0])
     return _flat(_row_sums, pattern, entries)
 
 
 def column_sums(pattern: SparsePattern, entries: jax.Array) -> jax.Array:
     """Sums over the entries of every column, [nnz, ...] -> [C, ...]; as ``row_sums``."""
+    entries = check_entries("entries", pattern, entries)
+    if not jnp.issubdtype(entries.dtype, jnp.inexact):
+        return _exact_sums(entries, pattern.columns, pattern.shape[1])
     return _flat(_column_sums, pattern, entries)
+
+
+def _exact_sums(entries: jax.Array, rows: jax.Array, count: int) -> jax.Array:
+    entries = entries.astype(jnp.int32) if entries.dtype == bool else entries
+    return jax.ops.segment_sum(entries, rows, count)
 
 
 def _flat(sums, pattern: SparsePattern, entries: jax.Array) -> jax.Array:
@@ -391,6 +462,16 @@ def _flat(sums, pattern: SparsePattern, entries: jax.Array) -> jax.Array:
     flat = entries.reshape(entries.shape[0], math.prod(entries.shape[1:])).astype(dtype)
     found = sums(pattern, flat)
     return found.reshape(found.shape[0], *entries.shape[1:]).astype(entries.dtype)
+
+
+@jax.custom_vjp
+def _take_rows(pattern: SparsePattern, x: jax.Array) -> jax.Array:
+    return x[pattern.rows]
+
+
+@jax.custom_vjp
+def _take_columns(pattern: SparsePattern, x: jax.Array) -> jax.Array:
+    return x[pattern.columns]
 
 
 @jax.custom_vjp
@@ -415,13 +496,13 @@ def _saved(function):
     return lambda pattern, x: (function(pattern, x), pattern)
 
 
-take_rows.defvjp(_saved(take_rows), lambda pattern, g: (None, row_sums(pattern, g)))
-take_columns.defvjp(_saved(take_columns), lambda pattern, g: (None, column_sums(pattern, g)))
+_take_rows.defvjp(_saved(_take_rows), lambda pattern, g: (None, row_sums(pattern, g)))
+_take_columns.defvjp(_saved(_take_columns), lambda pattern, g: (None, column_sums(pattern, g)))
 _row_sums.defvjp(_saved(_row_sums), lambda pattern, g: (None, take_rows(pattern, g)))
 _column_sums.defvjp(_saved(_column_sums), lambda pattern, g: (None, take_columns(pattern, g)))
 
 
-# The forms
+# The kernels
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("indptr", "columns", "rows"), meta_fields=("height",))
@@ -466,9 +547,9 @@ _PRODUCTS = {"csr": _csr, "segment": _segment, "buckets": _buckets, "dense": _de
 
 
 @functools.cache
-def _batched(form: str):
-    """A form whose batches become columns, or a loop where the values differ too."""
-    product = jax.custom_batching.custom_vmap(_PRODUCTS[form])
+def _batched(kernel: str):
+    """A kernel whose batches become columns, or a loop where the values differ too."""
+    product = jax.custom_batching.custom_vmap(_PRODUCTS[kernel])
 
     @product.def_vmap
     def rule(size, batched, pattern, values, x):

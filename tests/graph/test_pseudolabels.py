@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.graph.self_training import (
+from effjax.graph.pseudolabels import (
     cluster_labels,
-    enough_agreement,
     guard_pseudolabels,
     most_confident,
     pseudolabel_weights,
@@ -111,12 +110,17 @@ def test_weights_of_pseudolabels():
 
 
 def test_the_guard_lets_all_or_nothing_through():
-    samples = jnp.array([[0, 1, 0, 1], [0, 1, 1, 0]])  # two of four agree
+    sampled = jnp.array([[0, 1, 0, 1], [0, 1, 1, 0]])  # of the first three nodes, two agree
     candidates = jnp.array([True, True, True, False])
-    new = select_pseudolabels(jnp.where(candidates, 0.9, 0.1), jnp.zeros(4, bool), 0.5, samples)
+    confidence = jnp.where(candidates, 0.9, 0.1)
+    new = select_pseudolabels(confidence, jnp.zeros(4, bool), 0.5, sampled)
     assert new.tolist() == [True, True, False, False]
-    assert enough_agreement(new, candidates, samples, 0.6).tolist() == new.tolist()
-    assert not bool(enough_agreement(new, candidates, samples, 0.7).any())
+    given = jnp.array([False, False, False, True])
+    guard = lambda agreement: guard_pseudolabels(
+        new, candidates, confidence, sampled[0], given, classes=2, sampled=sampled, agreement=agreement, growth=9.0
+    )
+    assert guard(0.6).tolist() == new.tolist()
+    assert not guard(0.7).any()
 
 
 def test_the_guard_lets_labels_grow_slowly():
@@ -126,7 +130,7 @@ def test_the_guard_lets_labels_grow_slowly():
     samples = jnp.stack([predictions] * 3)
     new = ~mask & (confidence > 0.3)
     for growth, most in ((0, 0), (1.5, 3), (5, 10), (100, 60)):
-        found = guard_pseudolabels(new, new, confidence, predictions, mask, 2, samples, growth=growth)
+        found = guard_pseudolabels(new, new, confidence, predictions, mask, classes=2, sampled=samples, growth=growth)
         assert not (found & ~new).any()
         for each in range(2):
             own = new & (predictions == each)
@@ -134,10 +138,10 @@ def test_the_guard_lets_labels_grow_slowly():
             expected = np.sort(np.asarray(confidence)[own])[::-1][:most]
             np.testing.assert_array_equal(np.sort(chosen)[::-1], expected)
     disagreeing = samples.at[0].set(1 - predictions)
-    assert not guard_pseudolabels(new, new, confidence, predictions, mask, 2, disagreeing).any()
-    assert guard_pseudolabels(new, new, confidence, predictions, mask, 2).any()  # no samples, no veto
+    assert not guard_pseudolabels(new, new, confidence, predictions, mask, classes=2, sampled=disagreeing).any()
+    assert guard_pseudolabels(new, new, confidence, predictions, mask, classes=2).any()  # no samples, no veto
     with pytest.raises(ValueError, match="growth=-1"):
-        guard_pseudolabels(new, new, confidence, predictions, mask, 2, growth=-1)
+        guard_pseudolabels(new, new, confidence, predictions, mask, classes=2, growth=-1)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +149,12 @@ def test_the_guard_lets_labels_grow_slowly():
     [
         (lambda: most_confident(jnp.ones(2, bool), jnp.ones(2), jnp.zeros(2, int), 0, 1), "classes=0"),
         (lambda: cluster_labels(KEY, jnp.ones((3, 1)), jnp.zeros(3, int), jnp.ones(3, bool), 1), "clusters=200"),
-        (lambda: enough_agreement(jnp.ones(1, bool), jnp.ones(1, bool), jnp.ones((1, 1), int), 2.0), r"least=2\.0"),
+        (
+            lambda: guard_pseudolabels(
+                *[jnp.ones(1, bool)] * 2, jnp.ones(1), jnp.ones(1, int), jnp.ones(1, bool), classes=2, agreement=2.0
+            ),
+            r"agreement=2\.0",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(call, message):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from effjax.optim.scale_by_batch_size import scale_by_batch_size
+from effjax.optim.batch_size import scale_by_batch_size
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "tokendrop_bucketsampler" / "lrm_adamw.npz"
 
@@ -21,7 +21,7 @@ def test_equals_torch_with_the_rule_as_intended():
     with np.load(REFERENCE) as reference, jax.enable_x64():
         lr0, total = float(reference["lr0"]), int(reference["total_steps"])
         tx = adamw(
-            scale_by_batch_size(base=int(reference["base_batch"])),
+            scale_by_batch_size(reference=int(reference["base_batch"])),
             schedule=lambda t: lr0 * (total - t) / total,
             weight_decay=float(reference["weight_decay"]),
         )
@@ -34,10 +34,10 @@ def test_equals_torch_with_the_rule_as_intended():
         np.testing.assert_allclose(w, reference["accum1/params"][-1], rtol=1e-12, atol=1e-14)
 
 
-def test_at_the_base_it_is_adamw_bit_for_bit():
+def test_at_the_reference_it_is_adamw_bit_for_bit():
     grads = jax.random.normal(jax.random.key(0), (5, 7))
     ends = []
-    for tx in (adamw(), adamw(scale_by_batch_size(base=64))):
+    for tx in (adamw(), adamw(scale_by_batch_size(reference=64))):
         step = jax.jit(optax.with_extra_args_support(tx).update)
         w, state = jnp.ones(7), tx.init(jnp.ones(7))
         for grad in grads:
@@ -49,7 +49,13 @@ def test_at_the_base_it_is_adamw_bit_for_bit():
 
 @pytest.mark.parametrize(
     ("options", "rows", "factor"),
-    [({}, 256, 2.0), ({}, 16, 0.5), ({"power": 1.0}, 16, 0.25), ({"max_factor": 1.5}, 256, 1.5), ({"base": 4}, 4, 1.0)],
+    [
+        ({}, 256, 2.0),
+        ({}, 16, 0.5),
+        ({"power": 1.0}, 16, 0.25),
+        ({"max_factor": 1.5}, 256, 1.5),
+        ({"reference": 4}, 4, 1.0),
+    ],
 )
 def test_the_factor(options, rows, factor):
     tx = scale_by_batch_size(**options)
@@ -59,7 +65,7 @@ def test_the_factor(options, rows, factor):
 
 
 def test_accumulation_applies_the_factor_once():
-    tx = optax.MultiSteps(optax.chain(optax.scale_by_adam(), scale_by_batch_size(base=64), optax.scale(-1.0)), 4)
+    tx = optax.MultiSteps(optax.chain(optax.scale_by_adam(), scale_by_batch_size(reference=64), optax.scale(-1.0)), 4)
     state = tx.init(jnp.zeros(3))
     for _ in range(4):  # four micro-steps of 64 rows are one step of 256
         updates, state = tx.update(jnp.ones(3), state, batch_size=256)
@@ -67,7 +73,7 @@ def test_accumulation_applies_the_factor_once():
 
 
 def test_narrow_updates_are_scaled_in_float32():
-    tx = scale_by_batch_size(base=64)
+    tx = scale_by_batch_size(reference=64)
     updates, _ = tx.update(jnp.full(1, 3.0, jnp.bfloat16), tx.init(None), batch_size=65)
     assert updates.dtype == jnp.bfloat16
     assert updates[0] == jnp.bfloat16(3.0 * (65 / 64) ** 0.5)
@@ -81,7 +87,7 @@ def test_bad_input_is_named():
         tx.update(jnp.ones(2), tx.init(None), batch_size=jnp.ones(4))
     with pytest.raises(ValueError, match="batch_size=0 must be a number in"):
         tx.update(jnp.ones(2), tx.init(None), batch_size=0)
-    with pytest.raises(ValueError, match="base=0 must be"):
-        scale_by_batch_size(base=0)
+    with pytest.raises(ValueError, match="reference=0 must be"):
+        scale_by_batch_size(reference=0)
     with pytest.raises(ValueError, match="max_factor=0 must be"):
         scale_by_batch_size(max_factor=0)

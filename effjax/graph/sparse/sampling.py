@@ -19,7 +19,7 @@ from effjax.core.cursor import Cursor
 from effjax.core.errors import check_number
 from effjax.core.shapes import pad_to
 from effjax.data.pipeline import Batches
-from effjax.graph.sparse import SparseMatrix, SparsePattern, spmm
+from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, check_matrix, spmm
 
 __all__ = ["NeighbourSampler", "block_mean", "block_sum"]
 
@@ -90,7 +90,7 @@ def block_mean(block: Block, x: Float[ArrayLike, "sources features"]) -> Float[A
       ValueError: ``x`` has not as many rows as the block has sources.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> star = adjacency([1, 2, 3], [0, 0, 0], 4)
       >>> batch = next(NeighbourSampler(star, [0, 2], (3,), batch_size=2, seed=0, shuffle=False))
       >>> x = jnp.asarray([[9.0], [1.0], [2.0], [3.0]])
@@ -120,7 +120,7 @@ def block_sum(block: Block, x: Float[ArrayLike, "sources features"]) -> Float[Ar
       ValueError: ``x`` has not as many rows as the block has sources.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> star = adjacency([1, 2, 3], [0, 0, 0], 4, weights=[1.0, 10.0, 100.0])
       >>> batch = next(NeighbourSampler(star, [0], (3,), batch_size=1, seed=0))
       >>> block_sum(batch.blocks[0], jnp.ones((4, 1))).tolist()
@@ -131,6 +131,8 @@ def block_sum(block: Block, x: Float[ArrayLike, "sources features"]) -> Float[Ar
 
 def _combine(block: Block, weights: Array, x: ArrayLike) -> Array:
     x = jnp.asarray(x)
+    if weights.shape != block.neighbours.shape:
+        raise ValueError(f"block has {weights.shape} slots for neighbours {block.neighbours.shape}. Was it cut?")
     if x.ndim != 2 or x.shape[0] != block.sources:
         raise ValueError(
             f"x has shape {x.shape}, but the block has {block.sources} sources. Give a layer the output of the one "
@@ -214,7 +216,7 @@ class NeighbourSampler(Cursor[SampledBatch]):
       A few steps of GraphSAGE on Cora:
 
       >>> from effjax.data.graphs import graph_data
-      >>> from effjax.graph.adjacency import adjacency
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency
       >>> data = graph_data("cora")
       >>> words = np.zeros(data.features.shape, np.float32)
       >>> words[np.repeat(np.arange(data.nodes), np.diff(data.features.indptr)), data.features.columns] = 1
@@ -254,9 +256,7 @@ class NeighbourSampler(Cursor[SampledBatch]):
         epochs: int | None = None,
         shuffle: bool = True,
     ):
-        self._nodes = matrix.shape[0]
-        if matrix.shape[0] != matrix.shape[1]:
-            raise ValueError(f"matrix has shape {matrix.shape}; a graph's is square.")
+        self._nodes = check_matrix("matrix", matrix, square=True).shape[0]
         seeds = _check_seeds(np.asarray(seeds), self._nodes)
         self._fanouts = tuple(
             int(check_number(f"fanouts[{hop}]", fanout, low=1, integer=True)) for hop, fanout in enumerate(fanouts)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from effjax.core.cost import count_compiles
 from effjax.data.pipeline import ResumableIterator
-from effjax.graph.padding import (
+from effjax.graph.sparse.padding import (
     GraphBatches,
     GraphShape,
     ShapeGate,

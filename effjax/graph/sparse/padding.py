@@ -15,7 +15,7 @@ from effjax.core.cost import Executables
 from effjax.core.cursor import Cursor
 from effjax.core.errors import check_number
 from effjax.core.shapes import ladder
-from effjax.graph.jraph_graphs import check_graphs_tuple
+from effjax.graph.sparse.jraph_graphs import check_graphs_tuple
 
 __all__ = ["GraphBatches", "ShapeGate", "graph_ladder", "pad_graphs", "padding_masks"]
 
@@ -54,7 +54,7 @@ def graph_shape(graph: jraph.GraphsTuple) -> GraphShape:
     """Sizes of a graph on the host, padding included.
 
     Example:
-      >>> from effjax.graph.jraph_graphs import get_fully_connected_graph
+      >>> from effjax.graph.sparse.jraph_graphs import get_fully_connected_graph
       >>> graph_shape(get_fully_connected_graph(3, 2))
       GraphShape(nodes=6, edges=18, graphs=2)
     """
@@ -122,7 +122,7 @@ def pad_graphs(
         (``check_graphs_tuple``).
 
     Example:
-      >>> from effjax.graph.jraph_graphs import get_fully_connected_graph
+      >>> from effjax.graph.sparse.jraph_graphs import get_fully_connected_graph
       >>> graph = get_fully_connected_graph(3, 1, node_features=np.ones((3, 2)))
       >>> padded = pad_graphs([graph, graph], [GraphShape(8, 32, 4), GraphShape(16, 64, 8)])
       >>> padded.nodes.shape, padded.n_node.tolist()
@@ -151,7 +151,7 @@ def padding_masks(graph: jraph.GraphsTuple) -> GraphMasks:
       ValueError: there are no node features.
 
     Example:
-      >>> from effjax.graph.jraph_graphs import get_fully_connected_graph
+      >>> from effjax.graph.sparse.jraph_graphs import get_fully_connected_graph
       >>> graph = get_fully_connected_graph(2, 1, node_features=np.ones(2), add_self_edges=False)
       >>> [mask.tolist() for mask in padding_masks(pad_graphs(graph, [GraphShape(3, 4, 2)]))]
       [[True, True, False], [True, True, False, False], [True, False]]
@@ -186,7 +186,7 @@ class GraphBatches(Cursor[jraph.GraphsTuple]):
       ValueError: no graphs, a graph that exceeds the top rung, features that differ in kind, or an unsound graph.
 
     Example:
-      >>> from effjax.graph.jraph_graphs import get_fully_connected_graph
+      >>> from effjax.graph.sparse.jraph_graphs import get_fully_connected_graph
       >>> graphs = [get_fully_connected_graph(n, 1, node_features=np.ones((n, 2))) for n in (2, 3, 4, 2, 3)]
       >>> data = GraphBatches(graphs, [GraphShape(8, 32, 4)], seed=0, epochs=1)
       >>> len(data), data.shapes, next(data).nodes.shape
@@ -264,7 +264,7 @@ class ShapeGate:
       donate_argnums: arguments whose buffers a call consumes.
 
     Example:
-      >>> from effjax.graph.jraph_graphs import get_fully_connected_graph
+      >>> from effjax.graph.sparse.jraph_graphs import get_fully_connected_graph
       >>> rungs = [GraphShape(4, 16, 2), GraphShape(8, 64, 2)]
       >>> total = ShapeGate(lambda state, graph: state + graph.nodes.sum())
       >>> graphs = [get_fully_connected_graph(n, 1, node_features=np.ones(n, np.float32)) for n in (3, 4, 5)]

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.graph.attention import weighted_sums
-from effjax.graph.layers import gcn
+from effjax.graph.measures import masked_cross_entropy
+from effjax.graph.sparse.attention import weighted_sums
+from effjax.graph.sparse.layers import gcn
 from effjax.models.gnn import NodeClassifier
-from effjax.tasks.graph import masked_cross_entropy, node_data
+from effjax.tasks.graph import node_data
 
 KERNEL = "cpu_csr_sparse_dense_ffi"
 SHAPE = r"(%[\w.-]+) = \w+\[([\d,]*)\]"

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_number
 from effjax.core.tree import wide
-from effjax.graph.sparse import SparseMatrix, spmm
+from effjax.graph.sparse.matrix import SparseMatrix, check_matrix, spmm
 
 __all__ = ["correct_and_smooth", "label_propagation"]
 
@@ -49,7 +49,7 @@ def label_propagation(
       ValueError: shapes that do not fit, arguments out of range, or a known label outside [0, C) (unless traced).
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency, gcn_normalize
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_normalize
       >>> path = gcn_normalize(adjacency([0, 1, 1, 2], [1, 0, 2, 1], 4))
       >>> scores = label_propagation(path, [1, -1, -1, -1], [True, False, False, False], 2)
       >>> scores.argmax(-1).tolist(), scores[3].tolist()
@@ -100,7 +100,7 @@ def correct(
       ValueError: as for ``label_propagation``.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency, gcn_normalize
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_normalize
       >>> pair = gcn_normalize(adjacency([0, 1], [1, 0], 2))
       >>> correct(pair, jnp.full((2, 2), 0.5), [1, -1], [True, False], steps=1, scale=1.0).argmax(-1).tolist()
       [1, 1]
@@ -151,7 +151,7 @@ def smooth(
       ValueError: as for ``label_propagation``.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency, gcn_normalize
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_normalize
       >>> pair = gcn_normalize(adjacency([0, 1], [1, 0], 2))
       >>> smooth(pair, jnp.full((2, 2), 0.5), [1, -1], [True, False], steps=1, alpha=0.5).tolist()
       [[0.25, 0.75], [0.25, 0.75]]
@@ -195,7 +195,7 @@ def correct_and_smooth(
       ValueError: as for ``label_propagation``.
 
     Example:
-      >>> from effjax.graph.adjacency import adjacency, gcn_normalize
+      >>> from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_normalize
       >>> pair = gcn_normalize(adjacency([0, 1], [1, 0], 2))
       >>> correct_and_smooth(pair, jnp.full((2, 2), 0.5), [1, -1], [True, False]).argmax(-1).tolist()
       [1, 1]
@@ -232,9 +232,7 @@ def _run(matrix, start, steps, alpha, low, high, fixed):
 
 def _known(matrix: SparseMatrix, labels: ArrayLike, mask: ArrayLike, classes: int) -> tuple[Array, Array]:
     """The mask, and one-hot labels inside it; zero rows outside."""
-    nodes = matrix.shape[0]
-    if matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"matrix has shape {matrix.shape}; a graph's is square.")
+    nodes = check_matrix("matrix", matrix, square=True).shape[0]
     labels, mask = jnp.asarray(labels), jnp.asarray(mask)
     if labels.shape != (nodes,) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
@@ -264,6 +262,7 @@ def _check_known(labels: np.ndarray, mask: np.ndarray, classes: int) -> None:
 
 
 def _scores(argument: str, matrix: SparseMatrix, scores: ArrayLike) -> Array:
+    check_matrix("matrix", matrix, square=True)
     scores = wide(scores)
     if scores.ndim != 2 or scores.shape[0] != matrix.shape[0] or scores.shape[1] < 2:
         raise ValueError(f"{argument} has shape {scores.shape}; [{matrix.shape[0]}, classes] is needed.")

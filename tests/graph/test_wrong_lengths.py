@@ -1,0 +1,386 @@
+"""No array of a wrong length or shape gets through a public function: none is broadcast, clipped or read past.
+
+Every public function is in ``CASES`` with arguments that fit, or in ``NO_ARRAYS``. Each array in turn is given longer,
+shorter, cut to one row and with one more axis; the call must then fail with an error that names it.
+"""
+
+import ast
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jraph
+import numpy as np
+import optax
+import pytest
+
+from effjax.graph.calibration import calibrate, calibration_init, fit_calibration
+from effjax.graph.error_nodes import (
+    active_nodes,
+    error_auc,
+    error_scores,
+    held_out_correctness,
+    learned_correctness,
+)
+from effjax.graph.fastrain import FastrainConfig, fastrain, fastrain_init
+from effjax.graph.geeni import GeeniConfig, geeni, geeni_init
+from effjax.graph.geeni_serving import inductive_probabilities, serve_ensemble
+from effjax.graph.isolation import alike_edges, isolate, isolated_values, strongest_edges
+from effjax.graph.measures import brier_score, expected_calibration_error, masked_accuracy, masked_cross_entropy
+from effjax.graph.members import (
+    ensemble_logits,
+    ensemble_macs,
+    fastest_members_loop,
+    init_members,
+    mask_features,
+    members_loss,
+)
+from effjax.graph.problems import GeeniProblem, NodeProblem
+from effjax.graph.pseudolabels import most_confident, self_training
+from effjax.graph.sparse.adjacency_matrices import (
+    adjacency,
+    gcn_adjacency,
+    gcn_normalize,
+    loopless_adjacency,
+    row_normalize,
+)
+from effjax.graph.sparse.attention import edge_dot, edge_softmax, gat, gatv2, supergat, weighted_sums
+from effjax.graph.sparse.jraph_graphs import (
+    from_graphs_tuple,
+    get_fully_connected_graph,
+    to_graphs_tuple,
+    zero_out_padding,
+)
+from effjax.graph.sparse.layers import appnp, gcn, gcnii, neighbour_max, sage, sgc
+from effjax.graph.sparse.matrix import (
+    SparseMatrix,
+    column_sums,
+    fastest_spmm,
+    row_sums,
+    select_entries,
+    sparse_matrix,
+    spmm,
+    take_columns,
+    take_rows,
+)
+from effjax.graph.sparse.propagation import correct_and_smooth, label_propagation
+from effjax.graph.sparse.sampling import NeighbourSampler, block_mean, block_sum
+from effjax.graph.sparse.sharding import shard_matrix, shard_rows, sharded_spmm
+from effjax.graph.stages import drop_edges, prune_edges, select_pseudolabels, train_stage
+
+N, F, C, K, H = 5, 6, 3, 2, 4
+KEY = jax.random.key(0)
+SENDERS, RECEIVERS = np.array([0, 1, 1, 2, 3]), np.array([1, 0, 2, 1, 3])
+GRAPH = gcn_adjacency(SENDERS, RECEIVERS, N)
+PATTERN, NNZ = GRAPH.pattern, GRAPH.nnz
+X, LOGITS = jnp.ones((N, F)), jnp.ones((N, C))
+LABELS, MASK = jnp.array([0, 1, 2, 0, 1]), jnp.array([True, True, True, False, False])
+CONFIDENCE, FOLDS = jnp.linspace(0.1, 0.9, N), jnp.arange(N) % 3
+MEMBERS = init_members(KEY, K, F, H, C)
+MESH = jax.make_mesh((1,), ("data",))
+SHARDED = shard_matrix(GRAPH, MESH, "data")
+BATCH = next(NeighbourSampler(GRAPH, [0, 1], (2,), batch_size=2, seed=0))
+JRAPH = get_fully_connected_graph(2, 1, node_features={"a": jnp.ones(2), "b": jnp.ones(2)})
+PADDED = jraph.pad_with_graphs(JRAPH, 4, 8)
+SCORES = error_scores(jnp.full((K, N, C), 1 / C))
+NODE = {"features": X, "adjacency": GRAPH, "labels": LABELS, "mask": MASK}
+GEENI = {"features": X, "adjacency": GRAPH, "labels": LABELS, "train": MASK & (LABELS < 2), "val": ~MASK}
+GEENI |= {"weights": jnp.ones(NNZ), "alike": jnp.ones(NNZ, bool)}
+QUICK = FastrainConfig(stages=1, epochs=1, epochs_per_step=1, calibration_epochs=1)
+ONE = GeeniConfig(epochs=1, epochs_per_step=1, folds=3)
+
+
+def kernel(inputs):
+    return {"kernel": jnp.ones((inputs, C)), "root": jnp.ones((inputs, C))}
+
+
+def attention():
+    return {"kernel": jnp.ones((F, K * H)), "source": jnp.ones((K, H)), "target": jnp.ones((K, H))}
+
+
+def node_problem(call, **parts):
+    return call(NodeProblem(**parts, classes=C))
+
+
+def geeni_problem(call, **parts):
+    return call(GeeniProblem(**parts, classes=C))
+
+
+def trained(labels, weights):
+    tx, start = optax.sgd(0.1), jnp.ones((F, C))
+    apply = lambda params, features, matrix, *, key=None: matrix @ (features @ params)
+    data = {"features": X, "sample": lambda key: GRAPH, "labels": labels, "weights": weights}
+    return train_stage(KEY, apply, tx, tx.init(start), start, epochs=1, **data)
+
+
+def nodes_of_two(a, b):
+    return zero_out_padding(PADDED._replace(nodes={"a": a, "b": b}))
+
+
+init = lambda key, deep: jnp.ones((F, C))
+apply = lambda params, features, matrix, *, key=None: matrix @ (features @ params)
+measured = {"labels": LABELS, "mask": MASK}
+learn = {"folds": FOLDS, **{name: GEENI[name] for name in ("features", "adjacency", "labels", "train", "val")}}
+
+
+def learned(call, folds, **parts):
+    return call(SCORES, GeeniProblem(**parts, classes=C), folds, fold_count=3)
+
+
+# By name: the function, arrays that fit, and whether the call that fits is too slow to make.
+CASES = {
+    "spmm": (spmm, {"matrix": GRAPH, "x": X}),
+    "fastest_spmm": (lambda matrix: fastest_spmm(matrix, 2), {"matrix": GRAPH}, "slow"),
+    "row_sums": (functools.partial(row_sums, PATTERN), {"entries": jnp.ones((NNZ, 2))}),
+    "column_sums": (functools.partial(column_sums, PATTERN), {"entries": jnp.ones(NNZ)}),
+    "take_rows": (functools.partial(take_rows, PATTERN), {"x": X}),
+    "take_columns": (functools.partial(take_columns, PATTERN), {"x": LABELS}),
+    "select_entries": (select_entries, {"matrix": GRAPH, "keep": np.ones(NNZ, bool)}),
+    "sparse_matrix": (
+        lambda rows, columns, values: sparse_matrix(rows, columns, values, (N, N)),
+        {"rows": RECEIVERS, "columns": SENDERS, "values": np.ones(5)},
+    ),
+    "adjacency": (
+        lambda senders, receivers, weights: adjacency(senders, receivers, N, weights=weights, self_loops=True),
+        {"senders": SENDERS, "receivers": RECEIVERS, "weights": np.ones(5)},
+    ),
+    "gcn_adjacency": (
+        lambda senders, receivers, weights: gcn_adjacency(senders, receivers, N, weights=weights),
+        {"senders": SENDERS, "receivers": RECEIVERS, "weights": np.ones(5)},
+    ),
+    "gcn_normalize": (gcn_normalize, {"matrix": GRAPH}),
+    "loopless_adjacency": (loopless_adjacency, {"matrix": GRAPH}),
+    "row_normalize": (row_normalize, {"matrix": GRAPH}),
+    "gcn": (lambda x, matrix: gcn(kernel(F), x, matrix), {"x": X, "matrix": GRAPH}),
+    "sage": (lambda x, matrix: sage(kernel(F), x, matrix), {"x": X, "matrix": GRAPH}),
+    "sage-max": (lambda x, matrix: sage(kernel(F), x, matrix, reduce="max"), {"x": X, "matrix": GRAPH}),
+    "neighbour_max": (lambda x, matrix: neighbour_max(matrix, x), {"x": X, "matrix": GRAPH}),
+    "appnp": (lambda x, matrix: appnp(x, matrix), {"x": LOGITS, "matrix": GRAPH}),
+    "sgc": (lambda x, matrix: sgc(kernel(F), x, matrix), {"x": X, "matrix": GRAPH}),
+    "gcnii": (
+        lambda x, first, matrix: gcnii({"kernel": jnp.ones((F, F))}, x, first, matrix, layer=1),
+        {"x": X, "first": X, "matrix": GRAPH},
+    ),
+    "gat": (lambda x, matrix: gat(attention(), x, matrix), {"x": X, "matrix": GRAPH}),
+    "gatv2": (
+        lambda x, matrix: gatv2(
+            {
+                "source_kernel": jnp.ones((F, K * H)),
+                "target_kernel": jnp.ones((F, K * H)),
+                "source_bias": jnp.ones(K * H),
+                "target_bias": jnp.ones(K * H),
+                "attention": jnp.ones((K, H)),
+            },
+            x,
+            matrix,
+        ),
+        {"x": X, "matrix": GRAPH},
+    ),
+    "supergat": (lambda x, matrix: supergat(attention(), x, matrix), {"x": X, "matrix": GRAPH}),
+    "edge_softmax": (
+        functools.partial(edge_softmax, PATTERN),
+        {"logits": jnp.ones((NNZ, K)), "edge": jnp.ones(NNZ, bool)},
+    ),
+    "weighted_sums": (
+        functools.partial(weighted_sums, PATTERN),
+        {"weights": jnp.ones((NNZ, K)), "x": jnp.ones((N, K, H))},
+    ),
+    "edge_dot": (functools.partial(edge_dot, PATTERN), {"left": jnp.ones((N, K, H)), "right": jnp.ones((N, K, H))}),
+    "label_propagation": (
+        lambda matrix, labels, mask: label_propagation(matrix, labels, mask, C),
+        {"matrix": GRAPH, **measured},
+    ),
+    "correct_and_smooth": (
+        correct_and_smooth,
+        {"matrix": GRAPH, "probabilities": jnp.full((N, C), 1 / C), **measured},
+    ),
+    "from_graphs_tuple": (lambda weights: from_graphs_tuple(JRAPH, weights=weights), {"weights": np.ones(4)}),
+    "to_graphs_tuple": (to_graphs_tuple, {"matrix": GRAPH, "nodes": X, "edges": jnp.ones(NNZ)}),
+    "get_fully_connected_graph": (
+        lambda node_features: get_fully_connected_graph(2, 1, node_features),
+        {"node_features": jnp.ones((2, 3))},
+    ),
+    "zero_out_padding": (nodes_of_two, {"b": jnp.ones(4), "a": jnp.ones(4)}),
+    "NeighbourSampler": (
+        lambda matrix: NeighbourSampler(matrix, [0, 1], (2,), batch_size=2, seed=0),
+        {"matrix": GRAPH},
+    ),
+    "block_mean": (functools.partial(block_mean, BATCH.blocks[0]), {"x": jnp.ones((BATCH.blocks[0].sources, 2))}),
+    "block_sum": (functools.partial(block_sum, BATCH.blocks[0]), {"x": jnp.ones((BATCH.blocks[0].sources, 2))}),
+    "shard_matrix": (lambda matrix: shard_matrix(matrix, MESH, "data"), {"matrix": GRAPH}),
+    "sharded_spmm": (functools.partial(sharded_spmm, SHARDED), {"x": X}),
+    "masked_cross_entropy": (functools.partial(masked_cross_entropy, LOGITS), measured),
+    "masked_accuracy": (functools.partial(masked_accuracy, LOGITS), measured),
+    "brier_score": (functools.partial(brier_score, LOGITS), measured),
+    "expected_calibration_error": (functools.partial(expected_calibration_error, LOGITS), measured),
+    "members_loss": (functools.partial(members_loss, jnp.ones((K, N, C))), measured),
+    "drop_edges": (lambda matrix: drop_edges(KEY, matrix, 0.5), {"matrix": GRAPH}),
+    "prune_edges": (
+        functools.partial(prune_edges, PATTERN),
+        {"keep": jnp.ones(NNZ, bool), "predictions": LABELS, "mask": MASK},
+    ),
+    "select_pseudolabels": (
+        lambda confidence, mask, sampled: select_pseudolabels(confidence, mask, 0.5, sampled),
+        {"mask": MASK, "confidence": CONFIDENCE, "sampled": LABELS[None]},
+    ),
+    "most_confident": (
+        lambda candidates, confidence, predictions: most_confident(candidates, confidence, predictions, C, 1),
+        {"candidates": MASK, "confidence": CONFIDENCE, "predictions": LABELS},
+    ),
+    "self_training": (
+        lambda labels, mask: self_training(lambda *_: 0, lambda _: LOGITS, labels, mask, stages=1),
+        {"mask": MASK, "labels": LABELS},
+    ),
+    "train_stage": (trained, {"labels": LABELS, "weights": jnp.ones(N)}),
+    "calibrate": (functools.partial(calibrate, calibration_init(KEY, C)), {"logits": LOGITS, "adjacency": GRAPH}),
+    "fit_calibration": (
+        lambda adjacency, labels, weights: fit_calibration(KEY, LOGITS, adjacency, labels, weights, epochs=1),
+        {"adjacency": GRAPH, "labels": LABELS, "weights": jnp.ones(N)},
+    ),
+    "fastrain": (functools.partial(node_problem, lambda p: fastrain(KEY, init, apply, p, QUICK)), NODE, "slow"),
+    "fastrain_init": (functools.partial(node_problem, lambda p: fastrain_init(KEY, init, p, QUICK)), NODE),
+    "geeni": (functools.partial(geeni_problem, lambda p: geeni(KEY, p, ONE)), GEENI, "slow"),
+    "geeni_init": (functools.partial(geeni_problem, lambda p: geeni_init(KEY, p, config=ONE)), GEENI),
+    "ensemble_logits": (functools.partial(ensemble_logits, MEMBERS), {"features": X, "adjacency": GRAPH}),
+    "ensemble_macs": (functools.partial(ensemble_macs, MEMBERS, X), {"adjacency": GRAPH}),
+    "fastest_members_loop": (
+        functools.partial(fastest_members_loop, MEMBERS),
+        {"features": X, "adjacency": GRAPH},
+        "slow",
+    ),
+    "mask_features": (functools.partial(mask_features, MEMBERS), {"keep": jnp.ones((K, F), bool)}),
+    "serve_ensemble": (functools.partial(serve_ensemble, MEMBERS), {"features": X, "adjacency": GRAPH}),
+    "inductive_probabilities": (
+        functools.partial(inductive_probabilities, MEMBERS),
+        {"features": X, "adjacency": GRAPH, "known": MASK},
+    ),
+    "isolate": (isolate, {"matrix": GRAPH, "active": np.asarray(MASK)}),
+    "isolated_values": (isolated_values, {"matrix": GRAPH, "active": MASK, "weights": jnp.ones(NNZ)}),
+    "strongest_edges": (lambda matrix: strongest_edges(matrix, 0.5), {"matrix": GRAPH}),
+    "alike_edges": (lambda features: alike_edges(features, PATTERN), {"features": X}),
+    "active_nodes": (
+        lambda correctness, known: active_nodes(correctness, 0.5, known),
+        {"known": MASK, "correctness": CONFIDENCE},
+    ),
+    "error_auc": (error_auc, {"wrong": MASK, "mask": MASK}),
+    "error_scores": (error_scores, {"probabilities": jnp.full((K, N, C), 1 / C)}),
+    "learned_correctness": (functools.partial(learned, learned_correctness), learn, "slow"),
+    "held_out_correctness": (functools.partial(learned, held_out_correctness), learn, "slow"),
+}
+CASES["error_auc"] = (functools.partial(error_auc, CONFIDENCE), {"wrong": MASK, "mask": MASK})
+# A leading axis may have any length here: only more axes are wrong.
+ANY_LENGTH = {("error_scores", "probabilities"), ("select_pseudolabels", "sampled")}
+ANY_AXES = {"spmm x", "row_sums entries", "column_sums entries", "take_rows x", "take_columns x", "sharded_spmm x"}
+ANY_AXES |= {"get_fully_connected_graph node_features", "to_graphs_tuple nodes", "to_graphs_tuple edges"}
+ANY_AXES |= {"zero_out_padding a", "zero_out_padding b"}
+# The first argument sets the length that the others must have, and is named together with them.
+ALIASES = {"appnp": "x", "gcn": "x", "calibrate": "x", "fit_calibration": "x", "sharded_spmm": "x"}
+NO_ARRAYS = {
+    *("FastrainConfig", "GeeniConfig", "GcnMembers", "GeeniProblem", "NodeProblem", "ServedEnsemble", "SparseMatrix"),
+    *("SparsePattern", "ShapeGate", "GraphBatches", "GATConv", "GCNConv", "GCNIIConv", "SAGEConv", "SGCConv"),
+    *("adam_l2", "stage_plan", "init_members", "graph_ladder"),
+    # Their arguments are states and graphs that other functions made and checked.
+    *("fastrain_graph", "fastrain_next", "fastrain_params", "fastrain_scores", "fastrain_step"),
+    *("geeni_next", "geeni_serve", "geeni_step", "geeni_views", "pad_graphs", "padding_masks"),
+    # One array each, of any length.
+    *("ensemble_probabilities", "member_probabilities", "fold_members", "prune_width", "shard_rows"),
+}
+
+
+def public_names():
+    found = set()
+    for path in (Path(__file__).parents[2] / "effjax" / "graph").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                found |= set(ast.literal_eval(node.value))
+    return found
+
+
+def damaged(name, argument, array):
+    """The array with wrong shapes, and the matrix with values of wrong lengths or of another kind."""
+    if isinstance(array, SparseMatrix):
+        values = array.values
+        yield array._replace(values=jnp.concatenate([values, values[:1]]))
+        yield array._replace(values=values[:-1])
+        yield array._replace(values=values[:1])
+        yield array._replace(values=values[:, None])
+        yield array.todense()
+        return
+    if (name, argument) not in ANY_LENGTH:
+        yield np.concatenate([array, array[:1]])
+        yield np.asarray(array[:-1])
+        yield np.asarray(array[:1])
+    if f"{name} {argument}" not in ANY_AXES:
+        yield np.asarray(array)[..., None]
+        yield np.asarray(array)[0] if np.ndim(array) > 1 else np.asarray(array)[:, None].T
+
+
+def test_every_public_function_is_tried():
+    assert public_names() <= set(CASES) | NO_ARRAYS
+    assert not set(CASES) & NO_ARRAYS
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_arrays_that_do_not_fit_are_refused_by_name(name):
+    function, arrays, *slow = CASES[name]
+    if not slow:
+        function(**arrays)
+    for argument, array in arrays.items():
+        for wrong in damaged(name, argument, array):
+            with pytest.raises((ValueError, TypeError)) as error:
+                function(**(arrays | {argument: wrong}))
+            names = "|".join([*arrays, ALIASES.get(name, "x")])
+            assert re.search(rf"\b(problem\.|graph\.)?({names})\b", str(error.value)), (
+                argument,
+                np.shape(wrong),
+                error,
+            )
+            assert "XLA" not in str(error.value)
+            assert "dot_general" not in str(error.value)
+
+
+def test_problems_are_checked_while_tracing():
+    with pytest.raises(ValueError, match=r"problem.labels is int32\[5, 1\]"):
+        jax.eval_shape(
+            lambda labels: geeni_init(KEY, GeeniProblem(**GEENI | {"labels": labels}, classes=C), config=ONE),
+            LABELS[:, None],
+        )
+    assert dataclasses.is_dataclass(GeeniProblem)
+
+
+def test_shard_rows_takes_rows_only():
+    assert shard_rows(X, MESH, "data").shape == X.shape
+
+
+def test_counts_and_sums_of_integers_are_exact():
+    entries = jnp.full(NNZ, 2**24 + 1)
+    np.testing.assert_array_equal(row_sums(PATTERN, entries), np.bincount(PATTERN.rows, minlength=N) * (2**24 + 1))
+
+
+@pytest.mark.parametrize("weights", [[-2.0, 1, 1, 1, 1], [np.nan, 1, 1, 1, 1], [np.inf, 1, 1, 1, 1]])
+def test_weights_without_a_degree_are_refused(weights):
+    with pytest.raises(ValueError, match=r"weights: 1 of 5 are negative or not finite, the first is weights\[0\]"):
+        gcn_adjacency(SENDERS, RECEIVERS, N, weights=weights)
+    bare = SparseMatrix(PATTERN, jnp.ones(NNZ).at[1].set(weights[0]))
+    for normalize in (gcn_normalize, row_normalize):
+        with pytest.raises(ValueError, match=r"first is matrix.values\[1\]"):
+            normalize(bare)
+
+
+def test_integer_weights_are_numbers():
+    weights = np.array([3, 3, 2, 2, 4])
+    dense = np.eye(N)
+    dense[RECEIVERS, SENDERS] = weights
+    scale = 1 / np.sqrt(dense.sum(1))
+    expected = scale[:, None] * dense * scale
+    for given in (weights, weights.astype(np.uint8)):
+        np.testing.assert_allclose(gcn_adjacency(SENDERS, RECEIVERS, N, weights=given).todense(), expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="values of int64 do not fit into int32"):
+        sparse_matrix(SENDERS, RECEIVERS, weights.astype(np.int64) << 40, (N, N))
+
+
+def test_integers_times_a_matrix_are_not_cut_to_integers():
+    np.testing.assert_allclose(spmm(GRAPH, LABELS), np.asarray(GRAPH.todense()) @ np.asarray(LABELS), rtol=1e-6)
