@@ -218,7 +218,7 @@ assert difference < 1e-3
 # Adapters are a plain tree, so any model can carry them. For `nnx.Linear`, `lora_hooks` and `lora_kernels` put them in
 # the kernels' places: no merged weight is ever formed. The network here stands for one of your own; it reads a message
 # as the mean of the checkpoint's token embeddings. For a chain, write
-# `effjax.lora_kernels(state.base, *effjax.finetune.cola_adapters(state, chain))`.
+# `effjax.finetune.lora_kernels(state.base, *effjax.finetune.cola_adapters(state, chain))`.
 
 # %%
 table = np.asarray(base.params.get("encoder", base.params)["embeddings"]["word"]["embedding"])
@@ -241,7 +241,7 @@ scales = effjax.finetune.lora_scales(lora, config)
 
 
 def nnx_loss(lora):
-    logits = nnx.merge(graph, effjax.lora_kernels(weights, lora, scales))(inputs)
+    logits = nnx.merge(graph, effjax.finetune.lora_kernels(weights, lora, scales))(inputs)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 PyTree = Any
 Params = Mapping[str, jax.Array]
@@ -20,7 +21,7 @@ class Cell(nn.RNNCellBase):
     ``initialize_carry``, and has a field ``features``.
     """
 
-    def __call__(self, carry: PyTree, x: jax.Array) -> tuple[PyTree, jax.Array]:
+    def __call__(self, carry: PyTree, x: jax.Array | np.ndarray) -> tuple[PyTree, jax.Array]:
         params = self.weights(x.shape[-1])
         return self.advance(params, carry, self.project(params, x))
 
@@ -35,7 +36,7 @@ class Cell(nn.RNNCellBase):
         raise NotImplementedError
 
     @nn.nowrap
-    def project(self, params: Params, xs: jax.Array) -> PyTree:
+    def project(self, params: Params, xs: jax.Array | np.ndarray) -> PyTree:
         """What ``advance`` takes of the inputs ``[..., inputs]``, for any number of them at once."""
         raise NotImplementedError
 

@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 
-def dot(x: jax.Array, kernel: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+def dot(x: jax.Array | np.ndarray, kernel: jax.Array | np.ndarray, dtype: DTypeLike | None = None) -> jax.Array:
     """``x @ kernel`` of operands in ``dtype`` (None: their own), accumulated in float32 at least.
 
     Example:

@@ -6,6 +6,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Inexact
 
@@ -20,7 +21,9 @@ __all__ = ["LRU", "LRUCell", "MinGRU", "MinGRUCell", "linear_scan"]
 
 
 def linear_scan(
-    a: Inexact[Array, "time ..."], u: Inexact[Array, "time ..."], h0: Inexact[Array, "..."] | None = None
+    a: Inexact[Array | np.ndarray, "time ..."],
+    u: Inexact[Array | np.ndarray, "time ..."],
+    h0: Inexact[Array, "..."] | None = None,
 ) -> jax.Array:
     r"""All states of :math:`h_t = a_t \odot h_{t-1} + u_t`, on accelerators in :math:`O(\log T)` dependent steps.
 
@@ -68,7 +71,7 @@ def _associative(a: jax.Array, u: jax.Array) -> jax.Array:
 
 def min_gru(
     params: Params,
-    xs: Float[Array, "time *batch inputs"],
+    xs: Float[Array | np.ndarray, "time *batch inputs"],
     h0: Hidden | None = None,
     *,
     dtype: DTypeLike | None = None,
@@ -106,7 +109,7 @@ def min_gru(
 
 
 def lru_project(
-    params: Params, xs: Float[Array, "*batch inputs"], *, dtype: DTypeLike | None = None
+    params: Params, xs: Float[Array | np.ndarray, "*batch inputs"], *, dtype: DTypeLike | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """What ``lru_step`` takes: the complex drive of the state, and the real skip to the output."""
     parts = jnp.concatenate([params["B_re"], params["B_im"], params["D"]], -1)
@@ -161,7 +164,7 @@ def _lru_read(params: Params, h: jax.Array, skip: jax.Array, dtype: DTypeLike | 
 
 def lru(
     params: Params,
-    xs: Float[Array, "time *batch inputs"],
+    xs: Float[Array | np.ndarray, "time *batch inputs"],
     h0: Inexact[Array, "*batch state"] | None = None,
     *,
     dtype: DTypeLike | None = None,
@@ -260,7 +263,7 @@ class MinGRU(_MinGRU):
       (4, 20, 8)
     """
 
-    def __call__(self, x: Float[Array, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
         _, states = min_gru(self.weights(x.shape[-1]), jnp.swapaxes(x, 0, 1), h0, dtype=self.dtype)
         return jnp.swapaxes(states, 0, 1)
 
@@ -324,7 +327,7 @@ class LRUCell(_LRU, Cell):
     """
 
     @nn.nowrap
-    def project(self, params: Params, xs: jax.Array) -> PyTree:
+    def project(self, params: Params, xs: jax.Array | np.ndarray) -> PyTree:
         return lru_project(params, xs, dtype=self.dtype)
 
     @nn.nowrap
@@ -362,7 +365,7 @@ class LRU(_LRU):
       (4, 20, 8)
     """
 
-    def __call__(self, x: Float[Array, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
         _, outputs = lru(self.weights(x.shape[-1]), jnp.swapaxes(x, 0, 1), h0, dtype=self.dtype)
         return jnp.swapaxes(outputs, 0, 1)
 
@@ -395,7 +398,7 @@ class LRUStack(nn.Module):
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | np.ndarray) -> jax.Array:
         ring = {"r_min": self.r_min, "r_max": self.r_max, "max_phase": self.max_phase}
         x = nn.Dense(self.features)(x)
         for _ in range(self.layers):

@@ -28,7 +28,9 @@ Projected = Float[Array, "*batch width"]
 Hidden = Float[Array | np.ndarray, "*batch hidden"]
 
 
-def project_inputs(params: Params, xs: Float[Array, "*batch inputs"], *, dtype: DTypeLike | None = None) -> jax.Array:
+def project_inputs(
+    params: Params, xs: Float[Array | np.ndarray, "*batch inputs"], *, dtype: DTypeLike | None = None
+) -> jax.Array:
     """``xs @ W`` (``+ b`` where there is one): what the cells here take, for all time steps at once."""
     product = dot(xs, params["W"], dtype)
     return product + wide(params["b"]) if "b" in params else product
@@ -97,7 +99,7 @@ class PlainCell(Cell):
         raise NotImplementedError
 
     @nn.nowrap
-    def project(self, params: Params, xs: jax.Array) -> jax.Array:
+    def project(self, params: Params, xs: jax.Array | np.ndarray) -> jax.Array:
         return project_inputs(params, xs, dtype=self.dtype)
 
     @nn.nowrap
@@ -141,7 +143,7 @@ class Recurrent(nn.Module):
     chunk: int | None = None
     unroll: int = 1
 
-    def __call__(self, x: Float[Array, "batch time inputs"], carry: PyTree = None) -> jax.Array:
+    def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], carry: PyTree = None) -> jax.Array:
         if not isinstance(self.cell, Cell):
             raise TypeError(
                 f"cell={type(self.cell).__name__} cannot be taken apart. Use nn.RNN(cell), or a cell that is an "

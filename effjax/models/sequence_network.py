@@ -6,6 +6,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -53,7 +54,9 @@ class SequenceNetwork(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch time features"] | Int[Array, "batch time"], train: bool = False
+        self,
+        x: Float[Array | np.ndarray, "batch time features"] | Int[Array | np.ndarray, "batch time"],
+        train: bool = False,
     ) -> jax.Array:
         check_choice("read", self.read, ("last", "mean", "all"))
         if (self.vocabulary is None) != (self.embedding is None):
@@ -151,7 +154,7 @@ def step_network(
             params["embedding"] = embedding.init(keys[2], jnp.zeros(1, int))["params"]
         return params
 
-    def encode(params: PyTree, xs: jax.Array) -> PyTree:
+    def encode(params: PyTree, xs: jax.Array | np.ndarray) -> PyTree:
         if embedding is not None:
             xs = embedding.apply({"params": params["embedding"]}, xs)
         return cell.project(params["cell"], xs)
@@ -162,7 +165,7 @@ def step_network(
     def outputs_of(params: PyTree, states: jax.Array) -> jax.Array:
         return wide(head.apply({"params": params["head"]}, states))
 
-    def infer(params: PyTree, inputs: jax.Array) -> jax.Array:
+    def infer(params: PyTree, inputs: jax.Array | np.ndarray) -> jax.Array:
         cell.check_steps(inputs.shape[1])
         xs = encode(params, jnp.swapaxes(inputs, 0, 1))
         _, states = jax.lax.scan(lambda carry, x: advance(params, carry, x), start(len(inputs)), xs)

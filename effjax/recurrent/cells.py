@@ -31,7 +31,7 @@ UNROLLED_STEPS = 8
 
 
 def fused_dot(
-    x: jax.Array, kernels: Mapping[str, tuple[jax.Array, jax.Array | None]], dtype: DTypeLike | None
+    x: jax.Array | np.ndarray, kernels: Mapping[str, tuple[jax.Array, jax.Array | None]], dtype: DTypeLike | None
 ) -> dict[str, jax.Array]:
     """``x @ kernel + bias`` for several (kernel, bias or None), as one matrix product."""
     widths = np.cumsum([kernel.shape[-1] for kernel, _ in kernels.values()])

@@ -8,6 +8,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -157,7 +158,7 @@ class DualODE(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch time inputs"], h0: tuple[jax.Array, jax.Array] | None = None
+        self, x: Float[Array | np.ndarray, "batch time inputs"], h0: tuple[jax.Array, jax.Array] | None = None
     ) -> jax.Array:
         _, states = dual_ode(
             self._params(x.shape[-1]),

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -214,7 +215,7 @@ class EquilibriumRNN(nn.Module):
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
         check_number("alpha", self.alpha, low=0.0, open_low=True)
         params = {
             **kernel_params(self, {"W": (x.shape[-1], self.features), "U": (self.features, self.features)}),

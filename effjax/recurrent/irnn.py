@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -187,7 +188,7 @@ class IncrementalRNNCell(_Incremental, Cell):
     """
 
     @nn.nowrap
-    def project(self, params: Params, xs: jax.Array) -> jax.Array:
+    def project(self, params: Params, xs: jax.Array | np.ndarray) -> jax.Array:
         return _project(params, xs, self.dtype)
 
     @nn.nowrap
@@ -245,7 +246,7 @@ class IncrementalRNN(_Incremental):
     chunk: int | None = None
     unroll: int = 1
 
-    def __call__(self, x: Float[Array, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
         _, states = irnn(
             self.weights(x.shape[-1]),
             jnp.swapaxes(x, 0, 1),

@@ -9,6 +9,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -67,7 +68,7 @@ class _Spiking(Cell):
     dtype: DTypeLike | None = None
 
     @nn.nowrap
-    def project(self, params: Params, xs: jax.Array) -> jax.Array:
+    def project(self, params: Params, xs: jax.Array | np.ndarray) -> jax.Array:
         # Not yet normalised: a batch's statistics are those of one time step.
         return dot(xs, params["W"], self.dtype) + params["b"]
 

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -50,7 +51,7 @@ def tarnn(
     *,
     variant: str = "convex",
     K: int = 1,
-    first_prev: str | Float[Array, "*batch inputs"] = "repeat",
+    first_prev: str | Float[Array | np.ndarray, "*batch inputs"] = "repeat",
     activation: Activation = nn.relu,
     chunk: int | None = None,
     unroll: int = 1,
@@ -121,7 +122,7 @@ def tarnn(
     return scan_time(step, _fuse(params), h0, projected, chunk=chunk, unroll=unroll)
 
 
-def _before(xs: jax.Array, first: str | jax.Array) -> jax.Array:
+def _before(xs: jax.Array | np.ndarray, first: str | jax.Array | np.ndarray) -> jax.Array:
     if isinstance(first, str):
         check_choice("first_prev", first, _FIRST)
         first = xs[0] if first == "repeat" else jnp.zeros_like(xs[0])
@@ -132,7 +133,7 @@ def _before(xs: jax.Array, first: str | jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.asarray(first, xs.dtype)[None], xs[:-1]])
 
 
-def _products_now(params: Params, xs: jax.Array, dtype: DTypeLike | None) -> dict[str, jax.Array]:
+def _products_now(params: Params, xs: jax.Array | np.ndarray, dtype: DTypeLike | None) -> dict[str, jax.Array]:
     """The products with the inputs of the same time step."""
     kernels = {"pre": (params["W1"], params["b1"]), "drive": (params["B1"], None), "gate": (params["Wg"], params["bg"])}
     return fused_dot(xs, kernels, dtype)
@@ -257,7 +258,7 @@ class TARNNCell(_TimeAdaptive, Cell):
     """
 
     @nn.nowrap
-    def project(self, params: Params, xs: jax.Array) -> dict[str, jax.Array]:
+    def project(self, params: Params, xs: jax.Array | np.ndarray) -> dict[str, jax.Array]:
         return {"x": xs, **_products_now(params, xs, self.dtype)}
 
     @nn.nowrap
@@ -322,7 +323,7 @@ class TARNN(_TimeAdaptive):
     chunk: int | None = None
     unroll: int = 1
 
-    def __call__(self, x: Float[Array, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
         _, states = tarnn(
             self.weights(x.shape[-1]),
             jnp.swapaxes(x, 0, 1),
