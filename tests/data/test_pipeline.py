@@ -165,7 +165,7 @@ def test_the_state_of_other_data_is_refused_with_the_difference():
         ),
         ({"x": ["a", "b"]}, "is list; expected a NumPy array of numbers"),
         ({"x": np.array(["a", "b"])}, "Tokenise texts"),
-        ({"x": np.array(3.0)}, "one row an example"),
+        ({"x": np.array(3.0)}, "one row per example"),
     ],
 )
 def test_arrays_are_checked(arrays, message):
