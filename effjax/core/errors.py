@@ -144,3 +144,9 @@ def _is_number(value: Any, integer: bool) -> bool:
 
 def _space(hint: str) -> str:
     return f" {hint}" if hint else ""
+
+
+def check_fields(config: Any, names: str, **limits: Any) -> None:
+    """``check_number`` of the named fields, separated by spaces, each within the same limits."""
+    for name in names.split():
+        check_number(name, getattr(config, name), **limits)

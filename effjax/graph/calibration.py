@@ -9,8 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from effjax.core.errors import check_number
 from effjax.graph.measures import masked_cross_entropy, node_weights
+from effjax.graph.sparse.checks import check_array
 from effjax.graph.sparse.layers import dropout as random_dropout
-from effjax.graph.sparse.matrix import SparseMatrix
+from effjax.graph.sparse.matrix import SparseMatrix, check_matrix
 from effjax.graph.stages import adam_l2, scan_epochs
 
 __all__ = ["calibrate", "fit_calibration"]
@@ -63,6 +64,8 @@ def calibrate(
       >>> calibrate(head, logits, gcn_adjacency([0, 1], [1, 0], 2)).argmax(1).tolist()
       [0, 1]
     """
+    check_matrix("adjacency", adjacency, square=True)
+    check_array("logits", logits, (adjacency.shape[0], params["conv_0"]["kernel"].shape[0]), "floating")
     return _scaled(params, adjacency, logits, adjacency @ logits, dropout, key)
 
 
@@ -150,6 +153,9 @@ def fit_calibration(
     """
     check_number("epochs", epochs, low=1, integer=True)
     check_number("dropout", dropout, low=0, high=1, open_high=True)
+    nodes = check_matrix("adjacency", adjacency, square=True).shape[0]
+    check_array("labels", labels, (nodes,), "integers")
+    check_array("weights", weights, (nodes,), "bool or floating")
     if callable(logits) and classes is None:
         raise ValueError("classes=None, but logits is a function, which does not tell. Give the number of classes.")
     network = _spread(logits, adjacency)

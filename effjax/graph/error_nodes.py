@@ -487,6 +487,8 @@ def held_out_correctness(
       (4, 4)
     """
     check_number("fold_count", fold_count, low=3, integer=True)
+    check_array("folds", folds, problem.labels.shape, "integers")
+    check_array("problem.val", problem.val, problem.labels.shape, "bool")
 
     def without(fold):
         rest = dataclasses.replace(problem, val=problem.val & (folds != fold))

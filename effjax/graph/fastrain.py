@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from effjax.core.errors import check_choice, check_number
+from effjax.core.errors import check_choice, check_fields, check_number
 from effjax.graph.calibration import calibrate, fit_calibration
 from effjax.graph.problems import NodeProblem, check_node_problem, checked_node_problem
 from effjax.graph.pseudolabels import cluster_labels, guard_pseudolabels, most_confident, pseudolabel_weights
@@ -127,24 +127,22 @@ class FastrainConfig(FastrainSettings):
     tx: optax.GradientTransformation = _OPTIMIZER
 
     def __post_init__(self):
-        for name in ("stages", "epochs", "epochs_per_step", "calibration_epochs", "top_k", "clusters"):
-            check_number(name, getattr(self, name), low=1, integer=True)
+        check_fields(self, "stages epochs epochs_per_step calibration_epochs top_k clusters", low=1, integer=True)
         if self.epochs % self.epochs_per_step:
+            near = max(1, round(self.epochs / self.epochs_per_step)) * self.epochs_per_step
             raise ValueError(
                 f"epochs={self.epochs} is no multiple of epochs_per_step={self.epochs_per_step}. Take "
-                f"epochs={max(1, round(self.epochs / self.epochs_per_step)) * self.epochs_per_step}, or "
-                f"epochs_per_step={self.epochs}."
+                f"epochs={near}, or epochs_per_step={self.epochs}."
             )
-        check_number("samples", self.samples, low=0, integer=True)
-        for name in ("deep_below", "threshold", "agreement"):
-            check_number(name, getattr(self, name), low=0, high=1)
-        check_number("head_dropout", self.head_dropout, low=0, high=1, open_high=True)
-        check_number("sample_keep_rate", self.sample_keep_rate, low=0, high=1, open_low=True)
+        check_fields(self, "samples", low=0, integer=True)
+        check_fields(self, "deep_below threshold agreement", low=0, high=1)
+        check_fields(self, "head_dropout", low=0, high=1, open_high=True)
+        check_fields(self, "sample_keep_rate", low=0, high=1, open_low=True)
         check_choice("depth", self.depth, ("plan", "deep", "shallow"))
         check_choice("select", self.select, ("threshold", "top-k", "m3s"))
         check_choice("start", self.start, ("same", "fresh", "warm"))
         if self.keep_rate != "plan":
-            check_number("keep_rate", self.keep_rate, low=0, high=1, open_low=True, hint="Or 'plan'.")
+            check_fields(self, "keep_rate", low=0, high=1, open_low=True, hint="Or 'plan'.")
         if self.pool is not None:
             check_number("pool", self.pool, low=1, integer=True)
             if self.exact_drop or self.keep_rate == 1.0:
@@ -540,7 +538,7 @@ class _Examination(NamedTuple):
     classes: int
     samples: int
     sample_keep_rate: float
-    epochs: int
+    calibration_epochs: int
     calibration_dropout: bool
     head_dropout: float
 
@@ -557,14 +555,7 @@ class _Examined(NamedTuple):
 def _examined(
     state: FastrainState, params: PyTree, apply: Apply, problem: NodeProblem, config: FastrainConfig
 ) -> _Examined:
-    how = _Examination(
-        problem.classes,
-        config.samples,
-        config.sample_keep_rate,
-        config.calibration_epochs,
-        config.calibration_dropout,
-        config.head_dropout,
-    )
+    how = _Examination(problem.classes, *(getattr(config, name) for name in _Examination._fields[1:]))
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.stage), config.steps)
     graph = (problem.features, problem.adjacency)
     return _examine(apply, how, key, params, graph, state.labels, state.weights, state.edges)
@@ -583,7 +574,7 @@ def _examine(apply, how, key, params, graph, labels, weights, edges) -> _Examine
         labels,
         weights,
         classes=how.classes,
-        epochs=how.epochs,
+        epochs=how.calibration_epochs,
         dropout=how.head_dropout,
     )
     confidence = jax.nn.softmax(calibrate(head, logits, matrix)).max(-1)

@@ -6,7 +6,6 @@ stopped (``effjax.graph.isolation``); what is left is served (``effjax.graph.gee
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from effjax.core.errors import check_choice, check_number
+from effjax.core.errors import check_choice, check_fields, check_number
 from effjax.graph.error_nodes import (
     ErrorScores,
     active_nodes,
@@ -93,16 +92,12 @@ class GeeniSettings:
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if not getattr(self, name):
                 raise ValueError(f"{name}=() leaves no candidate to choose from. Give one or more.")
-        for name in ("members", "epochs_per_step"):
-            check_number(name, getattr(self, name), low=1, integer=True)
-        check_number("folds", self.folds, low=3, integer=True)
-        for name in ("edge_keep_rate", "feature_keep_rate"):
-            check_number(name, getattr(self, name), low=0, high=1, open_low=True)
-        for name in ("dropout", "student_dropout"):
-            check_number(name, getattr(self, name), low=0, high=1, open_high=True)
-        for name in ("learning_rate", "ridge", "student_share"):
-            check_number(name, getattr(self, name), low=0, open_low=True)
-        check_number("weight_decay", self.weight_decay, low=0)
+        check_fields(self, "members epochs_per_step", low=1, integer=True)
+        check_fields(self, "folds", low=3, integer=True)
+        check_fields(self, "edge_keep_rate feature_keep_rate", low=0, high=1, open_low=True)
+        check_fields(self, "dropout student_dropout", low=0, high=1, open_high=True)
+        check_fields(self, "learning_rate ridge student_share", low=0, open_low=True)
+        check_fields(self, "weight_decay", low=0)
         for fraction in self.fractions:
             check_number("fractions", fraction, low=0, high=1, open_low=True, hint="Zero is always a candidate.")
         for power in self.powers:
@@ -138,10 +133,9 @@ class GeeniConfig(GeeniSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("width", "epochs", "student_width"):
-            check_number(name, getattr(self, name), low=1, integer=True)
-        check_number("students", self.students, low=0, integer=True)
-        check_number("denoised", self.denoised, low=0, high=1)
+        check_fields(self, "width epochs student_width", low=1, integer=True)
+        check_fields(self, "students", low=0, integer=True)
+        check_fields(self, "denoised", low=0, high=1)
         check_choice("isolate", self.isolate, (*DETECTORS, None))
         if self.soft and self.isolate not in ("learned", "oracle"):
             raise ValueError(
@@ -335,27 +329,28 @@ def geeni_step(
       The state, and ``{"loss": mean cross-entropy per network and epoch}``.
     """
     check_choice("stage", stage, config.stages)
-    if stage == "members":
+    ours = stage == "members"
 
-        def loss(members: GcnMembers, key: jax.Array) -> jax.Array:
-            seen = mask_features(members, views.features)
-            options = {"dropout": config.dropout, "key": key, "loop": config.loop}
-            return members_loss(
-                ensemble_logits(seen, problem.features, views.matrix, **options), problem.labels, problem.train
-            )
+    def loss(networks: GcnMembers, key: jax.Array) -> jax.Array:
+        seen = mask_features(networks, views.features) if ours else networks
+        matrix, dropout = (views.matrix, config.dropout) if ours else (problem.adjacency, config.student_dropout)
+        logits = ensemble_logits(seen, problem.features, matrix, dropout=dropout, key=key, loop=config.loop)
+        return members_loss(logits, problem.labels, problem.train) if ours else distil_loss(logits, state.targets)
 
-        opt, members, value = _epochs(loss, state.opt, state.members, state, config)
-        state = state._replace(members=members, opt=opt)
-    else:
-
-        def loss(students: GcnMembers, key: jax.Array) -> jax.Array:
-            options = {"dropout": config.student_dropout, "key": key, "loop": config.loop}
-            return distil_loss(ensemble_logits(students, problem.features, problem.adjacency, **options), state.targets)
-
-        opt, students, value = _epochs(loss, state.students_opt, state.students, state, config)
-        state = state._replace(students=students, students_opt=opt)
-    networks = config.members if stage == "members" else config.students
-    return state._replace(epoch=state.epoch + config.epochs_per_step), {"loss": value / networks}
+    fields = ("opt", "members") if ours else ("students_opt", "students")
+    opt, networks = (getattr(state, name) for name in fields)
+    opt, networks, values = scan_epochs(
+        _epochs_key(state.key),
+        loss,
+        _optimizer(config),
+        opt,
+        networks,
+        epochs=config.epochs_per_step,
+        first=state.epoch,
+    )
+    changes = dict(zip(fields, (opt, networks), strict=True))
+    epoch = state.epoch + config.epochs_per_step
+    return state._replace(epoch=epoch, **changes), {"loss": jnp.mean(values) / networks.count}
 
 
 _step = jax.jit(geeni_step, static_argnames=("config", "stage"))
@@ -580,18 +575,6 @@ def _features_kept(state: GeeniState, config: GeeniConfig) -> jax.Array:
     subsets = jax.random.fold_in(state.key, 2)
     shape = (config.members, state.members.kernel_0.shape[1])
     return jax.random.bernoulli(jax.random.fold_in(subsets, 0), config.feature_keep_rate, shape).at[0].set(True)
-
-
-def _epochs(
-    loss: Callable[[GcnMembers, jax.Array], jax.Array],
-    opt: PyTree,
-    params: GcnMembers,
-    state: GeeniState,
-    config: GeeniConfig,
-) -> tuple[PyTree, GcnMembers, jax.Array]:
-    key, tx = _epochs_key(state.key), _optimizer(config)
-    opt, params, values = scan_epochs(key, loss, tx, opt, params, epochs=config.epochs_per_step, first=state.epoch)
-    return opt, params, jnp.mean(values)
 
 
 # Checks

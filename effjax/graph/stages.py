@@ -395,6 +395,8 @@ def train_stage(
       True
     """
     check_number("epochs", epochs, low=1, integer=True)
+    check_array("labels", labels, (None,), "integers")
+    check_array("weights", weights, labels.shape, "floating")
 
     def loss(params: PyTree, key: jax.Array) -> jax.Array:
         graph_key, network_key = jax.random.split(key)

@@ -86,7 +86,7 @@ BATCH = next(NeighbourSampler(GRAPH, [0, 1], (2,), batch_size=2, seed=0))
 JRAPH = get_fully_connected_graph(2, 1, node_features={"a": jnp.ones(2), "b": jnp.ones(2)})
 PADDED = jraph.pad_with_graphs(JRAPH, 4, 8)
 SCORES = error_scores(jnp.full((K, N, C), 1 / C))
-NODE = {"features": X, "adjacency": GRAPH, "labels": LABELS, "mask": MASK}
+NODE = {"adjacency": GRAPH, "labels": LABELS, "mask": MASK}
 GEENI = {"features": X, "adjacency": GRAPH, "labels": LABELS, "train": MASK & (LABELS < 2), "val": ~MASK}
 GEENI |= {"weights": jnp.ones(NNZ), "alike": jnp.ones(NNZ, bool)}
 QUICK = FastrainConfig(stages=1, epochs=1, epochs_per_step=1, calibration_epochs=1)
@@ -102,7 +102,7 @@ def attention():
 
 
 def node_problem(call, **parts):
-    return call(NodeProblem(**parts, classes=C))
+    return call(NodeProblem(X, **parts, classes=C))
 
 
 def geeni_problem(call, **parts):
@@ -158,7 +158,7 @@ CASES = {
     "sage": (lambda x, matrix: sage(kernel(F), x, matrix), {"x": X, "matrix": GRAPH}),
     "sage-max": (lambda x, matrix: sage(kernel(F), x, matrix, reduce="max"), {"x": X, "matrix": GRAPH}),
     "neighbour_max": (lambda x, matrix: neighbour_max(matrix, x), {"x": X, "matrix": GRAPH}),
-    "appnp": (lambda x, matrix: appnp(x, matrix), {"x": LOGITS, "matrix": GRAPH}),
+    "appnp": (appnp, {"h": LOGITS, "matrix": GRAPH}),
     "sgc": (lambda x, matrix: sgc(kernel(F), x, matrix), {"x": X, "matrix": GRAPH}),
     "gcnii": (
         lambda x, first, matrix: gcnii({"kernel": jnp.ones((F, F))}, x, first, matrix, layer=1),
@@ -211,7 +211,7 @@ CASES = {
     "block_mean": (functools.partial(block_mean, BATCH.blocks[0]), {"x": jnp.ones((BATCH.blocks[0].sources, 2))}),
     "block_sum": (functools.partial(block_sum, BATCH.blocks[0]), {"x": jnp.ones((BATCH.blocks[0].sources, 2))}),
     "shard_matrix": (lambda matrix: shard_matrix(matrix, MESH, "data"), {"matrix": GRAPH}),
-    "sharded_spmm": (functools.partial(sharded_spmm, SHARDED), {"x": X}),
+    "sharded_spmm": (functools.partial(sharded_spmm, SHARDED), {"x": shard_rows(X, MESH, "data")}),
     "masked_cross_entropy": (functools.partial(masked_cross_entropy, LOGITS), measured),
     "masked_accuracy": (functools.partial(masked_accuracy, LOGITS), measured),
     "brier_score": (functools.partial(brier_score, LOGITS), measured),
@@ -276,8 +276,6 @@ ANY_LENGTH = {("error_scores", "probabilities"), ("select_pseudolabels", "sample
 ANY_AXES = {"spmm x", "row_sums entries", "column_sums entries", "take_rows x", "take_columns x", "sharded_spmm x"}
 ANY_AXES |= {"get_fully_connected_graph node_features", "to_graphs_tuple nodes", "to_graphs_tuple edges"}
 ANY_AXES |= {"zero_out_padding a", "zero_out_padding b"}
-# The first argument sets the length that the others must have, and is named together with them.
-ALIASES = {"appnp": "x", "gcn": "x", "calibrate": "x", "fit_calibration": "x", "sharded_spmm": "x"}
 NO_ARRAYS = {
     *("FastrainConfig", "GeeniConfig", "GcnMembers", "GeeniProblem", "NodeProblem", "ServedEnsemble", "SparseMatrix"),
     *("SparsePattern", "ShapeGate", "GraphBatches", "GATConv", "GCNConv", "GCNIIConv", "SAGEConv", "SGCConv"),
@@ -332,7 +330,7 @@ def test_arrays_that_do_not_fit_are_refused_by_name(name):
         for wrong in damaged(name, argument, array):
             with pytest.raises((ValueError, TypeError)) as error:
                 function(**(arrays | {argument: wrong}))
-            names = "|".join([*arrays, ALIASES.get(name, "x")])
+            names = "|".join(arrays)
             assert re.search(rf"\b(problem\.|graph\.)?({names})\b", str(error.value)), (
                 argument,
                 np.shape(wrong),

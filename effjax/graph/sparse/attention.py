@@ -16,12 +16,10 @@ from jaxtyping import Array, Bool, Float
 from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import wide
 from effjax.graph.sparse.checks import check_array
-from effjax.graph.sparse.layers import Features, Params, add_bias, dropout, edges, project
+from effjax.graph.sparse.layers import Features, Params, add_bias, check_graph, dropout, edges, project
 from effjax.graph.sparse.matrix import (
     SparseMatrix,
     SparsePattern,
-    check_entries,
-    check_matrix,
     row_sums,
     spmm,
     take_columns,
@@ -119,7 +117,7 @@ def weighted_sums(
       >>> weighted_sums(pattern, jnp.array([[1.0], [2.0]]), jnp.array([[[1.0]], [[10.0]]])).ravel().tolist()
       [21.0, 0.0]
     """
-    check_entries("weights", pattern, weights)
+    check_array("weights", weights, (pattern.nnz, None))
     check_array("x", x, (pattern.shape[1], weights.shape[1], None))
     return _weighted_sums(pattern, weights, x)
 
@@ -238,7 +236,7 @@ def gat(
     Reference: Velickovic et al., "Graph attention networks", ICLR 2018.
     """
     check_number("slope", slope, low=0, high=1)
-    check_matrix("matrix", matrix, square=True)
+    check_graph(x, matrix)
     z = _heads(project(x, params["kernel"], dtype), params["source"].shape)
     ends = _scores(z, params["target"], params["source"])
     pattern = matrix.pattern
@@ -291,7 +289,7 @@ def gatv2(
     Reference: Brody, Alon, Yahav, "How attentive are graph attention networks?", ICLR 2022.
     """
     check_number("slope", slope, low=0, high=1)
-    check_matrix("matrix", matrix, square=True)
+    check_graph(x, matrix)
     source = project(x, params["source_kernel"], dtype) + wide(params["source_bias"])
     target = project(x, params["target_kernel"], dtype) + wide(params["target_bias"])
     pattern, attention = matrix.pattern, params["attention"]
@@ -350,7 +348,7 @@ def supergat(
     """
     check_choice("mode", mode, ("mixed", "scaled"))
     check_number("slope", slope, low=0, high=1)
-    check_matrix("matrix", matrix, square=True)
+    check_graph(x, matrix)
     z = project(x, params["kernel"], dtype)
     if mode == "scaled":
         check_number("heads", heads, low=1, integer=True, hint="Without attention vectors nothing else tells it.")

@@ -103,6 +103,14 @@ def _rounded(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:
     return wide(x if dtype is None else jnp.asarray(x, dtype))
 
 
+def check_graph(x: Features, matrix: SparseMatrix, *, argument: str = "x") -> None:
+    """Raise where ``matrix`` is no graph, or the features have not one row for every node."""
+    check_matrix("matrix", matrix, square=True)
+    shape = tuple(x.shape)
+    if len(shape) != 2 or shape[0] != matrix.shape[0]:
+        raise ValueError(f"{argument} has shape {shape}, but the graph {matrix.shape} needs [{matrix.shape[0]}, F].")
+
+
 def add_bias(x: jax.Array, params: Params) -> jax.Array:
     """``x + bias``, where there is one."""
     return x + wide(params["bias"]) if "bias" in params else x
@@ -186,7 +194,7 @@ def sage(
     Reference: Hamilton, Ying, Leskovec, "Inductive representation learning on large graphs", NIPS 2017.
     """
     check_choice("reduce", reduce, ("mean", "max"))
-    check_matrix("matrix", matrix, square=True)
+    check_graph(x, matrix)
     kernel, own = params["kernel"], project(x, params["root"], dtype)
     if reduce == "max":
         if isinstance(x, SparseMatrix):
@@ -210,8 +218,7 @@ def neighbour_max(matrix: SparseMatrix, x: jax.Array) -> jax.Array:
     No kernel takes maxima. Where the pattern has buckets (``adjacency(..., buckets=True)``) they are found slot by
     slot; without, by this family's only scatter. The gradient is sums over the edges.
     """
-    if x.ndim != 2 or x.shape[0] != matrix.shape[1]:
-        raise ValueError(f"x has shape {x.shape}, but the matrix {matrix.shape} needs [{matrix.shape[1]}, F].")
+    check_graph(x, matrix)
     return _row_max(matrix.pattern, edges(matrix), x)
 
 
@@ -270,6 +277,7 @@ def appnp(
     """
     check_number("steps", steps, low=1, integer=True)
     check_number("alpha", alpha, low=0, high=1, open_high=True, hint="At 1 the graph would do nothing.")
+    check_graph(h, matrix, argument="h")
     h = wide(h)
     return jax.lax.scan(lambda z, _: ((1 - alpha) * aggregate(matrix, z) + alpha * h, None), h, length=steps)[0]
 
