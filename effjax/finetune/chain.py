@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Float, Int, UInt
 
 from effjax.core.errors import NoEffectWarning, check_choice, check_number
 from effjax.core.tree import leaves_at, unread, wide, with_leaves
@@ -405,7 +405,7 @@ def cola_extend(state: ColaState, config: ColaConfig, gradients: Kernels | None 
     past, base, master = state.past, state.base, state.master
     if past is not None:
         written = {path: _written(past[path], _folded(lora[path], scales[path]), state.link) for path in past}
-        past = select_tree(hold, past, written)
+        past = optax.tree.where(hold, past, written)
     if config.merge != "lazy":
         deltas = {path: lora_delta(adapter, jnp.where(hold, 0.0, scales[path])) for path, adapter in lora.items()}
         deltas = {path: delta.mT if out_first(path) else delta for path, delta in deltas.items()}
@@ -413,7 +413,7 @@ def cola_extend(state: ColaState, config: ColaConfig, gradients: Kernels | None 
         kernels = leaves_at(base, lora)
         sums = {path: (master or {}).get(path, wide(kernel) + deltas[path]) for path, kernel in kernels.items()}
         base = with_leaves(base, {path: sums[path].astype(kernel.dtype) for path, kernel in kernels.items()})
-    fresh = select_tree(hold, state.lora, _fresh(state, link, config, gradients))
+    fresh = optax.tree.where(hold, state.lora, _fresh(state, link, config, gradients))
     return ColaState(base, fresh, link, state.key, past, master)
 
 
@@ -687,8 +687,3 @@ def _written(past: Mapping[str, jax.Array], adapter: Mapping[str, jax.Array], li
         name: jax.lax.dynamic_update_slice_in_dim(past[name], adapter[name], start, axis=axis)
         for name, axis in (("a", adapter["a"].ndim - 1), ("b", adapter["b"].ndim - 2))
     }
-
-
-def select_tree(hold: Bool[Array, ""], old: PyTree, new: PyTree) -> PyTree:
-    """``old`` where ``hold``, else ``new``; leafwise."""
-    return jax.tree.map(lambda a, b: jax.lax.select_n(hold, b, a), old, new)

@@ -17,7 +17,6 @@ from effjax.finetune.chain import (
     Reset,
     chain_memory,
     extend_and_reset,
-    select_tree,
 )
 from effjax.finetune.lora import Lora, check_fit
 
@@ -135,7 +134,7 @@ def cola(
         before = cola_state(state, params)._replace(lora=optax.apply_updates(params["lora"], moves))
         after = extend_and_reset(base, before, inner_state, config, reset, gradients)
         hold = (state.link >= config.most_links - 1) | ~_emitted(inner_state)
-        chain, inner_state = select_tree(hold, (before, inner_state), after)
+        chain, inner_state = optax.tree.where(hold, (before, inner_state), after)
         difference = lambda new, old: wide(new) - wide(old)
         kernels = (leaves_at(tree, params["lora"]) for tree in (chain.base, params["base"]))
         return (
