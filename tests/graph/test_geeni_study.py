@@ -50,14 +50,6 @@ def small_data():
     return node_data(graph, row_normalize=True)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Tiny programs: compiling takes longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def study(*arms, tasks=("small",), epochs=30, **options):
     return GeeniStudy(tasks=tasks, arms=arms or ("*",), budget=Budget(epochs, "epochs"), **SMALL | options)
 

@@ -25,14 +25,6 @@ X = np.random.default_rng(0).normal(size=(4, 10, 3)).astype(np.float32)  # batch
 XS = jnp.asarray(X.swapaxes(0, 1))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Tiny programs: compiling takes longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def vectors(name):
     return dict(np.load(REFERENCE / f"{name}.npz"))
 
