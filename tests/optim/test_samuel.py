@@ -249,6 +249,25 @@ def test_batch_that_breaks_every_loss_moves_no_weight():
     np.testing.assert_allclose(samuel_probabilities(dead), 1 / 3)
 
 
+def test_weights_are_those_of_the_written_out_rule():
+    """Losses over their running spread (median minus least), clipped at ten of it."""
+    rng = np.random.default_rng(0)
+    table = rng.uniform(1, 3, (8, 3)) * np.linspace(1, 4, 8)[:, None]
+    table[5, 1] = 500.0
+    drawn, decay, clip, metas, scale = rng.integers(0, 3, 8), 0.6, 10.0, np.array([0.5, 0.125]), 4.0
+    tx = samuel(optax.sgd, RATES, period=100, meta_rates=metas.tolist(), eta_scale=scale, spread_decay=decay)
+    history = run(tx, 3, sampled=drawn, tamper=lambda _, count: jnp.asarray(table, jnp.float32)[count])
+    squares = (np.median(table, axis=1) - table.min(axis=1)) ** 2
+    wanted = np.log(metas)[:, None] + np.zeros(3)
+    for t in range(8):
+        ages = decay ** np.arange(t, -1.0, -1.0)
+        spread = np.sqrt(np.sum(ages * squares[: t + 1]) / np.sum(ages))
+        losses = np.minimum(table[t] - table[t].min(), clip * spread) / spread
+        assert (losses.max() == clip) == (t == 5)
+        wanted += scale * metas[:, None] * (losses[drawn[t]] - losses)
+        np.testing.assert_allclose(history[t][1].log_weights, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_after_a_sync_the_others_are_forgotten():
     tx = samuel(optax.adam, RATES, period=2, select="argmax")
     params = samuel_init(PARAMS, 3)
