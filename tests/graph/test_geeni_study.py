@@ -309,8 +309,12 @@ def test_isolation_is_judged_by_detectors_that_have_not_seen_the_labels():
 @pytest.mark.parametrize("name", ["single-drop-edges", "correct-smooth", "distilled", "narrow-folded", "jaccard"])
 def test_rivals_train_and_learn(name):
     program, state = trained(name)
-    untrained = program.judged(program.init(jax.random.key(0)))["accuracy"]
-    assert program.judged(state)["accuracy"] > max(0.5, untrained)
+    score = program.judged(state)["accuracy"]
+    if name == "correct-smooth":  # whose smoothing alone does much: more than the network alone
+        network, alone = trained("single")
+        assert score > network.judged(alone)["accuracy"] + 0.05
+    else:
+        assert score > program.judged(program.init(jax.random.key(0)))["accuracy"] + 0.15
     nodes, features, matrix = program.task.example_inputs
     assert program.task.infer(program.params(state), (nodes[:7], features, matrix)).shape == (7, CLASSES)
 
