@@ -15,7 +15,7 @@ import effjax
 from effjax.data.bucket_sampler import BucketSampler
 from effjax.data.pipeline import batches
 from effjax.data.sequences import sequence_data
-from effjax.finetune.chain import ColaConfig, cola_init, cola_next, cola_value_and_grad
+from effjax.finetune.chain import ColaConfig, cola_init, cola_merge, cola_next, cola_value_and_grad
 from effjax.finetune.lora import LoraRule, lora_apply
 from effjax.models.mlp import MLP
 from effjax.models.sequence import LSTMCell
@@ -23,7 +23,7 @@ from effjax.models.sequence_network import SequenceNetwork, step_network
 from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
 from effjax.optim.scale_by_batch_size import scale_by_batch_size
 from effjax.recurrent.drivers import fptt_step
-from effjax.recurrent.fptt import fptt, fptt_terminal_loss
+from effjax.recurrent.fptt import fptt, fptt_eval_params, fptt_terminal_loss
 from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNN
 from effjax.study.resolve import resolve
@@ -65,7 +65,7 @@ def samuel_loop():
 
 def cola_loop():
     words = ("--tasks", "digits/mlp-8", "--budget.amount", 12, "--batch-size", 8, "--links", 3)
-    _, state = arm("cola", "digits-mlp-8/cola-3", *words)
+    program, state = arm("cola", "digits-mlp-8/cola-3", *words)
 
     start, drawn = jax.random.split(KEY)
     config = ColaConfig(LoraRule("kernel$", rank=1, alpha=2.0), knots=(4, 8), keep_links=True)
@@ -86,7 +86,12 @@ def cola_loop():
         if t in config.knots:
             chain, opt = knot(chain, opt)
         chain, opt = step(chain, opt, next(stream))
-    return (chain.lora, chain._replace(lora=None)), (state.params["lora"], state.model["frozen"])
+    merged = jax.jit(cola_merge, static_argnums=1)(chain, config)
+    return (chain.lora, chain._replace(lora=None), merged), (
+        state.params["lora"],
+        state.model["frozen"],
+        program.params(state)["params"],
+    )
 
 
 def _texts(columns, arm_name, study):
@@ -148,7 +153,7 @@ def tarnn_layer():
 def fptt_loop():
     words = ("--tasks", "digits-permuted", "--cells", "lstm", "--hidden", 6, "--parts", 4, "--batch-size", 8)
     words += ("--train-rows", 32, "--test-rows", 16, "--budget.amount", 6, "--alphas", 0.02)
-    _, state = arm("fptt", "digits-permuted-lstm-6/fptt-0.02", *words)
+    program, state = arm("fptt", "digits-permuted-lstm-6/fptt-0.02", *words)
 
     data = sequence_data("digits-permuted", train_rows=32, test_rows=16)
     net = step_network(LSTMCell(6), outputs=10, inputs=1)
@@ -161,7 +166,7 @@ def fptt_loop():
     for _ in range(6):
         batch = next(stream)
         w, opt, _, _ = train(w, opt, net.start(8), batch["inputs"], batch["targets"])
-    return (w, opt), (state.params, state.opt)
+    return (w, opt, fptt_eval_params(opt, w)), (state.params, state.opt, program.params(state)["params"])
 
 
 def fastrain_call(tmp_path):
