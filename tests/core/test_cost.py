@@ -165,6 +165,7 @@ def test_state_keeps_its_shardings_on_a_mesh():
     assert run.compiles == 2
 
 
+@pytest.mark.optimized
 @pytest.mark.slow  # timed: it wants the machine for itself
 def test_a_call_costs_little_more_than_jit():
     state = {f"layer{i}": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)} for i in range(10)}
