@@ -9,20 +9,22 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from effjax.optim.scale_by_batch_size import scale_by_batch_size
+from effjax.recurrent.drivers import fptt_step
 from small_graph import write_small_cora
 
 import effjax
 from effjax.data.bucket_sampler import BucketSampler
 from effjax.data.pipeline import batches
 from effjax.data.sequences import sequence_data
-from effjax.finetune.chain import ColaConfig, cola_init, cola_next, cola_value_and_grad
+from effjax.finetune.chain import ColaConfig, cola_init, cola_merge, cola_next, cola_value_and_grad
 from effjax.finetune.lora import LoraRule, lora_apply
 from effjax.models.mlp import MLP
 from effjax.models.sequence import LSTMCell
 from effjax.models.sequence_network import SequenceNetwork, step_network
 from effjax.optim.batch_size import scale_by_batch_size
 from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
-from effjax.recurrent.fptt import fptt, fptt_terminal_loss
+from effjax.recurrent.fptt import fptt, fptt_eval_params, fptt_terminal_loss
 from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNN
 from effjax.recurrent.through_time import SequenceProblem, fptt_step
@@ -65,7 +67,7 @@ def samuel_loop():
 
 def cola_loop():
     words = ("--tasks", "digits/mlp-8", "--budget.amount", 12, "--batch-size", 8, "--links", 3)
-    _, state = arm("cola", "digits-mlp-8/cola-3", *words)
+    program, state = arm("cola", "digits-mlp-8/cola-3", *words)
 
     start, drawn = jax.random.split(KEY)
     config = ColaConfig(LoraRule("kernel$", rank=1, alpha=2.0), knots=(4, 8), keep_links=True)
@@ -86,7 +88,12 @@ def cola_loop():
         if t in config.knots:
             chain, opt = knot(chain, opt)
         chain, opt = step(chain, opt, next(stream))
-    return (chain.lora, chain._replace(lora=None)), (state.params["lora"], state.model["frozen"])
+    merged = jax.jit(cola_merge, static_argnums=1)(chain, config)
+    return (chain.lora, chain._replace(lora=None), merged), (
+        state.params["lora"],
+        state.model["frozen"],
+        program.params(state)["params"],
+    )
 
 
 def _texts(columns, arm_name, study):
@@ -148,7 +155,7 @@ def tarnn_layer():
 def fptt_loop():
     words = ("--tasks", "digits-permuted", "--cells", "lstm", "--hidden", 6, "--parts", 4, "--batch-size", 8)
     words += ("--train-rows", 32, "--test-rows", 16, "--budget.amount", 6, "--alphas", 0.02)
-    _, state = arm("fptt", "digits-permuted-lstm-6/fptt-0.02", *words)
+    program, state = arm("fptt", "digits-permuted-lstm-6/fptt-0.02", *words)
 
     data = sequence_data("digits-permuted", train_rows=32, test_rows=16)
     net = step_network(LSTMCell(6), outputs=10, inputs=1)
@@ -160,8 +167,8 @@ def fptt_loop():
     opt, stream = jax.jit(tx.init)(w), batches(data.train, 8, seed=0)
     for _ in range(6):
         batch = next(stream)
-        opt, w, _, _ = train(opt, w, net.start(8), batch["inputs"], batch["targets"])
-    return (w, opt), (state.params, state.opt)
+        w, opt, _, _ = train(w, opt, net.start(8), batch["inputs"], batch["targets"])
+    return (w, opt, fptt_eval_params(opt, w)), (state.params, state.opt, program.params(state)["params"])
 
 
 def fastrain_call(tmp_path):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from study_cases import TINY
-from study_runs import compile_cache, finish, start  # noqa: F401
+from study_runs import finish, start
 
 
 @pytest.mark.study

@@ -1,19 +1,16 @@
 """What every module must satisfy, whatever it computes."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from module_cases import CASES, start
 
-import effjax
 from effjax.core.cost import count_compiles
 from effjax.core.tree import leaf_paths
 
@@ -142,36 +139,18 @@ def test_vmap_over_examples_equals_the_batch(name):
     assert_close(jax.jit(jax.vmap(alone))(*inputs), outputs(name, *inputs))
 
 
-MESH = """
-import jax
-jax.config.update("jax_num_cpu_devices", 8)
-import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from module_cases import CASES, start
-
-mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-for name, case in CASES.items():
-    module, variables = start(case)
+def test_mesh_of_eight_devices_gives_the_same_outputs(name):
+    case, (module, variables) = CASES[name], started(name)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     kinds = [kind for kind in variables if kind != "params"]
-    both = jax.jit(lambda v, *x: (
-        module.apply(v, *x, **case.evaluate),
-        module.apply(v, *x, **case.train, rngs={"dropout": jax.random.key(1)}, mutable=kinds),
-    ))
+
+    @jax.jit
+    def both(variables, *inputs):
+        train = {**case.train, "rngs": {"dropout": jax.random.key(1)}, "mutable": kinds}
+        return module.apply(variables, *inputs, **case.evaluate), module.apply(variables, *inputs, **train)
+
     inputs = case.inputs(16)
-    expected = both(variables, *inputs)
-    result = both(
-        jax.device_put(variables, NamedSharding(mesh, P())), *jax.device_put(inputs, NamedSharding(mesh, P("data")))
-    )
-    assert len(jax.tree.leaves(result)[0].sharding.device_set) == 8, name
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=name), result, expected)
-print("same", *CASES)
-"""
-
-
-def test_mesh_of_eight_devices_gives_the_same_outputs():
-    paths = [str(Path(__file__).parent), str(Path(effjax.__file__).parents[1])]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", MESH], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.stdout.split() == ["same", *CASES], done.stderr[-3000:]
+    spread = jax.device_put(inputs, NamedSharding(mesh, P("data")))
+    result = both(jax.device_put(variables, NamedSharding(mesh, P())), *spread)
+    assert len(jax.tree.leaves(result)[0].sharding.device_set) == 8
+    assert_close(result, both(variables, *inputs))

@@ -2,17 +2,14 @@
 
 import functools
 import inspect
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from optimizer_cases import CASES, REFUSALS, parameters, quadratic, stepper
 
 from effjax.core.cost import count_compiles
@@ -240,47 +237,20 @@ def test_under_vmap(name):
     assert_refused(name, "vmap", run)
 
 
-SHARDED = """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-    from optimizer_cases import CASES, parameters, stepper
-
-    jax.config.update("jax_num_cpu_devices", 8)
+def test_shardings_are_stable_on_an_explicit_mesh(name):
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
-    for name, case in CASES.items():
+    case, alone, state, step = begin(name)
+    spread = lambda p: jax.device_put(p, NamedSharding(mesh, P(*["model" if n == 8 else None for n in p.shape])))
+    sharded = jax.tree.map(spread, alone)
+    for _ in range(6):
+        alone, state, _ = step(alone, state)
+    with jax.set_mesh(mesh):
         tx = case.make()
-        alone = case.start(parameters())
-        sharded = jax.tree.map(
-            lambda p: jax.device_put(p, NamedSharding(mesh, P(*["model" if n == 8 else None for n in p.shape]))), alone
-        )
-        state = tx.init(alone)
-        step = jax.jit(stepper(case, tx))
+        step, state = jax.jit(stepper(case, tx)), jax.jit(tx.init)(sharded)
+        types = jax.tree.map(jax.typeof, (sharded, state))
         for _ in range(6):
-            alone, state, _ = step(alone, state)
-        with jax.set_mesh(mesh):
-            step = jax.jit(stepper(case, tx))
-            state = jax.jit(tx.init)(sharded)
-            types = jax.tree.map(jax.typeof, (sharded, state))
-            for _ in range(6):
-                sharded, state, updates = step(sharded, state)
-                assert jax.tree.map(jax.typeof, (sharded, state)) == types, name
-                assert jax.tree.map(jax.typeof, updates) == types[0], name
-        for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(sharded), strict=True):
-            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
-    print("fine")
-"""
-
-
-def test_shardings_are_stable_on_an_explicit_mesh():
-    here = str(Path(__file__).resolve().parent)
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED)],
-        env={**os.environ, "PYTHONPATH": here, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.stdout.endswith("fine\n"), done.stderr[-3000:]
+            sharded, state, updates = step(sharded, state)
+            assert jax.tree.map(jax.typeof, (sharded, state)) == types
+            assert jax.tree.map(jax.typeof, updates) == types[0]
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(sharded), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)

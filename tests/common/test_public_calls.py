@@ -11,16 +11,6 @@ from public_calls import CASES
 import effjax
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Tiny programs: compiling takes longer than running them. No program compiled otherwise may stand on one side."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.clear_caches()
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
-
-
 def bits(leaf):
     return jax.random.key_data(leaf) if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key) else leaf
 

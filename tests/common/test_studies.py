@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from study_cases import PAPER, PAPER_ARMS, RESUMED, TINY
-from study_runs import compile_cache, finish, start  # noqa: F401
+from study_runs import finish, start
 
 import effjax
 from effjax.study.compare import compare
@@ -51,6 +51,28 @@ def _about(claim, group, names):
     patterns = [side.removeprefix("best ").removeprefix("sum ").split("|") for side in sides]
     full = lambda part: part if "/" in part else f"{group}/{part}"
     return all(any(fnmatch.filter(names, full(part)) for part in parts) for parts in patterns)
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_step_of_every_arm_keeps_the_shapes_of_its_state(stem):
+    words = list(TINY[stem])
+    if "--arms" in words:
+        first = words.index("--arms")
+        last = next((place for place in range(first + 1, len(words)) if words[place].startswith("--")), len(words))
+        words[first + 1 : last] = ["*"]
+    group = resolve(f"{stem}:smoke", words).groups()[0]
+    kinds = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    task = group.load()
+    for arm in group.arms:
+        program = arm.build(task)
+        phase, before = program.phases[0], jax.eval_shape(program.init, jax.random.key(0))
+        aux = phase.aux(program.init(jax.random.key(0))) if phase.aux else None
+        batch = next(program.loader.open(0)) if program.has_batches else None
+        after, metrics = jax.eval_shape(phase.step, before, batch, aux)
+        assert kinds(after) == kinds(before), arm.name
+        assert metrics["loss"].shape == (), arm.name
+    assert len(group.arms) > 2
 
 
 @pytest.mark.study

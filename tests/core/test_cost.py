@@ -1,10 +1,6 @@
 """Executables, compile counts, memory and timing."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from effjax.core.cost import Executables, count_compiles, count_params, hardware
 from effjax.core.timing import Timing, paired_ratio, time_interleaved
@@ -146,38 +144,28 @@ def test_analysis_reports_flops_but_not_of_loops_and_takes_the_largest():
 
 
 def test_state_keeps_its_shardings_on_a_mesh():
-    script = """
-        import jax, jax.numpy as jnp
-        from jax.sharding import NamedSharding, PartitionSpec as P
-        from effjax.core.cost import Executables, count_compiles
-        mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-        split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-        shardings = {"w": split, "step": whole}
-        state = jax.device_put({"w": jnp.ones((4, 3)), "step": jnp.zeros(())}, shardings)
-        def step(state, x):
-            return {"w": state["w"] * x.sum(), "step": state["step"] + 1}, {"loss": x.mean()}
-        run = Executables(step, out_shardings=(shardings, None))
-        batch = jax.device_put(jnp.ones((4, 2)), split)
-        state, _ = run(state, batch)
-        with count_compiles() as log:
-            for _ in range(3):
-                state, _ = run(state, batch)
-        assert log.names == [] and run.compiles == 1, (log.names, run.compiles)
-        assert state["w"].sharding.is_equivalent_to(split, 2)
-        state, _ = run(state, jax.device_put(jnp.ones((4, 2)), whole))  # another sharding: one more
-        assert run.compiles == 2
-    """
-    run_python(script, JAX_NUM_CPU_DEVICES="2")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    shardings = {"w": split, "step": whole}
+    state = jax.device_put({"w": jnp.ones((4, 3)), "step": jnp.zeros(())}, shardings)
+
+    def step(state, x):
+        return {"w": state["w"] * x.sum(), "step": state["step"] + 1}, {"loss": x.mean()}
+
+    run = Executables(step, out_shardings=(shardings, None))
+    batch = jax.device_put(jnp.ones((4, 2)), split)
+    state, _ = run(state, batch)
+    with count_compiles() as log:
+        for _ in range(3):
+            state, _ = run(state, batch)
+    assert log.names == []
+    assert run.compiles == 1
+    assert state["w"].sharding.is_equivalent_to(split, 2)
+    state, _ = run(state, jax.device_put(jnp.ones((4, 2)), whole))  # another sharding: one more
+    assert run.compiles == 2
 
 
-def run_python(script, **environment):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
+@pytest.mark.optimized
 @pytest.mark.slow  # timed: it wants the machine for itself
 def test_a_call_costs_little_more_than_jit():
     state = {f"layer{i}": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)} for i in range(10)}

@@ -1,9 +1,6 @@
 """COLA: the invariants of a chain, parity, its cost on XLA, optimizer resets, knots that lose nothing, bad input."""
 
 import functools
-import subprocess
-import sys
-import textwrap
 import warnings
 from pathlib import Path
 
@@ -13,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from effjax.core.cost import Executables, count_compiles, count_params
 from effjax.core.errors import NoEffectWarning
@@ -39,6 +38,7 @@ from effjax.finetune.lora import (
     lora_merge,
     lora_params,
     lora_scales,
+    lora_shardings,
     scale_lora_b,
 )
 from effjax.finetune.restart import cola_reset
@@ -676,40 +676,27 @@ def test_slope_knots_come_when_the_link_flattens():
 
 
 def test_knots_keep_shardings_and_agree_with_one_device():
-    program = """
-        import jax, jax.numpy as jnp, numpy as np, optax
-        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-        from effjax.finetune.chain import ColaConfig, cola_init, cola_next, cola_merge
-        from effjax.finetune.lora import LoraRule, lora_shardings
-
-        jax.config.update("jax_num_cpu_devices", 8)
-        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-        params = {"kernel": jax.random.normal(jax.random.key(1), (16, 8))}
-        config = ColaConfig(LoraRule("kernel", rank=4), knots=(1, 2), keep_links=True)
-        tx, ends = optax.adam(1e-2), []
-        for sharded in (False, True):
-            state = cola_init(jax.random.key(0), jax.tree.map(jnp.copy, params), config)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    params = {"kernel": jax.random.normal(jax.random.key(1), (16, 8))}
+    config = ColaConfig(LoraRule("kernel", rank=4), knots=(1, 2), keep_links=True)
+    tx, ends = optax.adam(1e-2), []
+    for sharded in (False, True):
+        state = cola_init(jax.random.key(0), jax.tree.map(jnp.copy, params), config)
+        if sharded:
+            base = {"kernel": NamedSharding(mesh, P(None, "model"))}
+            place = lora_shardings(base, state.lora)
+            lora, past = (jax.device_put(tree, place) for tree in (state.lora, state.past))
+            state = state._replace(base=jax.device_put(state.base, base), lora=lora, past=past)
+        opt_state, knot = tx.init(state.lora), cola_next(tx, config)
+        types = jax.tree.map(lambda leaf: leaf.sharding, (state.base, state.lora, state.past))
+        for _ in range(2):
+            lora = jax.tree.map(lambda leaf: leaf + 0.1, state.lora)
+            state, opt_state = knot(state._replace(lora=lora), opt_state)
+            found = jax.tree.map(lambda leaf: leaf.sharding, (state.base, state.lora, state.past))
             if sharded:
-                base = {"kernel": NamedSharding(mesh, P(None, "model"))}
-                place = lora_shardings(base, state.lora)
-                lora, past = (jax.device_put(tree, place) for tree in (state.lora, state.past))
-                state = state._replace(base=jax.device_put(state.base, base), lora=lora, past=past)
-            opt_state, knot = tx.init(state.lora), cola_next(tx, config)
-            types = jax.tree.map(lambda leaf: leaf.sharding, (state.base, state.lora, state.past))
-            for _ in range(2):
-                lora = jax.tree.map(lambda leaf: leaf + 0.1, state.lora)
-                state, opt_state = knot(state._replace(lora=lora), opt_state)
-                found = jax.tree.map(lambda leaf: leaf.sharding, (state.base, state.lora, state.past))
-                if sharded:
-                    assert found == types, (found, types)
-            ends.append(cola_merge(state, config)["kernel"])
-        np.testing.assert_allclose(*map(np.asarray, ends), rtol=1e-5)
-        print("fine")
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.stdout.endswith("fine\n"), done.stderr[-3000:]
+                assert found == types, (found, types)
+        ends.append(cola_merge(state, config)["kernel"])
+    np.testing.assert_allclose(*map(np.asarray, ends), rtol=1e-5)
 
 
 def test_lazy_chain_takes_a_quantised_base():

@@ -6,18 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from safetensors.numpy import load_file
 
 from effjax.core.cost import count_params
-from effjax.data.pipeline import batches
-from effjax.finetune.chain import ColaConfig, cola_init, cola_merge, cola_next, cola_value_and_grad
-from effjax.finetune.lora import LoraRule, lora_apply
-from effjax.recipes.cola import ColaStudy, claims, groups
+from effjax.recipes.cola import ColaStudy, groups
 from effjax.recipes.spec import choose_arms
-from effjax.study.claims import decide
-from effjax.train.loop import fit
 from effjax.train.options import Budget, TrainOptions
 
 STUDY = ColaStudy(tasks=("digits/mlp-8",), budget=Budget(12), batch_size=8, links=(2, 3), summed=(3,))
@@ -80,33 +74,6 @@ def assert_equal(left, right):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_the_loop_of_the_readme_gives_the_parameters_of_the_arm():
-    program, (_, task) = built("cola-3"), loaded(STUDY)
-    found = fit(program, seed=3).state
-    start, drawn = jax.random.split(jax.random.key(3))
-    config = ColaConfig(LoraRule("kernel$", rank=1, alpha=2.0), knots=(4, 8), keep_links=True)
-    tx = optax.adamw(optax.linear_schedule(1e-2, 0.0, 12), weight_decay=0.0)
-    apply = lora_apply(task.loss)
-    value_and_grad = cola_value_and_grad(lambda params, batch: apply({"params": params}, batch)[0], config)
-
-    @jax.jit
-    def step(state, opt_state, batch):
-        _, grads = value_and_grad(state, batch)
-        updates, opt_state = tx.update(grads, opt_state, state.lora)
-        return state._replace(lora=optax.apply_updates(state.lora, updates)), opt_state
-
-    state = cola_init(drawn, jax.tree.map(jnp.copy, task.init(start)["params"]), config)
-    opt_state, knot, data = tx.init(state.lora), cola_next(tx, config), batches(task.train, 8, seed=3)
-    for t in range(12):
-        if t in config.knots:
-            state, opt_state = knot(state, opt_state)
-        state, opt_state = step(state, opt_state, next(data))
-    assert state.link == 2
-    assert_equal(found.params["lora"], state.lora)
-    assert_equal(found.model["frozen"], state._replace(lora=None))
-    assert_equal(program.params(found)["params"], jax.jit(cola_merge, static_argnums=1)(state, config))
-
-
 def test_knots_come_after_equal_links_and_phases_share_one_step():
     for name, lengths in (("cola-3", [4, 4, 4]), ("cola-2", [6, 6]), ("resets", [4, 4, 4]), ("lora", [12])):
         phases = built(name).phases
@@ -138,16 +105,6 @@ def test_periodic_lora_unloads_half_of_its_first_link():
     kernel = lambda state: program.params(state)["params"]["head"]["kernel"]
     start = kernel(trained(program, 0, 1)[0])
     np.testing.assert_allclose(kernel(after) - start, 0.5 * (kernel(before) - start), atol=1e-6)
-
-
-def test_states_keep_their_shapes():
-    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    for name in loaded(STUDY)[0]:
-        program = built(name)
-        state = jax.eval_shape(program.init, jax.random.key(0))
-        after, metrics = jax.eval_shape(program.phases[0].step, state, next(program.loader.open(0)), None)
-        assert shapes(after) == shapes(state), name
-        assert metrics["loss"].shape == ()
 
 
 def test_arms_train_as_much_as_they_say():
@@ -238,22 +195,3 @@ def test_groups_are_batch_sizes_where_those_are_given():
     four, _ = groups(study)
     lora = next(arm for arm in four.arms if arm.name == "lora").build(loaded(STUDY)[1])
     assert next(lora.loader.open(0))["label"].shape == (4,)
-
-
-@pytest.mark.parametrize(
-    "study", [STUDY, dataclasses.replace(STUDY, batch_sizes=(8,)), TEXT], ids=("q", "cost", "text")
-)
-def test_claims_name_arms_that_are_there(study):
-    (group,) = groups(study)
-    numbers = {"accuracy": {"mean": 0.5, "values": [0.5]}}
-    curve = [{"train_s": [1.0], "accuracy": [0.5]}]
-    cost = {"step_ms": 1.0, "peak_bytes": 1.0}
-    arms = {
-        f"{group.name}/{arm.name}": {"role": arm.role, "status": "ok", "metrics": numbers, "cost": cost, "curve": curve}
-        for arm in group.arms
-    }
-    metrics = {group.name: group.metric._asdict()}
-    found = [*decide(claims(study), arms, metrics, timed=False), *decide(claims(study), arms, metrics, timed=True)]
-    some = claims(study)[group.name]
-    assert len(found) == len([claim for claim in some if study is TEXT or claim.until is None]) > 0
-    assert all(decided["left"] == decided["right"] for decided in found if decided["right"] == 0.5)

@@ -4,9 +4,6 @@ import dataclasses
 import functools
 import math
 import re
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import equinox as eqx
@@ -17,6 +14,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from effjax.finetune.lora import (
     LoraConfig,
@@ -26,6 +25,7 @@ from effjax.finetune.lora import (
     lora_merge,
     lora_params,
     lora_scales,
+    lora_shardings,
     scale_lora_b,
 )
 from effjax.finetune.lora_layers import lora_hooks, lora_kernels
@@ -434,13 +434,7 @@ def test_kernels_in_place_refuse_what_would_form_them():
         lora_hooks(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
 
 
-MESH = """
-    import re
-    import jax, jax.numpy as jnp, numpy as np
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-    from effjax.finetune.lora import LoraConfig, LoraRule, lora_init, lora_merge, lora_shardings
-
-    jax.config.update("jax_num_cpu_devices", 8)
+def test_adapters_are_sharded_like_the_base_and_merge_locally():
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     place = lambda *axes: NamedSharding(mesh, P(*axes))
     fill = lambda tree: jax.tree.map(lambda leaf: np.random.default_rng(0).normal(size=leaf.shape).astype("f"), tree)
@@ -472,17 +466,5 @@ MESH = """
         ({"up": shardings["up"]}, ValueError),
         (jax.tree.map(lambda s: jax.devices()[0], shardings), TypeError),
     ):
-        try:
+        with pytest.raises(error, match="params_shardings"):
             lora_shardings(wrong, lora)
-        except error as caught:
-            assert "params_shardings" in str(caught)
-        else:
-            raise AssertionError(wrong)
-    print("fine")
-"""
-
-
-def test_adapters_are_sharded_like_the_base_and_merge_locally():
-    script = textwrap.dedent(MESH)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, check=False)
-    assert done.stdout.endswith("fine\n"), done.stderr[-3000:]

@@ -28,14 +28,6 @@ REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "geeni"
 NODES, CLASSES, FOLDS = 120, 3, 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Tiny programs: compiling takes longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def world():
     """Classes that show in edges and features, and members that all take class 2 for class 1."""

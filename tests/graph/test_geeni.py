@@ -48,14 +48,6 @@ NODES, FEATURES, HIDDEN, CLASSES, COUNT = 30, 6, 6, 4, 4
 KERNEL = "cpu_csr_sparse_dense_ffi"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Tiny programs: compiling takes longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def world():
     rng = np.random.default_rng(0)

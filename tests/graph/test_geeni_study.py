@@ -11,8 +11,10 @@ import pytest
 
 import effjax
 from effjax.data.graphs import GraphData
-from effjax.graph.geeni import geeni_next, geeni_serve
-from effjax.recipes.geeni import VARIANTS, GeeniStudy, claims, groups, method_config
+from effjax.graph.error_nodes import error_scores, error_set, learned_trust
+from effjax.graph.geeni import choose_isolation, geeni_next, geeni_serve
+from effjax.graph.members import ensemble_logits, member_probabilities
+from effjax.recipes.geeni import FORMS, GeeniStudy, claims, groups, method_config
 from effjax.recipes.spec import Budget, choose_arms
 from effjax.study.claims import decide
 from effjax.tasks.graph import node_data
@@ -48,14 +50,6 @@ def small_data():
         "small", "made", *edges, features.astype(np.float32), labels, CLASSES, *split, attacks={"x": edges}
     )
     return node_data(graph, row_normalize=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Tiny programs: compiling takes longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def study(*arms, tasks=("small",), epochs=30, **options):
@@ -105,7 +99,7 @@ def dense_graph(send=None):
 
 def test_the_public_call_is_the_study_s_arm():
     """Parameters and what is served, bit for bit."""
-    for name in ("geeni-learned", "geeni-distilled", "geeni-denoised", "narrow-folded"):
+    for name in ("geeni-distilled", "geeni-denoised", "narrow-folded"):
         program, state = trained(name)
         key = jax.random.key(0)
         train, val, _ = effjax.tasks.draw_split(jax.random.fold_in(key, 0), small_data().labels, CLASSES, 6, 10)
@@ -276,16 +270,58 @@ def test_isolation_is_declined_where_it_does_not_help():
     assert outcomes == {True, False}
 
 
+def test_isolation_is_judged_by_detectors_that_have_not_seen_the_labels():
+    program, state = trained("geeni-learned")
+    problem, _ = program.phases[0].aux(state)
+    fractions = (0.1, 0.3, 0.6)
+    config = method_config(study(fractions=fractions), FORMS["geeni-learned"])
+    members, matrix = program.params(state), problem.adjacency
+    labels, (train, val, _) = np.asarray(problem.labels), masks(program, state)
+    scores = error_scores(member_probabilities(ensemble_logits(members, problem.features, matrix)))
+
+    @jax.jit
+    def trust(checked, folds):
+        data = (scores, problem.features, matrix, problem.labels, problem.train, checked, folds)
+        return learned_trust(*data, fold_count=config.folds, ridge=config.ridge)
+
+    def right(trust, nodes, fraction):
+        send = 1.0 - np.asarray(error_set(trust, fraction, jnp.asarray(train | val)))
+        found = dense_probabilities(members, [dense_graph(send)] * SMALL["members"])
+        return int((found.argmax(1) == labels)[nodes].sum()), send
+
+    whole = int((dense_probabilities(members, [dense_graph()] * 2).argmax(1) == labels)[val].sum())
+    choose, choices = jax.jit(choose_isolation, static_argnames="config"), []
+    for seed in range(4):
+        key = jax.random.key(seed)
+        folds = jax.random.permutation(key, NODES) % config.folds
+        seen = trust(problem.val, folds)
+        blind = [trust(problem.val & (folds != fold), folds) for fold in range(config.folds)]
+        parts = [val & np.asarray(folds == fold) for fold in range(config.folds)]
+        honest = [sum(right(t, part, f)[0] for t, part in zip(blind, parts, strict=True)) for f in fractions]
+        flattered = [right(seen, val, f)[0] for f in fractions]
+        best = int(np.argmax(honest))
+        expected = right(seen, val, fractions[best])[1] if honest[best] > whole else np.ones(NODES)
+        found = choose(key, members, problem, config=config)
+        np.testing.assert_array_equal(found.send, expected)
+        choices.append((honest, flattered, whole))
+    better = lambda counts, whole: int(np.argmax(counts)) if max(counts) > whole else None
+    assert any(better(honest, whole) != better(flattered, whole) for honest, flattered, whole in choices), choices
+
+
 @pytest.mark.parametrize("name", ["single-drop-edges", "correct-smooth", "distilled", "narrow-folded", "jaccard"])
 def test_rivals_train_and_learn(name):
     program, state = trained(name)
-    untrained = program.judged(program.init(jax.random.key(0)))["accuracy"]
-    assert program.judged(state)["accuracy"] > max(0.5, untrained)
+    score = program.judged(state)["accuracy"]
+    if name == "correct-smooth":  # whose smoothing alone does much: more than the network alone
+        network, alone = trained("single")
+        assert score > network.judged(alone)["accuracy"] + 0.05
+    else:
+        assert score > program.judged(program.init(jax.random.key(0)))["accuracy"] + 0.15
     nodes, features, matrix = program.task.example_inputs
     assert program.task.infer(program.params(state), (nodes[:7], features, matrix)).shape == (7, CLASSES)
 
 
-@pytest.mark.parametrize("stop", [3, 6, 8], ids=["among the members' steps", "at the border", "among the students'"])
+@pytest.mark.parametrize("stop", [6, 8], ids=["at the border", "among the students'"])
 def test_a_run_continues_bit_for_bit(stop, tmp_path):
     program, whole = trained("geeni-distilled")
     assert [phase.steps for phase in program.phases] == [6, 6]

@@ -27,14 +27,6 @@ REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "geeni" / "geeni
 NODES = 40
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Tiny programs: compiling takes longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def graph(seed=0, nodes=NODES, capacity=None):
     upper = np.triu(np.random.default_rng(seed).random((nodes, nodes)) < 0.12, 1)

@@ -254,6 +254,7 @@ def minilm():
     return model, embed
 
 
+@pytest.mark.everywhere  # only there are the weights installed
 def test_minilm_sentence_vectors(minilm, tmp_path):
     model, embed = minilm
     guitar, plays, market = embed(

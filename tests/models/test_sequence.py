@@ -30,14 +30,6 @@ KEY = jax.random.key(0, impl="rbg")  # quicker to compile than the default
 X = np.random.default_rng(0).normal(size=(4, 10, 3)).astype(np.float32)  # batch, time, features
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Tiny programs: compiling takes longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def stored():
     return dict(np.load(REFERENCE))

@@ -1,9 +1,7 @@
 """SAMUEL: the invariants of the method, parity with the authors' program, bad input, devices."""
 
 import itertools
-import subprocess
-import sys
-import textwrap
+import re
 from pathlib import Path
 
 import jax
@@ -11,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from effjax.core.errors import NoEffectWarning
 from effjax.optim.expert_weights import draw, fold_in_bits
@@ -88,7 +88,7 @@ def test_one_expert_is_the_base_optimizer():
         if t == 4:
             state = base.init(params)
     for a, b in zip(leaves(got), leaves(params), strict=True):
-        np.testing.assert_allclose(a[0], b, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(a[0], b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -247,6 +247,25 @@ def test_batch_that_breaks_every_loss_moves_no_weight():
     np.testing.assert_array_equal(state.log_weights, after.log_weights)
     dead = state._replace(log_weights=jnp.full_like(state.log_weights, -jnp.inf))
     np.testing.assert_allclose(samuel_probabilities(dead), 1 / 3)
+
+
+def test_weights_are_those_of_the_written_out_rule():
+    """Losses over their running spread (median minus least), clipped at ten of it."""
+    rng = np.random.default_rng(0)
+    table = rng.uniform(1, 3, (8, 3)) * np.linspace(1, 4, 8)[:, None]
+    table[5, 1] = 500.0
+    drawn, decay, clip, metas, scale = rng.integers(0, 3, 8), 0.6, 10.0, np.array([0.5, 0.125]), 4.0
+    tx = samuel(optax.sgd, RATES, period=100, meta_rates=metas.tolist(), eta_scale=scale, spread_decay=decay)
+    history = run(tx, 3, sampled=drawn, tamper=lambda _, count: jnp.asarray(table, jnp.float32)[count])
+    squares = (np.median(table, axis=1) - table.min(axis=1)) ** 2
+    wanted = np.log(metas)[:, None] + np.zeros(3)
+    for t in range(8):
+        ages = decay ** np.arange(t, -1.0, -1.0)
+        spread = np.sqrt(np.sum(ages * squares[: t + 1]) / np.sum(ages))
+        losses = np.minimum(table[t] - table[t].min(), clip * spread) / spread
+        assert (losses.max() == clip) == (t == 5)
+        wanted += scale * metas[:, None] * (losses[drawn[t]] - losses)
+        np.testing.assert_allclose(history[t][1].log_weights, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_after_a_sync_the_others_are_forgotten():
@@ -430,13 +449,7 @@ def test_state_is_a_plain_tree_of_arrays():
     np.testing.assert_allclose(optax.tree.get(state, "learning_rate"), 0.3)
 
 
-MESH = """
-    import re, sys
-    import jax, jax.numpy as jnp, numpy as np, optax
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-    from effjax.optim.samuel import samuel, samuel_init, samuel_sync, samuel_value_and_grad
-
-    jax.config.update("jax_num_cpu_devices", 8)
+def test_experts_on_a_mesh_axis():
     keys = jax.random.split(jax.random.key(0), 4)
     params = {"w": jax.random.normal(keys[0], (16, 32)), "v": jax.random.normal(keys[1], (32, 4))}
     batch = (jax.random.normal(keys[2], (64, 16)), jax.random.normal(keys[3], (64, 4)))
@@ -482,23 +495,11 @@ MESH = """
         # Outside the branch of the sync, nothing as large as a parameter crosses the expert axis: gathers hold E
         # scalars, and the gradients' all-reduce runs over the data axis, between neighbours.
         for line in text.splitlines():
-            if gather := re.search(r"= (\\w+)\\[([\\d,]*)\\]\\S* all-gather\\(", line):
+            if gather := re.search(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", line):
                 size = np.prod([int(n) for n in gather[2].split(",") if n])
                 assert size <= 4 or "[64," in line, line
-        try:
+        with pytest.raises(ValueError, match="6 experts do not divide among the 4 devices"):
             samuel_value_and_grad(loss, mesh=mesh)(samuel_init(params, 6), batch)
-        except ValueError as error:
-            assert "6 experts do not divide among the 4 devices" in str(error), error
-        else:
-            raise AssertionError("6 experts on 4 devices went through")
-    print("fine")
-"""
-
-
-def test_experts_on_a_mesh_axis():
-    script = textwrap.dedent(MESH)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, check=False)
-    assert done.stdout.endswith("fine\n"), done.stderr[-3000:]
 
 
 def test_draws_follow_the_probabilities_and_never_hit_a_dead_expert():

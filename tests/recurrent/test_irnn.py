@@ -1,9 +1,6 @@
 """iRNN: parity, the invariants of its equilibrium, the forms agree, devices, memory, bad input."""
 
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import flax.linen as nn
@@ -11,26 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from effjax.recurrent.dual_ode import DualODE, dual_ode
+from effjax.recurrent.equilibrium import EquilibriumRNN, equilibrium, irnn_equilibrium, limit_norm
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from effjax.core.errors import NoEffectWarning
 from effjax.core.time_scan import scan_time
-from effjax.recurrent.dual import DualODE, dual_ode
-from effjax.recurrent.fixed_point import EquilibriumRNN, equilibrium, irnn_equilibrium, limit_norm
 from effjax.recurrent.irnn import IncrementalRNN, IncrementalRNNCell, irnn
+from effjax.recurrent.tarnn import TARNN
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "irnn"
 ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh}
 KEY = jax.random.key(0, impl="rbg")  # quicker to compile than the default
 X = np.random.default_rng(0).normal(size=(4, 10, 3)).astype(np.float32)  # batch, time, features
 XS = jnp.asarray(X.swapaxes(0, 1))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Tiny programs: compiling takes longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def vectors(name):
@@ -300,51 +292,27 @@ def test_trains_through_the_equilibrium():
     assert last < 0.9 * first
 
 
-EXPLICIT = """
-import functools
-import jax
-jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_num_cpu_devices", 8)
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from effjax.recurrent.fixed_point import EquilibriumRNN
-from effjax.recurrent.irnn import IncrementalRNN
-from effjax.recurrent.tarnn import TARNN
-
-x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6, 3)), jnp.float32)
-mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-jax.set_mesh(mesh)
-layers = IncrementalRNN(4, length=6, K=2, chunk=4), EquilibriumRNN(4, norm_limit=None), TARNN(4, length=6)
-variables = [jax.eval_shape(layer.init, jax.random.key(0), x) for layer in layers]
-variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1 if leaf.shape else 1.0, leaf.dtype), variables)
-
-@jax.jit
-@functools.partial(jax.grad, has_aux=True)
-def run(variables, x):
-    states = [layer.apply(one, x) for layer, one in zip(layers, variables)]
-    return sum(jnp.sum(one) for one in states), states
-
-grads, states = run(variables, x)
-sharded = jax.device_put(variables, NamedSharding(mesh, P())), jax.device_put(x, NamedSharding(mesh, P("data")))
-spread_grads, spread = run(*sharded)
-for one in spread:
-    assert jax.typeof(one).sharding.spec[0] == "data", jax.typeof(one)
-jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), spread_grads, grads)
-jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), spread, states)
-print("same")
-"""
-
-
 def test_explicit_mesh_keeps_the_batch_sharded():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", EXPLICIT],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.stdout.split() == ["same"], done.stderr[-3000:]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6, 3)), jnp.float32)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        layers = IncrementalRNN(4, length=6, K=2, chunk=4), EquilibriumRNN(4, norm_limit=None), TARNN(4, length=6)
+        variables = [jax.eval_shape(layer.init, jax.random.key(0), x) for layer in layers]
+        variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1 if leaf.shape else 1.0, leaf.dtype), variables)
+
+        @jax.jit
+        @functools.partial(jax.grad, has_aux=True)
+        def run(variables, x):
+            states = [layer.apply(one, x) for layer, one in zip(layers, variables, strict=True)]
+            return sum(jnp.sum(one) for one in states), states
+
+        grads, states = run(variables, x)
+        sharded = jax.device_put(variables, NamedSharding(mesh, P())), jax.device_put(x, NamedSharding(mesh, P("data")))
+        spread_grads, spread = run(*sharded)
+        for one in spread:
+            assert jax.typeof(one).sharding.spec[0] == "data", jax.typeof(one)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), spread_grads, grads)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), spread, states)
 
 
 BAD = {

@@ -10,18 +10,14 @@ import pytest
 
 from effjax.data.pipeline import batches
 from effjax.data.sequences import sequence_data
-from effjax.models.sequence_network import SequenceNetwork
 from effjax.recipes import irnn, tarnn
 from effjax.recipes.recurrent import RecurrentStudy, recurrent_groups
 from effjax.recipes.spec import Budget, choose_arms
 from effjax.recurrent.irnn import IncrementalRNN, IncrementalRNNCell
-from effjax.recurrent.tarnn import TARNN
 from effjax.study.claims import decide
-from effjax.tasks.sequence import sequence_task
 from effjax.tasks.sequence_layers import LAYERS, sequence_cell, sequence_layer
 from effjax.train.loop import fit
 from effjax.train.options import TrainOptions
-from effjax.train.trainer import supervised
 
 SMALL = RecurrentStudy(tasks=("noisy-digits-12",), hidden=4, budget=Budget(2), seeds=(0,), batch_size=8, train_rows=32)
 
@@ -105,27 +101,11 @@ def test_dropout_differs_from_step_to_step():
     assert first != later
 
 
-# Public layers, and the study's arms of the same name.
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
-METHODS = {
-    "irnn": (irnn, irnn.IrnnStudy, IncrementalRNN(4, length=12)),
-    "tarnn-euler": (tarnn, tarnn.TarnnStudy, TARNN(4, variant="euler", length=12)),
-}
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_the_public_layer_trains_as_the_study_does(name):
-    recipe, config, layer = METHODS[name]
-    fields = {field.name: getattr(SMALL, field.name) for field in dataclasses.fields(SMALL)}
-    arm = fit(built(config(**fields), name, recipe.groups).within(3), 0).state
-
-    data = sequence_data("noisy-digits-12", train_rows=32)
-    trained = fit(supervised(sequence_task(data, SequenceNetwork(layer, 10)), TX, steps=3, batch_size=8), 0).state
-    jax.tree.map(np.testing.assert_array_equal, trained.params, arm.params)
 
 
 def test_a_loop_by_hand_trains_as_the_study_does():
-    layer, data = METHODS["irnn"][2], sequence_data("noisy-digits-12", train_rows=32)
+    layer, data = IncrementalRNN(4, length=12), sequence_data("noisy-digits-12", train_rows=32)
     program = built(SMALL, "irnn")
     state, step = jax.jit(program.init)(jax.random.key(0)), jax.jit(program.phases[0].step)
 

@@ -22,14 +22,6 @@ XS = jnp.asarray(X.swapaxes(0, 1))
 NAMES = {"W1", "W2", "B1", "Wg", "U1", "U2", "B2", "Ug", "b1", "bg", "A1"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Tiny programs: compiling takes longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def filled(module, seed=1):
     """Variables of a module, all random, without compiling its initialisation."""
     rng = np.random.default_rng(seed)

@@ -133,6 +133,14 @@ def test_a_diverged_arm_leaves_its_claim_undecided_and_out_of_the_best():
     assert one(Claim("new", "<=", "sgd-1", of="nowhere"))["undecided"] == "nowhere is not known for every arm"
 
 
+def test_the_best_is_the_most_of_a_metric_that_rises_but_the_least_of_a_cost():
+    arms = {f"g/sgd-{rate}": arm(accuracy=[rate / 10], cost={"step_ms": 10.0 * rate}) for rate in (1, 2)}
+    arms["g/new"] = arm(accuracy=[0.3], cost={"step_ms": 15.0})
+    assert one(Claim("new", ">=", "best sgd-*"), arms, ACCURACY)["right"] == 0.2
+    assert one(Claim("new", "<=", "best sgd-*", of="step_ms"), arms, ACCURACY)["right"] == 10.0
+    assert one(Claim("best sgd-*", "<=", "new", of="step_ms"), arms, ACCURACY)["left"] == 10.0
+
+
 def test_a_run_that_measured_costs_alone_decides_claims_on_costs_alone():
     arms = {name: {**found, "metrics": {}} for name, found in ARMS.items()}
     assert one(Claim("new", "<=", "sgd-2"), arms) is None

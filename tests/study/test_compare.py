@@ -1,9 +1,6 @@
 """What a comparison's folder refuses."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -11,6 +8,7 @@ from effjax.study.compare import _Comparison, compare
 from effjax.study.progress import Progress
 from effjax.study.resolve import resolve
 from effjax.train.logging import write_json
+from effjax.train.loop import Prepared, fit
 
 TINY = ["--budget.amount", "20", "--grid", "0.1", "--arms", "sgd-*"]
 
@@ -83,23 +81,14 @@ def test_a_run_that_fails_before_it_trains_leaves_no_folder(tmp_path):
 
 @pytest.mark.study
 def test_experts_spread_over_a_mesh_learn_what_they_learn_on_one_device():
-    code = """
-import jax, sys
-jax.config.update("jax_num_cpu_devices", 5)
-from effjax.study.resolve import resolve
-from effjax.train.loop import Prepared, fit
-losses = []
-for words in ([], ["--train.mesh.expert", "5"]):
-    study = resolve("samuel:smoke", ["--budget.amount", "40", *words])
-    program = study.build("digits-mlp-64-shift/samuel")
-    prepared = Prepared(program, study.config.train)
-    result = fit(program, 0, options=study.config.train, prepared=prepared)
-    assert prepared.compiles == program.compiles
-    kernel = result.state.params["layer0"]["Dense_0"]["kernel"]
-    assert len({str(shard.index) for shard in kernel.addressable_shards}) == (5 if words else 1)
-    losses.append(result.train["online_loss"])
-assert abs(losses[0] / losses[1] - 1) < 1e-3, losses
-print("spread")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
-    assert done.stdout.strip() == "spread", done.stderr
+    losses = []
+    for words in ([], ["--train.mesh.expert", "5"]):
+        study = resolve("samuel:smoke", ["--budget.amount", "40", *words])
+        program = study.build("digits-mlp-64-shift/samuel")
+        prepared = Prepared(program, study.config.train)
+        result = fit(program, 0, options=study.config.train, prepared=prepared)
+        assert prepared.compiles == program.compiles
+        kernel = result.state.params["layer0"]["Dense_0"]["kernel"]
+        assert len({str(shard.index) for shard in kernel.addressable_shards}) == (5 if words else 1)
+        losses.append(result.train["online_loss"])
+    assert abs(losses[0] / losses[1] - 1) < 1e-3, losses

@@ -19,13 +19,6 @@ from effjax.tasks.graph import node_data
 NODES = 60
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A folder of one's own."""

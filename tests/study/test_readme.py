@@ -3,6 +3,7 @@
 import json
 import operator
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,28 @@ def test_committed_results_say_where_they_come_from_and_decide_their_claims(path
     for kind, timed in (("claims", False), ("cost_claims", True)):
         decided = decide(study.claims, results["arms"], results["groups"], timed=timed)
         assert json.loads(json.dumps(decided)) == results[kind]
+
+
+def test_plain_claims_of_committed_results_compare_the_means_of_the_seeds():
+    """Read from the sentence and the seeds' values alone, without the code that decides claims."""
+    plain, checked = re.compile(r"the (.+) of (\S+) is (at most|at least) that of (\S+)$"), 0
+    for path in RESULTS:
+        results = read_results(path)
+        if results["config"] is None:  # a benchmark against other libraries, no study
+            continue
+        for claim in results["claims"]:
+            found, metric = plain.match(claim["text"].rpartition(": ")[2]), results["groups"][claim["group"]]
+            if found is None or found[1] != metric["label"]:
+                continue
+            arms = [results["arms"].get(f"{claim['group']}/{name}") for name in (found[2], found[4])]
+            values = [arm["metrics"][metric["name"]]["values"] for arm in arms if arm]
+            if len(values) < 2 or any(None in column for column in values):
+                continue
+            left, right = map(statistics.fmean, values)
+            assert (claim["left"], claim["right"]) == pytest.approx((left, right)), claim["text"]
+            assert claim["holds"] == (left <= right if found[3] == "at most" else left >= right), claim["text"]
+            checked += 1
+    assert checked > 20
 
 
 CARDS = [ROOT / "configs" / stem / "README.md" for stem in effjax.METHODS]

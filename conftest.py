@@ -1,0 +1,112 @@
+"""Settings of all tests: offline, eight virtual devices, one store of compiled programs for all processes.
+
+It stands here and not in ``tests`` because the doctests in ``effjax`` need it too.
+"""
+
+import ctypes
+import functools
+import gc
+import inspect
+import os
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+# Workers and the processes that tests start inherit these; `pytest --cache-clear` empties the store.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "d" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Tiny programs: compiling takes longer than running them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+import jax  # noqa: E402  the settings above are read when it is imported
+from blocked import blocked  # noqa: E402
+
+# Not by the environment: a process that a test starts has one device, as a user's has.
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Above it the programs of finished files are dropped.
+_RESIDENT = 1.5 * 2**30
+_REFERENCE = ROOT / "tests" / "reference"
+
+
+@pytest.fixture(autouse=True)
+def _only_jax_flax_and_optax(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The doctests of a method run where nothing optional can be imported."""
+    doctest = getattr(request.node, "dtest", None)
+    if doctest is None or doctest.globs["__name__"] not in _method_modules():
+        yield
+        return
+    with blocked():
+        yield
+
+
+@functools.cache
+def _method_modules() -> frozenset[str]:
+    import effjax
+
+    names = [name for method in effjax.METHODS.values() for name in method.names]
+    return frozenset(inspect.getmodule(getattr(effjax, name)).__name__ for name in names)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what the second Python runs: the shared matrices, what reads reference vectors, and doctests."""
+    for item in items:
+        path = item.path.relative_to(ROOT).parts
+        if path[0] == "effjax" or path[:2] == ("tests", "common") or _reads_reference(item):
+            item.add_marker(pytest.mark.everywhere)
+
+
+def _reads_reference(item: pytest.Item) -> bool:
+    """Whether a test uses a path below ``tests/reference``, itself or by what it uses of its file."""
+    spaces = vars(getattr(item, "module", item))
+    waiting = [getattr(item, "function", None), *(spaces.get(name) for name in item.fixturenames)]
+    seen: dict[int, None] = {}
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen[id(one)] = None
+        if isinstance(one, Path | np.lib.npyio.NpzFile) and str(_REFERENCE) in repr(one):
+            return True
+        if isinstance(one, type) and one.__module__ == spaces["__name__"]:
+            waiting += vars(one).values()
+        one = inspect.unwrap(one)  # fixtures and jitted functions too
+        if isinstance(one, types.FunctionType):
+            waiting += [spaces[name] for name in _names(one.__code__) if name in spaces]
+    return False
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Global names in a function and in those defined in it."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Compile a test marked ``optimized`` as a user's programs are."""
+    quick = not item.get_closest_marker("optimized")
+    if jax.config.read("jax_disable_most_optimizations") != quick:
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()  # no program that was compiled otherwise
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Between files, give memory back where compiled programs have filled it."""
+    if (nextitem is None or nextitem.path != item.path) and _resident() > _RESIDENT:
+        jax.clear_caches()
+        gc.collect()
+        if hasattr(ctypes.CDLL(None), "malloc_trim"):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident() -> int:
+    """Bytes of memory in use; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0

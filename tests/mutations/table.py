@@ -1,0 +1,294 @@
+"""Mistakes that the tests must find: a text of the package, what it becomes, and where a test should fail.
+
+A text stands in exactly one place of ``effjax``, whichever module that is, so that code may move. Where it was
+rewritten, put the new words here: ``python tests/mutations/run.py --check`` lists what is no longer found.
+"""
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """A mistake.
+
+    Attributes:
+      name: short and unique.
+      kind: what sort of mistake it is.
+      old: words that occur once in the package.
+      new: what they become.
+      tests: files or folders below ``tests`` that run on it, the likeliest first.
+    """
+
+    name: str
+    kind: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = (
+    # samuel
+    Mutation(
+        "samuel-bias-correction",
+        "off by one",
+        "(1 - self.spread_decay ** (count + 1.0))",
+        "(1 - self.spread_decay ** (count + 2.0))",
+        ("optim/test_samuel.py", "optim/test_samuel_one_gradient.py"),
+    ),
+    Mutation(
+        "samuel-sync-keeps-moments",
+        "dropped reset",
+        "else experts.init(target)",
+        "else inner",
+        ("optim/test_samuel.py", "common/test_optimizers.py"),
+    ),
+    Mutation(
+        "samuel-last-step",
+        "off by one",
+        "state.count == total_steps - 1",
+        "state.count == total_steps",
+        ("optim/test_samuel.py",),
+    ),
+    Mutation(
+        "one-gradient-displacement",
+        "dropped reset",
+        "jnp.where(due, d, b + d)",
+        "(b + d)",
+        ("optim/test_samuel_one_gradient.py",),
+    ),
+    # cola
+    Mutation(
+        "cola-link-key",
+        "wrong fold of the key",
+        "jax.random.fold_in(jax.random.wrap_key_data(key), link)",
+        "jax.random.fold_in(jax.random.wrap_key_data(key), 0 * link)",
+        ("finetune/test_cola.py",),
+    ),
+    Mutation(
+        "cola-schedule",
+        "stale schedule",
+        'set() if schedule == "per_link" else',
+        'set() if schedule == "global" else',
+        ("finetune/test_cola.py",),
+    ),
+    Mutation(
+        "lora-dropout-scale",
+        "forgotten division",
+        "jnp.where(keep, x / (1.0 - dropout), jnp.zeros_like(x))",
+        "jnp.where(keep, x, jnp.zeros_like(x))",
+        ("finetune/test_lora.py", "finetune/test_cola.py"),
+    ),
+    # bucket_sampler
+    Mutation(
+        "buckets-same-order-every-epoch",
+        "wrong fold of the key",
+        "rng = np.random.default_rng((seed, epoch, 0))\n    members",
+        "rng = np.random.default_rng((seed, 0, 0))\n    members",
+        ("data/test_bucket_sampler.py",),
+    ),
+    Mutation(
+        "buckets-weigh-dummy-rows",
+        "skipped mask",
+        '"weight": np.ones(len(rows), np.float32)}\n',
+        '"weight": np.ones(share, np.float32)}\n',
+        ("data/test_bucket_sampler.py", "data/test_length_grouping.py"),
+    ),
+    # token_drop
+    Mutation(
+        "drops-same-in-every-epoch",
+        "wrong fold of the key",
+        "np.random.SeedSequence((seed, epoch))",
+        "np.random.SeedSequence((seed, 0))",
+        ("transformers/test_token_drop.py",),
+    ),
+    Mutation(
+        "drops-at-an-edge",
+        "off by one",
+        'np.searchsorted(edges, lengths, side="right") - 1',
+        'np.searchsorted(edges, lengths, side="left") - 1',
+        ("transformers/test_token_drop.py",),
+    ),
+    # fptt
+    Mutation(
+        "fptt-epoch-keeps-lambda",
+        "dropped reset",
+        "node._replace(lam=jax.tree.map(jnp.zeros_like, node.lam)) if _ours(node)",
+        "node if _ours(node)",
+        ("recurrent/test_fptt.py",),
+    ),
+    Mutation(
+        "fptt-last-full-part",
+        "off by one",
+        "jnp.where(part.index < part.whole - 1, early, hot)",
+        "jnp.where(part.index < part.whole, early, hot)",
+        ("recurrent/test_fptt.py",),
+    ),
+    Mutation(
+        "parts-equally-weighted",
+        "forgotten division",
+        "steps = np.asarray([self.length] * self.whole + [self.rest] * bool(self.rest))",
+        "steps = np.asarray([1] * self.whole + [1] * bool(self.rest))",
+        ("recurrent/test_fptt.py",),
+    ),
+    # irnn, tarnn
+    Mutation(
+        "irnn-cell-step-size",
+        "stale schedule",
+        "activation=self.activation, dtype=self.dtype)\n        return (h, time + 1), y",
+        "activation=self.activation, dtype=self.dtype)\n        return (h, time), y",
+        ("recurrent/test_irnn.py", "models/test_sequence.py"),
+    ),
+    Mutation("irnn-decay", "sign", "+ pre) - alpha * y)", "+ pre) + alpha * y)", ("recurrent/test_irnn.py",)),
+    Mutation(
+        "tarnn-cell-input-before",
+        "stale carry",
+        "return (h, jnp.asarray(x, before.dtype), time + 1), y",
+        "return (h, jnp.asarray(first, before.dtype), time + 1), y",
+        ("recurrent/test_tarnn.py",),
+    ),
+    Mutation(
+        "tarnn-gate",
+        "sign",
+        "z = (1 - gate) * h + gate * z",
+        "z = gate * h + (1 - gate) * z",
+        ("recurrent/test_tarnn.py",),
+    ),
+    # fastrain
+    Mutation(
+        "labels-set-twice",
+        "skipped mask",
+        "new = (confidence > threshold) & ~mask",
+        "new = confidence > threshold",
+        ("graph/test_stages.py", "graph/test_self_training.py", "graph/test_fastrain.py"),
+    ),
+    Mutation(
+        "same-edges-in-every-step",
+        "wrong fold of the key",
+        "first=epoch,",
+        "first=0 * epoch,",
+        ("graph/test_fastrain.py",),
+    ),
+    Mutation(
+        "optimizer-outlives-a-stage",
+        "dropped reset",
+        "opt=tuple(config.tx.init(each) for each in row))",
+        "opt=state.opt or tuple(config.tx.init(each) for each in row))",
+        ("graph/test_fastrain.py", "graph/test_fastrain_study.py"),
+    ),
+    Mutation(
+        "accuracy-on-given-labels",
+        "skipped mask",
+        "hidden = (added != 0) & (truth >= 0)",
+        "hidden = truth >= 0",
+        ("graph/test_stages.py", "graph/test_fastrain.py", "graph/test_fastrain_study.py"),
+    ),
+    # geeni
+    Mutation(
+        "detector-judged-by-what-it-saw",
+        "skipped mask",
+        "learned_trust(*data, **options), held_out_trust(*data, **options)",
+        "learned_trust(*data, **options), jnp.stack([learned_trust(*data, **options)] * config.folds)",
+        ("graph/test_geeni_study.py", "graph/test_geeni.py", "graph/test_error_nodes.py"),
+    ),
+    Mutation(
+        "dropout-same-in-every-step",
+        "wrong fold of the key",
+        "numbers = state.epoch + jnp.arange(config.epochs_per_step)",
+        "numbers = 0 * state.epoch + jnp.arange(config.epochs_per_step)",
+        ("graph/test_geeni.py", "graph/test_geeni_study.py"),
+    ),
+    Mutation(
+        "students-learn-no-labels",
+        "skipped mask",
+        "return jnp.where(problem.train[:, None], hot, found)",
+        "return found",
+        ("graph/test_geeni.py", "graph/test_geeni_study.py"),
+    ),
+    # core
+    Mutation(
+        "chunks-forget-the-tail",
+        "off by one",
+        "carry, tail = run(carry, jax.tree.map(lambda leaf: leaf[whole:], xs))",
+        "carry, tail = run(carry, jax.tree.map(lambda leaf: leaf[whole - 1 : -1], xs))",
+        ("core/test_time_scan.py",),
+    ),
+    Mutation(
+        "ladder-next-rung",
+        "off by one",
+        "bisect.bisect_left(rungs, size)",
+        "bisect.bisect_right(rungs, size)",
+        ("core/test_shapes.py",),
+    ),
+    # train
+    Mutation(
+        "accumulation-unweighted",
+        "forgotten division",
+        "_scaled(x, 1 / jnp.maximum(whole, 1e-9))",
+        "_scaled(x, 1 / jnp.float32(micro_batches))",
+        ("train",),
+    ),
+    Mutation(
+        "dropout-same-in-every-update",
+        "wrong fold of the key",
+        "jax.random.fold_in(self.key, self.step)",
+        "jax.random.fold_in(self.key, 0 * self.step)",
+        ("train", "tasks"),
+    ),
+    Mutation(
+        "resume-starts-the-data-again",
+        "dropped state",
+        'source.set_state(extra["iterator"])',
+        "pass",
+        ("train",),
+    ),
+    Mutation(
+        "skipped-update-counts",
+        "skipped mask",
+        '(metrics["loss"]), new, state)',
+        '(metrics["loss"]), new, new)',
+        ("train",),
+    ),
+    Mutation(
+        "epoch-order",
+        "wrong fold of the key",
+        "np.random.default_rng((self._seed, epoch, 0)).permutation(self._rows)",
+        "np.random.default_rng((self._seed, 0, 0)).permutation(self._rows)",
+        ("data/test_pipeline.py",),
+    ),
+    # data
+    Mutation(
+        "read-ahead-counts",
+        "stale state",
+        'handed out so far."""\n        return self._state',
+        'handed out so far."""\n        return self._iterator.get_state()',
+        ("data/test_pipeline.py",),
+    ),
+    Mutation(
+        "packed-positions",
+        "dropped reset",
+        '"position_ids": tokens(ids.positions),',
+        '"position_ids": tokens(at % plan.length),',
+        ("data/test_packing.py",),
+    ),
+    # study
+    Mutation(
+        "claim-margin",
+        "sign",
+        "plus=claim.plus if larger else -claim.plus)",
+        "plus=claim.plus)",
+        ("study/test_claims.py",),
+    ),
+    Mutation(
+        "claim-standard-error",
+        "forgotten division",
+        "statistics.stdev(differences) / math.sqrt(len(differences))",
+        "statistics.stdev(differences)",
+        ("study/test_claims.py",),
+    ),
+    Mutation(
+        "claim-best-cost",
+        "sign",
+        'most = self.of not in COST_WORDS and self.metric["goal"] == "max"',
+        'most = self.metric["goal"] == "max"',
+        ("study/test_claims.py",),
+    ),
+)
