@@ -25,7 +25,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402  the settings above are read when it is imported
+import typecheck  # noqa: E402
 from blocked import blocked  # noqa: E402
+
+typecheck.install()
 
 # Not by the environment: a process that a test starts has one device, as a user's has.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -86,6 +86,7 @@ Positive = Annotated[float, Limits(low=0, open_low=True)]
 NotNegative = Annotated[float, Limits(low=0)]
 Share = Annotated[float, Limits(low=0, high=1, open_low=True)]
 """Above 0, at most 1."""
+Fraction = Annotated[float, Limits(low=0, high=1)]
 Rate = Annotated[float, Limits(low=0, high=1, open_high=True)]
 """From 0, below 1: a momentum, a dropout rate."""
 
@@ -127,11 +128,12 @@ def _check_field(name: str, value: Any, kind: Any) -> None:
         for index, item in enumerate(value):
             _check_field(f"{name}[{index}]", item, parts[0] if parts[-1] is ... else parts[index])
     elif origin in (typing.Union, types.UnionType) and value is not None:
-        choices = [choice for part in parts if typing.get_origin(part) is typing.Literal for choice in part.__args__]
-        if choices:
-            check_choice(name, value, choices)
+        literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
+        others = [part for part in parts if part not in (*literals, types.NoneType)]
+        if literals and (isinstance(value, str) or not others):
+            check_choice(name, value, [choice for part in literals for choice in typing.get_args(part)])
         else:
-            for part in parts:
+            for part in others:
                 _check_field(name, value, part)
 
 
@@ -144,9 +146,3 @@ def _is_number(value: Any, integer: bool) -> bool:
 
 def _space(hint: str) -> str:
     return f" {hint}" if hint else ""
-
-
-def check_fields(config: Any, names: str, **limits: Any) -> None:
-    """``check_number`` of the named fields, separated by spaces, each within the same limits."""
-    for name in names.split():
-        check_number(name, getattr(config, name), **limits)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from effjax.core.errors import check_choice, check_fields, check_number
+from effjax.core.errors import Count, Fraction, Natural, NotNegative, Rate, Share, check_fields
 from effjax.graph.calibration import calibrate, fit_calibration
 from effjax.graph.problems import NodeProblem, check_node_problem, checked_node_problem
 from effjax.graph.pseudolabels import cluster_labels, guard_pseudolabels, most_confident, pseudolabel_weights
@@ -59,31 +59,31 @@ _OPTIMIZER = adam_l2()
 class FastrainSettings:
     """How stages are trained and their pseudolabels chosen: what the arms of a study share."""
 
-    stages: int = 4
+    stages: Count = 4
     """Number of stages of self-training."""
-    epochs_per_step: int = 50
+    epochs_per_step: Count = 50
     """Epochs in one compiled step; a plateau is looked for after each step."""
     start: Literal["same", "fresh", "warm"] = "same"
     """Parameters at the start of a stage: the same draw every time (the authors'), a new one, or, where the depth is
     the same, those of the last."""
     exact_drop: bool = False
     """Drop an exact number of edges in every epoch, as the authors do, by a sort; else each with a probability."""
-    threshold: float = 0.8
+    threshold: Fraction = 0.8
     """Calibrated confidence above which a prediction may become a label."""
-    deep_below: float = 0.025
+    deep_below: Fraction = 0.025
     """Share of the nodes with a label below which the network is deep, where its depth is planned."""
-    samples: int = 10
+    samples: Natural = 10
     """Number of predictions on graphs with dropped edges that must agree; 0 filters nothing."""
-    sample_keep_rate: float = 0.9
+    sample_keep_rate: Share = 0.9
     """Probability with which such a graph keeps an edge."""
-    calibration_epochs: int = 200
+    calibration_epochs: Count = 200
     """Epochs of the calibration head."""
     calibration_dropout: bool = False
     """Leave the frozen network's dropout on while its head is trained, as the authors' program does; the network then
     runs in every epoch of the head."""
-    top_k: int = 70
+    top_k: Count = 70
     """Nodes per class that top-k self-training labels in its only round, and M3S in each."""
-    clusters: int = 200
+    clusters: Count = 200
     """Number of clusters of M3S."""
 
 
@@ -112,50 +112,35 @@ class FastrainConfig(FastrainSettings):
       tx: optimizer of a stage.
     """
 
-    epochs: int = 300
+    epochs: Count = 300
     depth: Literal["plan", "deep", "shallow"] = "plan"
-    keep_rate: float | Literal["plan"] = "plan"
-    pool: int | None = None
+    keep_rate: Share | Literal["plan"] = "plan"
+    pool: Count | None = None
     pruned: bool = True
     select: Literal["threshold", "top-k", "m3s"] = "threshold"
     weighted: bool = False
-    growth: float | None = None
-    agreement: float = 0.8
-    plateau: float | None = None
-    head_dropout: float = 0.5
+    growth: NotNegative | None = None
+    agreement: Fraction = 0.8
+    plateau: Fraction | None = None
+    head_dropout: Rate = 0.5
     smoothed: bool = False
     tx: optax.GradientTransformation = _OPTIMIZER
 
     def __post_init__(self):
-        check_fields(self, "stages epochs epochs_per_step calibration_epochs top_k clusters", low=1, integer=True)
+        check_fields(self)
         if self.epochs % self.epochs_per_step:
             near = max(1, round(self.epochs / self.epochs_per_step)) * self.epochs_per_step
             raise ValueError(
                 f"epochs={self.epochs} is no multiple of epochs_per_step={self.epochs_per_step}. Take "
                 f"epochs={near}, or epochs_per_step={self.epochs}."
             )
-        check_fields(self, "samples", low=0, integer=True)
-        check_fields(self, "deep_below threshold agreement", low=0, high=1)
-        check_fields(self, "head_dropout", low=0, high=1, open_high=True)
-        check_fields(self, "sample_keep_rate", low=0, high=1, open_low=True)
-        check_choice("depth", self.depth, ("plan", "deep", "shallow"))
-        check_choice("select", self.select, ("threshold", "top-k", "m3s"))
-        check_choice("start", self.start, ("same", "fresh", "warm"))
-        if self.keep_rate != "plan":
-            check_fields(self, "keep_rate", low=0, high=1, open_low=True, hint="Or 'plan'.")
-        if self.pool is not None:
-            check_number("pool", self.pool, low=1, integer=True)
-            if self.exact_drop or self.keep_rate == 1.0:
-                raise ValueError(
-                    f"pool={self.pool} with exact_drop={self.exact_drop} and keep_rate={self.keep_rate}: a pool drops "
-                    "an exact number of edges by itself, and needs edges to drop. Leave out one of them."
-                )
-        if self.growth is not None:
-            check_number("growth", self.growth, low=0)
-            if self.select != "threshold":
-                raise ValueError(f"growth={self.growth} limits select='threshold' only, not {self.select!r}.")
-        if self.plateau is not None:
-            check_number("plateau", self.plateau, low=0, high=1)
+        if self.pool is not None and (self.exact_drop or self.keep_rate == 1.0):
+            raise ValueError(
+                f"pool={self.pool} with exact_drop={self.exact_drop} and keep_rate={self.keep_rate}: a pool drops an "
+                "exact number of edges by itself, and needs edges to drop. Leave out one of them."
+            )
+        if self.growth is not None and self.select != "threshold":
+            raise ValueError(f"growth={self.growth} limits select='threshold' only, not {self.select!r}.")
 
     @property
     def steps(self) -> int:

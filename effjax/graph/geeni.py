@@ -6,7 +6,7 @@ stopped (``effjax.graph.isolation``); what is left is served (``effjax.graph.gee
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,19 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from effjax.core.errors import check_choice, check_fields, check_number
+from effjax.core.errors import (
+    Count,
+    Fraction,
+    Limits,
+    Natural,
+    NotNegative,
+    Positive,
+    Rate,
+    Share,
+    check_choice,
+    check_fields,
+    check_number,
+)
 from effjax.graph.error_nodes import (
     ErrorScores,
     active_nodes,
@@ -26,7 +38,6 @@ from effjax.graph.error_nodes import (
 from effjax.graph.geeni_serving import ServedEnsemble, serve_ensemble
 from effjax.graph.isolation import MODES, Mode, isolate_to_ladder, isolated_values, random_edges
 from effjax.graph.members import (
-    LOOPS,
     GcnMembers,
     Loop,
     ensemble_logits,
@@ -48,7 +59,6 @@ __all__ = ["GeeniConfig", "geeni", "geeni_init", "geeni_next", "geeni_serve", "g
 PyTree = Any
 Stage = Literal["members", "students"]
 Detector = Literal["score", "agreement", "mutual", "learned", "oracle"]
-DETECTORS = ("score", "agreement", "mutual", "learned", "oracle")
 _DECAYED = GcnMembers(True, False, False, False)  # what the weight decay is for
 
 
@@ -56,33 +66,33 @@ _DECAYED = GcnMembers(True, False, False, False)  # what the weight decay is for
 class GeeniSettings:
     """How members are trained and what isolation may choose from: what the arms of a study share."""
 
-    members: int = 4
+    members: Count = 4
     """Networks of an ensemble."""
-    epochs_per_step: int = 10
+    epochs_per_step: Count = 10
     """Full-batch epochs of one training step."""
-    learning_rate: float = 0.01
+    learning_rate: Positive = 0.01
     """Learning rate of Adam."""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     """L2 penalty of the first layer, added to its gradient."""
-    edge_keep_rate: float = 0.8
+    edge_keep_rate: Share = 0.8
     """Probability with which members after the first see an edge in training."""
-    feature_keep_rate: float = 0.8
+    feature_keep_rate: Share = 0.8
     """Probability with which members after the first see a feature."""
-    dropout: float = 0.5
+    dropout: Rate = 0.5
     """Dropout rate on the hidden layer, in training."""
-    student_dropout: float = 0.2
+    student_dropout: Rate = 0.2
     """Dropout rate on the hidden layer of networks that are trained on an ensemble's probabilities."""
-    student_share: float = 1.0
+    student_share: Positive = 1.0
     """Steps of the networks that are trained on an ensemble's probabilities, as a multiple of the ensemble's steps."""
-    fractions: tuple[float, ...] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+    fractions: tuple[Share, ...] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
     """Shares of the nodes that may be isolated; none at all is always a candidate."""
     modes: tuple[Mode, ...] = MODES
     """Normalisations of the isolated graph, among which validation nodes choose."""
-    powers: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    powers: tuple[Positive, ...] = (0.5, 1.0, 2.0, 4.0)
     """Soft isolation multiplies a node's messages by one of these powers of its probability of being right."""
-    folds: int = 5
+    folds: Annotated[int, Limits(low=3)] = 5
     """Parts of the validation nodes, each judged by a detector that has not seen it."""
-    ridge: float = 5.0
+    ridge: Positive = 5.0
     """Regularisation of the learned detector."""
     loop: Loop | Literal["auto"] = "columns"
     """How the members are looped over; auto measures, and two runs may then differ in the last bits."""
@@ -92,34 +102,22 @@ class GeeniSettings:
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if not getattr(self, name):
                 raise ValueError(f"{name}=() leaves no candidate to choose from. Give one or more.")
-        check_fields(self, "members epochs_per_step", low=1, integer=True)
-        check_fields(self, "folds", low=3, integer=True)
-        check_fields(self, "edge_keep_rate feature_keep_rate", low=0, high=1, open_low=True)
-        check_fields(self, "dropout student_dropout", low=0, high=1, open_high=True)
-        check_fields(self, "learning_rate ridge student_share", low=0, open_low=True)
-        check_fields(self, "weight_decay", low=0)
-        for fraction in self.fractions:
-            check_number("fractions", fraction, low=0, high=1, open_low=True, hint="Zero is always a candidate.")
-        for power in self.powers:
-            check_number("powers", power, low=0, open_low=True)
-        for mode in self.modes:
-            check_choice("modes", mode, MODES)
-        check_choice("loop", self.loop, (*LOOPS, "auto"))
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeeniConfig(GeeniSettings):
     """Settings of GEENI."""
 
-    width: int = 16
+    width: Count = 16
     """Hidden units of each member."""
-    epochs: int = 200
+    epochs: Count = 200
     """Full-batch epochs of the members."""
-    denoised: float = 0.0
+    denoised: Fraction = 0.0
     """Share of the members that see only edges between alike nodes, in training and when served."""
-    students: int = 0
+    students: Natural = 0
     """Networks that are trained on the ensemble's probabilities and served in its place; 0 for none."""
-    student_width: int = 16
+    student_width: Count = 16
     """Hidden units of each student."""
     isolate: Detector | None = "learned"
     """Detector of error nodes, None to isolate none; score, agreement and mutual need no labels, learned is fitted on
@@ -133,10 +131,6 @@ class GeeniConfig(GeeniSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        check_fields(self, "width epochs student_width", low=1, integer=True)
-        check_fields(self, "students", low=0, integer=True)
-        check_fields(self, "denoised", low=0, high=1)
-        check_choice("isolate", self.isolate, (*DETECTORS, None))
         if self.soft and self.isolate not in ("learned", "oracle"):
             raise ValueError(
                 f"soft=True needs probabilities of being right, which isolate={self.isolate!r} does not give. Use "
@@ -495,7 +489,7 @@ def choose_isolation(
       ValueError: ``config.isolate`` is None.
     """
     if config.isolate is None:
-        raise ValueError(f"isolate=None chooses nothing. Name a detector: {', '.join(DETECTORS)}.")
+        raise ValueError(f"isolate=None chooses nothing. Name a detector: {', '.join(get_args(Detector))}.")
     matrix = problem.adjacency if matrix is None else matrix
     weights = problem.weights if weights is None else weights
     scores = error_scores(member_probabilities(ensemble_logits(members, problem.features, matrix)))

@@ -9,8 +9,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
-from effjax.optim.scale_by_batch_size import scale_by_batch_size
-from effjax.recurrent.drivers import fptt_step
 from small_graph import write_small_cora
 
 import effjax
