@@ -180,7 +180,7 @@ def sequence_loss(
     kind: Kind,
     outputs: Float[Array | np.ndarray, "*batch outputs"],
     targets: Float[Array | np.ndarray, "*batch"] | Int[Array | np.ndarray, "*batch"],
-) -> Float[Array | np.ndarray, ""]:
+) -> Float[Array, ""]:
     r"""The mean loss over what is asked, in float32.
 
     .. math:: \frac{1}{|A|} \sum_{i \in A} -\log \mathrm{softmax}(o_i)_{y_i}
