@@ -51,7 +51,7 @@ def linear_scan(
     if len(a) != len(u):
         raise ValueError(f"a holds {len(a)} time steps and u {len(u)}; each step needs both. The leading axis is time.")
     if h0 is not None:
-        u = u.at[0].add(a[0] * h0)
+        u = jnp.asarray(u).at[0].add(a[0] * h0)
     return (_sequential if jax.default_backend() == "cpu" else _associative)(a, u)
 
 

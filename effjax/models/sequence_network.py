@@ -1,7 +1,7 @@
 """A classifier, regressor or language model around any layer of states over time, whole or step by step."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -68,7 +68,7 @@ class SequenceNetwork(nn.Module):
         if jnp.ndim(x) != rank:
             wanted = "vectors [batch, time, features]" if rank == 3 else "ids [batch, time]"
             raise ValueError(f"x has shape {jnp.shape(x)}, but vocabulary={self.vocabulary} asks for {wanted}.")
-        if self.vocabulary is not None:
+        if self.vocabulary is not None and self.embedding is not None:
             check_number("embedding", self.embedding, low=1, integer=True)
             x = drop(nn.Embed(self.vocabulary, self.embedding, name="embed")(x))
         states = self.layer(x)
@@ -155,9 +155,8 @@ def step_network(
         return params
 
     def encode(params: PyTree, xs: jax.Array | np.ndarray) -> PyTree:
-        if embedding is not None:
-            xs = embedding.apply({"params": params["embedding"]}, xs)
-        return cell.project(params["cell"], xs)
+        vectors: Any = xs if embedding is None else embedding.apply({"params": params["embedding"]}, xs)
+        return cell.project(params["cell"], vectors)
 
     def advance(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, jax.Array]:
         return cell.advance(params["cell"], carry, x)

@@ -197,8 +197,8 @@ class IncrementalRNNCell(_Incremental, Cell):
     ) -> tuple[Any, jax.Array]:
         h, time = carry
         check_hidden("carry[0]", h, projected.shape)
-        projected = projected, steps_at(params["eta"], time)
-        h, y = _step(params, h, projected, start=self.start, activation=self.activation, dtype=self.dtype)
+        now = projected, steps_at(params["eta"], time)
+        h, y = _step(params, h, now, start=self.start, activation=self.activation, dtype=self.dtype)
         return (h, time + 1), y
 
     @nn.nowrap

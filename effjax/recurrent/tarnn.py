@@ -143,7 +143,7 @@ def _add_products_before(
     params: Params, now: Mapping[str, jax.Array], before: jax.Array, dtype: DTypeLike | None
 ) -> dict[str, jax.Array]:
     """What ``_products_now`` gave, completed by the products with the inputs one time step earlier."""
-    kernels = {"pre": (params["W2"], None)}
+    kernels: dict[str, tuple[jax.Array, jax.Array | None]] = {"pre": (params["W2"], None)}
     if "eta" not in params:
         kernels["step"] = (params["We"], params["be"])
     then = fused_dot(before, kernels, dtype)
@@ -259,7 +259,7 @@ class TARNNCell(_TimeAdaptive, Cell):
 
     @nn.nowrap
     def project(self, params: Params, xs: jax.Array | np.ndarray) -> dict[str, jax.Array]:
-        return {"x": xs, **_products_now(params, xs, self.dtype)}
+        return {"x": jnp.asarray(xs), **_products_now(params, xs, self.dtype)}
 
     @nn.nowrap
     def advance(

@@ -305,7 +305,8 @@ def bptt_step(
     def gradient(params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, plan: _Plan) -> tuple[Any, ...]:
         def total(params: PyTree) -> tuple[Array, Any]:
             def one(carry: PyTree, part: SequencePart, *data: PyTree) -> tuple[PyTree, PartMetrics]:
-                value, (carry, aux) = problem._objective(params, carry, *data, part)
+                xs, targets = data
+                value, (carry, aux) = problem._objective(params, carry, xs, targets, part)
                 return carry, PartMetrics(value, aux)
 
             last, metrics = _over_parts(one, carry, xs, targets, plan, remat=remat)
@@ -397,7 +398,7 @@ class _Plan(NamedTuple):
     time_axis: int
 
     @property
-    def count(self) -> int:
+    def parts(self) -> int:
         return self.whole + bool(self.rest)
 
     @property
@@ -432,15 +433,15 @@ def _plan(
     if parts is not None:
         check_number("parts", parts, low=1, high=steps, integer=True, hint=f"The sequence has {steps} steps.")
         part_length = steps // parts
-    elif part_length >= steps:
+    elif part_length is not None and part_length >= steps:
         warnings.warn(
             f"part_length={part_length}, but the sequence has {steps} steps: one part holds it all, and there is one "
             f"update. Choose part_length in [1, {steps - 1}].",
             NoEffectWarning,
             stacklevel=3,
         )
-        part_length = steps
-    return _Plan(part_length, *divmod(steps, part_length), terminal, axis)
+    length = min(part_length or steps, steps)
+    return _Plan(length, steps // length, steps % length, terminal, axis)
 
 
 def _over_parts(
@@ -461,7 +462,7 @@ def _over_parts(
             return jnp.moveaxis(piece, plan.time_axis, 0)
 
         own = targets if plan.terminal else jax.tree.map(cut, targets)
-        return body(state, SequencePart(index, plan.count, plan.whole), jax.tree.map(cut, xs), own)
+        return body(state, SequencePart(index, plan.parts, plan.whole), jax.tree.map(cut, xs), own)
 
     if remat:
         one = jax.checkpoint(one, static_argnums=2)

@@ -178,8 +178,8 @@ def task_of_functions(
 
 def sequence_loss(
     kind: Kind,
-    outputs: Float[Array, "*batch outputs"],
-    targets: Float[Array, "*batch"] | Int[Array, "*batch"],
+    outputs: Float[Array | np.ndarray, "*batch outputs"],
+    targets: Float[Array | np.ndarray, "*batch"] | Int[Array | np.ndarray, "*batch"],
 ) -> Float[Array, ""]:
     r"""The mean loss over what is asked, in float32.
 

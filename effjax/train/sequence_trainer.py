@@ -101,15 +101,17 @@ def through_time(
 
     def evaluate(state: ThroughTimeState) -> dict[str, float]:
         found = task.evaluate({"params": state.params})
-        return task.evaluate(evaluated(state)) | {f"{name}_w": value for name, value in found.items()}
-
-    @jax.jit
-    def close(state: ThroughTimeState) -> ThroughTimeState:
-        opt, params = epoch_end(state.opt, state.params)
-        return state._replace(params=params, opt=opt)
+        return {**task.evaluate(evaluated(state)), **{f"{name}_w": value for name, value in found.items()}}
 
     phases: tuple[Phase, ...] = (Phase(step, steps),)
-    if epoch_end is not None:
+    if epoch_end is not None and steps is not None:
+        averaged = epoch_end
+
+        @jax.jit
+        def close(state: ThroughTimeState) -> ThroughTimeState:
+            opt, params = averaged(state.opt, state.params)
+            return state._replace(params=params, opt=opt)
+
         epoch = loader.epoch_steps(0)
         whole, rest = divmod(steps, epoch)
         phases = (Phase(step, epoch, leave=close),) * whole + ((Phase(step, rest),) if rest else ())
