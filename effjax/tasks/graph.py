@@ -56,8 +56,8 @@ def node_data(
     Args:
       name: of ``effjax.data.graphs.graph_data``, or a ``GraphData``.
       row_normalize: divide every row of the features by its sum. ``'auto'`` does so where they are sparse and none is
-        negative, as the citation benchmarks do; dense rows, such as the hundreds of words of Amazon Photo, would leave entries so small
-        that a network hardly trains.
+        negative, as the citation benchmarks do; dense rows, such as the hundreds of words of Amazon Photo, would leave
+        entries so small that a network hardly trains.
       sparse_below: features with a smaller share of non-zeros stay sparse.
       attack: one of ``data.attacks`` in place of the clean graph, such as ``'meta_0.15'``.
       root: as for ``graph_data``.

@@ -200,7 +200,7 @@ def test_smoothing_spreads_along_the_edges_alone(graph, problem, network):
         ({"labels": jnp.full(300, 7)}, "labels holds 7 inside the mask"),
         ({"labels": jnp.zeros(300, int)}, r"no node of the classes \[1, 2, 3, 4, 5, 6\]"),
         ({"labels": jnp.zeros(300)}, r"labels is float32\[300\]"),
-        ({"mask": jnp.ones(5, bool)}, r"mask bool\[5\]"),
+        ({"mask": jnp.ones(5, bool)}, r"problem.mask is bool\[5\]"),
     ],
 )
 def test_bad_problems(problem, network, change, message):
