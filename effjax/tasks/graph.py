@@ -55,9 +55,9 @@ def node_data(
 
     Args:
       name: of ``effjax.data.graphs.graph_data``, or a ``GraphData``.
-      row_normalize: divide every row of the features by its sum. ``'auto'`` does so where they are sparse, as the
-        citation benchmarks do; dense rows, such as the hundreds of words of Amazon Photo, would leave entries so small
-        that a network hardly trains.
+      row_normalize: divide every row of the features by its sum. ``'auto'`` does so where they are sparse and none is
+        negative, as the citation benchmarks do; dense rows, such as the hundreds of words of Amazon Photo, would leave
+        entries so small that a network hardly trains.
       sparse_below: features with a smaller share of non-zeros stay sparse.
       attack: one of ``data.attacks`` in place of the clean graph, such as ``'meta_0.15'``.
       root: as for ``graph_data``.
@@ -107,7 +107,8 @@ def _features(data: GraphData, normalize: bool | str, sparse_below: float) -> ja
             "these nodes."
         )
     sparse = matrix.nnz / max(1, matrix.shape[0] * matrix.shape[1]) < sparse_below
-    matrix = divide_rows(matrix) if (sparse if normalize == "auto" else normalize) else matrix
+    automatic = sparse and bool((values >= 0).all())
+    matrix = divide_rows(matrix) if (automatic if normalize == "auto" else normalize) else matrix
     return matrix if sparse else matrix.todense()
 
 

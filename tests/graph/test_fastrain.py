@@ -67,11 +67,10 @@ def by_hand(problem, network, deep, keep):
     def trained(stage, labels, mask, edges):
         matrix = select_to_ladder(whole, edges)
         params = init(start, deep[stage])
-        train = lambda params, x, a, key: apply(params, x, a, key=key)
-        sample = lambda key: drop_edges(key, matrix, keep[stage])
-        data = (features, sample, jnp.asarray(labels), jnp.asarray(mask, jnp.float32))
-        run = lambda params: train_stage(train, tx, params, tx.init(params), *data, jax.random.fold_in(rest, stage), 40)
-        return jax.jit(run)(params)[0]
+        data = {"features": features, "sample": lambda key: drop_edges(key, matrix, keep[stage]), "epochs": 40}
+        data |= {"labels": jnp.asarray(labels), "weights": jnp.asarray(mask, jnp.float32)}
+        key = jax.random.fold_in(rest, stage)
+        return jax.jit(lambda params: train_stage(key, apply, tx, tx.init(params), params, **data))(params)[1]
 
     labels, everything = np.where(given, problem.labels, -1).astype(np.int32), np.ones(whole.nnz, bool)
     params = trained(0, labels, given, everything)
@@ -79,7 +78,7 @@ def by_hand(problem, network, deep, keep):
     logits = apply(params, features, whole)
     known = (jnp.asarray(labels), jnp.asarray(given, jnp.float32))
     head, _ = jax.jit(lambda: fit_calibration(fit_key, logits, whole, *known, epochs=10, dropout=0.5))()
-    confidence = np.asarray(jax.nn.softmax(calibrate(head, whole, logits)).max(-1))
+    confidence = np.asarray(jax.nn.softmax(calibrate(head, logits, whole)).max(-1))
     predictions = np.asarray(logits.argmax(-1))
     drawn = [drop_edges(key, whole, 0.9) for key in jax.random.split(sample_key, 3)]
     samples = np.stack([apply(params, features, matrix).argmax(-1) for matrix in drawn])
@@ -112,15 +111,14 @@ def test_without_its_parts_it_is_plain_self_training(problem, network):
     @jax.jit
     def trained(labels, weights, key):
         params = init(start, False)
-        network = lambda params, x, a, key: apply(params, x, a, key=key)
-        data = (features, lambda key: adjacency, labels, weights)
-        return train_stage(network, tx, params, tx.init(params), *data, key, 40)[0]
+        data = {"features": features, "sample": lambda key: adjacency, "labels": labels, "weights": weights}
+        return train_stage(key, apply, tx, tx.init(params), params, epochs=40, **data)[1]
 
     @jax.jit
     def probabilities(params, labels, weights, key):
         logits = apply(params, features, adjacency)
         head, _ = fit_calibration(jax.random.split(key)[0], logits, adjacency, labels, weights, epochs=10, dropout=0.5)
-        return jax.nn.softmax(calibrate(head, adjacency, logits))
+        return jax.nn.softmax(calibrate(head, logits, adjacency))
 
     def train(labels, mask, stage):
         key = jax.random.fold_in(rest, stage)
@@ -202,7 +200,7 @@ def test_smoothing_spreads_along_the_edges_alone(graph, problem, network):
         ({"labels": jnp.full(300, 7)}, "labels holds 7 inside the mask"),
         ({"labels": jnp.zeros(300, int)}, r"no node of the classes \[1, 2, 3, 4, 5, 6\]"),
         ({"labels": jnp.zeros(300)}, r"labels is float32\[300\]"),
-        ({"mask": jnp.ones(5, bool)}, r"mask bool\[5\]"),
+        ({"mask": jnp.ones(5, bool)}, r"problem.mask is bool\[5\]"),
     ],
 )
 def test_bad_problems(problem, network, change, message):

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 
+from effjax.data.graphs import GraphData
 from effjax.graph.calibration import calibrate, calibration_init, fit_calibration
 from effjax.graph.error_nodes import (
     active_nodes,
@@ -70,6 +71,7 @@ from effjax.graph.sparse.propagation import correct_and_smooth, label_propagatio
 from effjax.graph.sparse.sampling import NeighbourSampler, block_mean, block_sum
 from effjax.graph.sparse.sharding import shard_matrix, shard_rows, sharded_spmm
 from effjax.graph.stages import drop_edges, prune_edges, select_pseudolabels, train_stage
+from effjax.tasks.graph import node_data
 
 N, F, C, K, H = 5, 6, 3, 2, 4
 KEY = jax.random.key(0)
@@ -382,3 +384,10 @@ def test_integer_weights_are_numbers():
 
 def test_integers_times_a_matrix_are_not_cut_to_integers():
     np.testing.assert_allclose(spmm(GRAPH, LABELS), np.asarray(GRAPH.todense()) @ np.asarray(LABELS), rtol=1e-6)
+
+
+def test_signed_features_are_left_as_they_are():
+    data = GraphData("signed", "made", SENDERS, RECEIVERS, np.eye(N, dtype=np.float32) * -2, np.asarray(LABELS), C)
+    np.testing.assert_array_equal(node_data(data, sparse_below=1.0).features.values, np.full(N, -2.0))
+    with pytest.raises(ValueError, match="no measure of a row"):
+        node_data(data, row_normalize=True)

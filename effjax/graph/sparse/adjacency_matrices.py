@@ -53,7 +53,7 @@ def adjacency(
     weights = np.ones(len(senders), np.float32) if weights is None else np.asarray(weights)
     check_array("weights", weights, senders.shape, "numbers", "One for every edge.")
     weights = weights.astype(np.float32) if weights.dtype.kind in "biu" else weights  # counts
-    check_weights("weights", weights, low=None)
+    check_weights("weights", weights, low=None, hint="Drop these edges.")
     if self_loops:
         bare = np.setdiff1d(np.arange(nodes), senders[senders == receivers])
         senders, receivers = np.concatenate([senders, bare]), np.concatenate([receivers, bare])
@@ -61,7 +61,10 @@ def adjacency(
     return sparse_matrix(receivers, senders, weights, (nodes, nodes), capacity=capacity, buckets=buckets)
 
 
-def check_weights(argument: str, weights: ArrayLike, *, low: float | None = 0.0) -> None:
+_DEGREES = "Degrees are sums of weights and need a square root. Drop these edges."
+
+
+def check_weights(argument: str, weights: ArrayLike, *, low: float | None = 0.0, hint: str = _DEGREES) -> None:
     """Raise ``ValueError`` where a weight is not finite or below ``low``; traced weights are not known yet."""
     if isinstance(weights, jax.core.Tracer):
         return
@@ -71,8 +74,7 @@ def check_weights(argument: str, weights: ArrayLike, *, low: float | None = 0.0)
         bad = tuple(int(place) for place in np.argwhere(~legal)[0])
         raise ValueError(
             f"{argument}: {np.sum(~legal)} of {values.size} are {'' if low is None else 'negative or '}not finite, the "
-            f"first is {argument}[{', '.join(map(str, bad))}]={values[bad]:g}."
-            f"{'' if low is None else ' Degrees are sums of weights and need a square root.'} Drop these edges."
+            f"first is {argument}[{', '.join(map(str, bad))}]={values[bad]:g}. {hint}"
         )
 
 
@@ -137,7 +139,8 @@ def row_normalize(matrix: SparseMatrix) -> SparseMatrix:
     Raises:
       ValueError: numbers that are negative or not finite, whose sums are no measure of a row (unless traced).
     """
-    check_weights("matrix.values", check_matrix("matrix", matrix).values)
+    hint = "Their sum is no measure of a row: standardise the columns instead, or leave the rows as they are."
+    check_weights("matrix.values", check_matrix("matrix", matrix).values, hint=hint)
     if not jnp.issubdtype(matrix.values.dtype, jnp.floating):
         matrix = matrix._replace(values=matrix.values.astype(jnp.float32))
     total = row_sums(matrix.pattern, matrix.values)
