@@ -31,7 +31,7 @@ class OptimizerCase(NamedTuple):
       injected: a numeric keyword and its value, to be injected.
       start: parameters of one network -> those that the optimizer works on.
       call: ``(loss, params) -> (grads, keywords of update)``.
-      after: ``(params, state) -> params``, after the updates were applied.
+      after: ``(state, params) -> params``, after the updates were applied.
       evaluate: ``(state, params) -> parameters of one network``.
       learning_rate: whether ``optax.tree.get(state, 'learning_rate')`` finds one.
     """
@@ -41,7 +41,7 @@ class OptimizerCase(NamedTuple):
     injected: tuple[str, float]
     start: Callable[[PyTree], PyTree] = lambda params: params
     call: Callable[[Loss, PyTree], tuple[PyTree, dict[str, Any]]] = lambda loss, params: (jax.grad(loss)(params), {})
-    after: Callable[[PyTree, PyTree], PyTree] = lambda params, state: params
+    after: Callable[[PyTree, PyTree], PyTree] = lambda state, params: params
     evaluate: Callable[[PyTree, PyTree], PyTree] = lambda state, params: params
     learning_rate: bool = True
 
@@ -175,6 +175,6 @@ def stepper(
     def step(params: PyTree, state: PyTree, **unknown: Any) -> tuple[PyTree, PyTree, PyTree]:
         grads, keywords = case.call(loss, params)
         updates, state = tx.update(grads, state, params, **keywords, **unknown)
-        return case.after(optax.apply_updates(params, updates), state), state, updates
+        return case.after(state, optax.apply_updates(params, updates)), state, updates
 
     return step
