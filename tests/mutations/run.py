@@ -55,11 +55,8 @@ def prepare(folder: Path) -> Path:
     return copy
 
 
-def run(mutation: Mutation, copy: Path, cache: Path) -> tuple[str, str, float]:
-    """The mutated module, the test that caught it ('' for none), and the seconds it took."""
-    path = place(mutation, copy / "effjax")
-    text = path.read_text()
-    path.write_text(text.replace(mutation.old, mutation.new))
+def first_failure(copy: Path, cache: Path, *tests: str) -> str:
+    """The first test of the copy that fails, '' for none."""
     environment = {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -68,23 +65,30 @@ def run(mutation: Mutation, copy: Path, cache: Path) -> tuple[str, str, float]:
         "PYTHONPATH": str(copy),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    files = [f"tests/{name}" for name in mutation.tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-rfE", *tests]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"pytest {tests} ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr}")
+    return "" if done.returncode == 0 else "::".join(filter(None, _FAILED.search(done.stdout).groups()))
+
+
+def run(mutation: Mutation, copy: Path, cache: Path) -> tuple[str, str, float]:
+    """The mutated module, the test that caught it ('' for none), and the seconds it took.
+
+    Raises:
+      RuntimeError: the test that fails does so without the mutation too.
+    """
+    path = place(mutation, copy / "effjax")
+    text = path.read_text()
+    path.write_text(text.replace(mutation.old, mutation.new))
     start = time.perf_counter()
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--durations=0", "-rfE", *files],
-            cwd=copy,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        caught = first_failure(copy, cache, *(f"tests/{name}" for name in mutation.tests))
     finally:
         path.write_text(text)
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"{mutation.name}: pytest ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr}")
-    caught = _FAILED.search(done.stdout)
-    by = "" if done.returncode == 0 else "::".join(filter(None, caught.groups())).removeprefix("tests/")
-    return path.relative_to(copy / "effjax").as_posix(), by, time.perf_counter() - start
+    if caught and first_failure(copy, cache, caught):
+        raise RuntimeError(f"{mutation.name}: {caught} fails without the mutation too. Mend the test.")
+    return path.relative_to(copy / "effjax").as_posix(), caught.removeprefix("tests/"), time.perf_counter() - start
 
 
 def main() -> int:
