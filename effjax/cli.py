@@ -119,7 +119,8 @@ def _parse(words: Sequence[str]) -> Any:
     from effjax.study.settings import from_words
 
     verb = words[0] if words else ""
-    about = f"{effjax.__doc__.splitlines()[0]} EFFJAX_TRACEBACK=1 shows where an error was raised."
+    summary = (effjax.__doc__ or "").partition("\n")[0]
+    about = f"{summary} EFFJAX_TRACEBACK=1 shows where an error was raised."
     return from_words(_verbs(verb, words), words or ["--help"], "effjax", description=about)
 
 
@@ -208,7 +209,8 @@ def _compare(options: Any) -> None:
 
     results = compare(_resolve(options), out=options.out, cost_only=options.cost_only)
     _print_claims(results)
-    print("\n" + "\n".join(str(results.folder / name) for name in ("report.md", "report.png", "results.json")))
+    folder = Path(results.folder or "")
+    print("\n" + "\n".join(str(folder / name) for name in ("report.md", "report.png", "results.json")))
 
 
 def _print_claims(results: dict) -> None:

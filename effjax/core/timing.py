@@ -102,13 +102,14 @@ def fastest(arms: Mapping[Name, Thunk]) -> Name:
       >>> fastest({"busy": lambda: sum(range(10**5)), "idle": lambda: None})
       'idle'
     """
-    first: dict[Name, float] = {}
+    first: dict[Any, float] = {}
     for name, arm in arms.items():
         seconds = _time_thunk(arm, 1)
         if seconds <= _HOPELESS * min(first.values(), default=math.inf):
             first[name] = seconds
     rounds = min(20, max(3, int(_SECONDS / max(sum(first.values()), 1e-9))))
-    times = time_interleaved({name: arms[name] for name in first}, rounds=rounds, warmup=1)
+    alike: dict[Any, Thunk] = {name: arms[name] for name in first}
+    times: Mapping[Any, Timing] = time_interleaved(alike, rounds=rounds, warmup=1)
     return min(times, key=lambda name: min(times[name].samples_ms))
 
 
@@ -142,6 +143,7 @@ def _runner(name: str, arm: Thunk | Step) -> Callable[[int], float]:
 
     def run(calls: int) -> float:
         nonlocal state, done
+        extra = None
         start = time.perf_counter()
         for _ in range(calls):
             state, extra = step(state, batches[done % len(batches)])

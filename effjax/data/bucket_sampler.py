@@ -253,7 +253,7 @@ def _entropy(counts: np.ndarray) -> np.ndarray:
 
 
 def _check_caps(cap: int | Sequence[int], epochs: int, multiple: int) -> list[int]:
-    given = [cap] if np.ndim(cap) == 0 else list(cap)
+    given = list(cap) if isinstance(cap, Sequence | np.ndarray) else [cap]
     if not given:
         raise ValueError("cap=() holds no batch size. Give one for all epochs, or one per epoch.")
     for value in given:

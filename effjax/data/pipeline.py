@@ -270,6 +270,10 @@ def prefetch_to_device(iterator: ResumableIterator, size: int = 2, sharding: Any
     return Prefetch(iterator, size, sharding)
 
 
+def _default_device() -> Any:
+    return getattr(jax.config, "jax_default_device", None)
+
+
 class Prefetch(Iterator[Any]):
     """What ``prefetch_to_device`` returns."""
 
@@ -277,8 +281,8 @@ class Prefetch(Iterator[Any]):
         self._iterator = iterator
         self._size = size
         # A thread does not see the `with jax.default_device(...)` of the thread that made it.
-        self._put = functools.partial(put_batch, sharding=sharding, device=jax.config.jax_default_device)
-        self._state = iterator.get_state()
+        self._put = functools.partial(put_batch, sharding=sharding, device=_default_device())
+        self._state: Any = iterator.get_state()
         self._worker: _Worker | None = None
         self._stop: Callable[[], object] = lambda: None
         self._error: BaseException | None = None
@@ -340,7 +344,7 @@ def put_batch(batch: Any, *, sharding: Any = None, device: Any = None) -> Any:
       The batch on the device, with several processes as global arrays.
     """
     if sharding is None:
-        with jax.default_device(device or jax.config.jax_default_device):
+        with jax.default_device(device or _default_device()):
             return jax.device_put(batch)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)

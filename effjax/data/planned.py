@@ -86,7 +86,7 @@ class PlannedBatches(Cursor[Batch]):
         rows = [len(lengths) for lengths in self._lengths]
         if len(set(rows)) > 1:
             raise ValueError(f"columns(epoch) holds {rows} rows in the epochs. Keep their number: shorten, never drop.")
-        self._settings: dict[str, Any] = {"rows": rows[0], "seed": seed, "epochs": epochs, "pad_id": pad_id}
+        self._settings = {"rows": rows[0], "seed": seed, "epochs": epochs, "pad_id": pad_id}
         self._digest = zlib.crc32(self._columns(0)["input_ids"].values)
 
     def _set_plan(self, plan: Callable[[int], list[Any]], **settings: Any) -> None:
@@ -102,7 +102,7 @@ class PlannedBatches(Cursor[Batch]):
             )
         for batch in self._batches:
             self._digest = zlib.crc32(batch.rows, self._digest)
-        self._settings |= {**settings, "plan": f"{self._digest:08x}"}
+        self._settings = self.settings | {**settings, "plan": f"{self._digest:08x}"}
 
     @property
     def total_steps(self) -> int:
@@ -169,8 +169,8 @@ class PlannedBatches(Cursor[Batch]):
         return {name: pad_to(array, share) for name, array in batch.items()}
 
     def _columns(self, epoch: int) -> dict[str, Any]:
-        if self._fixed is not None:
-            return self._fixed
+        if self._fixed is not None or self._read is None:
+            return self._fixed or {}
         cache = self._cache  # read once: grain may call from several threads
         if epoch not in cache:
             columns = token_columns(self._read(epoch))

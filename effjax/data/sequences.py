@@ -5,7 +5,7 @@ Inputs come standardised and of one length, ready for a recurrent network.
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -256,7 +256,7 @@ def _copy(request: _Request) -> SequenceData:
     return _synthetic(request, "tokens", examples, **sizes)
 
 
-def _synthetic(request: _Request, kind: Kind, examples: Callable[..., Columns], **sizes: int) -> SequenceData:
+def _synthetic(request: _Request, kind: Kind, examples: Callable[..., Columns], **sizes: Any) -> SequenceData:
     def fixed(split: str, default: int, seed: int) -> Columns:
         rows = default if request.rows[split] is None else request.rows[split]
         check_number(f"{split}_rows", rows, low=1, integer=True)

@@ -272,7 +272,7 @@ def _steps(table: Table, id: str | None, time: str | None, values: list[str], ta
                 f"label={target!r} of {table.where}: changes within series {key!r}, from {held[0]!r} to {held[1]!r}. "
                 "One label per series is read, not labels per step; for those build a SequenceData of kind 'tokens'."
             )
-        if when is not None and (twice := np.flatnonzero(np.diff(when[rows]) == 0)).size:
+        if time is not None and when is not None and (twice := np.flatnonzero(np.diff(when[rows]) == 0)).size:
             raise ValueError(
                 f"time={time!r} of {table.where}: series {key!r} has two steps at "
                 f"{_plain(table.columns[time][rows[twice[0]]])}. Remove one, or tell the series apart by id."

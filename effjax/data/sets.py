@@ -183,7 +183,8 @@ def _load_files(name: str, place: str, marks: tuple[tuple[str, int, int], ...]) 
     files = [Path(mark[0]) for mark in marks]
     if spec.modality == "graph":
         graph = read_graph(files[0])
-        return _data_set(name, place, {"graph": graph}, tuple(str(i) for i in range(graph["y"].max() + 1)))
+        columns: dict[str, Column] = dict(graph)
+        return _data_set(name, place, {"graph": columns}, tuple(str(i) for i in range(graph["y"].max() + 1)))
     tables: dict[str, list[Table]] = {}
     classes: dict[tuple[str, ...], str] = {}  # the names of the classes, and the first file that has them
     for path in files:
@@ -281,7 +282,7 @@ def _decode(table: Table, spec: Spec | None) -> dict[str, Column]:
             row = int(np.flatnonzero(held != out["length"])[0])
             raise ValueError(f"{where}: row {row} holds {held[row]} samples and declares {out['length'][row]}.")
     if "label" in out:
-        low, high = int(out["label"].min()), int(out["label"].max())
+        low, high = int(np.min(out["label"])), int(np.max(out["label"]))
         if low < 0 or high >= spec.classes:
             raise ValueError(f"{where}: labels lie in [{low}, {high}]; this set has the labels 0..{spec.classes - 1}.")
     return out
@@ -298,9 +299,9 @@ def _column(where: str, key: str, column: Column, spec: Spec | None) -> Column:
         raise ValueError(f"{where} holds {held}; expected {' or '.join(legal)}.")
     if kind == "encoded pictures" or (spec and kind == "numbers" and key == "image"):
         return _pictures(where, column, spec)
-    if kind == "numbers":
+    if isinstance(column, np.ndarray):
         return _numbers(where, key, column)
-    decode = {"image": _raw_pictures, "audio_mulaw": _mu_law, "acc": _acceleration}
+    decode: dict[str, Any] = {"image": _raw_pictures, "audio_mulaw": _mu_law, "acc": _acceleration}
     return decode[key](where, column, spec) if spec and kind == "bytes" else column
 
 
@@ -310,7 +311,7 @@ def _kind(column: Column) -> str:
     first = next((value for value in column if value is not None), None)
     if isinstance(first, dict) and first.keys() == {"bytes", "path"}:
         return "encoded pictures"
-    return {str: "text", bytes: "bytes"}.get(type(first), "other")
+    return "text" if isinstance(first, str) else "bytes" if isinstance(first, bytes) else "other"
 
 
 def _numbers(where: str, key: str, values: np.ndarray) -> np.ndarray:
@@ -327,18 +328,20 @@ def _numbers(where: str, key: str, values: np.ndarray) -> np.ndarray:
 
 def _pictures(where: str, column: Column, spec: Spec | None) -> np.ndarray:
     """Encoded pictures or an array of pixels; grey or colour as the set is registered."""
-    pixels = decode_pictures(where, column, Options(None, spec.image[2] if spec else None, None, False))
+    pixels = decode_pictures(where, column, Options(None, spec.image[2] if spec and spec.image else None, None, False))
     if spec and (pixels.dtype != np.uint8 or pixels.shape[1:] != spec.image):
-        raise ValueError(f"{where} holds {pixels.dtype}{list(pixels.shape)}; expected uint8{['n', *spec.image]}.")
+        wanted = ["n", *(spec.image or ())]
+        raise ValueError(f"{where} holds {pixels.dtype}{list(pixels.shape)}; expected uint8{wanted}.")
     return pixels
 
 
 def _raw_pictures(where: str, blobs: list[bytes], spec: Spec) -> np.ndarray:
-    size = math.prod(spec.image)
+    shape = spec.image or ()
+    size = math.prod(shape)
     for row, blob in enumerate(blobs):
         if len(blob) != size:
-            raise ValueError(f"{where}: row {row} has {len(blob)} bytes; expected {size} for {spec.image}.")
-    return np.frombuffer(b"".join(blobs), np.uint8).reshape(-1, *spec.image)
+            raise ValueError(f"{where}: row {row} has {len(blob)} bytes; expected {size} for {shape}.")
+    return np.frombuffer(b"".join(blobs), np.uint8).reshape(-1, *shape)
 
 
 def _mu_law(where: str, blobs: list[bytes], spec: Spec) -> list[np.ndarray]:

@@ -146,12 +146,17 @@ class ColaConfig:
             check_number(f"ranks[{i}]", rank, low=1, integer=True)
         if any(before < after for before, after in itertools.pairwise(self.ranks)):
             raise ValueError(f"ranks={self.ranks} grow. Ranks step down: the shapes hold the first one. Reverse them.")
-        others = {rule.rank for rule in self.lora.rules} - {self.ranks[0]}
+        others = {rule.rank for rule in self.lora_config.each_rule} - {self.ranks[0]}
         if others:
             raise ValueError(
                 f"ranks={self.ranks} begin with {self.ranks[0]}, but rules have rank {sorted(others)}. "
                 f"Give every rule rank={self.ranks[0]}."
             )
+
+    @property
+    def lora_config(self) -> LoraConfig:
+        """The adapters of one link."""
+        return self.lora if isinstance(self.lora, LoraConfig) else LoraConfig(self.lora)
 
     @property
     def most_links(self) -> int:
@@ -222,7 +227,7 @@ def cola_init(key: jax.Array, params: PyTree, config: ColaConfig, gradients: Ker
       (16, 8)
     """
     raw = jnp.copy(jax.random.key_data(key))  # a donated knot would consume the caller's key
-    lora = lora_init(key, params, config.lora)
+    lora = lora_init(key, params, config.lora_config)
     if gradients is not None:
         lora = _informed(lora, gradients)
     past, master = chain_memory(params, lora, config)
@@ -536,12 +541,11 @@ def cola_links(state: ColaState, config: ColaConfig) -> tuple[Lora, ...]:
     link = int(state.link)
     scales = _scales(state.lora, state.link, config)
     present = {path: _folded(adapter, scales[path]) for path, adapter in state.lora.items()}
-    ranks = (None,) * config.most_links if config.ranks is None else config.ranks
 
     def cut(lora: Lora, k: int, start: int) -> Lora:
         def one(path: str) -> dict[str, jax.Array]:
             width = state.lora[path]["a"].shape[-1]
-            rows = slice(start * width, start * width + (width if ranks[k] is None else ranks[k]))
+            rows = slice(start * width, start * width + (width if config.ranks is None else config.ranks[k]))
             return {"a": lora[path]["a"][..., rows], "b": lora[path]["b"][..., rows, :]}
 
         return {path: one(path) for path in lora}
@@ -606,7 +610,7 @@ def _check_room(state: ColaState, config: ColaConfig) -> None:
 
 
 def _fresh(state: ColaState, link: Array, config: ColaConfig, gradients: Kernels | None) -> Lora:
-    drawn = lora_init(_link_key(state.key, link), state.base, config.lora)
+    drawn = lora_init(_link_key(state.key, link), state.base, config.lora_config)
     if config.reinit == "gradient":
         if gradients is None:
             raise ValueError(
@@ -641,10 +645,10 @@ def _informed(lora: Lora, gradients: Kernels) -> Lora:
 
 
 def _scales(lora: Lora, link: Array, config: ColaConfig) -> dict[str, Any]:
-    scales = lora_scales(lora, config.lora)
+    scales = lora_scales(lora, config.lora_config)
     if config.ranks is None and config.alphas is None:
         return scales
-    root = math.sqrt if config.lora.rslora else float
+    root = math.sqrt if config.lora_config.rslora else float
 
     def table(path: str) -> list[float]:
         width = lora[path]["a"].shape[-1]

@@ -97,11 +97,12 @@ def cola(
     (``SlopeKnot``), gradient-informed starts. The paper's rank step-down is kept at constant shapes.
     """
     if isinstance(base, optax.MultiSteps):
-        base = optax.GradientTransformationExtraArgs(base.init, base.update)
+        accumulate: Any = base.update  # takes further keywords, which its type does not say
+        base = optax.GradientTransformationExtraArgs(base.init, accumulate)
     base = optax.with_extra_args_support(base)
     key = jax.random.key(seed) if isinstance(seed, int) else seed
 
-    def init(params: PyTree) -> ColaOptState:
+    def init(params: PyTree) -> Any:
         link, raw = jnp.zeros((), jnp.int32), jnp.copy(jax.random.key_data(key))
         if type(params).__name__ == "_ParamsPlaceholder":  # optax.tree.map_params asks where the parameters are
             return ColaOptState(link, raw, params, params, base.init(params))
@@ -111,13 +112,13 @@ def cola(
 
     def update(
         updates: PyTree,
-        state: ColaOptState,
+        state: Any,  # ColaOptState, which Optax's types do not know
         params: PyTree = None,
         *,
         tie: bool = False,
         gradients: Kernels | None = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, ColaOptState]:
+    ) -> tuple[PyTree, Any]:
         _check_params(params)
         if not isinstance(updates, Mapping) or "lora" not in updates:
             raise ValueError('cola needs the gradients as {"lora": gradients}: tx.update({"lora": grads}, ...).')
@@ -126,12 +127,14 @@ def cola(
                 f"tie={tie!r} must be True or False, known when the step is compiled: write "
                 "jax.jit(step, static_argnames='tie') and pass config.ties(t)."
             )
+        moves: Any
         moves, inner_state = base.update(updates["lora"], state.inner, params["lora"], **extra_args)
         still = jax.tree.map(jnp.zeros_like, params["base"])
         if not tie:
             return {"base": still, "lora": moves}, state._replace(inner=inner_state)
 
-        before = cola_state(state, params)._replace(lora=optax.apply_updates(params["lora"], moves))
+        moved: Any = optax.apply_updates(params["lora"], moves)
+        before = cola_state(state, params)._replace(lora=moved)
         after = extend_and_reset(base, before, inner_state, config, reset, gradients)
         hold = (state.link >= config.most_links - 1) | ~_emitted(inner_state)
         chain, inner_state = optax.tree.where(hold, (before, inner_state), after)

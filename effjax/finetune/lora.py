@@ -4,7 +4,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -111,6 +111,11 @@ class LoraConfig:
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise TypeError(f"dtype={self.dtype} must be a floating type, such as float32 or bfloat16.")
 
+    @property
+    def each_rule(self) -> tuple[LoraRule, ...]:
+        """``rules``, none of them a plain pattern."""
+        return cast(tuple[LoraRule, ...], self.rules)
+
 
 def lora_init(key: jax.Array, params: PyTree, config: LoraConfig) -> Lora:
     r"""Adapters for the kernels that the rules select; with them the network computes what it did before.
@@ -139,9 +144,9 @@ def lora_init(key: jax.Array, params: PyTree, config: LoraConfig) -> Lora:
       >>> lora["query/kernel"]["a"].shape, lora["query/kernel"]["b"].shape
       ((16, 4), (4, 8))
     """
-    owners = jax.tree.leaves(select(params, [rule.pattern for rule in config.rules], argument="rules").tree)
+    owners = jax.tree.leaves(select(params, [rule.pattern for rule in config.each_rule], argument="rules").tree)
     leaves = [(path_name(path), np.shape(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
-    targets = [(path, shape, config.rules[i]) for (path, shape), i in zip(leaves, owners, strict=True) if i >= 0]
+    targets = [(path, shape, config.each_rule[i]) for (path, shape), i in zip(leaves, owners, strict=True) if i >= 0]
     others = [path for path, shape, _ in targets if not is_kernel(path, shape)]
     if others:
         raise ValueError(
@@ -211,13 +216,13 @@ def lora_scales(lora: Lora, config: LoraConfig) -> dict[str, float]:
       {'kernel': 2.0}
     """
     paths = sorted(lora)
-    owners = select(dict.fromkeys(paths, 0), [rule.pattern for rule in config.rules], argument="rules").tree
+    owners = select(dict.fromkeys(paths, 0), [rule.pattern for rule in config.each_rule], argument="rules").tree
     alone = [path for path in paths if owners[path] < 0]
     if alone:
         raise ValueError(f"rules: no rule matches the adapters of {alone[:5]}. Pass the config that made them.")
     ranks = {path: lora[path]["a"].shape[-1] for path in paths}
     root = math.sqrt if config.rslora else float
-    return {path: config.rules[owners[path]].alpha / root(ranks[path]) for path in paths}
+    return {path: config.each_rule[owners[path]].alpha / root(ranks[path]) for path in paths}
 
 
 def scale_of(scales: Scales, path: str) -> Any:
@@ -406,7 +411,7 @@ def _low_rank(
         narrow = jnp.matmul(x, a, precision=module.precision)
     else:
         conv = module.clone(parent=None, name=None, features=a.shape[-1], use_bias=False, dtype=dtype)
-        narrow = conv.apply({"params": {"kernel": a}}, x)
+        narrow = jnp.asarray(conv.apply({"params": {"kernel": a}}, x))
     return jnp.matmul(narrow, b, precision=module.precision)
 
 

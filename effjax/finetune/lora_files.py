@@ -157,7 +157,9 @@ def _name(names: Names, path: str, layer: int | None) -> str | None:
     entry = names.get(path)
     if entry is None or isinstance(entry, str) != (layer is None):
         return None
-    return entry if layer is None else (entry[layer] if layer < len(entry) else None)
+    if isinstance(entry, str):
+        return entry
+    return entry[layer] if layer is not None and layer < len(entry) else None
 
 
 def _at(layer: int | None) -> str:
@@ -370,7 +372,8 @@ def _stack(
             f"folder={str(folder)!r} adapts {len(turned)} of the {shape[0]} layers of {path}, or not all of them with "
             "one rank and alpha, which a stack of layers cannot hold. Load it into the model with scan_layers=False."
         )
-    return tuple(np.stack([turned[layer][factor] for layer in range(shape[0])]) for factor in (0, 1))
+    a, b = (np.stack([turned[layer][factor] for layer in range(shape[0])]) for factor in (0, 1))
+    return a, b
 
 
 def _flax_layout(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -150,7 +150,7 @@ def lora_hooks(model: Any) -> Any:
     """
     from flax import nnx
 
-    layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, nnx.Linear)]
+    layers: list[Any] = [module for _, module in nnx.iter_modules(model) if isinstance(module, nnx.Linear)]
     if not layers:
         raise ValueError(f"model={type(model).__name__} holds no nnx.Linear, so there is nothing to hook.")
     for layer in layers:

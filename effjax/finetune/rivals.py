@@ -136,7 +136,7 @@ def relora_reset(
             keep = jax.random.bernoulli(jax.random.fold_in(key, seen), 1.0 - ratio, moment.shape)
         return jnp.where(keep, moment, jnp.zeros_like(moment))
 
-    state = optax.tree.map_params(tx, pruned, state)
+    state = optax.tree.map_params(tx.init, pruned, state)
     if not seen:
         raise ValueError(
             "state holds no moments, so relora_reset would reset 0 % of it. Use an optimizer with moments, such "
@@ -201,7 +201,7 @@ def rac_precondition(scales: Scales, train: str = "b") -> optax.GradientTransfor
     """
     check_choice("train", train, ("a", "b"))
 
-    def update(updates: Lora, state: Any, params: Lora | None = None, **extra: Any) -> tuple[Lora, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Lora, Any]:
         del extra
         if params is None:
             raise ValueError("rac_precondition needs the adapters: tx.update(grads, state, lora).")
@@ -299,7 +299,7 @@ def plora_next(
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def knot(state: ColaState, momentum: PyTree, opt_state: PyTree) -> tuple[ColaState, PyTree, PyTree]:
         base, momentum = plora_unload(
-            state.base, momentum, state.lora, lora_scales(state.lora, config.lora), decay=decay
+            state.base, momentum, state.lora, lora_scales(state.lora, config.lora_config), decay=decay
         )
         empty = jax.tree.map(jnp.zeros_like, state.lora)
         state = cola_extend(state._replace(base=base, lora=empty), config)

@@ -84,12 +84,12 @@ class NodeClassifier(nn.Module):
         rate = self.input_dropout
         if rate is None:
             rate = self.dropout if self.layer in _INPUTS_DROPPED else 0.0
-        x = self._drop(features, rate, train)
+        x: Any = self._drop(features, rate, train)
         if self.layer == "sgc":
             conv = SGCConv(self.classes, self.depth, initializer=self.initializer, dtype=self.dtype, name="conv_0")
             return conv(x, adjacency)
         activation = nn.elu if self.layer in (*ATTENTION, "released-gat") else nn.relu
-        first = None
+        first: Any = None
         for index in range(self.depth):
             x = self._conv(index, x, first, adjacency, train)
             if index < self.depth - 1:
@@ -97,7 +97,8 @@ class NodeClassifier(nn.Module):
                 x = x if self.layer == "released-gat" else activation(x)
                 first = x if index == 0 else first
                 x = self._drop(x, self.dropout, train)
-        return appnp(x, adjacency) if self.layer == "appnp" else x
+        out: Any = x
+        return appnp(out, adjacency) if self.layer == "appnp" else out
 
     def _check(self) -> None:
         check_choice("layer", self.layer, LAYERS)
@@ -116,7 +117,7 @@ class NodeClassifier(nn.Module):
     def _drop(self, x: Features, rate: float, train: bool) -> Features:
         return dropout(self.make_rng("dropout"), x, rate) if train and rate else x
 
-    def _conv(self, index: int, x: Features, first: jax.Array | None, adjacency: SparseMatrix, train: bool):
+    def _conv(self, index: int, x: Any, first: Any, adjacency: SparseMatrix, train: bool):
         last = index == self.depth - 1
         width = self.classes if last else self.hidden
         options = {"initializer": self.initializer, "dtype": self.dtype, "name": f"conv_{index}"}
@@ -165,7 +166,7 @@ def sized_networks(
 
     def apply(params: Any, features: Features, adjacency: SparseMatrix, *, key: jax.Array | None = None) -> jax.Array:
         streams = {} if key is None else {"dropout": key}
-        network = module(depth=len(params))
+        network: Any = module(depth=len(params))
         return network.apply({"params": params}, features, adjacency, train=key is not None, rngs=streams)
 
     return init, apply

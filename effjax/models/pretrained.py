@@ -225,7 +225,7 @@ def _build(
             rule._replace(target=rule.target.replace("layer_{layer}/", "layers/")) if rule.target else rule
             for rule in rules
         )
-    module = kind(**{**sizes, **fields, "scan_layers": scan_layers, **more})
+    module: Any = kind(**{**sizes, **fields, "scan_layers": scan_layers, **more})
     if classes is None:
         return module, rules
     check_number("classes", classes, low=1, integer=True)

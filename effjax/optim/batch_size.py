@@ -64,12 +64,12 @@ def scale_by_batch_size(
 
     def update(
         updates: Any,
-        state: optax.EmptyState,
+        state: Any,
         params: Any = None,
         *,
         batch_size: Float[Array, ""] | int | None = None,
         **extra_args: Any,
-    ) -> tuple[Any, optax.EmptyState]:
+    ) -> tuple[Any, Any]:
         del params, extra_args
         if batch_size is None:
             raise ValueError(

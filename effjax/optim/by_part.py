@@ -30,12 +30,13 @@ def by_part(optimizers: Mapping[str, optax.GradientTransformation]) -> optax.Gra
     """
     optimizers = {part: optax.with_extra_args_support(tx) for part, tx in optimizers.items()}
 
-    def update(grads: PyTree, state: PyTree, params: PyTree = None, **extra: Any) -> tuple[PyTree, PyTree]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any) -> tuple[PyTree, PyTree]:
         extra.pop("grad", None)
         of = lambda part: None if params is None else params[part]
-        moved = {part: tx.update(grads[part], state[part], of(part), **extra) for part, tx in optimizers.items()}
-        return {part: updates for part, (updates, _) in moved.items()}, {part: new for part, (_, new) in moved.items()}
+        moved = {part: tx.update(updates[part], state[part], of(part), **extra) for part, tx in optimizers.items()}
+        return {part: pair[0] for part, pair in moved.items()}, {part: pair[1] for part, pair in moved.items()}
 
-    return optax.GradientTransformationExtraArgs(
-        lambda params: {part: tx.init(params[part]) for part, tx in optimizers.items()}, update
-    )
+    def init(params: Any) -> Any:
+        return {part: tx.init(params[part]) for part, tx in optimizers.items()}
+
+    return optax.GradientTransformationExtraArgs(init, update)

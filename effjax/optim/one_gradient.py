@@ -178,7 +178,7 @@ def samuel_one_gradient(
         logits = log_probabilities(log_weights)
         chosen = jnp.argmax(logits) if select == "argmax" else draw(state.key, state.evaluations, logits)
         return {
-            "evaluations": optax.safe_increment(state.evaluations),
+            "evaluations": jnp.asarray(optax.safe_increment(state.evaluations)),
             "log_weights": log_weights,
             "learning_rate": candidates[chosen],
             "spread": spread,
@@ -188,12 +188,12 @@ def samuel_one_gradient(
 
     def update(
         updates: PyTree,
-        state: SamuelOneGradientState,
+        state: Any,  # SamuelOneGradientState, which Optax's types do not know
         params: PyTree = None,
         *,
         value_fn: Callable[[PyTree], Array] | None = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, SamuelOneGradientState]:
+    ) -> tuple[PyTree, Any]:
         if params is None or value_fn is None:
             missing = "the parameters" if params is None else "value_fn, the loss of this batch"
             raise ValueError(

@@ -152,7 +152,7 @@ def samuel(
         raise ValueError("inner_state='copy' needs experts that differ by their rate only. Use 'reset'.")
     size = experts.size
 
-    def init(params: PyTree) -> SamuelState:
+    def init(params: PyTree) -> Any:
         _check_stacked("params", params, size)
         inner = experts.init(params)
         if inner_state == "copy" and optax.tree.get_all_with_path(inner, "hyperparams"):
@@ -174,13 +174,13 @@ def samuel(
 
     def update(
         updates: PyTree,
-        state: SamuelState,
+        state: Any,  # SamuelState, which Optax's types do not know
         params: PyTree = None,
         *,
         value: Float[Array, "experts"] | None = None,
         sampled: Int[Array, ""] | int | None = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, SamuelState]:
+    ) -> tuple[PyTree, Any]:
         losses = _check_losses(value, params, updates, size).astype(state.log_weights.dtype)
         last = False if total_steps is None else state.count == total_steps - 1
 
@@ -203,7 +203,7 @@ def samuel(
         ending = due(state.count) | last
         updates, inner, log_weights, current = jax.lax.cond(ending, sync, lambda: (updates, inner, log_weights, drawn))
         return updates, SamuelState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             key=state.key,
             log_weights=log_weights,
             current_expert=current,
@@ -454,10 +454,13 @@ class _Experts(NamedTuple):
 
 def _schedule(period: int | Sequence[int]) -> Callable[[Array], Array]:
     if isinstance(period, Sequence) or getattr(period, "ndim", 0) == 1:
-        steps = sorted(int(check_number("period", int(step), low=0, integer=True)) for step in period)
+        listed: Any = period
+        steps = sorted(int(check_number("period", int(step), low=0, integer=True)) for step in listed)
         return lambda count: jnp.isin(count, jnp.asarray(steps, jnp.int32))
-    check_number("period", period, low=1, integer=True, hint="It is the number of steps between two syncs.")
-    return lambda count: jax.lax.rem(count + 1, period) == 0
+    every: Any = check_number(
+        "period", period, low=1, integer=True, hint="It is the number of steps between two syncs."
+    )
+    return lambda count: jax.lax.rem(count + 1, every) == 0
 
 
 def _check_stacked(argument: str, tree: PyTree, size: int) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from effjax.finetune.rivals import plora_next, rac_lora, relora_reset, relora_sc
 from effjax.models.pretrained import is_decoder
 from effjax.optim.batch_size import adamw_by_batch_size
 from effjax.optim.by_part import by_part
-from effjax.recipes.spec import Arm, Claim, Group
+from effjax.recipes.spec import Arm, Claim, Group, Role
 from effjax.recipes.texts import Plan, TextFields, bucketed, check_epochs, group_name, padded, text_metric
 from effjax.tasks.adapted import (
     cola_task,
@@ -136,7 +136,7 @@ def _arms(config: ColaStudy, task: str) -> Iterator[Arm]:
     rank, links = config.rank, config.rival_links
     rows = padded(config, length=config.max_length) if config.partial_batches else None
 
-    def arm(name: str, role: str, label: str, make: Callable[..., Program], plan=rows, passes: int = 1, **options):
+    def arm(name: str, role: Role, label: str, make: Callable[..., Program], plan=rows, passes: int = 1, **options):
         run = functools.partial(_run, config, plan, passes)
         return Arm(name, role, lambda loaded: make(run(loaded), **options), label)
 
@@ -185,7 +185,8 @@ def _load(config: ColaStudy, name: str) -> Task:
     if data in LANGUAGE and config.own is None:
         return lm_task(data, model, length=config.max_length, **config.made)
     data, model = config.data(data, MODALITY), config.model(model)
-    data, made = load(data) if isinstance(data, str) else data, {"max_length": config.max_length, **config.made}
+    data = load(data) if isinstance(data, str) else data
+    made: dict[str, Any] = {"max_length": config.max_length, **config.made}
     for split, columns in zip(("train_rows", "test_rows"), train_and_test(data), strict=True):
         if made[split] is not None:
             made[split] = min(made[split], len(next(iter(columns.values()))))
@@ -239,8 +240,8 @@ class _Run(NamedTuple):
         self,
         own: Task,
         optimizers: Mapping[str, optax.GradientTransformation],
-        knots: tuple[int, ...] = (),
-        leave: Callable[..., tuple[Any, Any]] | None = None,
+        knots: Sequence[int] = (),
+        leave: Callable[..., tuple[Any, Any]] = lambda *parts: parts,
     ) -> Program:
         """Ordinary training of an adapted task.
 

@@ -30,7 +30,7 @@ from effjax.graph.sparse.adjacency_matrices import loopless_adjacency
 from effjax.graph.sparse.propagation import label_propagation
 from effjax.graph.stages import adam_l2, evaluate_stages
 from effjax.models.gnn import NodeClassifier, sized_networks
-from effjax.recipes.spec import Arm, Claim, Group, StudyConfig
+from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig
 from effjax.tasks.graph import NodeData, draw_labelled, node_data, node_task
 from effjax.tasks.task import Metric, Task
 from effjax.train.options import TrainOptions
@@ -120,7 +120,7 @@ def groups(config: FastrainStudy) -> list[Group]:
 
 
 def _arms(c: FastrainStudy) -> Iterator[Arm]:
-    def arm(name: str, role: str, label: str, *, layer: str | None = None, **changes: Any) -> Arm:
+    def arm(name: str, role: Role, label: str, *, layer: str | None = None, **changes: Any) -> Arm:
         return Arm(name, role, lambda loaded: _program(c, loaded, layer, c.method(**changes)), label)
 
     st = functools.partial(arm, keep_rate=0.9, samples=0, pruned=False)
@@ -192,9 +192,12 @@ def _load(c: FastrainStudy, graph: str, per_class: int) -> _Loaded:
         dtype=None if c.train.dtype == "float32" else jnp.dtype(c.train.dtype),
     )
     plain = functools.partial(module, layer=c.layer, initializer="released")
-    networks = {None: _network(plain, data, per_class)}
-    networks["appnp"] = _network(functools.partial(module, layer="appnp"), data, per_class)
-    problem = NodeProblem(data.features, data.adjacency, labels, None, data.classes)
+    networks = {
+        None: _network(plain, data, per_class),
+        "appnp": _network(functools.partial(module, layer="appnp"), data, per_class),
+    }
+    nobody = jnp.zeros(len(known), bool)  # the labelled nodes are drawn per seed
+    problem = NodeProblem(data.features, data.adjacency, labels, nobody, data.classes)
     return _Loaded(problem, per_class, labelled, networks, own)
 
 

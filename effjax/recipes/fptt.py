@@ -14,7 +14,7 @@ from effjax.core.errors import check_choice, check_number
 from effjax.data.sequences import SequenceData, is_text
 from effjax.models.sequence import torch_lstm_init
 from effjax.recipes.recurrent import MODALITY, load_sequences
-from effjax.recipes.spec import Arm, Claim, Group, StudyConfig, Sweep, chosen
+from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig, Sweep, chosen
 from effjax.recurrent.fptt import fptt, fptt_epoch_end, fptt_eval_params
 from effjax.recurrent.through_time import Train, bptt_step, fptt_step, tbptt_step
 from effjax.tasks.sequence import sequence_metric
@@ -121,7 +121,7 @@ def groups(config: FpttStudy) -> list[Group]:
 
 
 def _arms(config: FpttStudy, task: str, cell: str, width: int) -> Iterator[Arm]:
-    def arm(name: str, role: str, label: str, make: Callable[..., Train] = bptt_step, **settings: Any) -> Arm:
+    def arm(name: str, role: Role, label: str, make: Callable[..., Train] = bptt_step, **settings: Any) -> Arm:
         return Arm(name, role, functools.partial(_program, config, width, make, **settings), label)
 
     cut = f"{config.parts} parts" if config.part_length is None else f"parts of {config.part_length}"
@@ -162,7 +162,7 @@ def claims(config: FpttStudy) -> dict[str, Sequence[Claim]]:
         found |= {name: _quality_claims(config, task) for name, task in zip(names, config.tasks, strict=True)}
         if grows:
             short, long = (names[lengths.index(end)] for end in (min(lengths), max(lengths)))
-            found[long] += _memory_claims(short, long, max(lengths) / min(lengths))
+            found[long] = (*found[long], *_memory_claims(short, long, max(lengths) / min(lengths)))
     return found
 
 
@@ -253,7 +253,7 @@ def _program(
     data: SequenceData = task.details["data"]
     if cell:
         task = _task(config, data, cell, width)
-    parts = math.ceil(data.length / (config.part_length or max(1, data.length // config.parts)))
+    parts = math.ceil(data.length / (config.part_length or max(1, data.length // (config.parts or 1))))
     size = max(1, config.batch_size // parts) if small else config.batch_size
     epoch = len(data.train["targets"]) // config.batch_size
     steps = config.budget.steps(config.batch_size, lambda _: epoch) * config.batch_size // size

@@ -15,6 +15,7 @@ from effjax.graph.geeni import (
     GeeniConfig,
     GeeniSettings,
     GeeniState,
+    Stage,
     geeni_init,
     geeni_next,
     geeni_step,
@@ -173,7 +174,7 @@ def _load(config: GeeniStudy, task: str) -> NodeData:
 def _with_test(data: NodeData) -> NodeData:
     """The user's own split; all other nodes with a class are for the test where it says none."""
     graph = data.data
-    if graph.val is None:
+    if graph.train is None or graph.val is None:
         raise ValueError(
             f"{data.name}: has training nodes, but no validation nodes, on which isolation is chosen. Add val_mask (or "
             "'val' in --node-split); or leave the split out (--leave-out) to have one drawn."
@@ -208,7 +209,7 @@ def method_config(study: GeeniStudy, variant: Variant) -> GeeniConfig:
     sizes |= {"wide": (count, hidden), "narrow": (count, hidden // count)}
     (members, width), (students, student_width) = sizes[variant.networks], sizes[variant.students]
     amount = study.budget.steps(1, lambda epoch: 1)
-    own = {
+    own: dict[str, Any] = {
         "members": members,
         "width": width,
         "students": students,
@@ -217,8 +218,8 @@ def method_config(study: GeeniStudy, variant: Variant) -> GeeniConfig:
         "isolate": None,
         "precompute": False,  # the product with X is part of what the arms cost
     }
-    shared = {field.name: getattr(study, field.name) for field in dataclasses.fields(GeeniSettings)}
-    return GeeniConfig(**shared | own | dict(variant.options))
+    shared: dict[str, Any] = {field.name: getattr(study, field.name) for field in dataclasses.fields(GeeniSettings)}
+    return GeeniConfig(**{**shared, **own, **variant.options})
 
 
 def program(study: GeeniStudy, variant: Variant, data: NodeData, *, fixed: bool) -> Program:
@@ -247,7 +248,7 @@ def program(study: GeeniStudy, variant: Variant, data: NodeData, *, fixed: bool)
 
     config = with_measured_loop(problem(jax.random.key(0)), config)
 
-    def phase(stage: str) -> Phase:
+    def phase(stage: Stage) -> Phase:
         def aux(state: GeeniState) -> PyTree:
             seen = problem(state.key)
             return seen, geeni_views(state, seen, config=config)
@@ -264,14 +265,22 @@ def program(study: GeeniStudy, variant: Variant, data: NodeData, *, fixed: bool)
         members = fold_members(members) if config.folded else members
         return ensemble_probabilities(ensemble_logits(members, features, matrix))[nodes]
 
+    def members(key: jax.Array) -> Any:
+        return geeni_init(key, problem(key), config=config).members
+
+    def measured(state: GeeniState) -> dict[str, Any]:
+        test = masks(state.key)[2]
+        return geeni_metrics(state, problem(state.key), test, config=config, after=variant.after)
+
+    none: Any = None
     task = Task(
         name=f"{data.name}/gcn",
         source=data.source,
         metric=METRIC,
-        init=lambda key: geeni_init(key, problem(key), config=config).members,
-        loss=None,  # the method's own
+        init=members,
+        loss=none,  # the method's own
         infer=infer,
-        evaluate=None,  # of the state: what is served is more than parameters
+        evaluate=none,  # of the state: what is served is more than parameters
         train=None,
         example_inputs=(np.arange(data.data.nodes, dtype=np.int32), data.features, data.adjacency),
         classes=data.classes,
@@ -285,8 +294,6 @@ def program(study: GeeniStudy, variant: Variant, data: NodeData, *, fixed: bool)
         phases=tuple(phase(stage) for stage in config.stages),
         params=functools.partial(served_members, config=config),
         loader=Loader(None, data.data.nodes),
-        evaluate=lambda state: geeni_metrics(
-            state, problem(state.key), masks(state.key)[2], config=config, after=variant.after
-        ),
+        evaluate=measured,
         sharding=((f"^({networks})/", ("expert",)),) if config.members > 1 else (),
     )

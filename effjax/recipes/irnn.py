@@ -3,11 +3,11 @@
 import dataclasses
 
 from effjax.recipes.recurrent import MODALITY, RecurrentStudy, recurrent_groups
-from effjax.recipes.spec import Claim, Group
+from effjax.recipes.spec import Claim, Group, Role
 
 __all__ = ["CLAIMS", "MODALITY", "IrnnStudy", "groups"]
 
-ROLES = {
+ROLES: dict[str, Role] = {
     "lstm": "baseline",
     **dict.fromkeys(("irnn", "irnn-3", "irnn-zero-3", "irnn-equilibrium", "dual-ode"), "method"),
     **dict.fromkeys(("irnn-shared", "fastrnn-per-time"), "control"),

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import optax
 
-from effjax.core.errors import check_choice, check_number
+from effjax.core.errors import Count, Positive, Rate
 from effjax.data.sequences import SequenceData, few_rows, sequence_data
-from effjax.recipes.spec import Arm, Group, StudyConfig
+from effjax.recipes.spec import Arm, Group, Role, StudyConfig
 from effjax.tasks.sequence import sequence_metric
 from effjax.tasks.sequence_layers import LAYERS, sequence_layer
 from effjax.tasks.sequence_networks import layer_task
@@ -25,17 +25,17 @@ class RecurrentStudy(StudyConfig):
 
     tasks: tuple[str, ...] = ("noisy-digits-200",)
     """Sequence problems, such as noisy-digits-200, fsdd, hmp_accel-256, mnist-permuted, add-200 or ptb-words-300."""
-    hidden: int = 64
+    hidden: Count = 64
     """Width of the state, and of the embedding where inputs are ids."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Sequences of one step."""
-    learning_rate: float = 3e-3
+    learning_rate: Positive = 3e-3
     """Learning rate of Adam in all arms."""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """Largest global norm of a gradient."""
     read: Literal["last", "mean"] = "last"
     """The state that a classifier's head reads: the last, or the mean over time."""
-    dropout: float = 0.0
+    dropout: Rate = 0.0
     """Rate of dropout on the states that the head reads, and on embeddings."""
     train_rows: int | None = None
     """Number of training sequences used; None takes all."""
@@ -46,17 +46,8 @@ class RecurrentStudy(StudyConfig):
     unroll: int = 1
     """Time steps in one iteration of the compiled loop."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("hidden", "batch_size"):
-            check_number(name, getattr(self, name), low=1, integer=True)
-        for name in ("learning_rate", "clip"):
-            check_number(name, getattr(self, name), low=0, open_low=True)
-        check_choice("read", self.read, ("last", "mean"))
-        check_number("dropout", self.dropout, low=0, high=1, open_high=True)
 
-
-def recurrent_groups(config: RecurrentStudy, roles: Mapping[str, str]) -> list[Group]:
+def recurrent_groups(config: RecurrentStudy, roles: Mapping[str, Role]) -> list[Group]:
     """One group per task, one arm per layer; layers without a role are alternatives."""
     arms = [
         Arm(name, roles.get(name, "alternative"), functools.partial(_program, config, name), layer.label)
@@ -70,7 +61,7 @@ def recurrent_groups(config: RecurrentStudy, roles: Mapping[str, str]) -> list[G
     ]
 
 
-def load_sequences(config: StudyConfig, task: str, streams: int | None = None) -> SequenceData:
+def load_sequences(config: Any, task: str, streams: int | None = None) -> SequenceData:
     """The problem of a study's ``train_rows`` and ``test_rows``, or the user's own."""
     data = config.data(task, MODALITY)
     if isinstance(data, str):

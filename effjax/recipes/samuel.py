@@ -10,7 +10,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax.numpy as jnp
 import optax
@@ -20,8 +20,8 @@ from effjax.data.sets import DataSet, load
 from effjax.data.shift import permute_labels, permute_pixels
 from effjax.models.mlp import MLP
 from effjax.optim.one_gradient import samuel_one_gradient
-from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
-from effjax.recipes.spec import Arm, Claim, Group, StudyConfig, Sweep
+from effjax.optim.samuel import SamuelState, samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
+from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig, Sweep
 from effjax.tasks.image import image_task
 from effjax.tasks.task import Metric, Task
 from effjax.train.grad import accumulated
@@ -132,9 +132,9 @@ def _load(config: SamuelStudy, name: str, setting: Setting) -> Task:
     data, model = config.data(data_name, MODALITY), config.model(model)
     data = load(data) if isinstance(data, str) else data
     phases = _phases(config, data, model) if setting == "shift" else [dict]
-    data = dataclasses.replace(data, splits=data.splits | {"test": phases[-1](data.splits["test"])})
+    data = dataclasses.replace(data, splits={**data.splits, "test": phases[-1](data.splits["test"])})
     options = {"train_rows": config.train_rows, "test_rows": config.test_rows}
-    made = {"dtype": config.train.dtype, "remat": config.train.remat}
+    made: dict[str, Any] = {"dtype": config.train.dtype, "remat": config.train.remat}
     if width := re.fullmatch(r"mlp-(\d+)", model):
         dtype = jnp.dtype(config.train.dtype)
         model, made = MLP((int(width[1]),), classes=len(data.classes), dtype=dtype, remat=config.train.remat), {}
@@ -157,10 +157,10 @@ def _arms(config: SamuelStudy, setting: Setting) -> Iterator[Arm]:
     plateau = lambda: optax.chain(sgd(0.3), optax.contrib.reduce_on_plateau(patience=10, accumulation_size=20))
     contrib = optax.contrib
 
-    def trained(name, role, label, tx, **options):
+    def trained(name: str, role: Role, label: str, tx: Callable[..., Any], **options: Any) -> Arm:
         return Arm(name, role, functools.partial(_trained, config, tx, **options), label)
 
-    def experts(name, label, role="method", **options):
+    def experts(name: str, label: str, role: Role = "method", **options: Any) -> Arm:
         return Arm(name, role, functools.partial(_experts, config, **options), label)
 
     for rate in config.grid:
@@ -234,11 +234,11 @@ def _experts(config: SamuelStudy, task: Task, *, shorter: int = 1, loop: str | N
     def init(key):
         return TrainState.start(samuel_init(dict(task.init(key)), len(config.experts)), tx.init, key)
 
-    def step(state, batch, aux):
+    def step(state: TrainState, batch: Any, aux: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         (losses, model), grads = losses_and_grads(state.params, state.model, batch, state.step_key)
         updates, opt = tx.update(grads, state.opt, state.params, value=losses)
         params, model = samuel_sync(opt, optax.apply_updates(state.params, updates), model)
-        return state.after(params, model, opt), {"loss": losses[opt.current_expert]}
+        return state.after(params, model, opt), {"loss": losses[cast(SamuelState, opt).current_expert]}
 
     return Program(
         task=task,

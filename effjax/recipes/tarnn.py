@@ -3,11 +3,11 @@
 import dataclasses
 
 from effjax.recipes.recurrent import MODALITY, RecurrentStudy, recurrent_groups
-from effjax.recipes.spec import Claim, Group
+from effjax.recipes.spec import Claim, Group, Role
 
 __all__ = ["CLAIMS", "MODALITY", "TarnnStudy", "groups"]
 
-ROLES = {
+ROLES: dict[str, Role] = {
     "lstm": "baseline",
     **dict.fromkeys(
         ("tarnn-euler", "tarnn-convex", "tarnn-euler-3", "tarnn-euler-input", "tarnn-convex-input"), "method"

@@ -115,7 +115,7 @@ def text_groups(config: TextStudy, arms: Mapping[str, TextArm]) -> list[Group]:
         for rate in config.learning_rates
     ]
     sweeps = {name: Sweep(f"{name}-[0-9]*", f"{arm.label}, sweep of {count}") for name, arm in arms.items()}
-    dropouts = {arm.dropout for arm in arms.values()}
+    dropouts = {arm.dropout for arm in arms.values() if arm.dropout is not None}
     return [
         Group(
             group_name(task),
@@ -168,18 +168,15 @@ def check_epochs(config: StudyConfig) -> None:
         )
 
 
-def _load(config: TextStudy, name: str, dropouts: set[float]) -> dict[float, Task]:
+def _load(config: TextStudy, name: str, dropouts: set[float]) -> dict[float | None, Task]:
     """The task with each dropout rate that its arms have."""
     data, _, model = name.rpartition("/")
-    data, model, made = (
-        config.data(data, MODALITY),
-        config.model(model),
-        {"max_length": config.max_length, **config.made},
-    )
+    data, model = config.data(data, MODALITY), config.model(model)
+    made: dict[str, Any] = {"max_length": config.max_length, **config.made}
     return {rate: text_task(data, model, dropout=rate, **made) for rate in sorted(dropouts)}
 
 
-def _build(config: TextStudy, arm: TextArm, rate: float, loaded: Mapping[float, Task]) -> Program:
+def _build(config: TextStudy, arm: TextArm, rate: float, loaded: Mapping[float | None, Task]) -> Program:
     """AdamW on planned batches; its rate falls linearly over the exact number of steps."""
     task = loaded[arm.dropout]
     plan = functools.partial(arm.plan, task)

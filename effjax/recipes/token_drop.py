@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from effjax.core.errors import Count, Limits, Rate
-from effjax.recipes.spec import Claim, Group
+from effjax.recipes.spec import Claim, Group, Role
 from effjax.recipes.texts import MODALITY, TextArm, TextStudy, bucketed, text_groups
 from effjax.tasks.task import Task
 from effjax.transformers.token_drop import drop_as_many_columns, token_drop_columns, vocabulary_stop_ids
@@ -39,7 +39,7 @@ def groups(config: TokenDropStudy) -> list[Group]:
     """Every arm on every task."""
     full, low = config.dropout, config.low_dropout
 
-    def arm(role: str, label: str, columns: Callable[[Task, int], Any], dropout: float) -> TextArm:
+    def arm(role: Role, label: str, columns: Callable[[Task, int], Any], dropout: float) -> TextArm:
         return TextArm(role, f"{label}, dropout {dropout:g}", bucketed(config, columns, cap=config.caps), dropout)
 
     whole = lambda task, seed: task.train

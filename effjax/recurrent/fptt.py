@@ -121,7 +121,12 @@ def fptt(
             inner=base.init(params),
         )
 
-    def update(updates: PyTree, state: FpttState, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, FpttState]:
+    def update(
+        updates: PyTree,
+        state: Any,  # FpttState, which Optax's types do not know
+        params: PyTree = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, Any]:
         if params is None:
             raise ValueError("fptt needs the parameters: tx.update(grads, state, params).")
         a, b, pull, push = (wide(value) for value in (alpha, beta, lmbda, correction))

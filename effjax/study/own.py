@@ -24,7 +24,7 @@ class OwnStudy(StudyConfig):
 
     task: str
     """Name and source of the task."""
-    data: int
+    data_number: int
     """Number of all bits of the training and test data."""
     names: tuple[str, ...]
     """Names of the arms."""
@@ -79,7 +79,7 @@ def own_study(
         seeds=seeds,
         train=options,
         task=f"{task.name}: {task.source}",
-        data=_data_number(task),
+        data_number=_data_number(task),
         names=tuple(arms),
         batch_size=batch_size,
     )

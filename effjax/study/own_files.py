@@ -71,8 +71,8 @@ def own_options() -> type:
 def _about(modality: str, name: str) -> str:
     """What the docstring says of a keyword, for ``--help``."""
     doc = inspect.getdoc(READERS[modality])
-    found = re.search(rf"^  {name}: (.+?)(?=^  \w+: |^$)", doc, re.MULTILINE | re.DOTALL)
-    text = re.sub(r"[;.] ``[^`]*``( and the like)? when None|``", "", " ".join(found[1].split()))
+    found = re.search(rf"^  {name}: (.+?)(?=^  \w+: |^$)", doc or "", re.MULTILINE | re.DOTALL)
+    text = re.sub(r"[;.] ``[^`]*``( and the like)? when None|``", "", " ".join(found[1].split() if found else ()))
     text = f"{name} {text}" if text.startswith("of ") else text
     return text.rstrip(".").replace("None", "left out")
 
@@ -84,11 +84,12 @@ def _type(name: str, annotation: Any) -> tuple[Any, str]:
     parts = [part for part in typing.get_args(annotation) or (annotation,) if part is not type(None)]
     if isinstance(parts[0], str | int) or typing.get_origin(parts[0]) is typing.Literal:
         choices = parts if isinstance(parts[0], str | int) else typing.get_args(parts[0])
-        return Literal[tuple(choices)], "|".join(map(str, choices))
+        return typing.cast(Any, Literal).__getitem__(tuple(choices)), "|".join(map(str, choices))
     if any(typing.get_origin(part) is Sequence for part in parts):
         return tuple[str, ...], "NAME [NAME ...]"
     kind = next((part for part in parts if part in (int, float, bool)), str)
-    return kind, {int: "N", float: "SHARE"}.get(kind, "FILE" if name in _PATHS else "NAME")
+    words: dict[Any, str] = {int: "N", float: "SHARE"}
+    return kind, words.get(kind, "FILE" if name in _PATHS else "NAME")
 
 
 def own_data(options: Any) -> OwnData | None:
@@ -120,7 +121,7 @@ def _near(name: str, options: Sequence[str]) -> str:
     return near(name, difflib.get_close_matches(name, options, n=2, cutoff=0.8))
 
 
-def with_own(config: StudyConfig, recipe: Any, own: OwnData, stem: str = "this study") -> StudyConfig:
+def with_own(config: Any, recipe: Any, own: OwnData, stem: str = "this study") -> StudyConfig:
     """The config of a study on a user's own data.
 
     Raises:
@@ -146,7 +147,7 @@ def with_own(config: StudyConfig, recipe: Any, own: OwnData, stem: str = "this s
     return dataclasses.replace(config, own=own, tasks=(name,), **getattr(recipe, "OWN", {}))
 
 
-def with_all_rows(config: StudyConfig) -> StudyConfig:
+def with_all_rows(config: Any) -> StudyConfig:
     """A preset without its numbers of rows, which were chosen for its own data."""
     names = [name for name in ("train_rows", "test_rows") if hasattr(config, name)]
     return dataclasses.replace(config, **dict.fromkeys(names))

@@ -42,7 +42,8 @@ class Progress:
         if not self._quiet and stream.isatty():
             self._bar = _bar(stream, self)
             self._bar.start()
-            self._task = self._bar.add_task(self._what, total=self._total or None, completed=self._done)
+            self._task = self._bar.add_task(self._what, total=self._total or None)
+            self._bar.update(self._task, completed=self._done)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

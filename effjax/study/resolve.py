@@ -3,8 +3,8 @@
 import dataclasses
 import hashlib
 import importlib
-import importlib.util
 import json
+import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -24,10 +24,10 @@ DEFAULT_PRESET = "cpu"
 class Recipe(Protocol):
     """What a study is made of: a module of ``effjax.recipes``, or a user's own."""
 
-    def groups(self, config: StudyConfig) -> Sequence[Group]:
+    def groups(self, config: Any) -> Sequence[Group]:
         """Every group with every arm; nothing is loaded yet."""
 
-    def claims(self, config: StudyConfig) -> Mapping[str, Sequence[Claim]]:
+    def claims(self, config: Any) -> Mapping[str, Sequence[Claim]]:
         """By a shell pattern on the group's name; a module may hold the constant ``CLAIMS`` instead."""
 
 
@@ -44,9 +44,9 @@ class Study(NamedTuple):
 
     stem: str
     preset: str
-    config: StudyConfig
+    config: Any  # a StudyConfig of the recipe
     overridden: bool
-    recipe: Recipe | ModuleType
+    recipe: Any  # a Recipe, or the module of one
 
     def groups(self, config: StudyConfig | None = None) -> list[Group]:
         """The groups with the arms that the config chooses."""
@@ -112,10 +112,8 @@ def presets(stem: str) -> dict[str, StudyConfig]:
     """The presets of a study by name."""
     check_choice("study", stem, tuple(effjax.METHODS))
     path = configs_folder() / stem / "presets.py"
-    spec = importlib.util.spec_from_file_location(f"effjax_configs_{stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {name: value for name, value in vars(module).items() if isinstance(value, StudyConfig)}
+    found = runpy.run_path(str(path), run_name=f"effjax_configs_{stem}")
+    return {name: value for name, value in found.items() if isinstance(value, StudyConfig)}
 
 
 class Begun(NamedTuple):
@@ -131,8 +129,8 @@ class Begun(NamedTuple):
 
     stem: str
     preset: str
-    base: StudyConfig
-    config: StudyConfig
+    base: Any
+    config: Any
     recipe: Recipe | ModuleType
 
 
@@ -161,7 +159,7 @@ def begin(target: str, *, own: bool = False) -> Begun:
     return Begun(stem, preset, base, from_table(start, table, f"config file {str(path)!r}") if table else start, recipe)
 
 
-def finish(begun: Begun, config: StudyConfig, own: OwnData | None = None) -> Study:
+def finish(begun: Begun, config: Any, own: OwnData | None = None) -> Study:
     """The study with its final config, checked against its arms, on a user's own data if there are any."""
     if own is not None:
         if config.tasks != begun.base.tasks:

@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 Config = TypeVar("Config")
 
@@ -54,7 +54,7 @@ def from_table(base: Config, table: Mapping[str, Any], where: str) -> Config:
     import msgspec
 
     _check_keys(type(base), table, where)
-    whole = _merged(dataclasses.asdict(base), table)
+    whole = _merged(dataclasses.asdict(cast(Any, base)), table)
     try:
         return msgspec.convert(whole, type(base))
     except msgspec.ValidationError as error:

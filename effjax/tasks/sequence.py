@@ -264,7 +264,7 @@ class _Scores(NamedTuple):
     asked: jax.Array
 
 
-def _scores(kind: Kind, outputs: jax.Array, targets: jax.Array | np.ndarray) -> _Scores:
+def _scores(kind: Kind, outputs: jax.Array | np.ndarray, targets: jax.Array | np.ndarray) -> _Scores:
     check_choice("kind", kind, KINDS)
     axes = 2 if kind == "tokens" else 1
     wrong_size = kind == "value" and outputs.shape[-1:] != (1,)

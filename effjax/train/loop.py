@@ -252,7 +252,7 @@ class _Run:
         lengths = self._lengths()
         if phases[:phase] != lengths[:phase] or (phase < len(phases) and not within <= lengths[phase]):
             raise CheckpointError(
-                f"{self.checkpoints.directory} was written by a run with phases of {phases} steps, in phase {phase}; "
+                f"{self.directory} was written by a run with phases of {phases} steps, in phase {phase}; "
                 f"this run has phases of {lengths} steps. Use another output folder, or delete this one."
             )
         self.phase, self.within = phase, within
@@ -412,6 +412,7 @@ class _Run:
         self._resume_clock()
 
     def _write_checkpoint(self, metrics: dict[str, float] | None) -> None:
+        assert self.checkpoints is not None
         if self.checkpoints.latest() == self.done:
             return
         self._check_books(everything=True)

@@ -112,7 +112,7 @@ def through_time(
             opt, params = averaged(state.opt, state.params)
             return state._replace(params=params, opt=opt)
 
-        epoch = loader.epoch_steps(0)
+        epoch = len(data.train["targets"]) // batch_size
         whole, rest = divmod(steps, epoch)
         phases = (Phase(step, epoch, leave=close),) * whole + ((Phase(step, rest),) if rest else ())
     return Program(
