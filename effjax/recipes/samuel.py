@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast
 
+import jax
 import jax.numpy as jnp
 import optax
 
