@@ -69,7 +69,7 @@ READERS: dict[str, Callable] = {
 
 
 def read_data(modality: Modality, path: str | os.PathLike, **columns: Any) -> DataSet | SequenceData | GraphData:
-    """Read the user's own data for one kind of task.
+    r"""Read the user's own data for one kind of task.
 
     ============  =====================  =====================================================================
     modality      function               path
@@ -95,7 +95,7 @@ def read_data(modality: Modality, path: str | os.PathLike, **columns: Any) -> Da
     Example:
       >>> import pathlib, tempfile
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "messages.csv"
-      >>> _ = path.write_text("body,kind\\nWin now,spam\\nHi,ham\\nFree,spam\\nSee you,ham\\n")
+      >>> _ = path.write_text("body,kind\nWin now,spam\nHi,ham\nFree,spam\nSee you,ham\n")
       >>> data = read_data("text", path, text="body", label="kind", split=0.5)
       >>> data.classes, data.facts.rows
       (('ham', 'spam'), {'train': 2, 'test': 2})

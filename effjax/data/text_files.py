@@ -27,7 +27,7 @@ def text_data(
     seed: int = 0,
     quotes: bool = True,
 ) -> DataSet:
-    """Texts, or pairs of texts, with a class or a score per row.
+    r"""Texts, or pairs of texts, with a class or a score per row.
 
     Args:
       path: a table as ``read_table`` takes it, or a folder or named set with the splits ``train`` and ``test``
@@ -53,7 +53,7 @@ def text_data(
     Example:
       >>> import pathlib, tempfile
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "messages.csv"
-      >>> _ = path.write_text("body,kind\\nWin now,7\\nHi,3\\nFree,7\\nSee you,3\\n")
+      >>> _ = path.write_text("body,kind\nWin now,7\nHi,3\nFree,7\nSee you,3\n")
       >>> data = text_data(path, text="body", label="kind", split=0.5)
       >>> data.classes, sorted(data.splits["train"]), str(data.splits["train"]["label"].dtype)
       (('3', '7'), ['label', 'text'], 'int32')

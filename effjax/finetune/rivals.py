@@ -1,4 +1,7 @@
-"""Other merge-and-restart chains, for comparison: ReLoRA, RAC-LoRA, periodic LoRA. (GaLore is ``optax.contrib``'s.)"""
+"""Other merge-and-restart chains, for comparison: ReLoRA, RAC-LoRA, periodic LoRA.
+
+GaLore is ``optax.contrib``'s.
+"""
 
 import functools
 from collections.abc import Callable, Mapping

@@ -230,7 +230,7 @@ def strongest_edges(matrix: SparseMatrix, fraction: float) -> Bool[np.ndarray, "
 
 
 def edge_jaccard(pattern: SparsePattern, support: Bool[np.ndarray, "nodes features"]) -> Float[np.ndarray, "entries"]:
-    """:math:`|X_i \\cap X_j| / |X_i \\cup X_j|` for every entry; 1 on the diagonal, 0 without features. On the host.
+    r""":math:`|X_i \cap X_j| / |X_i \cup X_j|` for every entry; 1 on the diagonal, 0 without features. On the host.
 
     Example:
       >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency

@@ -102,8 +102,9 @@ def mask_features(members: GcnMembers, keep: Bool[Array, "members features"]) ->
 
 
 def prune_width(members: GcnMembers, width: int) -> GcnMembers:
-    r"""Trained members with only their strongest hidden units, those of largest
-    :math:`\lVert W_{0,\cdot h} \rVert\, \lVert W_{1,h \cdot} \rVert`.
+    r"""Trained members with only their strongest hidden units.
+
+    Strength is :math:`\lVert W_{0,\cdot h} \rVert\, \lVert W_{1,h \cdot} \rVert`.
 
     Args:
       members: of width H.

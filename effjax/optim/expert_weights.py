@@ -84,6 +84,7 @@ class WeightRule(NamedTuple):
 
 
 def check_rates(argument: str, rates: Any) -> Any:
+    """Rates that are positive numbers; traced ones are taken as they are."""
     if isinstance(rates, jax.core.Tracer):
         return rates
     rates = np.atleast_1d(np.asarray(rates, np.float64)).tolist()
@@ -103,6 +104,7 @@ def raw_key(seed: int | Array) -> UInt[Array, "words"]:
 
 
 def check_concrete(argument: str, value: Any, **limits: Any) -> None:
+    """``check_number``, where the value is known."""
     if not isinstance(value, jax.core.Tracer):  # injected hyperparameters arrive traced
         check_number(argument, value, **limits)
 

@@ -144,8 +144,11 @@ def _load(config: SamuelStudy, name: str, setting: Setting) -> Task:
 
 
 def _phases(config: SamuelStudy, data: DataSet, model: str) -> list[Callable]:
-    """One map of batches per part of a run, the first the identity. It permutes pixels for a fully connected network,
-    and labels for convolutions, whose pixels must keep their place."""
+    """One map of batches per part of a run, the first the identity.
+
+    It permutes pixels for a fully connected network,
+    and labels for convolutions, whose pixels must keep their place.
+    """
     if model.startswith("mlp"):
         shape = data.splits["train"]["image"].shape[1:]
         return [dict, *(permute_pixels(seed, shape) for seed in range(1, config.phases))]

@@ -187,8 +187,10 @@ def chosen(name: str, patterns: Sequence[str]) -> bool:
 
 
 def choose_arms(groups: Sequence[Group], patterns: Sequence[str]) -> list[Group]:
-    """The groups with the arms that ``StudyConfig.arms`` chooses: those that a pattern matches, less those that a
-    ``!pattern`` matches. Sweeps without members and groups without arms are left out.
+    """The groups with the arms that ``StudyConfig.arms`` chooses.
+
+    Those are the arms that a pattern matches, less those that a ``!pattern`` matches.
+    Sweeps without members and groups without arms are left out.
 
     Raises:
       ValueError: no group, a name that comes twice, a pattern that matches no arm of any group, or no arm left.

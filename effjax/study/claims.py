@@ -133,8 +133,10 @@ class _Decision:
         return self._best(values)
 
     def _best(self, values: Sequence[float]) -> float:
-        """The best number for the side it stands on: a claim compares like with like, so both sides take the extreme
-        that the group's goal, or a cost, asks for."""
+        """The best number of a side.
+
+        A claim compares like with like: both sides take the extreme that the group's goal, or a cost, asks for.
+        """
         numbers = [number for number in values if math.isfinite(number)]
         most = self.of not in COST_WORDS and self.metric["goal"] == "max"
         return (max if most else min)(numbers, default=math.nan)

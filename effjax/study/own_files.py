@@ -93,8 +93,9 @@ def _type(name: str, annotation: Any) -> tuple[Any, str]:
 
 
 def own_data(options: Any) -> OwnData | None:
-    """What a user said of data of one's own, in ``own_options``; None without ``--data``. Paths become absolute, for a
-    run may go on elsewhere.
+    """What a user said of data of one's own, in ``own_options``; None without ``--data``.
+
+    Paths become absolute, for a run may go on elsewhere.
 
     Raises:
       ValueError: another option without ``--data``.

@@ -349,11 +349,11 @@ def _scaled(found: float | None, factor: float) -> float | None:
 
 
 def in_table(text: str) -> str:
-    """Text for a cell of a Markdown table.
+    r"""Text for a cell of a Markdown table.
 
     Example:
       >>> in_table("|x| of 1")
-      '\\\\|x\\\\| of 1'
+      '\\|x\\| of 1'
     """
     return text.replace("|", "\\|")
 

@@ -107,8 +107,9 @@ def _summed(members: Sequence[str], arms: Mapping[str, Mapping[str, Any]]) -> di
 
 
 def idle_arms(fingerprints: Mapping[str, Sequence[int | None]]) -> list[list[str]]:
-    """Arms of one group whose trained parameters are equal to the last bit in every seed: what tells them apart did
-    nothing.
+    """Arms of one group whose trained parameters are equal to the last bit in every seed.
+
+    What tells them apart did nothing.
 
     Args:
       fingerprints: per arm one number per seed, of its parameters; None where they are not known.

@@ -137,8 +137,10 @@ class Program(NamedTuple):
 
     @property
     def compiles(self) -> int:
-        """Executables that a run may need: one per batch shape, of every step function; a phase with ``aux`` of its own
-        may need one more."""
+        """Executables that a run may need: one per batch shape, of every step function.
+
+        A phase with ``aux`` of its own may need one more.
+        """
         shared = {phase.step for phase in self.phases if phase.aux is None}
         own = sum(phase.aux is not None for phase in self.phases)
         return (len(shared) + own) * max(1, len(self.shapes))

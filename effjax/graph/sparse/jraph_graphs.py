@@ -253,7 +253,6 @@ def zero_out_padding(graph: jraph.GraphsTuple) -> jraph.GraphsTuple:
       >>> zero_out_padding(graph._replace(nodes=jnp.full(4, 7.0))).nodes.tolist()
       [7.0, 7.0, 0.0, 0.0]
     """
-
     # Jraph's masks index n_node by a traced number, which NumPy arrays refuse.
     graph = graph._replace(n_node=jnp.asarray(graph.n_node), n_edge=jnp.asarray(graph.n_edge))
 
