@@ -61,8 +61,7 @@ def _only_jax_flax_and_optax(request: pytest.FixtureRequest) -> Iterator[None]:
 def _method_modules() -> frozenset[str]:
     import effjax
 
-    names = [name for method in effjax.METHODS.values() for name in method.names]
-    return frozenset(inspect.getmodule(getattr(effjax, name)).__name__ for name in names)
+    return frozenset(module for method in effjax.METHODS.values() for module in method.modules)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -67,7 +67,6 @@ METHODS: dict[str, Method] = {
                 "effjax.finetune.slope_knot",
                 "effjax.finetune.lora",
                 "effjax.finetune.lora_layers",
-                "effjax.finetune.lora_files",
             ),
             kind="Optax transformation and pure functions",
             paper="Xia, Qin, Hazan 2024, arXiv:2401.04151",

@@ -11,8 +11,19 @@ from beartype import BeartypeConf, FrozenDict, beartype
 
 # NumPy's scalars count as Python's, and an int as a float, as to type checkers.
 _NUMBERS = {int: int | np.integer, float: float | int | np.integer | np.floating, bool: bool | np.bool_}
-typechecked = beartype(conf=BeartypeConf(hint_overrides=FrozenDict(_NUMBERS)))
+_beartype = beartype(conf=BeartypeConf(hint_overrides=FrozenDict(_NUMBERS)))
+# JAX unflattens these through their constructor, with tracers, shapes or placeholders in the place of arrays.
+_PYTREES = {
+    *("SparsePattern", "SparseMatrix", "ShardedMatrix", "_Rows", "BucketTable", "StageGraph", "GeeniProblem"),
+    *("SequencePart", "LoraKernel"),
+}
 _raises = pytest.raises
+
+
+def typechecked(function: Any) -> Any:
+    """What the import hook applies to every function of the package."""
+    owner, _, name = getattr(function, "__qualname__", "").rpartition(".")
+    return function if name == "__init__" and owner in _PYTREES else _beartype(function)
 
 
 @contextlib.contextmanager
