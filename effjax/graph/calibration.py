@@ -156,11 +156,13 @@ def fit_calibration(
     nodes = check_matrix("adjacency", adjacency, square=True).shape[0]
     check_array("labels", labels, (nodes,), "integers")
     check_array("weights", weights, (nodes,), "bool or floating")
-    if callable(logits) and classes is None:
+    if not callable(logits):
+        classes = logits.shape[-1]
+    elif classes is None:
         raise ValueError("classes=None, but logits is a function, which does not tell. Give the number of classes.")
     network = _spread(logits, adjacency)
     start, rest = jax.random.split(key)
-    params = calibration_init(start, classes if callable(logits) else logits.shape[-1])
+    params = calibration_init(start, classes)
     tx = adam_l2(learning_rate, weight_decay)
 
     def loss(params: PyTree, key: jax.Array) -> jax.Array:
@@ -195,6 +197,8 @@ def _scaled(
     first, second = params["conv_0"], params["conv_1"]
     hidden = jax.nn.relu(spread @ first["kernel"] + first["bias"])
     if dropout:
+        if key is None:
+            raise ValueError(f"dropout={dropout} needs a key. Pass one, or leave dropout out when evaluating.")
         hidden = random_dropout(key, hidden, dropout)
     temperature = adjacency @ (hidden @ second["kernel"]) + second["bias"]
     return logits * jnp.logaddexp(temperature, jnp.log(1.1))  # finite for any temperature

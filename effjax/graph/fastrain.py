@@ -467,7 +467,8 @@ def _plan(problem: NodeProblem, config: FastrainConfig, labelled: int) -> Stage:
     return Stage(deep, found.keep_rate if config.keep_rate == "plan" else config.keep_rate)
 
 
-def _planned(problem: NodeProblem, plan: Stage) -> dict[str, jax.Array]:
+def _planned(problem: NodeProblem, plan: Stage) -> dict[str, Any]:
+    """The fields of the state that a plan decides."""
     return {
         "deep": jnp.asarray(plan.deep),
         "keep_rate": jnp.float32(plan.keep_rate),

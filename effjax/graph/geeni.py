@@ -6,7 +6,8 @@ stopped (``effjax.graph.isolation``); what is left is served (``effjax.graph.gee
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+import functools
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ from effjax.graph.error_nodes import (
 from effjax.graph.geeni_serving import ServedEnsemble, serve_ensemble
 from effjax.graph.isolation import MODES, Mode, isolate_to_ladder, isolated_values, random_edges
 from effjax.graph.members import (
+    LOOPS,
     GcnMembers,
     Loop,
     ensemble_logits,
@@ -57,9 +59,10 @@ from effjax.graph.stages import scan_epochs
 __all__ = ["GeeniConfig", "geeni", "geeni_init", "geeni_next", "geeni_serve", "geeni_step", "geeni_views"]
 
 PyTree = Any
+T = TypeVar("T")
 Stage = Literal["members", "students"]
 Detector = Literal["score", "agreement", "mutual", "learned", "oracle"]
-_DECAYED = GcnMembers(True, False, False, False)  # what the weight decay is for
+_DECAYED = GcnMembers._make((True, False, False, False))  # what the weight decay is for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,9 +277,10 @@ def geeni_init(key: jax.Array, problem: GeeniProblem, *, config: GeeniConfig) ->
     _check_shapes(problem, config)
     tx, (nodes, width) = _optimizer(config), problem.features.shape
     members = init_members(jax.random.fold_in(key, 1), config.members, width, config.width, problem.classes)
-    students, targets, isolation = None, None, None
+    students, students_opt, targets, isolation = None, None, None, None
     if config.students:
         students = init_members(_epochs_key(key), config.students, width, config.student_width, problem.classes)
+        students_opt = tx.init(students)
         targets = jnp.zeros((nodes, problem.classes))
     if config.isolate:
         isolation = Isolation(jnp.zeros(nodes), jnp.ones(nodes), jnp.zeros((), jnp.int32))
@@ -286,7 +290,7 @@ def geeni_init(key: jax.Array, problem: GeeniProblem, *, config: GeeniConfig) ->
         members=members,
         opt=tx.init(members),
         students=students,
-        students_opt=tx.init(students) if config.students else None,
+        students_opt=students_opt,
         targets=targets,
         isolation=isolation,
     )
@@ -323,13 +327,16 @@ def geeni_step(
       The state, and ``{"loss": mean cross-entropy per network and epoch}``.
     """
     check_choice("stage", stage, config.stages)
+    loop = check_choice("loop", config.loop, LOOPS)
     ours = stage == "members"
 
     def loss(networks: GcnMembers, key: jax.Array) -> jax.Array:
         seen = mask_features(networks, views.features) if ours else networks
         matrix, dropout = (views.matrix, config.dropout) if ours else (problem.adjacency, config.student_dropout)
-        logits = ensemble_logits(seen, problem.features, matrix, dropout=dropout, key=key, loop=config.loop)
-        return members_loss(logits, problem.labels, problem.train) if ours else distil_loss(logits, state.targets)
+        logits = ensemble_logits(seen, problem.features, matrix, dropout=dropout, key=key, loop=loop)
+        if ours:
+            return members_loss(logits, problem.labels, problem.train)
+        return distil_loss(logits, held("targets", state.targets))
 
     fields = ("opt", "members") if ours else ("students_opt", "students")
     opt, networks = (getattr(state, name) for name in fields)
@@ -344,7 +351,7 @@ def geeni_step(
     )
     changes = dict(zip(fields, (opt, networks), strict=True))
     epoch = state.epoch + config.epochs_per_step
-    return state._replace(epoch=epoch, **changes), {"loss": jnp.mean(values) / networks.count}
+    return state._replace(epoch=epoch, **changes), {"loss": jnp.mean(values) / networks.size}
 
 
 _step = jax.jit(geeni_step, static_argnames=("config", "stage"))
@@ -389,8 +396,9 @@ def geeni_serve(state: GeeniState, problem: GeeniProblem, *, config: GeeniConfig
     """
     matrix, weights = member_graphs(problem, config)
     if config.isolate:
-        mode = config.modes[int(state.isolation.mode)]
-        matrix = isolate_to_ladder(matrix, state.isolation.active, mode=mode, weights=weights)
+        isolation = held("isolation", state.isolation)
+        mode = config.modes[int(isolation.mode)]
+        matrix = isolate_to_ladder(matrix, isolation.active, mode=mode, weights=weights)
     members = served_members(state, config=config)
     members = fold_members(members) if config.folded else members
     return serve_ensemble(members, problem.features, matrix, precompute=config.precompute)
@@ -398,7 +406,16 @@ def geeni_serve(state: GeeniState, problem: GeeniProblem, *, config: GeeniConfig
 
 def served_members(state: GeeniState, *, config: GeeniConfig) -> GcnMembers:
     """The networks that are served: the students, or the members with the features that they do not see masked."""
-    return state.students if config.students else mask_features(state.members, _features_kept(state, config))
+    if config.students:
+        return held("students", state.students)
+    return mask_features(state.members, _features_kept(state, config))
+
+
+def held(name: str, part: T | None) -> T:
+    """A part of the state that is there if the config asks for it."""
+    if part is None:
+        raise ValueError(f"state.{name} is None, but config needs it. Make the state by geeni_init with this config.")
+    return part
 
 
 def member_graphs(problem: GeeniProblem, config: GeeniConfig) -> tuple[SparseMatrix, Float[Array, "..."]]:
@@ -407,7 +424,7 @@ def member_graphs(problem: GeeniProblem, config: GeeniConfig) -> tuple[SparseMat
     weights = matrix.pattern.valid.astype(jnp.float32) if problem.weights is None else problem.weights
     if not config.denoised_members:
         return matrix, weights
-    alike = problem.alike * weights
+    alike = _alike(problem, config) * weights
     if config.members > 1:
         whole = config.members - config.denoised_members
         alike = jnp.stack([weights] * whole + [alike] * config.denoised_members)
@@ -488,13 +505,14 @@ def choose_isolation(
     Raises:
       ValueError: ``config.isolate`` is None.
     """
-    if config.isolate is None:
+    detector = config.isolate
+    if detector is None:
         raise ValueError(f"isolate=None chooses nothing. Name a detector: {', '.join(get_args(Detector))}.")
     matrix = problem.adjacency if matrix is None else matrix
     weights = problem.weights if weights is None else weights
     scores = error_scores(member_probabilities(ensemble_logits(members, problem.features, matrix)))
     folds = jax.random.permutation(key, problem.labels.shape[0]) % config.folds
-    correctness, judges = _correctness(scores, problem, matrix, folds, config)
+    correctness, judges = _correctness(scores, problem, matrix, folds, detector=detector, config=config)
     known = problem.train | problem.val
     actives = jax.vmap(lambda each: _candidates(each, known, config))(judges)  # [folds or 1, candidates, N]
     judged = problem.val & ((folds == jnp.arange(config.folds)[:, None]) | (len(judges) == 1))
@@ -508,11 +526,14 @@ def choose_isolation(
     def isolated(active: jax.Array, mode: Mode) -> SparseMatrix:
         return matrix._replace(values=isolated_values(matrix, active, mode=mode, weights=weights))
 
+    def count(mode: Mode, one: tuple[jax.Array, jax.Array]) -> jax.Array:
+        active, judged = one
+        return jnp.sum(judged & right(isolated(active, mode)))
+
     every = (actives.reshape(-1, actives.shape[-1]), jnp.repeat(judged, actives.shape[1], axis=0))
     counts = []
     for mode in config.modes:
-        count = lambda one, mode=mode: jnp.sum(one[1] & right(isolated(one[0], mode)))
-        counts.append(jnp.sum(jax.lax.map(count, every).reshape(actives.shape[:2]), axis=0))
+        counts.append(jnp.sum(jax.lax.map(functools.partial(count, mode), every).reshape(actives.shape[:2]), axis=0))
     table = jnp.stack(counts, axis=1)  # candidates by mode
     best = jnp.argmax(table)
     better = jnp.max(table) > jnp.sum(problem.val & right(matrix))
@@ -529,18 +550,24 @@ def shared_graph(matrix: SparseMatrix) -> SparseMatrix:
 
 
 def _correctness(
-    scores: ErrorScores, problem: GeeniProblem, matrix: SparseMatrix, folds: Int[Array, "nodes"], config: GeeniConfig
+    scores: ErrorScores,
+    problem: GeeniProblem,
+    matrix: SparseMatrix,
+    folds: Int[Array, "nodes"],
+    *,
+    detector: Detector,
+    config: GeeniConfig,
 ) -> tuple[jax.Array, jax.Array]:
     """[N], and [folds, N] that has not seen the fold it is judged by (or [1, N] if it sees no labels at all)."""
     matrix = shared_graph(matrix)
-    if config.isolate == "learned":
+    if detector == "learned":
         seen = dataclasses.replace(problem, adjacency=matrix)
         options = {"fold_count": config.folds, "ridge": config.ridge}
         return learned_correctness(scores, seen, folds, **options), held_out_correctness(scores, seen, folds, **options)
-    if config.isolate == "oracle":
+    if detector == "oracle":
         found = (scores.label == problem.labels).astype(jnp.float32)
     else:
-        found = label_free_correctness(scores, matrix)[config.isolate]
+        found = label_free_correctness(scores, matrix)[detector]
     return found, found[None]
 
 
@@ -577,11 +604,18 @@ def _features_kept(state: GeeniState, config: GeeniConfig) -> jax.Array:
 def _check_shapes(problem: GeeniProblem, config: GeeniConfig) -> None:
     check_geeni_shapes(problem)
     check_number("problem.classes", problem.classes, low=1, integer=True)
-    if config.denoised_members and problem.alike is None:
+    if config.denoised_members:
+        _alike(problem, config)
+
+
+def _alike(problem: GeeniProblem, config: GeeniConfig) -> jax.Array:
+    """The edges that denoised members see."""
+    if problem.alike is None:
         raise ValueError(
             f"denoised={config.denoised} needs problem.alike, the edges between alike nodes. Pass "
             "alike=alike_edges(features, adjacency.pattern)."
         )
+    return problem.alike
 
 
 def _check_problem(problem: GeeniProblem, config: GeeniConfig) -> None:

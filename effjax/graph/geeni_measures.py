@@ -15,6 +15,7 @@ from effjax.graph.geeni import (
     GeeniProblem,
     GeeniState,
     geeni_serve,
+    held,
     member_graphs,
     served_members,
     shared_graph,
@@ -63,22 +64,20 @@ def geeni_metrics(
     members, (matrix, _) = served_members(state, config=config), member_graphs(problem, config)
     score = lambda found: masked_accuracy(found, problem.labels, test)
     served = geeni_serve(state, problem, config=config)
-    metrics = {"accuracy": score(_afterwards(after, served(), state, problem, config))}
-    if members.count > 1:
+    metrics: dict[str, jax.Array | float] = {"accuracy": score(_afterwards(after, served(), state, problem, config))}
+    if members.size > 1:
         metrics["accuracy_member"] = _member_accuracy(members, problem, matrix, test)
         metrics["accuracy_ensemble"] = score(geeni_serve(state, problem, config=whole)())
     if config.students:
         teacher = dataclasses.replace(whole, students=0, folded=False)
         metrics["accuracy_teacher"] = score(geeni_serve(state, problem, config=teacher)())
     if config.isolate:
-        subsets, others = (
-            over_edge_subsets(state, problem, config=config),
-            {config.isolate: state.isolation.correctness},
-        )
+        isolation, subsets = held("isolation", state.isolation), over_edge_subsets(state, problem, config=config)
+        others = {config.isolate: isolation.correctness}
         aucs = _detector_aucs(members, problem, matrix, test, subsets=subsets, others=others)
         metrics |= {f"auc_{name}": value for name, value in aucs.items()}
         metrics["edges_removed"] = 1 - int(served.matrix.pattern.size) / int(matrix.pattern.size)
-        metrics["isolated"] = jnp.mean(state.isolation.active == 0)
+        metrics["isolated"] = jnp.mean(isolation.active == 0)
     return metrics
 
 

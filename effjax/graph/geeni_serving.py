@@ -80,8 +80,7 @@ def serve_ensemble(
       (2, 2)
     """
     check_choice("precompute", precompute, (True, False, "auto"))
-    sparse = isinstance(features, SparseMatrix)
-    if precompute is True and sparse:
+    if precompute is True and isinstance(features, SparseMatrix):
         raise ValueError("precompute=True with sparse features would make them dense. Use False or features.todense().")
     count, width, hidden = members.kernel_0.shape
     classes = members.kernel_1.shape[-1]
@@ -92,13 +91,15 @@ def serve_ensemble(
         raise ValueError("precompute=True with a graph per member would store S X once per member. Use False.")
     blocks = np.zeros((count, hidden, count, classes), members.kernel_1.dtype)
     blocks[np.arange(count), :, np.arange(count)] = members.kernel_1
-    propagated = precompute is True or (precompute == "auto" and not sparse and not own)
+    seen, propagated = features, False
+    if not isinstance(features, SparseMatrix) and (precompute is True or (precompute == "auto" and not own)):
+        seen, propagated = spmm(adjacency, features), True
     return ServedEnsemble(
         jnp.moveaxis(members.kernel_0, 0, 1).reshape(width, count * hidden),
         members.bias_0.reshape(-1),
         jnp.asarray(blocks.reshape(count * hidden, count * classes)),
         members.bias_1,
-        spmm(adjacency, features) if propagated else features,
+        seen,
         adjacency,
         propagated,
     )
@@ -130,7 +131,8 @@ def _mean_softmax(logits: jax.Array, count: int) -> jax.Array:
     powers = jnp.exp(logits - exactly(highest, member.T))
     scale = 1 / exactly(powers, member)
     columns = lambda k: slice(k * classes, (k + 1) * classes)
-    return sum(powers[:, columns(k)] * scale[:, k : k + 1] for k in range(count)) / count
+    parts = (powers[:, columns(k)] * scale[:, k : k + 1] for k in range(count))
+    return sum(parts, jnp.zeros((), logits.dtype)) / count
 
 
 def inductive_probabilities(
@@ -172,7 +174,7 @@ def inductive_probabilities(
       >>> inductive_probabilities(members, jnp.eye(2), graph, jnp.array([True, False]), capacity=3).shape
       (2, 2)
     """
-    check_number("members.count", members.count, low=2, hint="One member scores and the others need to be there.")
+    check_number("members.size", members.size, low=2, hint="One member scores and the others need to be there.")
     scorer, others = (jax.tree.map(lambda leaf, part=part: leaf[part], members) for part in (slice(1), slice(1, None)))
     first = member_probabilities(ensemble_logits(scorer, features, adjacency))
     active = active_nodes(jnp.max(first[0], axis=1), fraction, known)

@@ -33,7 +33,7 @@ MODES = ("none", "full", "rowscale")
 
 def isolated_values(
     matrix: SparseMatrix,
-    active: Bool[Array, "nodes"] | Float[Array, "nodes"],
+    active: Bool[Array | np.ndarray, "nodes"] | Float[Array | np.ndarray, "nodes"],
     *,
     mode: Mode = "full",
     weights: Float[Array, "entries"] | None = None,
@@ -94,7 +94,7 @@ def _ratio(over: jax.Array, under: jax.Array) -> jax.Array:
 
 def isolate(
     matrix: SparseMatrix,
-    active: Bool[np.ndarray, "nodes"],
+    active: Bool[Array | np.ndarray, "nodes"],
     *,
     mode: Mode = "full",
     weights: Float[Array, "entries"] | None = None,
@@ -170,7 +170,7 @@ def isolate_to_ladder(
     return found._replace(values=jnp.pad(rows[:, kept], ((0, 0), (0, capacity - kept.sum()))))
 
 
-def active_entries(pattern: SparsePattern, active: Bool[np.ndarray, "nodes"]) -> Bool[np.ndarray, "entries"]:
+def active_entries(pattern: SparsePattern, active: Bool[Array | np.ndarray, "nodes"]) -> Bool[np.ndarray, "entries"]:
     """Which entries stay when only these nodes send: theirs, and the diagonal. Runs on the host."""
     rows, columns = np.asarray(pattern.rows), np.asarray(pattern.columns)
     return (np.asarray(active)[columns] | (rows == columns)) & np.asarray(pattern.valid)
@@ -179,7 +179,7 @@ def active_entries(pattern: SparsePattern, active: Bool[np.ndarray, "nodes"]) ->
 # Edge pruning
 
 
-def random_edges(key: jax.Array, pattern: SparsePattern, keep_rate: float) -> Bool[Array, "entries"]:
+def random_edges(key: jax.Array, pattern: SparsePattern, keep_rate: float | jax.Array) -> Bool[Array, "entries"]:
     """A random subset of a graph's edges, as members see in training; both directions of an edge share their fate.
 
     Args:

@@ -5,6 +5,7 @@ The members of a GEENI ensemble (``effjax.graph.geeni``).
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 Loop = Literal["columns", "vmap", "map", "unroll"]
-LOOPS = ("columns", "vmap", "map", "unroll")
+LOOPS: tuple[Loop, ...] = ("columns", "vmap", "map", "unroll")
 
 
 class GcnMembers(NamedTuple):
@@ -51,7 +52,7 @@ class GcnMembers(NamedTuple):
     bias_1: jax.Array
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """K."""
         return self.kernel_0.shape[0]
 
@@ -203,13 +204,15 @@ def ensemble_logits(
     """
     check_choice("loop", loop, LOOPS)
     check_number("dropout", dropout, low=0, high=1, open_high=True)
-    if dropout and key is None:
-        raise ValueError(f"dropout={dropout} needs a key. Pass one, or leave dropout out when evaluating.")
+    keys = None
+    if dropout:
+        if key is None:
+            raise ValueError(f"dropout={dropout} needs a key. Pass one, or leave dropout out when evaluating.")
+        keys = jax.random.split(key, members.size)
     last = adjacency if last is None else last
     for name, matrix in (("adjacency", adjacency), ("last", last)):
         check_graphs(name, matrix, members)
     check_features(features, members, adjacency)
-    keys = jax.random.split(key, members.count) if dropout else None
     if loop == "columns":
         return _columns(members, features, adjacency, last, propagated, dropout, keys)
     own = tuple(matrix.values if matrix.values.ndim == 2 else None for matrix in (adjacency, last))
@@ -218,7 +221,7 @@ def ensemble_logits(
         (members, own, keys),
         features,
         (adjacency, last),
-        size=members.count,
+        size=members.size,
         loop=loop,
     )
 
@@ -226,9 +229,9 @@ def ensemble_logits(
 def check_graphs(name: str, matrix: SparseMatrix, members: GcnMembers) -> None:
     """Raise where a matrix is no graph of all members, nor one graph for each."""
     values = check_matrix(name, matrix, square=True, stacked=True).values
-    if values.ndim == 2 and values.shape[0] != members.count:
+    if values.ndim == 2 and values.shape[0] != members.size:
         raise ValueError(
-            f"{name}.values has shape {values.shape}: {values.shape[0]} graphs for {members.count} members. Give one "
+            f"{name}.values has shape {values.shape}: {values.shape[0]} graphs for {members.size} members. Give one "
             "row for every member, or one vector for all."
         )
 
@@ -336,7 +339,7 @@ def fastest_members_loop(
     adjacency: SparseMatrix,
     *,
     training: bool = True,
-) -> str:
+) -> Loop:
     """The ``loop`` of ``ensemble_logits`` that is fastest on this graph and device, measured. Not under ``jit``.
 
     Args:
@@ -354,7 +357,7 @@ def fastest_members_loop(
       >>> fastest_members_loop(members, jnp.eye(2), gcn_adjacency([0, 1], [1, 0], 2)) in LOOPS
       True
     """
-    programs = {}
+    programs: dict[Loop, Callable[[], jax.Array]] = {}
     for loop in LOOPS:
         logits = functools.partial(ensemble_logits, loop=loop)
         total = lambda *arguments, logits=logits: jnp.sum(jnp.square(logits(*arguments)))

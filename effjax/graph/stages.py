@@ -213,7 +213,7 @@ def _subset(matrix: SparseMatrix, mask: np.ndarray) -> SparseMatrix:
             t_indptr=before(t_mask, pattern.t_indptr),
             t_rows=pattern.t_rows[t_mask],
             t_order=place[pattern.t_order[t_mask]],
-            size=np.int32(mask.sum()),
+            size=np.asarray(mask.sum(), np.int32),
             buckets=None,
             shape=pattern.shape,
         ),
@@ -429,10 +429,10 @@ def scan_epochs(
 
 
 def evaluate_stages(
-    truth: Int[Array, "nodes"],
-    labels: Int[Array, "nodes"],
-    added: Int[Array, "nodes"],
-    predictions: Int[Array, "stages nodes"],
+    truth: Int[Array | np.ndarray, "nodes"],
+    labels: Int[Array | np.ndarray, "nodes"],
+    added: Int[Array | np.ndarray, "nodes"],
+    predictions: Int[Array | np.ndarray, "stages nodes"],
 ) -> dict[str, float]:
     """Accuracy after every stage on the nodes that had no label at the start; precision and number of pseudolabels.
 

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from blocked import OPTIONAL, blocked
 
-import effjax
-
 BLOCK = "from blocked import Blocker; import sys; sys.meta_path.insert(0, Blocker())\n"
 
 

@@ -421,7 +421,7 @@ def test_bad_input():
         ensemble_logits(members, x[1:], matrix)
     with pytest.raises(ValueError, match=r"width=9 must be an integer in \[1, 6\]"):
         prune_width(members, 9)
-    with pytest.raises(ValueError, match=r"members\.count=1"):
+    with pytest.raises(ValueError, match=r"members\.size=1"):
         inductive_probabilities(jax.tree.map(lambda leaf: leaf[:1], members), x, matrix, jnp.zeros(NODES, bool))
     with pytest.raises(ValueError, match=r"count=0 must be an integer"):
         init_members(jax.random.key(0), 0, 1, 1, 1)

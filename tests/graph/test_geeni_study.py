@@ -11,7 +11,7 @@ import pytest
 
 import effjax
 from effjax.data.graphs import GraphData
-from effjax.graph.error_nodes import error_scores, error_set, learned_trust
+from effjax.graph.error_nodes import active_nodes, error_scores, learned_correctness
 from effjax.graph.geeni import choose_isolation, geeni_next, geeni_serve
 from effjax.graph.members import ensemble_logits, member_probabilities
 from effjax.recipes.geeni import FORMS, GeeniStudy, claims, groups, method_config
@@ -281,11 +281,11 @@ def test_isolation_is_judged_by_detectors_that_have_not_seen_the_labels():
 
     @jax.jit
     def trust(checked, folds):
-        data = (scores, problem.features, matrix, problem.labels, problem.train, checked, folds)
-        return learned_trust(*data, fold_count=config.folds, ridge=config.ridge)
+        judged = dataclasses.replace(problem, val=checked)
+        return learned_correctness(scores, judged, folds, fold_count=config.folds, ridge=config.ridge)
 
     def right(trust, nodes, fraction):
-        send = 1.0 - np.asarray(error_set(trust, fraction, jnp.asarray(train | val)))
+        send = 1.0 * np.asarray(active_nodes(trust, fraction, jnp.asarray(train | val)))
         found = dense_probabilities(members, [dense_graph(send)] * SMALL["members"])
         return int((found.argmax(1) == labels)[nodes].sum()), send
 
@@ -302,7 +302,7 @@ def test_isolation_is_judged_by_detectors_that_have_not_seen_the_labels():
         best = int(np.argmax(honest))
         expected = right(seen, val, fractions[best])[1] if honest[best] > whole else np.ones(NODES)
         found = choose(key, members, problem, config=config)
-        np.testing.assert_array_equal(found.send, expected)
+        np.testing.assert_array_equal(found.active, expected)
         choices.append((honest, flattered, whole))
     better = lambda counts, whole: int(np.argmax(counts)) if max(counts) > whole else None
     assert any(better(honest, whole) != better(flattered, whole) for honest, flattered, whole in choices), choices

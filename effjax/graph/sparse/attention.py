@@ -350,9 +350,12 @@ def supergat(
     check_number("slope", slope, low=0, high=1)
     check_graph(x, matrix)
     z = project(x, params["kernel"], dtype)
-    if mode == "scaled":
-        check_number("heads", heads, low=1, integer=True, hint="Without attention vectors nothing else tells it.")
-    z = _heads(z, params["source"].shape if mode == "mixed" else (heads, z.shape[-1] // heads))
+    if mode == "mixed":
+        z = _heads(z, params["source"].shape)
+    else:
+        hint = "Without attention vectors nothing else tells it."
+        count = check_number("heads", heads, low=1, integer=True, hint=hint)
+        z = _heads(z, (count, z.shape[-1] // count))
     pattern = matrix.pattern
     logits = edge_dot(pattern, z, z)
     if mode == "mixed":
@@ -363,7 +366,7 @@ def supergat(
     return _attend(params, matrix, nn.leaky_relu(logits, slope), z, concat, rate, key, dtype)
 
 
-def _heads(z: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def _heads(z: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[N, H * D] -> [N, H, D]."""
     if len(shape) != 2 or math.prod(shape) != z.shape[-1]:
         raise ValueError(

@@ -13,6 +13,7 @@ _KINDS = {
     "floating": (jnp.floating,),
     "bool or floating": (jnp.bool_, jnp.floating),
 }
+_LENGTHS: dict[int | EllipsisType | None, str] = {None: "any", ...: "..."}
 
 
 def check_array(
@@ -38,7 +39,7 @@ def check_array(
     fits = len(found) >= len(lengths) if shape and shape[-1] is ... else len(found) == len(lengths)
     fits &= all(wanted in (None, length) for wanted, length in zip(lengths, found, strict=False))
     if not fits or not any(jnp.issubdtype(dtype, legal) for legal in _KINDS[kind]):
-        listed = ", ".join({None: "any", ...: "..."}.get(length, str(length)) for length in shape)
+        listed = ", ".join(_LENGTHS.get(length, str(length)) for length in shape)
         raise ValueError(
             f"{argument} is {dtype}{list(found)}; {kind} [{listed}] are needed.{f' {hint}' if hint else ''}"
         )

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import jraph
 import numpy as np
-from jax.typing import ArrayLike
-from jaxtyping import Float, Int
+from jaxtyping import Int
+from numpy.typing import ArrayLike
 
 from effjax.core.errors import check_number
 from effjax.graph.sparse.matrix import SparseMatrix, check_matrix, sparse_matrix
@@ -48,7 +48,7 @@ class SparseGraph(NamedTuple):
 
 
 def from_graphs_tuple(
-    graph: jraph.GraphsTuple, *, weights: Float[ArrayLike, "edges"] | None = None, padded: bool = False
+    graph: jraph.GraphsTuple, *, weights: ArrayLike | None = None, padded: bool = False
 ) -> SparseGraph:
     """The graph with its edges as a sparse matrix, sorted by receiver, then sender. Runs on the host.
 
@@ -75,14 +75,15 @@ def from_graphs_tuple(
       [1, 2, 0, 2, 0, 1]
     """
     graph = check_graphs_tuple(graph)
-    nodes, edges = int(graph.n_node.sum()), len(graph.senders)
+    senders, receivers = np.asarray(graph.senders), np.asarray(graph.receivers)
+    nodes, edges = int(graph.n_node.sum()), len(senders)
     weights = np.ones(edges, np.float32) if weights is None else np.asarray(weights)
     if weights.shape != (edges,):
         raise ValueError(
             f"weights has shape {weights.shape}, but the graph has {edges} edges. Give one number an edge."
         )
     real = edges - int(jraph.get_number_of_padding_with_graphs_edges(graph)) if padded else edges
-    senders, receivers = graph.senders[:real], graph.receivers[:real]
+    senders, receivers = senders[:real], receivers[:real]
     order = np.concatenate([np.lexsort((senders, receivers)), np.arange(real, edges)])
     matrix = sparse_matrix(receivers, senders, weights[:real], (nodes, nodes), capacity=edges or None)
     return SparseGraph(
@@ -90,7 +91,7 @@ def from_graphs_tuple(
         nodes=jax.tree.map(jnp.asarray, graph.nodes),
         edges=jax.tree.map(lambda leaf: jnp.asarray(leaf[order]), graph.edges),
         globals=jax.tree.map(jnp.asarray, graph.globals),
-        n_node=graph.n_node,
+        n_node=np.asarray(graph.n_node),
     )
 
 
@@ -99,7 +100,7 @@ def to_graphs_tuple(
     nodes: PyTree = None,
     edges: PyTree = None,
     globals: PyTree = None,
-    n_node: Int[ArrayLike, "graphs"] | None = None,
+    n_node: ArrayLike | None = None,
     *,
     padded: bool = False,
 ) -> jraph.GraphsTuple:
@@ -137,15 +138,15 @@ def to_graphs_tuple(
     _check_rows("edges", edges, matrix.nnz)
     count = matrix.nnz if padded else int(pattern.size)
     rows = np.asarray(pattern.rows)[:count]
-    graph = jraph.GraphsTuple(
-        nodes=nodes,
-        edges=jax.tree.map(lambda leaf: leaf[:count], edges),
-        receivers=rows,
-        senders=np.asarray(pattern.columns)[:count],
-        globals=globals,
-        n_node=n_node,
-        n_edge=np.diff(np.searchsorted(rows, np.cumsum(n_node)), prepend=0),
-    )
+    # In NumPy, which jraph takes, but does not annotate.
+    indices: dict[str, Any] = {
+        "receivers": rows,
+        "senders": np.asarray(pattern.columns)[:count],
+        "n_node": n_node,
+        "n_edge": np.diff(np.searchsorted(rows, np.cumsum(n_node)), prepend=0),
+    }
+    kept = jax.tree.map(lambda leaf: leaf[:count], edges)
+    graph = jraph.GraphsTuple(nodes=nodes, edges=kept, globals=globals, **indices)
     return jax.tree.map(jnp.asarray, check_graphs_tuple(graph))
 
 
@@ -172,11 +173,10 @@ def check_graphs_tuple(graph: jraph.GraphsTuple, *, argument: str = "graph") -> 
     if not isinstance(graph, jraph.GraphsTuple):
         raise TypeError(f"{argument} is a {type(graph).__name__}; a jraph.GraphsTuple is needed.")
     graph = jax.tree.map(np.asarray, graph)
-    none = np.zeros(0, np.int32)
-    graph = graph._replace(
-        senders=none if graph.senders is None else graph.senders,
-        receivers=none if graph.receivers is None else graph.receivers,
-    )
+    absent: dict[str, Any] = {
+        name: np.zeros(0, np.int32) for name in ("senders", "receivers") if getattr(graph, name) is None
+    }
+    graph = graph._replace(**absent)
     for name in ("n_node", "n_edge", "senders", "receivers"):
         array = getattr(graph, name)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
@@ -195,7 +195,7 @@ def check_graphs_tuple(graph: jraph.GraphsTuple, *, argument: str = "graph") -> 
     ):
         _check_rows(f"{argument}.{name}", getattr(graph, name), rows)
     for name in ("senders", "receivers"):
-        _check_ends(f"{argument}.{name}", getattr(graph, name), graph.n_node, graph.n_edge)
+        _check_ends(f"{argument}.{name}", getattr(graph, name), np.asarray(graph.n_node), np.asarray(graph.n_edge))
     for name in ("nodes", "edges", "globals"):
         _check_finite(f"{argument}.{name}", getattr(graph, name))
     indices = {name: getattr(graph, name).astype(np.int32) for name in ("senders", "receivers", "n_node", "n_edge")}
@@ -226,9 +226,9 @@ def _check_ends(name: str, ends: np.ndarray, n_node: np.ndarray, n_edge: np.ndar
 
 def _check_finite(name: str, tree: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if not leaf.size or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
-        bad = np.flatnonzero(~np.isfinite(leaf.reshape(len(leaf), -1)).all(axis=1)) if leaf.size else ()
+        bad = np.flatnonzero(~np.isfinite(leaf.reshape(len(leaf), -1)).all(axis=1))
         if len(bad):
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} has NaN or infinity in {len(bad)} of {len(leaf)} rows, the first "
@@ -256,7 +256,7 @@ def zero_out_padding(graph: jraph.GraphsTuple) -> jraph.GraphsTuple:
     # Jraph's masks index n_node by a traced number, which NumPy arrays refuse.
     graph = graph._replace(n_node=jnp.asarray(graph.n_node), n_edge=jnp.asarray(graph.n_edge))
 
-    def zeroed(name: str, mask: Callable[[jraph.GraphsTuple], jax.Array]) -> PyTree:
+    def zeroed(name: str, mask: Callable[[jraph.GraphsTuple], PyTree]) -> PyTree:
         tree = getattr(graph, name)
         if not jax.tree.leaves(tree):  # without features the number of nodes is not known
             return tree

@@ -7,6 +7,7 @@ float32 at least; ``dtype`` is that of the products' operands alone. As modules:
 
 import math
 from collections.abc import Mapping
+from typing import overload
 
 import flax.linen as nn
 import jax
@@ -33,7 +34,15 @@ Params = Mapping[str, jax.Array]
 Features = SparseMatrix | Float[Array | np.ndarray, "nodes features"]
 
 
-def dropout(key: jax.Array, x: Features, rate: float) -> Features:
+@overload
+def dropout(key: jax.Array, x: SparseMatrix, rate: float) -> SparseMatrix: ...
+@overload
+def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array: ...
+@overload
+def dropout(key: jax.Array, x: np.ndarray, rate: float) -> jax.Array | np.ndarray: ...
+def dropout(
+    key: jax.Array, x: SparseMatrix | Float[Array | np.ndarray, "..."], rate: float
+) -> SparseMatrix | Float[Array | np.ndarray, "..."]:
     r"""Zero numbers with probability ``rate`` and divide the others by 1 - rate; of a sparse ``x``, the stored ones.
 
     The random bits are a hash of the position, keyed by 64 bits from ``key``: two rounds of Murmur3's finaliser, which
@@ -93,13 +102,13 @@ def project(x: Features, kernel: jax.Array, dtype: DTypeLike | None = None) -> j
     return dot(x, kernel, dtype)
 
 
-def aggregate(matrix: SparseMatrix, x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+def aggregate(matrix: SparseMatrix, x: jax.Array | np.ndarray, dtype: DTypeLike | None = None) -> jax.Array:
     """``matrix @ x`` of operands in ``dtype``, summed in float32 at least."""
     check_matrix("matrix", matrix, square=True)
     return spmm(matrix._replace(values=_rounded(matrix.values, dtype)), _rounded(x, dtype))
 
 
-def _rounded(x: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+def _rounded(x: jax.Array | np.ndarray, dtype: DTypeLike | None) -> jax.Array:
     return wide(x if dtype is None else jnp.asarray(x, dtype))
 
 
@@ -205,7 +214,7 @@ def sage(
     return add_bias(project(neighbour_mean(matrix, x, dtype), kernel, dtype), params) + own
 
 
-def neighbour_mean(matrix: SparseMatrix, x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+def neighbour_mean(matrix: SparseMatrix, x: jax.Array | np.ndarray, dtype: DTypeLike | None = None) -> jax.Array:
     """Mean of ``x`` [N, F] over the in-neighbours of every node, zero without any."""
     ones = wide(edges(matrix).astype(x.dtype))
     degree = row_sums(matrix.pattern, ones)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import sparse as jax_sparse
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.timing import fastest
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 Kernel = Literal["auto", "csr", "segment", "buckets", "dense"]
-KERNELS = ("csr", "segment", "buckets", "dense")
+KERNELS: tuple[Kernel, ...] = ("csr", "segment", "buckets", "dense")
 _UNROLLED = 16
 
 
@@ -60,13 +60,13 @@ class SparsePattern:
       shape: (R, C), static.
     """
 
-    indptr: jax.Array
-    columns: jax.Array
-    rows: jax.Array
-    t_indptr: jax.Array
-    t_rows: jax.Array
-    t_order: jax.Array
-    size: jax.Array
+    indptr: jax.Array | np.ndarray
+    columns: jax.Array | np.ndarray
+    rows: jax.Array | np.ndarray
+    t_indptr: jax.Array | np.ndarray
+    t_rows: jax.Array | np.ndarray
+    t_order: jax.Array | np.ndarray
+    size: jax.Array | np.ndarray
     buckets: tuple[BucketTable, BucketTable] | None
     shape: tuple[int, int]
 
@@ -123,7 +123,7 @@ class SparseMatrix(NamedTuple):
         """The transposed matrix."""
         return SparseMatrix(self.pattern.transpose, self.values[self.pattern.t_order])
 
-    def __matmul__(self, x: jax.Array) -> jax.Array:
+    def __matmul__(self, x: ArrayLike) -> jax.Array:
         return spmm(self, x)
 
     def todense(self) -> jax.Array:
@@ -264,8 +264,17 @@ def _pattern(rows: np.ndarray, columns: np.ndarray, size: int, shape: tuple[int,
     tables = None
     if buckets:
         tables = (bucket_table(indptr, columns), bucket_table(t_indptr, rows[t_order]))
-    arrays = (indptr, columns, rows, t_indptr, rows[t_order], t_order, np.int32(size))
-    return SparsePattern(*map(jnp.asarray, arrays), tables, (int(shape[0]), int(shape[1])))
+    return SparsePattern(
+        indptr=jnp.asarray(indptr),
+        columns=jnp.asarray(columns),
+        rows=jnp.asarray(rows),
+        t_indptr=jnp.asarray(t_indptr),
+        t_rows=jnp.asarray(rows[t_order]),
+        t_order=jnp.asarray(t_order),
+        size=jnp.asarray(np.int32(size)),
+        buckets=tables,
+        shape=(int(shape[0]), int(shape[1])),
+    )
 
 
 def select_entries(matrix: SparseMatrix, keep: np.ndarray, *, capacity: int | None = None) -> SparseMatrix:
@@ -347,7 +356,7 @@ def matmul(x: SparseMatrix | jax.Array, kernel: jax.Array) -> jax.Array:
     return spmm(x, kernel) if isinstance(x, SparseMatrix) else x @ kernel
 
 
-def fastest_spmm(matrix: SparseMatrix, width: int) -> str:
+def fastest_spmm(matrix: SparseMatrix, width: int) -> Kernel:
     """The fastest kernel of a product with ``width`` columns and its gradient, measured on the default device.
 
     Args:
@@ -364,11 +373,13 @@ def fastest_spmm(matrix: SparseMatrix, width: int) -> str:
     """
     check_matrix("matrix", matrix)
     check_number("width", width, low=1, integer=True)
-    legal = ["csr", "segment"]
-    legal += ["buckets"] if matrix.pattern.buckets is not None else []
-    legal += ["dense"] if math.prod(matrix.shape) <= 2**26 else []
+    legal: list[Kernel] = ["csr", "segment"]
+    if matrix.pattern.buckets is not None:
+        legal.append("buckets")
+    if math.prod(matrix.shape) <= 2**26:
+        legal.append("dense")
 
-    def both_ways(kernel: str, matrix: SparseMatrix, x: jax.Array) -> jax.Array:
+    def both_ways(kernel: Kernel, matrix: SparseMatrix, x: jax.Array) -> jax.Array:
         product, pull = jax.vjp(lambda x: spmm(matrix, x, kernel=kernel), x)
         return pull(product)
 
@@ -377,13 +388,19 @@ def fastest_spmm(matrix: SparseMatrix, width: int) -> str:
     return fastest({kernel: functools.partial(program, matrix, x) for kernel, program in compiled.items()})
 
 
-def _resolve(kernel: Kernel, pattern: SparsePattern) -> str:
+def _resolve(kernel: Kernel, pattern: SparsePattern) -> Kernel:
     if kernel == "auto":
         return "csr" if jax.default_backend() == "cpu" else "segment"
     check_choice("kernel", kernel, ("auto", *KERNELS))
-    if kernel == "buckets" and pattern.buckets is None:
-        raise ValueError("kernel='buckets' needs tables. Build the matrix with sparse_matrix(..., buckets=True).")
+    if kernel == "buckets":
+        _tables(pattern)
     return kernel
+
+
+def _tables(pattern: SparsePattern) -> tuple[BucketTable, BucketTable]:
+    if pattern.buckets is None:
+        raise ValueError("kernel='buckets' needs tables. Build the matrix with sparse_matrix(..., buckets=True).")
+    return pattern.buckets
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -452,7 +469,7 @@ def column_sums(pattern: SparsePattern, entries: jax.Array) -> jax.Array:
     return _flat(_column_sums, pattern, entries)
 
 
-def _exact_sums(entries: jax.Array, rows: jax.Array, count: int) -> jax.Array:
+def _exact_sums(entries: jax.Array, rows: jax.Array | np.ndarray, count: int) -> jax.Array:
     entries = entries.astype(jnp.int32) if entries.dtype == bool else entries
     return jax.ops.segment_sum(entries, rows, count)
 
@@ -484,7 +501,9 @@ def _column_sums(pattern: SparsePattern, entries: jax.Array) -> jax.Array:
     return _summed(pattern.t_indptr, pattern.t_order, pattern.columns[pattern.t_order], entries)
 
 
-def _summed(indptr: jax.Array, order: jax.Array, rows: jax.Array, entries: jax.Array) -> jax.Array:
+def _summed(
+    indptr: jax.Array | np.ndarray, order: jax.Array | np.ndarray, rows: jax.Array | np.ndarray, entries: jax.Array
+) -> jax.Array:
     """Sums of ``entries[order]`` between ``indptr``, as the product with a matrix of ones."""
     ones = jnp.ones(order.shape, entries.dtype)
     return _batched("csr" if jax.default_backend() == "cpu" else "segment")(
@@ -510,9 +529,9 @@ _column_sums.defvjp(_saved(_column_sums), lambda pattern, g: (None, take_columns
 class _Rows:
     """A pattern without its transpose."""
 
-    indptr: jax.Array
-    columns: jax.Array
-    rows: jax.Array
+    indptr: jax.Array | np.ndarray
+    columns: jax.Array | np.ndarray
+    rows: jax.Array | np.ndarray
     height: int
 
     @property
@@ -536,7 +555,7 @@ def _segment(pattern: Any, values: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _buckets(pattern: SparsePattern, values: jax.Array, x: jax.Array) -> jax.Array:
-    return bucket_product(pattern.buckets[0], values, x)
+    return bucket_product(_tables(pattern)[0], values, x)
 
 
 def _dense(pattern: SparsePattern, values: jax.Array, x: jax.Array) -> jax.Array:

@@ -162,9 +162,8 @@ def padding_masks(graph: jraph.GraphsTuple) -> GraphMasks:
         )
     # On the device: jraph indexes n_node by a traced number, which NumPy arrays refuse.
     graph = graph._replace(n_node=jnp.asarray(graph.n_node), n_edge=jnp.asarray(graph.n_edge))
-    return GraphMasks(
-        jraph.get_node_padding_mask(graph), jraph.get_edge_padding_mask(graph), jraph.get_graph_padding_mask(graph)
-    )
+    masks = (jraph.get_node_padding_mask, jraph.get_edge_padding_mask, jraph.get_graph_padding_mask)
+    return GraphMasks(*(jnp.asarray(mask(graph)) for mask in masks))
 
 
 class GraphBatches(Cursor[jraph.GraphsTuple]):
@@ -220,7 +219,7 @@ class GraphBatches(Cursor[jraph.GraphsTuple]):
         totals = [GraphShape(*sizes[rows].sum(0).tolist()) for rows in self._batches]
         self._shapes = [_fit(total, self._rungs) for total in totals]
         self._real = np.sum(totals, axis=0)
-        digest = zlib.crc32(np.concatenate(self._batches), zlib.crc32(np.ascontiguousarray(sizes)))
+        digest = zlib.crc32(np.concatenate(self._batches).data, zlib.crc32(np.ascontiguousarray(sizes).data))
         self._settings = {
             "graphs": len(sizes),
             "seed": seed,

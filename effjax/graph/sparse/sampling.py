@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import ArrayLike
 
 from effjax.core.cursor import Cursor
 from effjax.core.errors import check_number
@@ -40,11 +40,11 @@ class Block(NamedTuple):
       t_order: int32 [targets * fanout], the slots ordered by source: what makes gradients free of scatters.
     """
 
-    neighbours: Int[ArrayLike, "targets fanout"]
-    mask: Bool[ArrayLike, "targets fanout"]
-    values: Float[ArrayLike, "targets fanout"]
-    t_indptr: Int[ArrayLike, "sources_and_1"]
-    t_order: Int[ArrayLike, "slots"]
+    neighbours: Int[Array | np.ndarray, "targets fanout"]
+    mask: Bool[Array | np.ndarray, "targets fanout"]
+    values: Float[Array | np.ndarray, "targets fanout"]
+    t_indptr: Int[Array | np.ndarray, "sources_and_1"]
+    t_order: Int[Array | np.ndarray, "slots"]
 
     @property
     def targets(self) -> int:
@@ -74,7 +74,7 @@ class SampledBatch(NamedTuple):
     blocks: tuple[Block, ...]
 
 
-def block_mean(block: Block, x: Float[ArrayLike, "sources features"]) -> Float[Array, "targets features"]:
+def block_mean(block: Block, x: Float[Array | np.ndarray, "sources features"]) -> Float[Array, "targets features"]:
     r"""Mean over the sampled neighbours: an unbiased estimate of the mean over all; 0 where there are none.
 
     .. math:: y_i = \frac{1}{|M_i|} \sum_{k \in M_i} x_{n_{ik}}, \qquad M_i = \{k : \mathrm{mask}_{ik}\}
@@ -101,7 +101,7 @@ def block_mean(block: Block, x: Float[ArrayLike, "sources features"]) -> Float[A
     return _combine(block, mask / jnp.maximum(mask.sum(1, keepdims=True), 1), x)
 
 
-def block_sum(block: Block, x: Float[ArrayLike, "sources features"]) -> Float[Array, "targets features"]:
+def block_sum(block: Block, x: Float[Array | np.ndarray, "sources features"]) -> Float[Array, "targets features"]:
     r"""Weighted sum over the sampled neighbours: an unbiased estimate of rows of :math:`A x`.
 
     .. math:: y_i = \frac{d_i}{|M_i|} \sum_{k \in M_i} a_{i n_{ik}} x_{n_{ik}}
@@ -129,7 +129,7 @@ def block_sum(block: Block, x: Float[ArrayLike, "sources features"]) -> Float[Ar
     return _combine(block, jnp.asarray(block.values), x)
 
 
-def _combine(block: Block, weights: Array, x: ArrayLike) -> Array:
+def _combine(block: Block, weights: jax.Array, x: jax.Array | np.ndarray) -> jax.Array:
     x = jnp.asarray(x)
     if weights.shape != block.neighbours.shape:
         raise ValueError(f"block has {weights.shape} slots for neighbours {block.neighbours.shape}. Was it cut?")
@@ -170,11 +170,11 @@ def _matrix(block: Block, weights: Array) -> SparseMatrix:
     slots = targets * fanout
     pattern = SparsePattern(
         indptr=jnp.arange(0, slots + 1, fanout, dtype=jnp.int32),
-        columns=block.neighbours.reshape(-1),
+        columns=jnp.asarray(block.neighbours).reshape(-1),
         rows=jnp.repeat(jnp.arange(targets, dtype=jnp.int32), fanout),
-        t_indptr=block.t_indptr,
-        t_rows=block.t_order // fanout,
-        t_order=block.t_order,
+        t_indptr=jnp.asarray(block.t_indptr),
+        t_rows=jnp.asarray(block.t_order) // fanout,
+        t_order=jnp.asarray(block.t_order),
         size=jnp.int32(slots),
         buckets=None,
         shape=(targets, block.sources),
@@ -248,7 +248,7 @@ class NeighbourSampler(Cursor[SampledBatch]):
     def __init__(
         self,
         matrix: SparseMatrix,
-        seeds: Int[ArrayLike, "n"],
+        seeds: ArrayLike,
         fanouts: Sequence[int],
         *,
         batch_size: int,
@@ -281,7 +281,7 @@ class NeighbourSampler(Cursor[SampledBatch]):
         self._batch_size, self._seed = int(batch_size), seed
         self._sizes = _block_sizes(self._batch_size, self._fanouts, self._nodes)
         digest = functools.reduce(
-            lambda digest, array: zlib.crc32(np.ascontiguousarray(array), digest),
+            lambda digest, array: zlib.crc32(np.ascontiguousarray(array).data, digest),
             (seeds, self._indptr, self._columns, self._values),
             0,
         )

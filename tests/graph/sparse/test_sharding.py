@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from effjax.graph.adjacency import adjacency, gcn_adjacency
-from effjax.graph.sharding import shard_matrix, shard_rows, sharded_spmm
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from effjax.graph.sparse import spmm
+from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_adjacency
+from effjax.graph.sparse.matrix import spmm
+from effjax.graph.sparse.sharding import shard_matrix, shard_rows, sharded_spmm
 
 
 def test_eight_devices_equal_one():
