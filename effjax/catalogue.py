@@ -134,7 +134,6 @@ METHODS: dict[str, Method] = {
             summary="ensembles of graph networks that run as one, without the messages of doubtful nodes",
             modules=(
                 "effjax.graph.geeni",
-                "effjax.graph.problems",
                 "effjax.graph.members",
                 "effjax.graph.geeni_serving",
                 "effjax.graph.isolation",

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from effjax.core.errors import check_number
@@ -14,7 +15,7 @@ __all__ = ["scale_by_batch_size"]
 
 
 def scale_by_batch_size(
-    reference: float = 64, *, power: float = 0.5, max_factor: float | None = None
+    reference: ArrayLike = 64, *, power: ArrayLike = 0.5, max_factor: ArrayLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scale updates to the number of examples behind them.
 

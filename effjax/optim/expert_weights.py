@@ -1,6 +1,5 @@
 """Multiplicative weights over experts: the rule, the draw, and the checks that SAMUEL's two forms share."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ class WeightRule(NamedTuple):
     loss_clip: Any
 
     @classmethod
-    def make(cls, meta_rates: Sequence[float], *others: Any) -> "WeightRule":
+    def make(cls, meta_rates: Any, *others: Any) -> "WeightRule":
         rule = cls(tuple(meta_rates), *others)
         if not rule.meta_rates:
             raise ValueError("meta_rates=() holds no rate. Give at least one, such as (0.5,).")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, UInt
 
 from effjax.core.errors import check_choice, check_number
@@ -56,16 +57,16 @@ class SamuelOneGradientState(NamedTuple):
 
 def samuel_one_gradient(
     base: Callable[[Any], optax.GradientTransformation],
-    learning_rates: Sequence[float],
+    learning_rates: Sequence[float] | ArrayLike,
     *,
     every: int = 10,
     select: str = "argmax",
-    discount: float = 1.0,
-    meta_rates: Sequence[float] = (0.5, 0.25, 0.125, 0.0625),
-    eta_scale: float = 20.0,
+    discount: ArrayLike = 1.0,
+    meta_rates: Sequence[float] | ArrayLike = (0.5, 0.25, 0.125, 0.0625),
+    eta_scale: ArrayLike = 20.0,
     normalize: bool = True,
-    spread_decay: float = 0.9,
-    loss_clip: float | None = 10.0,
+    spread_decay: ArrayLike = 0.9,
+    loss_clip: ArrayLike | None = 10.0,
     seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Choose the learning rate during the run, among candidates that are scored by forward passes only.
@@ -173,7 +174,7 @@ def samuel_one_gradient(
         losses = jax.lax.map(score, candidates)
         faded = discount * (state.log_weights - rule.births(len(rates))) + rule.births(len(rates))
         best = jnp.arange(len(rates)) == jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
-        log_weights, spread = rule.update(faded, state.spread, state.evaluations, losses, best)
+        log_weights, spread = rule.update(jnp.asarray(faded), state.spread, state.evaluations, losses, best)
         log_weights = jnp.maximum(log_weights, log_weights.max() - _FLOOR).astype(state.log_weights.dtype)
         logits = log_probabilities(log_weights)
         chosen = jnp.argmax(logits) if select == "argmax" else draw(state.key, state.evaluations, logits)

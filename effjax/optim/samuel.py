@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from effjax.core.errors import NoEffectWarning, check_choice, check_number
@@ -61,17 +62,17 @@ class SamuelState(NamedTuple):
 
 def samuel(
     base: Base | Sequence[optax.GradientTransformation],
-    learning_rates: Sequence[float] | None = None,
+    learning_rates: Sequence[float] | ArrayLike | None = None,
     *,
-    period: int | Sequence[int] = 150,
+    period: int | Sequence[int] | ArrayLike = 150,
     total_steps: int | None = None,
     select: str = "sample",
-    meta_rates: Sequence[float] = (0.5, 0.25, 0.125, 0.0625),
-    eta_scale: float = 20.0,
+    meta_rates: Sequence[float] | ArrayLike = (0.5, 0.25, 0.125, 0.0625),
+    eta_scale: ArrayLike = 20.0,
     normalize: bool = True,
-    spread_decay: float = 0.99,
-    loss_clip: float | None = 10.0,
-    prior_odds: float = 20.0,
+    spread_decay: ArrayLike = 0.99,
+    loss_clip: ArrayLike | None = 10.0,
+    prior_odds: ArrayLike = 20.0,
     inner_state: str = "reset",
     seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -452,7 +453,7 @@ class _Experts(NamedTuple):
         return aligned(jnp.asarray(self.rates, float), params)
 
 
-def _schedule(period: int | Sequence[int]) -> Callable[[Array], Array]:
+def _schedule(period: int | Sequence[int] | ArrayLike) -> Callable[[Array], Array]:
     if isinstance(period, Sequence) or getattr(period, "ndim", 0) == 1:
         listed: Any = period
         steps = sorted(int(check_number("period", int(step), low=0, integer=True)) for step in listed)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from effjax.core.errors import check_choice, check_number
@@ -43,11 +44,11 @@ class FpttState(NamedTuple):
 
 def fptt(
     base: optax.GradientTransformation,
-    alpha: float = 0.1,
+    alpha: ArrayLike = 0.1,
     *,
-    beta: float = 0.5,
-    lmbda: float = 1.0,
-    correction: float = 1.0,
+    beta: ArrayLike = 0.5,
+    lmbda: ArrayLike = 1.0,
+    correction: ArrayLike = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Tether frequent updates to their running average (FPTT's dynamic regulariser).
 
