@@ -379,7 +379,7 @@ def fastest_spmm(matrix: SparseMatrix, width: int) -> Kernel:
     if math.prod(matrix.shape) <= 2**26:
         legal.append("dense")
 
-    def both_ways(kernel: Kernel, matrix: SparseMatrix, x: jax.Array) -> jax.Array:
+    def both_ways(kernel: Kernel, matrix: SparseMatrix, x: jax.Array) -> tuple[jax.Array]:
         product, pull = jax.vjp(lambda x: spmm(matrix, x, kernel=kernel), x)
         return pull(product)
 

@@ -15,6 +15,7 @@ from effjax.graph.sparse.matrix import (
     fastest_spmm,
     matmul,
     row_sums,
+    select_entries,
     sparse_matrix,
     spmm,
     take_columns,
