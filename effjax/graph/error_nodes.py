@@ -127,7 +127,7 @@ def label_free_correctness(scores: ErrorScores, matrix: SparseMatrix) -> dict[st
 
 
 def active_nodes(
-    correctness: Float[Array, "nodes"], fraction: float, known: Bool[Array, "nodes"]
+    correctness: Float[Array, "nodes"], fraction: float | jax.Array, known: Bool[Array, "nodes"]
 ) -> Bool[Array, "nodes"]:
     r"""The nodes that still send messages: all but the error nodes.
 

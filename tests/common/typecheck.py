@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jaxtyping
 import numpy as np
 import pytest
@@ -11,19 +12,9 @@ from beartype import BeartypeConf, FrozenDict, beartype
 
 # NumPy's scalars count as Python's, and an int as a float, as to type checkers.
 _NUMBERS = {int: int | np.integer, float: float | int | np.integer | np.floating, bool: bool | np.bool_}
-_beartype = beartype(conf=BeartypeConf(hint_overrides=FrozenDict(_NUMBERS)))
-# JAX unflattens these through their constructor, with tracers, shapes or placeholders in the place of arrays.
-_PYTREES = {
-    *("SparsePattern", "SparseMatrix", "ShardedMatrix", "_Rows", "BucketTable", "StageGraph", "GeeniProblem"),
-    *("SequencePart", "LoraKernel"),
-}
+typechecked = beartype(conf=BeartypeConf(hint_overrides=FrozenDict(_NUMBERS)))
 _raises = pytest.raises
-
-
-def typechecked(function: Any) -> Any:
-    """What the import hook applies to every function of the package."""
-    owner, _, name = getattr(function, "__qualname__", "").rpartition(".")
-    return function if name == "__init__" and owner in _PYTREES else _beartype(function)
+_register = jax.tree_util.register_dataclass
 
 
 @contextlib.contextmanager
@@ -44,7 +35,18 @@ def raises(*args: Any, **kwargs: Any) -> Iterator[pytest.ExceptionInfo]:
         yield found
 
 
+def register_dataclass(nodetype: type, *args: Any, **kwargs: Any) -> type:
+    """``jax.tree_util.register_dataclass`` of a class whose fields are not checked.
+
+    JAX rebuilds pytrees of leaves that are no arrays: bools under ``vmap`` and bare objects to compare structures.
+    """
+    found = _register(nodetype, *args, **kwargs)
+    found.__no_type_check__ = True
+    return found
+
+
 def install() -> None:
     """Check the whole package from now on, but inside ``pytest.raises``."""
     jaxtyping.install_import_hook("effjax", "typecheck.typechecked")
+    jax.tree_util.register_dataclass = register_dataclass
     pytest.raises = raises

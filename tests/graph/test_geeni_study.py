@@ -14,7 +14,7 @@ from effjax.data.graphs import GraphData
 from effjax.graph.error_nodes import active_nodes, error_scores, learned_correctness
 from effjax.graph.geeni import choose_isolation, geeni_next, geeni_serve
 from effjax.graph.members import ensemble_logits, member_probabilities
-from effjax.recipes.geeni import FORMS, GeeniStudy, claims, groups, method_config
+from effjax.recipes.geeni import VARIANTS, GeeniStudy, claims, groups, method_config
 from effjax.recipes.spec import Budget, choose_arms
 from effjax.study.claims import decide
 from effjax.tasks.graph import node_data
@@ -274,7 +274,7 @@ def test_isolation_is_judged_by_detectors_that_have_not_seen_the_labels():
     program, state = trained("geeni-learned")
     problem, _ = program.phases[0].aux(state)
     fractions = (0.1, 0.3, 0.6)
-    config = method_config(study(fractions=fractions), FORMS["geeni-learned"])
+    config = method_config(study(fractions=fractions), VARIANTS["geeni-learned"])
     members, matrix = program.params(state), problem.adjacency
     labels, (train, val, _) = np.asarray(problem.labels), masks(program, state)
     scores = error_scores(member_probabilities(ensemble_logits(members, problem.features, matrix)))

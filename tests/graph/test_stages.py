@@ -372,6 +372,7 @@ def test_weights_scale_the_nodes():
     np.testing.assert_allclose(masked_cross_entropy(logits, labels, weights), expected, rtol=1e-6)
 
 
+@pytest.mark.optimized
 def test_the_training_step_holds_the_csr_kernel_and_no_scatter_of_entries():
     matrix, features, labels, params = toy()
     x = sparse_matrix(*np.nonzero(np.asarray(features) > 0), None, features.shape)

@@ -62,6 +62,7 @@ def scatters(text, rows):
 KERNELS = {"gcn": 2 + 2 * 2, "gat": 2 + 2 * 3 + 2 + 4, "sage": 4 + 4, "appnp": 2 + 2, "supergat": 2 + 3 + 3}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("layer", ["gcn", "gat", "sage", "appnp", "supergat"])
 def test_training_step_runs_on_the_kernel_both_ways_without_a_scatter(cora, layer):
     model, init = started(cora, layer=layer)
@@ -72,6 +73,7 @@ def test_training_step_runs_on_the_kernel_both_ways_without_a_scatter(cora, laye
     assert scatters(text, cora.adjacency.nnz) == []
 
 
+@pytest.mark.optimized
 def test_the_check_finds_a_scatter(cora):
     pattern = cora.adjacency.pattern
     sums = jax.jit(lambda x: jax.ops.segment_sum(x[pattern.columns], pattern.rows, 2708))

@@ -211,6 +211,7 @@ def test_resume_is_exact_and_another_seed_differs():
 # On the device
 
 
+@pytest.mark.optimized
 def test_no_scatter_of_messages_on_cpu():
     batch = NeighbourSampler(random_graph(), np.arange(100), (5,), batch_size=50, seed=0)[0]
     x = jnp.ones((batch.blocks[0].sources, 3))
