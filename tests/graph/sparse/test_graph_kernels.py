@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import as_users_compile
 
 from effjax.graph.measures import masked_cross_entropy
 from effjax.graph.sparse.attention import weighted_sums
@@ -46,7 +47,7 @@ def program(task, function, *arguments):
     run = lambda inputs, *rest: function(
         task._replace(features=inputs[0], adjacency=inputs[1], labels=inputs[2]), *rest
     )
-    return jax.jit(run).lower(arrays(task), *arguments).compile()
+    return jax.jit(run).lower(arrays(task), *arguments).compile(compiler_options=as_users_compile())
 
 
 def scatters(text, rows):
@@ -77,7 +78,8 @@ def test_training_step_runs_on_the_kernel_both_ways_without_a_scatter(cora, laye
 def test_the_check_finds_a_scatter(cora):
     pattern = cora.adjacency.pattern
     sums = jax.jit(lambda x: jax.ops.segment_sum(x[pattern.columns], pattern.rows, 2708))
-    assert scatters(sums.lower(jnp.ones((2708, 4))).compile().as_text(), cora.adjacency.nnz)
+    lowered = sums.lower(jnp.ones((2708, 4)))
+    assert scatters(lowered.compile(compiler_options=as_users_compile()).as_text(), cora.adjacency.nnz)
 
 
 @pytest.mark.parametrize("layer", ["gcn", "gat"])
