@@ -36,8 +36,8 @@ def isolated_values(
     active: Bool[Array | np.ndarray, "nodes"] | Float[Array | np.ndarray, "nodes"],
     *,
     mode: Mode = "full",
-    weights: Float[Array, "entries"] | None = None,
-) -> Float[Array, "entries"]:
+    weights: Float[Array, "*members entries"] | None = None,
+) -> Float[Array, "*members entries"]:
     r"""Values of the matrix when node j's messages are multiplied by :math:`s_j`; its message to itself stays.
 
     .. math::
@@ -97,7 +97,7 @@ def isolate(
     active: Bool[Array | np.ndarray, "nodes"],
     *,
     mode: Mode = "full",
-    weights: Float[Array, "entries"] | None = None,
+    weights: Float[Array, "*members entries"] | None = None,
     capacity: int | None = None,
 ) -> SparseMatrix:
     """The matrix without the messages of the error nodes, its entries compacted. Runs on the host.
@@ -135,7 +135,7 @@ def isolate_to_ladder(
     active: Float[Array, "nodes"],
     *,
     mode: Mode = "full",
-    weights: Float[Array, "entries"] | None = None,
+    weights: Float[Array, "*members entries"] | None = None,
 ) -> SparseMatrix:
     """``isolated_values`` without the entries that are zero for every member, padded to one of a few sizes.
 

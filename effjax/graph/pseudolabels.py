@@ -181,7 +181,7 @@ def cluster_labels(
         sizes = jax.ops.segment_sum(members, groups, count)[:, None]
         return jnp.where(sizes > 0, sums / jnp.maximum(sizes, 1), otherwise)
 
-    def lloyd(_: int, centres: jax.Array) -> jax.Array:
+    def lloyd(_: jax.Array | int, centres: jax.Array) -> jax.Array:
         return means(nearest(embeddings, centres), clusters, jnp.ones(nodes), centres)
 
     first = embeddings[jax.random.choice(key, nodes, (clusters,), replace=False)]
