@@ -37,13 +37,13 @@ class Timing(NamedTuple):
 
 
 def time_interleaved(
-    arms: Mapping[str, Thunk | Step],
+    arms: Mapping[Name, Thunk | Step],
     *,
     rounds: int = 20,
     warmup: int = 3,
     min_time: float = 0.0,
     on_round: Callable[[], None] = lambda: None,
-) -> dict[str, Timing]:
+) -> dict[Name, Timing]:
     """Time several functions in turn, so that a noisy machine hits all of them alike.
 
     Every round measures every arm once, in alternating order. An arm is either a function without
@@ -83,7 +83,7 @@ def time_interleaved(
     for name, run in runners.items():
         run(warmup)
         repeats[name] = agreed(max(1, math.ceil(min_time / run(1)))) if min_time else 1
-    samples: dict[str, list[float]] = {name: [] for name in arms}
+    samples: dict[Name, list[float]] = {name: [] for name in arms}
     for index in range(rounds):
         on_round()
         for name in list(arms) if index % 2 == 0 else reversed(list(arms)):
@@ -158,7 +158,7 @@ def paired_ratio(over: Timing, under: Timing) -> float:
     return float(np.median(np.divide(over.samples_ms, under.samples_ms)))
 
 
-def _runner(name: str, arm: Thunk | Step) -> Callable[[int], float]:
+def _runner(name: Any, arm: Thunk | Step) -> Callable[[int], float]:
     """A function that calls the arm so many times and returns the seconds."""
     if callable(arm):
         return lambda calls: _time_thunk(arm, calls)

@@ -42,8 +42,8 @@ def run(times: int = 40) -> list[Row]:
         Row(
             "SIGKILL while the working folder is removed",
             f"{counts['kills']} kills, {counts['left']} of them left a part",
-            f"{counts['kills'] - counts['wrong']}/{counts['kills']} equal and clean after the next start, another study "
-            f"refused{bad}",
+            f"{counts['kills'] - counts['wrong']}/{counts['kills']} equal and clean after the next start, another "
+            f"study refused{bad}",
         )
     ]
 

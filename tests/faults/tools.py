@@ -1,5 +1,6 @@
 """Commands that are started, hit and continued, and what must come of them."""
 
+import atexit
 import contextlib
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -87,7 +89,7 @@ class Command:
     """
 
     def __init__(self, *words: Any, devices: int = 1, environment: Mapping[str, str] | None = None):
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  it lives as long as the command
         self._hit: float | None = None
         self._code: int | None = None
         self.pid = os.fork()
@@ -144,8 +146,7 @@ def _become(words: list[str], devices: int, environment: Mapping[str, str], log:
         traceback.print_exc()
     finally:
         with contextlib.suppress(Exception):
-            import atexit
-
+            threading._shutdown()  # waits for threads as a process does that is no fork
             atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
