@@ -63,7 +63,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
             # Where a folder could not be made, threads would wait for it for minutes, and the process with them.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False, **_patience()),
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=_patience()),
         )
         with self._writing():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -184,9 +184,9 @@ class Checkpoints:
         )
 
 
-def _patience() -> dict[str, int]:
-    """Orbax measures its patience by a clock that may be set: one process waits for nobody but its own disk."""
-    return {"timeout_secs": 10 * 365 * 86400} if jax.process_count() == 1 else {}
+def _patience() -> int:
+    """Seconds that Orbax waits, by a clock that may be set: one process waits for nobody but its own disk."""
+    return 10 * 365 * 86400 if jax.process_count() == 1 else 1200
 
 
 def _sealed(meta: dict) -> dict:

@@ -18,7 +18,7 @@ RESUME_EXIT_CODE = 75
 GRACE = 8.0
 """Seconds in which the loop must come to the end of a step, an evaluation or a compilation, and in which a run that
 has saved must end. After them the process ends as it is, and continues from the checkpoint before."""
-AT_EXIT: list[Callable[[], None]] = []
+AT_EXIT: list[Callable[[], object]] = []
 """What a process that ends at once still does: locks are released, the terminal gets its cursor back."""
 
 
