@@ -125,6 +125,7 @@ class _Comparison:
             return finished
         try:
             costs, programs = self._costs()
+            self._rehearse(costs, programs)
         except Exception:
             if self.first and not (self.work / "cost.json").exists():
                 self._remove_work()  # nothing in it was paid for
@@ -346,6 +347,11 @@ class _Comparison:
         return run
 
     # Results
+
+    def _rehearse(self, costs: Mapping[str, Mapping], programs: Mapping[str, Program]) -> None:
+        """Assemble results in which every arm diverged: what cannot be decided is refused before anything trains."""
+        run = {"status": "diverged", "metrics": {}, "train_s": 0.0, "evaluate_s": 0.0, "compiles": 1}
+        self._results(costs, {name: [run] * len(self.study.config.seeds) for name in programs})
 
     def _results(self, costs: Mapping[str, Mapping], runs: Mapping[str, list[dict]]) -> dict[str, Any]:
         study, arms, idle = self.study, {}, []

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from effjax.core.cost import Executables, count_compiles
+from effjax.core.errors import near
 from effjax.core.tree import leaf_paths
 from effjax.data.pipeline import prefetch_to_device, put_batch
 from effjax.train.checkpoint import CheckpointError, Checkpoints
@@ -240,10 +241,20 @@ class _Run:
         self.books = _Books(self.options, self.log, books)
         if source is not None:
             self.batches = prefetch_to_device(source, size=self.options.prefetch, sharding=self.prepared.batch_sharding)
+        if self.options.best_metric and not self.done:
+            self._check_best_metric(self.options.best_metric.removeprefix("-"))
         self.on_compile = on_compile
         self.began = self.done
         self._begin_phase()
         self._warm_up()
+
+    def _check_best_metric(self, name: str) -> None:
+        known = self.program.judged(self.state)
+        if name not in known:
+            raise ValueError(
+                f"train.best_metric={self.options.best_metric!r} is not measured; the evaluation gives "
+                f"{', '.join(known)}.{near(name, known)}"
+            )
 
     def _lengths(self) -> list[int]:
         return [phase.steps for phase in self.program.phases]
