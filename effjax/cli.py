@@ -34,6 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 success, 2 bad input (one readable line; EFFJAX_TRACEBACK=1 shows where it was raised), 75 stopped by SIGTERM
     after saving: start again.
     """
+    if arguments is not None:  # called by a program, whose signals are its own
+        return _main(arguments)
+    from effjax.train.signals import end_on_sigterm
+
+    with end_on_sigterm("effjax: stopped by SIGTERM; what was finished is kept, and the same command continues."):
+        return _main(None)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     words = ["--help" if word == "--config-help" else word for word in words]
     if words[:1] == ["--version"]:
@@ -89,7 +98,8 @@ def _expected(error: Exception) -> int:
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         return _refuse(f'{error.name} is not installed. pip install "effjax[{EXTRAS[error.name]}]"')
     from effjax.train.checkpoint import CheckpointError
-    from effjax.train.loop import RESUME_EXIT_CODE, NonFiniteError, Preempted
+    from effjax.train.loop import NonFiniteError
+    from effjax.train.signals import RESUME_EXIT_CODE, Preempted
 
     if isinstance(error, CheckpointError | NonFiniteError):
         return _refuse(str(error))

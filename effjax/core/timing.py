@@ -37,14 +37,20 @@ class Timing(NamedTuple):
 
 
 def time_interleaved(
-    arms: Mapping[str, Thunk | Step], *, rounds: int = 20, warmup: int = 3, min_time: float = 0.0
-) -> dict[str, Timing]:
+    arms: Mapping[Name, Thunk | Step],
+    *,
+    rounds: int = 20,
+    warmup: int = 3,
+    min_time: float = 0.0,
+    on_round: Callable[[], None] = lambda: None,
+) -> dict[Name, Timing]:
     """Time several functions in turn, so that a noisy machine hits all of them alike.
 
     Every round measures every arm once, in alternating order. An arm is either a function without
     arguments, blocked on after each call, or ``(step, state, batches)``: each call consumes the
     state and returns ``(new state, anything)``, batches are cycled through, and the state orders the
-    calls, so that they are blocked on only at the end of a sample, as in training.
+    calls, so that they are blocked on only at the end of a sample, as in training. Where several processes compute
+    together, all of them make as many calls as the first one finds right.
 
     Args:
       arms: what to time, by name. States are consumed where ``step`` donates them.
@@ -53,6 +59,7 @@ def time_interleaved(
         one for every shape in ``batches``.
       min_time: seconds a sample lasts at least, by repeating the call; for calls so short that the
         clock or the dispatch would be measured.
+      on_round: called before every round.
 
     Returns:
       A ``Timing`` for every arm.
@@ -75,12 +82,30 @@ def time_interleaved(
     repeats = {}
     for name, run in runners.items():
         run(warmup)
-        repeats[name] = max(1, math.ceil(min_time / run(1))) if min_time else 1
-    samples: dict[str, list[float]] = {name: [] for name in arms}
+        repeats[name] = agreed(max(1, math.ceil(min_time / run(1)))) if min_time else 1
+    samples: dict[Name, list[float]] = {name: [] for name in arms}
     for index in range(rounds):
+        on_round()
         for name in list(arms) if index % 2 == 0 else reversed(list(arms)):
             samples[name].append(1e3 * runners[name](repeats[name]) / repeats[name])
     return {name: _summary(values) for name, values in samples.items()}
+
+
+def agreed(number: int) -> int:
+    """The first process's number, where several processes compute together.
+
+    What follows from a clock differs between them, and each must make the same calls in the same order.
+
+    Example:
+      >>> agreed(3)
+      3
+    """
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    with jax.ensure_compile_time_eval():  # also inside a trace
+        return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 # An arm that takes this many times as long as the fastest is out after one run: one run of a convolution's gradient
@@ -105,12 +130,13 @@ def fastest(arms: Mapping[Name, Thunk]) -> Name:
     first: dict[Any, float] = {}
     for name, arm in arms.items():
         seconds = _time_thunk(arm, 1)
-        if seconds <= _HOPELESS * min(first.values(), default=math.inf):
+        if agreed(seconds <= _HOPELESS * min(first.values(), default=math.inf)):
             first[name] = seconds
-    rounds = min(20, max(3, int(_SECONDS / max(sum(first.values()), 1e-9))))
+    rounds = agreed(min(20, max(3, int(_SECONDS / max(sum(first.values()), 1e-9)))))
     alike: dict[Any, Thunk] = {name: arms[name] for name in first}
     times: Mapping[Any, Timing] = time_interleaved(alike, rounds=rounds, warmup=1)
-    return min(times, key=lambda name: min(times[name].samples_ms))
+    names = list(times)
+    return names[agreed(min(range(len(names)), key=lambda index: min(times[names[index]].samples_ms)))]
 
 
 def paired_ratio(over: Timing, under: Timing) -> float:
@@ -132,7 +158,7 @@ def paired_ratio(over: Timing, under: Timing) -> float:
     return float(np.median(np.divide(over.samples_ms, under.samples_ms)))
 
 
-def _runner(name: str, arm: Thunk | Step) -> Callable[[int], float]:
+def _runner(name: Any, arm: Thunk | Step) -> Callable[[int], float]:
     """A function that calls the arm so many times and returns the seconds."""
     if callable(arm):
         return lambda calls: _time_thunk(arm, calls)

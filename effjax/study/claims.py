@@ -58,14 +58,18 @@ def decide(
       about, and ``"undecided"`` with the reason where a number is missing; such a claim does not hold. A claim about
       arms that are not there is left out.
     """
-    trained = any(arm["metrics"] for arm in arms.values())
     found = []
     for group, metric in metrics.items():
         for claim in _claims_of(claims, group):
-            if is_timed(claim) == timed and (trained or timed):
+            if is_timed(claim) == timed and (timed or was_trained(arms)):
                 decided = _Decision(claim, group, metric, arms).result()
                 found += [] if decided is None else [decided]
     return found
+
+
+def was_trained(arms: Arms) -> bool:
+    """Whether arms were trained, and not their cost alone measured; all of them may have diverged."""
+    return any(arm["metrics"] or arm["status"] == "diverged" for arm in arms.values())
 
 
 def _claims_of(claims: Mapping[str, Sequence[Claim]], group: str) -> Iterator[Claim]:

@@ -1,5 +1,6 @@
 """The main job: train every arm of a study under one budget, and write what came out."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -13,23 +14,24 @@ import jax
 
 from effjax.recipes.spec import Claim
 from effjax.study.books import NUMBER, read_json_checked
-from effjax.study.claims import decide
+from effjax.study.claims import decide, was_trained
 from effjax.study.lock import FolderLock
 from effjax.study.metering import measure
 from effjax.study.own import own_study
 from effjax.study.own_files import check_unchanged
 from effjax.study.progress import Progress
 from effjax.study.report import read_results, write_report
-from effjax.study.resolve import Study, bounded, resolve
+from effjax.study.resolve import Study, bounded, lasting, resolve
 from effjax.study.results import SCHEMA, arm_result, environment, idle_arms, sweep_result
 from effjax.study.results_view import Results
 from effjax.tasks.task import Task
 from effjax.train.checkpoint import checksums, describe_difference, layout
 from effjax.train.logging import read_jsonl, write_json
 from effjax.train.loop import FitResult, NonFiniteError, Prepared, fit
-from effjax.train.mesh import start_distributed
+from effjax.train.mesh import start_distributed, together
 from effjax.train.options import Budget, TrainOptions
 from effjax.train.program import Program
+from effjax.train.signals import StopSignal, check_stop
 
 __all__ = ["compare"]
 
@@ -97,7 +99,10 @@ def compare(
         else study.default_out.with_name(study.default_out.name + ("-cost" if cost_only else ""))
     )
     first = jax.process_index() == 0
-    with Progress(quiet=quiet or not first) as progress, FolderLock(out, first=first, say=progress.say):
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(quiet=quiet or not first))
+        together(lambda: stack.enter_context(FolderLock(out, first=first, say=progress.say)))
+        stack.enter_context(StopSignal())
         return Results(_Comparison(study, out, cost_only, progress, first).run(), folder=out)
 
 
@@ -106,7 +111,7 @@ class _Comparison:
 
     def __init__(self, study: Study, out: Path, cost_only: bool, progress: Progress, first: bool):
         self.study, self.out, self.cost_only, self.progress, self.first = study, out, cost_only, progress, first
-        self.work = out / ".work"
+        self.work, self.old = out / ".work", out / ".work-old"
         self.groups = study.groups()
         self.prepared: dict[str, Prepared] = {}
         self.evaluated: set[Any] = set()
@@ -115,13 +120,15 @@ class _Comparison:
         finished = self._claim_folder()
         if finished is not None:
             self.progress.say(f"{self.out} is finished; writing its report again")
-            write_report(self.out)
+            if self.first:
+                write_report(self.out)
             return finished
         try:
             costs, programs = self._costs()
+            self._rehearse(costs, programs)
         except Exception:
             if self.first and not (self.work / "cost.json").exists():
-                shutil.rmtree(self.work)  # nothing in it was paid for
+                self._remove_work()  # nothing in it was paid for
             raise
         runs = {name: [] for name in programs} if self.cost_only else self._train(costs, programs)
         results = self._results(costs, runs)
@@ -129,33 +136,44 @@ class _Comparison:
             write_json(self.out / "curves.json", self._curves())
             write_json(self.out / "results.json", results)
             write_report(self.out)
-            shutil.rmtree(self.work)
+            self._remove_work()
         return results
 
+    def _remove_work(self) -> None:
+        """Under another name, as a kill in the middle must leave nothing that another run would take for its own."""
+        self._sweep()
+        self.work.replace(self.old)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what a kill during a removal has left."""
+        if self.old.exists():
+            shutil.rmtree(self.old)
+
     def _identity(self) -> dict[str, Any]:
-        return {
-            "study": self.study.stem,
-            "preset": self.study.preset,
-            "cost_only": self.cost_only,
-            "config": self.study.config_dict,
-        }
+        return {**self.study.identity, "cost_only": self.cost_only}
 
     def _claim_folder(self) -> dict[str, Any] | None:
-        """Check that the folder is ours or new; return its results if it is finished."""
+        """Check that the folder is ours or new, and mark it; return its results if it is finished."""
+        finished = together(self._look)
+        if self.first:
+            self._sweep()
+            if finished is None:
+                write_json(self.work / "identity.json", self._identity())
+        return finished
+
+    def _look(self) -> dict[str, Any] | None:
         mark, results = self.work / "identity.json", self.out / "results.json"
-        if self.work.exists() and any(self.work.iterdir()):
+        # A kill before the mark was in its place leaves the folder with at most a part of it.
+        if self.work.exists() and any(path.name != f"{mark.name}.partial" for path in self.work.iterdir()):
             self._check_same(read_json_checked(mark, tuple(self._identity()), _START_AGAIN.format(self.work)))
         elif results.exists():
             found = read_results(results)
             config = found["config"]
-            trained = any(arm["metrics"] for arm in found["arms"].values())
-            self._check_same(
-                {"study": found["study"], "preset": found["preset"], "cost_only": not trained, "config": config}
-            )
+            about = {"study": found["study"], "preset": found["preset"], "config": lasting(config)}
+            self._check_same({**about, "cost_only": not was_trained(found["arms"])})
             check_unchanged(self.study.config, self.study.recipe, found["environment"].get("data", []), self.out)
             return found
-        elif self.first:
-            write_json(mark, self._identity())
         return None
 
     def _check_same(self, found: dict[str, Any]) -> None:
@@ -179,22 +197,20 @@ class _Comparison:
             )
         loaded = {}
         for group in self.groups:
+            check_stop()
             self.progress.say(f"preparing {group.name}")
             loaded[group.name] = group.load()
         programs = self._build(loaded, Budget(1000.0) if by_seconds else budget)
         self.sources = sorted({f"{program.task.name}: {program.task.source}" for program in programs.values()})
-        if path.exists():
-            measured = {name: {"step_ms": NUMBER, "compile_s": NUMBER} for name in programs}
-            costs = read_json_checked(path, measured, f"Delete it to measure again: {path}.")
-            self._check_sources()
-        else:
-            costs = {}
-            for group in self.groups:
-                self.progress.say(f"measuring the cost of {group.name}")
-                members = {name: programs[name] for name in self._names(group)}
-                measured, prepared = measure(members, self.study.config.train, say=self.progress.say)
-                costs |= measured
-                self.prepared |= {} if by_seconds else prepared
+        costs = together(lambda: self._known_costs(path, programs))
+        for group in self.groups:
+            members = {name: programs[name] for name in self._names(group)}
+            if costs.keys() >= members.keys():
+                continue
+            self.progress.say(f"measuring the cost of {group.name}")
+            measured, prepared = measure(members, self.study.config.train, say=self.progress.say)
+            costs |= {name: {**cost, "devices": self._devices()} for name, cost in measured.items()}
+            self.prepared |= {} if by_seconds else prepared
             if self.first:
                 write_json(self.work / "sources.json", self.sources)
                 write_json(path, costs)
@@ -202,6 +218,21 @@ class _Comparison:
             steps = {name: max(1.0, budget.amount * 1e3 // costs[name]["step_ms"]) for name in programs}
             programs = {name: self._build(loaded, Budget(steps[name]), name)[name] for name in programs}
         return costs, programs
+
+    def _known_costs(self, path: Path, programs: Mapping[str, Program]) -> dict[str, dict]:
+        """What an earlier start has measured on as many devices along each axis."""
+        if not path.exists():
+            return {}
+        way_out = f"Delete it to measure again: {path}."
+        found = read_json_checked(path, {}, way_out)
+        shape = {name: {"step_ms": NUMBER, "compile_s": NUMBER} for name in programs if name in found}
+        read_json_checked(path, shape, way_out)
+        self._check_sources()
+        return {name: found[name] for name in shape if found[name].get("devices") == self._devices()}
+
+    def _devices(self) -> dict[str, int]:
+        mesh = self.study.config.train.mesh.built
+        return {} if mesh is None else dict(mesh.shape)
 
     def _build(self, loaded: Mapping[str, Any], budget: Budget, only: str | None = None) -> dict[str, Program]:
         """Programs of all arms, or of one, under a budget."""
@@ -238,6 +269,7 @@ class _Comparison:
         for name in list(programs):
             runs[name] = []
             for seed in seeds:
+                check_stop()
                 run = self._finished(name, seed)
                 if run is None:
                     run = self._run(name, seed, programs[name], done, costs[name]["step_ms"])
@@ -255,7 +287,15 @@ class _Comparison:
         if not path.exists():
             return None
         kinds = {"status": str, "metrics": dict, "train_s": NUMBER, "evaluate_s": NUMBER, "compiles": int}
-        return read_json_checked(path, kinds, f"Delete {path.parent} to train this seed again.")
+        way_out = f"Delete {path.parent} to train this seed again."
+        run = read_json_checked(path, {**kinds, "identity": dict}, way_out)
+        difference = describe_difference(run.pop("identity"), self._arm_identity(name, seed))
+        if difference:
+            raise ValueError(f"{path} is of another run:\n{difference}\n{way_out}")
+        return run
+
+    def _arm_identity(self, name: str, seed: int) -> dict[str, Any]:
+        return {"arm": name, "seed": seed, **self._identity()}
 
     def _run(self, name: str, seed: int, program: Program, done: float, step_ms: float) -> dict[str, Any]:
         folder = self._folder(name, seed)
@@ -272,7 +312,7 @@ class _Comparison:
                 options=options,
                 prepared=prepared,
                 directory=folder,
-                identity={"arm": name, **self._identity()},
+                identity=self._arm_identity(name, seed),
                 on_steps=lambda steps: self.progress.reach(done + steps * step_ms),
                 on_compile=self.progress.compiling(label),
             )
@@ -286,7 +326,7 @@ class _Comparison:
             run = self._judge(program, result)
         run["compiles"] = prepared.compiles
         if self.first:
-            write_json(folder / "done.json", run)
+            write_json(folder / "done.json", {**run, "identity": self._arm_identity(name, seed)})
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return run
 
@@ -307,6 +347,11 @@ class _Comparison:
         return run
 
     # Results
+
+    def _rehearse(self, costs: Mapping[str, Mapping], programs: Mapping[str, Program]) -> None:
+        """Assemble results in which every arm diverged: what cannot be decided is refused before anything trains."""
+        run = {"status": "diverged", "metrics": {}, "train_s": 0.0, "evaluate_s": 0.0, "compiles": 1}
+        self._results(costs, {name: [run] * len(self.study.config.seeds) for name in programs})
 
     def _results(self, costs: Mapping[str, Mapping], runs: Mapping[str, list[dict]]) -> dict[str, Any]:
         study, arms, idle = self.study, {}, []

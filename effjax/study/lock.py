@@ -13,6 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from effjax.train.logging import storage_error
+from effjax.train.signals import AT_EXIT
+
 NAME = ".lock"
 PATIENCE = 2.0
 """Seconds after which a lock file without a holder's name is what a crash left, and not one that is being written."""
@@ -78,15 +81,23 @@ class FolderLock:
         while not (_create(self._path, mine) or self._take_over(mine)):
             time.sleep(0.02)
         self._mine = mine
+        AT_EXIT.append(self._release)  # another host could not tell that the holder is gone
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def _release(self) -> bool:
+        """Give the lock back; whether it was still ours."""
         mine, self._mine = self._mine, None
-        if mine is not None and _read(self._path) == mine:
-            self._path.unlink(missing_ok=True)
-            if error is not None and self._made:
-                with contextlib.suppress(OSError):  # something is in it
-                    self._path.parent.rmdir()
+        if mine is None or _read(self._path) != mine:
+            return False
+        self._path.unlink(missing_ok=True)
+        return True
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._release in AT_EXIT:
+            AT_EXIT.remove(self._release)
+        if self._release() and error is not None and self._made:
+            with contextlib.suppress(OSError):  # something is in it
+                self._path.parent.rmdir()
 
     def _take_over(self, mine: Mapping[str, Any]) -> bool:
         """Take over a stale lock; False to try again from the start.
@@ -134,8 +145,12 @@ def _create(path: Path, mine: Mapping[str, Any]) -> bool:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return False
-    with os.fdopen(handle, "w") as file:
-        file.write(json.dumps(mine))
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(json.dumps(mine))
+    except OSError as error:
+        path.unlink()
+        raise storage_error(error, path, len(json.dumps(mine))) from None
     return True
 
 

@@ -12,11 +12,12 @@ import numpy as np
 
 from effjax.core.cost import Executables, count_params
 from effjax.core.macs import MacCount, count_macs
-from effjax.core.timing import Timing, time_interleaved
+from effjax.core.timing import Timing, agreed, time_interleaved
 from effjax.data.pipeline import prefetch_to_device
 from effjax.train.loop import Prepared
 from effjax.train.options import TrainOptions
 from effjax.train.program import BatchShape, Phase, Program
+from effjax.train.signals import check_stop
 
 SECONDS = 60.0
 """Time after which the steps of one group are timed in fewer rounds, down to ``LEAST_ROUNDS``."""
@@ -120,6 +121,7 @@ def _prepare(name: str, program: Program, options: TrainOptions, say: Callable[[
         declared = _batches(program, prepared)
         whole = sum(shape.steps for _, shape in declared)
         for batches, shape in declared:
+            check_stop()
             compiled.compile(state, batches[0], aux)
             macs = count_macs(phase.step, state, batches[0], aux)
             flops = compiled.analysis(state, batches[0], aux).flops
@@ -171,9 +173,9 @@ def _time_steps(ready: Mapping[str, _Ready], rounds: int) -> dict[str, list[Timi
     start = time.perf_counter()
     for run, _, batches in runners.values():
         jax.block_until_ready(run(None, batches[0]))
-    rounds = min(rounds, max(LEAST_ROUNDS, int(SECONDS / (time.perf_counter() - start))))
+    rounds = agreed(min(rounds, max(LEAST_ROUNDS, int(SECONDS / (time.perf_counter() - start)))))
     times: Mapping[Any, Timing] = time_interleaved(
-        runners, rounds=rounds, warmup=3 if rounds > LEAST_ROUNDS else 1, min_time=0.01
+        runners, rounds=rounds, warmup=3 if rounds > LEAST_ROUNDS else 1, min_time=0.01, on_round=check_stop
     )
     return {name: [times[name, index] for index in range(len(arm.kinds))] for name, arm in ready.items()}
 
@@ -217,6 +219,7 @@ def _inference(programs: Mapping[str, Program], params: Mapping[str, Any], round
         {name: lambda name=name: calls[name](params[name], inputs[name]) for name in calls},
         rounds=rounds,
         min_time=0.002,
+        on_round=check_stop,
     )
     costs = {}
     for name, call in calls.items():

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from effjax.study.advice import chosen, members, ranked, spread
 from effjax.study.claims import value
 from effjax.study.frontier import pareto
+from effjax.train.logging import write_bytes
 
 COLOURS = {
     "method": "#c0392b",
@@ -47,9 +48,7 @@ COSTS = (
 
 def draw(results: Mapping[str, Any], curves: Mapping[str, Any], path: Path) -> None:
     """Write the picture as a PNG file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(picture(results, curves))
-    partial.replace(path)
+    write_bytes(path, picture(results, curves))
 
 
 def picture(results: Mapping[str, Any], curves: Mapping[str, Any]) -> bytes:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TextIO
 
+from effjax.train.signals import AT_EXIT
+
 
 class Progress:
     """Counts work done against work planned, in milliseconds of expected device time or in any other unit.
@@ -42,13 +44,19 @@ class Progress:
         if not self._quiet and stream.isatty():
             self._bar = _bar(stream, self)
             self._bar.start()
+            AT_EXIT.append(self._show_cursor)
             self._task = self._bar.add_task(self._what, total=self._total or None)
             self._bar.update(self._task, completed=self._done)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
+            AT_EXIT.remove(self._show_cursor)
             self._bar.stop()
+
+    def _show_cursor(self) -> None:
+        """What a process that ends at once still owes to a terminal."""
+        print("\x1b[?25h", file=self._stream or sys.stderr, flush=True)
 
     def plan(self, total: float, done: float = 0.0, *, expected_s: float | None = None) -> None:
         """Set the whole work and what earlier runs have done of it.

@@ -15,7 +15,7 @@ from effjax.core.errors import check_choice
 from effjax.recipes.spec import Claim, Group, OwnData, StudyConfig, choose_arms
 from effjax.study.own_files import with_all_rows, with_own
 from effjax.study.settings import from_table, from_words, read_toml
-from effjax.train.options import Budget
+from effjax.train.options import PASSING, Budget
 from effjax.train.program import Program
 
 DEFAULT_PRESET = "cpu"
@@ -38,7 +38,7 @@ class Study(NamedTuple):
       stem: of the method.
       preset: name of the preset the config started from.
       config: the frozen config, overrides applied.
-      overridden: whether any field differs from the preset.
+      overridden: whether any field differs from the preset that is part of a run's identity.
       recipe: the module ``effjax.recipes.<stem>``.
     """
 
@@ -82,13 +82,33 @@ class Study(NamedTuple):
         return json.loads(json.dumps(dataclasses.asdict(self.config)))
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same where a run is continued."""
+        return {"study": self.stem, "preset": self.preset, "config": lasting(self.config_dict)}
+
+    @property
     def default_out(self) -> Path:
-        """``runs/<stem>-<preset>``, with 8 hex digits of the config if it was overridden."""
+        """``runs/<stem>-<preset>``, with 8 hex digits of the config if what identifies it was overridden."""
         name = f"{self.stem}-{self.preset}"
         if self.overridden:
-            text = json.dumps(self.config_dict, sort_keys=True)
+            text = json.dumps(self.identity["config"], sort_keys=True)
             name += "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
         return Path("runs") / name
+
+
+def lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as JSON holds it, without the fields that may differ between two starts of one run.
+
+    Example:
+      >>> lasting({"seeds": [0], "train": {"dtype": "float32", "mesh": {"data": 8}}})
+      {'seeds': [0], 'train': {'dtype': 'float32'}}
+    """
+    train = {name: value for name, value in config.get("train", {}).items() if name not in PASSING}
+    return {**config, "train": train}
+
+
+def _differs(config: Any, base: Any) -> bool:
+    return lasting(dataclasses.asdict(config)) != lasting(dataclasses.asdict(base))
 
 
 def bounded(program: Program, budget: Budget) -> Program:
@@ -165,7 +185,7 @@ def finish(begun: Begun, config: Any, own: OwnData | None = None) -> Study:
         if config.tasks != begun.base.tasks:
             raise ValueError(f"--tasks together with --data {own.path}: your data are the one task. Leave --tasks out.")
         config = with_own(config, begun.recipe, own, begun.stem)
-    study = Study(begun.stem, begun.preset, config, config != begun.base, begun.recipe)
+    study = Study(begun.stem, begun.preset, config, _differs(config, begun.base), begun.recipe)
     study.groups()  # refuses patterns that match no arm
     return study
 
@@ -192,7 +212,7 @@ def resolve_saved(stem: str, preset: str, values: Mapping[str, Any]) -> Study:
     """The study of a saved config (the ``config`` of a results.json or a trained arm)."""
     base = resolve(f"{stem}:{preset}")
     config = from_table(base.config, values, "the saved config (if another version wrote it, run the study again)")
-    return base._replace(config=config, overridden=config != base.config)
+    return base._replace(config=config, overridden=_differs(config, base.config))
 
 
 def _study_of(path: Path) -> tuple[str, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """One arm on its own: train it, and export what it learned."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ from effjax.study.resolve import Study, resolve_saved
 from effjax.train.checkpoint import Checkpoints, describe_difference
 from effjax.train.logging import write_json
 from effjax.train.loop import fit
-from effjax.train.mesh import start_distributed
+from effjax.train.mesh import start_distributed, together
 from effjax.train.program import Program
 
 NOTE = "arm.json"
@@ -33,17 +34,18 @@ def train_arm(study: Study, arm: str | None, seed: int, out: Path | None) -> dic
         raise ValueError(f"--arm is missing. The arms of {study.stem}:{study.preset} are: {', '.join(study.arms)}.")
     check_choice("--arm", arm, study.arms)
     out = out or study.default_out.with_name(f"{study.default_out.name}-{re.sub('[^A-Za-z0-9.]+', '-', arm)}-{seed}")
-    identity = {"study": study.stem, "preset": study.preset, "arm": arm, "config": study.config_dict}
+    identity = {**study.identity, "arm": arm}
     program = study.build(arm)
     first = jax.process_index() == 0
     if study.config.own is not None:  # their files may change between two starts
         identity["source"] = program.task.source
-    with Progress(quiet=not first) as progress, FolderLock(out, first=first, say=progress.say):
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(quiet=not first))
+        together(lambda: stack.enter_context(FolderLock(out, first=first, say=progress.say)))
         progress.plan(program.total_steps)
         label = f"{arm}, seed {seed}"
         progress.say(label)
-        if first:
-            _mark(out, {**identity, "seed": seed})
+        together(lambda: _mark(out, {**identity, "seed": seed}) if first else None)
         result = fit(
             program,
             seed,
@@ -53,9 +55,9 @@ def train_arm(study: Study, arm: str | None, seed: int, out: Path | None) -> dic
             on_steps=progress.reach,
             on_compile=progress.compiling(label),
         )
-    metrics = {**result.train, **program.judged(result.state), "train_s": result.train_s, "skipped": result.skipped}
-    if first:
-        write_json(out / "metrics.json", metrics)
+        metrics = {**result.train, **program.judged(result.state), "train_s": result.train_s, "skipped": result.skipped}
+        if first:
+            write_json(out / "metrics.json", metrics)
     return metrics
 
 

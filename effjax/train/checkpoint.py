@@ -4,8 +4,13 @@ A checkpoint holds the state, the data iterator's state, the running sums of the
 identity. Saving is asynchronous and atomic: a killed process leaves the previous checkpoint whole.
 """
 
+import contextlib
+import errno
 import json
+import os
+import shutil
 import zlib
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +18,11 @@ import jax
 import numpy as np
 
 from effjax.core.tree import leaf_paths
+from effjax.train.logging import megabytes
 
 PyTree = Any
 
-FORMAT = 2
+FORMAT = 3
 
 
 class CheckpointError(RuntimeError):
@@ -40,6 +46,7 @@ class Checkpoints:
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
         self._ocp = ocp
+        self._need = 0
         self.directory = Path(directory).absolute()
         self.identity = json.loads(json.dumps(identity))
         kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
@@ -52,30 +59,33 @@ class Checkpoints:
                     n=1, get_metric_fn=lambda metrics: sign * metrics[name], keep_checkpoints_without_metrics=False
                 )
             )
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(kept),
-                cleanup_tmp_directories=True,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=True,
+            # Where a folder could not be made, threads would wait for it for minutes, and the process with them.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=_patience()),
         )
+        with self._writing():
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: PyTree, extra: dict, metrics: dict[str, float] | None = None) -> None:
         """Start writing checkpoint ``step``; returns when the state has been copied off the device."""
         args = self._ocp.args
         meta = {
             "format": FORMAT,
+            "step": step,
             "identity": self.identity,
             "layout": layout(state),
             "checksums": checksums(state),
             "extra": extra,
         }
-        self._manager.save(
-            step,
-            args=args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta)),
-            metrics=metrics,
-            force=True,
-        )
+        with self._writing(sum(leaf.nbytes for leaf in jax.tree.leaves(state))):
+            self._manager.save(
+                step,
+                args=args.Composite(state=args.StandardSave(state), meta=args.JsonSave(_sealed(meta))),
+                metrics=metrics,
+                force=True,
+            )
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -100,6 +110,12 @@ class Checkpoints:
         meta = self._read(step, where)
         if meta.get("format") != FORMAT:
             raise CheckpointError(f"{where} has checkpoint format {meta.get('format')!r}; this effjax reads {FORMAT}.")
+        if meta != _sealed(meta):
+            raise CheckpointError(_damaged(where, "its meta data changed since they were written"))
+        if meta["step"] != step:
+            raise CheckpointError(
+                f"{where} holds step {meta['step']}: the folder was renamed. Give it its name back, or delete it."
+            )
         difference = describe_difference(meta["identity"], self.identity)
         if difference:
             raise CheckpointError(
@@ -127,17 +143,73 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(_damaged(where, error)) from error
 
-    def reached_preemption(self, step: int) -> bool:
-        """Whether the cluster has announced a preemption; agreed between all processes."""
-        return self._manager.reached_preemption(step)
-
     def wait(self) -> None:
         """Block until everything begun has been written."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finish writing and release the folder."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self, need: int | None = None) -> Generator[None]:
+        """Turn what is raised by a write that failed, now or of a save begun before, into one line.
+
+        Args:
+          need: bytes of the state, remembered for the saves that end later.
+        """
+        self._need = self._need if need is None else need
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            why = _storage_reason(error)
+            if why is None:
+                raise
+            raise CheckpointError(self._not_written(why)) from error
+
+    def _not_written(self, why: str) -> str:
+        newest = max((int(path.name) for path in self.directory.glob("*") if path.name.isdigit()), default=None)
+        kept = "There is no checkpoint before it" if newest is None else f"The checkpoint of step {newest} is kept"
+        try:
+            free = f", and {megabytes(shutil.disk_usage(self.directory).free)} are free"
+        except OSError:
+            free = ""
+        return (
+            f"{self.directory}: a checkpoint could not be written ({why}). It needs about {megabytes(self._need)}{free}"
+            f". {kept}. Free some space or mend the folder, and give the same command again: it continues from there."
+        )
+
+
+def _patience() -> int:
+    """Seconds that Orbax waits, by a clock that may be set: one process waits for nobody but its own disk."""
+    return 10 * 365 * 86400 if jax.process_count() == 1 else 1200
+
+
+def _sealed(meta: dict) -> dict:
+    """The meta data as JSON brings them back, with a checksum of all the rest."""
+    rest = json.loads(json.dumps({name: value for name, value in meta.items() if name != "crc"}))
+    return {**rest, "crc": zlib.crc32(json.dumps(rest, sort_keys=True).encode())}
+
+
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT)
+"""Errors of a disk, a quota or a folder, which no line of code can mend."""
+
+
+def _storage_reason(error: BaseException) -> str | None:
+    """What the disk said, if that is what an error is about; Orbax and TensorStore wrap it in types of their own."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _STORAGE:
+            return str(seen.strerror)
+        for number in _STORAGE:
+            if os.strerror(number) in str(seen):
+                return os.strerror(number)
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def _damaged(where: Path, why: Any) -> str:
@@ -161,7 +233,9 @@ def checksums(state: PyTree) -> dict[str, int]:
     sums = {}
     for name, leaf in zip(leaf_paths(state), jax.tree.leaves(state), strict=True):
         if not leaf.is_fully_addressable:
-            continue
+            if not leaf.is_fully_replicated:
+                continue
+            leaf = leaf.addressable_data(0)
         raw = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
         sums[name] = zlib.crc32(np.ascontiguousarray(np.asarray(raw)).view(np.uint8).data if raw.size else b"")
     return sums

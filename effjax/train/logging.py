@@ -1,5 +1,7 @@
-"""JSON-lines logs that a resumed run continues without gaps or repeats."""
+"""JSON-lines logs that a resumed run continues without gaps or repeats, and files that are whole or not there."""
 
+import contextlib
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +20,19 @@ class JsonlLog:
 
     def write(self, **record: Any) -> None:
         """Append one record; it must hold ``step``. Non-finite numbers are written as null."""
-        self._file.write(json.dumps(jsonable(record)) + "\n")
-        self._file.flush()
+        text = json.dumps(jsonable(record)) + "\n"
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            raise storage_error(error, self._path, len(text)) from None
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:  # what could not be written before
+            raise storage_error(error, self._path) from None
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
@@ -51,14 +60,59 @@ def jsonable(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's content atomically."""
+    """Replace a file's content atomically, as ``write_bytes``."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file's content atomically.
+
+    Raises:
+      OSError: naming the file, the bytes needed and the way out; the file is as it was.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise storage_error(error, path, len(content)) from None
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically; NaN and infinities become null."""
     write_text(path, json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n")
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def storage_error(error: OSError, path: Path, need: int | None = None) -> OSError:
+    """The error with the file, the bytes needed and what to do.
+
+    Args:
+      error: met while writing.
+      path: of the file.
+      need: bytes that were to be written, where they are known.
+
+    Example:
+      >>> str(storage_error(OSError(errno.ENOSPC, "No space left on device"), Path("log.jsonl"), 10**6))
+      "[Errno 28] No space left on device, 1.0 MB needed; free some and give the same command again: 'log.jsonl'"
+    """
+    if error.errno not in _FULL:
+        return OSError(error.errno, error.strerror, str(path))
+    needed = "" if need is None else f", {megabytes(need)} needed"
+    return OSError(error.errno, f"{error.strerror}{needed}; free some and give the same command again", str(path))
+
+
+def megabytes(size: int) -> str:
+    """Bytes in words.
+
+    Example:
+      >>> megabytes(2_500_000), megabytes(300)
+      ('2.5 MB', '300 bytes')
+    """
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size} bytes"

@@ -1,5 +1,6 @@
 """The generic training loop: any ``Program``, resumable bit for bit, the host never blocking the device."""
 
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 
 from effjax.core.cost import Executables, count_compiles
+from effjax.core.errors import near
 from effjax.core.tree import leaf_paths
 from effjax.data.pipeline import prefetch_to_device, put_batch
 from effjax.train.checkpoint import CheckpointError, Checkpoints
@@ -20,18 +22,11 @@ from effjax.train.logging import JsonlLog, jsonable
 from effjax.train.mesh import batch_sharding, state_shardings
 from effjax.train.options import TrainOptions
 from effjax.train.program import Phase, Program
-from effjax.train.signals import StopSignal
+from effjax.train.signals import Preempted, StopSignal
 
 __all__ = ["FitResult", "fit"]
 
 PyTree = Any
-
-RESUME_EXIT_CODE = 75
-"""Exit status of a run that was told to stop, has saved, and wants to be started again (EX_TEMPFAIL)."""
-
-
-class Preempted(Exception):
-    """SIGTERM (or the cluster) asked the run to stop; its state has been saved."""
 
 
 class NonFiniteError(RuntimeError):
@@ -179,16 +174,21 @@ def fit(
     options = options or TrainOptions()
     prepared = prepared or Prepared(program, options)
     run = _Run(program, seed, options, prepared, directory, dict(identity or {}, seed=seed))
-    with StopSignal() as stop:
+    with StopSignal(signal.SIGTERM, signal.SIGINT) as stop:
+        run.stop = stop
         try:
             run.start(on_compile)
-            run.train(stop, on_steps)
-            return run.finish()
+            run.train(on_steps)
+            stop.saving()
+            result = run.finish()
         except NonFiniteError as error:
             error.train_s = run.train_s
             raise
         finally:
             run.close()
+        if stop.requested:  # after the last step; what follows a run would not notice
+            raise Preempted(run.stopped())
+    return result
 
 
 class _Run:
@@ -197,6 +197,7 @@ class _Run:
     def __init__(self, program, seed, options, prepared, directory, identity):
         self.program, self.seed, self.options, self.prepared = program, seed, options, prepared
         self.checkpoints = None
+        self.stop: StopSignal
         self.log = None
         self.batches = None
         self.directory = directory
@@ -240,9 +241,20 @@ class _Run:
         self.books = _Books(self.options, self.log, books)
         if source is not None:
             self.batches = prefetch_to_device(source, size=self.options.prefetch, sharding=self.prepared.batch_sharding)
+        if self.options.best_metric and not self.done:
+            self._check_best_metric(self.options.best_metric.removeprefix("-"))
         self.on_compile = on_compile
+        self.began = self.done
         self._begin_phase()
         self._warm_up()
+
+    def _check_best_metric(self, name: str) -> None:
+        known = self.program.judged(self.state)
+        if name not in known:
+            raise ValueError(
+                f"train.best_metric={self.options.best_metric!r} is not measured; the evaluation gives "
+                f"{', '.join(known)}.{near(name, known)}"
+            )
 
     def _lengths(self) -> list[int]:
         return [phase.steps for phase in self.program.phases]
@@ -257,18 +269,19 @@ class _Run:
             )
         self.phase, self.within = phase, within
 
-    def train(self, stop: StopSignal, on_steps: Callable[[int], None]) -> None:
+    def train(self, on_steps: Callable[[int], None]) -> None:
         lag = self.options.read_lag
         if not self.finished:
             self._resume_clock()
         while not self.finished:
             self._step()
+            self.stop.unsaved()
             self._maybe_leave()
             if self.done % lag == 0 or self.finished:
                 self._check_books()
                 on_steps(self.reached)
             self._maybe_evaluate()
-            if self._must_stop(stop):
+            if self.stop.requested:
                 self._stop()
             if self._save_due():
                 self._save()
@@ -311,8 +324,14 @@ class _Run:
 
     def _warm_up(self) -> None:
         if not self.finished:
-            self.prepared.warm_up(self.program.phases[self.phase], self.state, self.aux, self.on_compile)
+            self.prepared.warm_up(self.program.phases[self.phase], self.state, self.aux, self._compiling)
         self.declared = self.prepared.compiles if self.program.shapes else np.inf
+
+    def _compiling(self, done: int, total: int) -> None:
+        """Between two compilations, each of which may take long."""
+        if self.stop.requested:
+            self._stop()
+        self.on_compile(done, total)
 
     def finish(self) -> FitResult:
         self._check_books(everything=True)
@@ -383,17 +402,18 @@ class _Run:
             self._write_checkpoint(metrics)
         self._resume_clock()
 
-    def _must_stop(self, stop: StopSignal) -> bool:
-        if jax.process_count() > 1:
-            return self.checkpoints is not None and self.checkpoints.reached_preemption(self.done)
-        return stop.requested
-
     def _stop(self) -> None:
+        self.stop.saving()
+        if self.checkpoints is not None and self.done > self.began:
+            self._save()
+        raise Preempted(self.stopped())
+
+    def stopped(self) -> str:
+        """What to say of a run that was told to stop."""
         where = f"stopped after step {self.done} of {self.total}"
         if self.checkpoints is None:
-            raise Preempted(f"{where}; nothing was saved, since the run has no directory.")
-        self._save()
-        raise Preempted(f"{where}; the same command continues from there.")
+            return f"{where}; nothing was saved, since the run has no directory."
+        return f"{where}; the same command continues from there."
 
     def _save_due(self) -> bool:
         if self.checkpoints is None or self.finished:

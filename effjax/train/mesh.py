@@ -2,15 +2,18 @@
 
 import math
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from effjax.core.tree import leaf_paths, select
 from effjax.train.options import MeshOptions
 
 PyTree = Any
+Result = TypeVar("Result")
 
 
 def start_distributed() -> None:
@@ -34,6 +37,33 @@ def start_distributed() -> None:
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")
     ):
         jax.distributed.initialize()
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Do something in every process; where one of them is refused all are, in place of waiting for it.
+
+    Raises:
+      ElsewhereError: in the processes where it worked.
+    """
+    if jax.process_count() == 1:
+        return action()
+    from jax.experimental import multihost_utils
+
+    error, result = None, None
+    try:
+        result = action()
+    except Exception as refused:
+        error = refused
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
+    if error is not None:
+        raise error
+    if failed.size:
+        raise ElsewhereError(f"process {failed[0]} of this run was refused; its message says why.")
+    return cast(Result, result)
+
+
+class ElsewhereError(ValueError):
+    """Another process of a distributed run was refused."""
 
 
 def make_mesh(options: MeshOptions) -> Mesh | None:

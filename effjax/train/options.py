@@ -9,6 +9,10 @@ from effjax.core.errors import Count, NotNegative, Positive, check_fields, check
 
 __all__ = ["Budget", "MeshOptions", "TrainOptions"]
 
+PASSING = ("mesh", "compile_cache", "prefetch", "checkpoint_seconds", "checkpoint_steps", "keep")
+"""Fields of ``TrainOptions`` that may differ between two starts of one run: what is learned and what is logged are the
+same, but for the last bits of a mesh of another shape."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Budget:

@@ -254,6 +254,20 @@ MUTATIONS = (
         "np.random.default_rng((self._seed, 0, 0)).permutation(self._rows)",
         ("data/test_pipeline.py",),
     ),
+    Mutation(
+        "checkpoint-believes-its-json",
+        "dropped check",
+        "if meta != _sealed(meta):",
+        "if False:",
+        ("train/test_checkpoint.py",),
+    ),
+    Mutation(
+        "signal-after-the-last-step-swallowed",
+        "dropped check",
+        "if stop.requested:  # after the last step; what follows a run would not notice",
+        "if False:",
+        ("train/test_signals.py",),
+    ),
     # data
     Mutation(
         "read-ahead-counts",
@@ -270,6 +284,13 @@ MUTATIONS = (
         ("data/test_packing.py",),
     ),
     # study
+    Mutation(
+        "arm-of-another-config-taken-over",
+        "dropped check",
+        'difference = describe_difference(run.pop("identity"), self._arm_identity(name, seed))',
+        'difference = describe_difference(run.pop("identity"), {}) and ""',
+        ("study/test_compare.py",),
+    ),
     Mutation(
         "claim-margin",
         "sign",

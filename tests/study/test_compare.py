@@ -92,3 +92,73 @@ def test_experts_spread_over_a_mesh_learn_what_they_learn_on_one_device():
         assert len({str(shard.index) for shard in kernel.addressable_shards}) == (5 if words else 1)
         losses.append(result.train["online_loss"])
     assert abs(losses[0] / losses[1] - 1) < 1e-3, losses
+
+
+ARM = "digits-mlp-64-shift/sgd-0.1"
+
+
+def test_a_finished_arm_of_another_config_is_not_taken_over(tmp_path):
+    """As where identity.json was lost and written anew."""
+    first = comparison(tmp_path)
+    first._claim_folder()
+    run = {"status": "ok", "metrics": {}, "train_s": 1.0, "evaluate_s": 1.0, "compiles": 1}
+    path = first._folder(ARM, 0) / "done.json"
+    write_json(path, {**run, "identity": first._arm_identity(ARM, 0)})
+    assert first._finished(ARM, 0) == run
+    other = comparison(tmp_path, "--momentum", "0.5")
+    with pytest.raises(ValueError, match=r"(?s)of another run:.*momentum: 0\.9 there, 0\.5 here.*to train this seed"):
+        other._finished(ARM, 0)
+    copied = first._folder(ARM, 1) / "done.json"
+    write_json(copied, json.loads(path.read_text()))
+    with pytest.raises(ValueError, match="seed: 0 there, 1 here"):
+        first._finished(ARM, 1)
+
+
+def test_a_folder_continues_on_another_mesh_and_measures_anew(tmp_path):
+    one = comparison(tmp_path)
+    one._claim_folder()
+    cost = {"step_ms": 1.0, "compile_s": 1.0}
+    _, programs = one._costs()
+    eight = comparison(tmp_path, "--train.mesh.data", "8", "--train.checkpoint-seconds", "1", "--train.keep", "3")
+    eight._claim_folder()
+    eight.sources = one.sources
+    write_json(one.work / "cost.json", {ARM: {**cost, "devices": {}}})
+    assert one._known_costs(one.work / "cost.json", programs)[ARM]["step_ms"] == 1.0
+    assert eight._known_costs(one.work / "cost.json", programs) == {}
+    assert eight.study.default_out == one.study.default_out
+    with pytest.raises(ValueError, match=r"train\.dtype"):
+        comparison(tmp_path, "--train.dtype", "bfloat16")._claim_folder()
+
+
+def test_what_a_kill_leaves_of_a_folder_is_swept(tmp_path):
+    begun = comparison(tmp_path)
+    (begun.work).mkdir()
+    (begun.work / "identity.json.partial").write_text('{"stu')
+    (tmp_path / ".work-old" / "arms").mkdir(parents=True)
+    assert begun._claim_folder() is None
+    assert json.loads((begun.work / "identity.json").read_text()) == begun._identity()
+    begun._remove_work()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.study
+@pytest.mark.parametrize(
+    ("words", "arms"),
+    [
+        (["--experts", "1e30", "1e29", "--arms", "sgd-*", "samuel"], {"samuel": "diverged", "sgd-0.1": "ok"}),
+        (["--grid", "1e30", "--experts", "1e30", "1e29", "--arms", "sgd-*", "samuel"], {"samuel": "diverged"}),
+        (["--grid", "--cosine-grid", "--arms", "samuel", "uniform"], {"samuel": "ok"}),
+    ],
+)
+def test_arms_that_diverged_and_empty_grids_cost_nothing_but_their_claims(tmp_path, words, arms):
+    grid = [] if "--grid" in words else ["--grid", "0.1"]
+    study = resolve("samuel:smoke", ["--settings", "shift", "--budget.amount", "20", "--seeds", "0", *grid, *words])
+    found = compare(study, out=tmp_path, quiet=True)
+    by_name = {name.partition("/")[2]: arm["status"] for name, arm in found["arms"].items() if "-shift" in name}
+    assert arms.items() <= by_name.items()
+    about = [claim for claim in found["claims"] if "samuel" in claim["text"] and "-shift" in claim["group"]]
+    assert about
+    assert all(("undecided" in claim) == (arms["samuel"] == "diverged") for claim in about)
+    assert (tmp_path / "report.md").exists()
+    again = compare(study, out=tmp_path, quiet=True)  # finished: nothing is trained again
+    assert again["environment"]["date"] == found["environment"]["date"]

@@ -1,6 +1,10 @@
 """Checkpoints: atomic, exact, and readable refusals."""
 
 import gc
+import itertools
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -106,3 +110,71 @@ def test_difference_is_readable_and_bounded():
     text = describe_difference({str(i): i for i in range(30)}, {})
     assert text.count("\n") == 12
     assert "18 more" in text
+
+
+def test_no_bit_of_its_own_json_can_change_unnoticed(tmp_path):
+    """Of the meta data: the data's place, the sums of the books, the identity and the checksums themselves."""
+    saved(tmp_path, steps=(2,)).close()
+    [path] = [p for p in (tmp_path / "2" / "meta").rglob("*") if p.is_file() and b"iterator" in p.read_bytes()]
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    checkpoints = Checkpoints(tmp_path, {"run": "a"})
+    for place in rng.choice(len(good), size=min(60, len(good)), replace=False):
+        flipped = bytes([good[place] ^ 1 << int(rng.integers(8))])
+        path.write_bytes(good[:place] + flipped + good[place + 1 :])
+        try:
+            found = checkpoints.restore(abstract(state()), 2)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert found[2] == {"iterator": {"at": 2}}
+    assert refused > 20
+
+
+def test_a_renamed_step_is_refused(tmp_path):
+    saved(tmp_path).close()
+    (tmp_path / "2").rename(tmp_path / "3000")
+    with pytest.raises(CheckpointError, match=r"3000 holds step 2: the folder was renamed\. Give it its name back"):
+        Checkpoints(tmp_path, {"run": "a"}).restore(abstract(state()))
+
+
+def test_a_clock_that_jumps_disturbs_no_save(tmp_path, monkeypatch):
+    days = itertools.count()
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + 3600.0 * next(days))
+    checkpoints = saved(tmp_path)
+    assert checkpoints.restore(abstract(state()))[0] == 2
+    checkpoints.close()
+
+
+FAILING = """
+import jax, resource, signal, sys
+from pathlib import Path
+from effjax.train.checkpoint import CheckpointError, Checkpoints
+checkpoints = Checkpoints(Path(sys.argv[1]), {})
+checkpoints.save(1, {"w": jax.numpy.zeros(3)}, {})
+checkpoints.wait()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+try:
+    checkpoints.save(2, {"w": jax.random.normal(jax.random.key(0), (20000,))}, {})
+    checkpoints.wait()
+except CheckpointError as error:
+    print(error, flush=True)
+try:
+    checkpoints.close()
+except CheckpointError:
+    pass
+"""
+
+
+def test_a_save_that_fails_is_one_line_and_the_process_ends_at_once(tmp_path):
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", FAILING, tmp_path], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begun < 60
+    assert f"{tmp_path}: a checkpoint could not be written (File too large). It needs about 80000 bytes" in done.stdout
+    assert "The checkpoint of step 1 is kept" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert Checkpoints(tmp_path, {}).latest() == 1

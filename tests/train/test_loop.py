@@ -281,8 +281,16 @@ def test_steps_without_batches():
     assert float(fit(program._replace(loader=None), 0).state) == 11
 
 
+def test_a_best_metric_that_nobody_measures_is_refused_before_the_first_step(tmp_path):
+    options = TrainOptions(evaluate_steps=8, best_metric="-scores")
+    told = []
+    with pytest.raises(ValueError, match=r"best_metric='-scores' is not measured; .* score\. Did you mean 'score'"):
+        fit(toy(evaluate=lambda state: {"score": 1.0}), 0, options=options, directory=tmp_path, on_steps=told.append)
+    assert not told
+
+
 def test_evaluation_during_training_keeps_the_best_checkpoint(tmp_path):
-    values = iter([3.0, 1.0, 2.0, 5.0, 4.0, 4.0])
+    values = iter([0.0, 3.0, 1.0, 2.0, 5.0, 4.0, 4.0])
     options = TrainOptions(evaluate_steps=8, best_metric="-score", keep=1, checkpoint_seconds=1e9)
     fit(toy(40, evaluate=lambda state: {"score": next(values)}), 0, options=options, directory=tmp_path)
     evaluations = [r["evaluation"]["score"] for r in read_jsonl(tmp_path / "log.jsonl") if "evaluation" in r]

@@ -1,0 +1,78 @@
+"""``effjax compare`` over two processes: the results of one, and SIGTERM to one stops both."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+WORDS = ["samuel:smoke", "--settings", "shift", "--grid", "0.1", "--arms", "sgd-*", "samuel", "--seeds", "0"]
+
+
+def start(out, steps, processes=2, devices=1):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["compare", *WORDS, "--budget.amount", steps, "--train.mesh.data", "-1", "--out", out]
+    shared = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    if processes > 1:
+        shared |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
+    pipe = subprocess.PIPE
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "effjax.cli", *map(str, words)],
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            env={**os.environ, **shared, "JAX_PROCESS_ID": str(index)},
+        )
+        for index in range(processes)
+    ]
+
+
+def finish(processes):
+    done = [process.communicate(timeout=300) for process in processes]
+    return [process.returncode for process in processes], done
+
+
+def metrics(out):
+    results = json.loads((out / "results.json").read_text())
+    return {name: arm["metrics"] for name, arm in results["arms"].items()}, results["claims"]
+
+
+@pytest.mark.study
+def test_two_processes_find_what_one_process_with_two_devices_finds(tmp_path):
+    codes, said = finish(start(tmp_path / "one", 60, processes=1, devices=2))
+    assert codes == [0], said
+    codes, said = finish(start(tmp_path / "two", 60))
+    assert codes == [0, 0], said
+    assert metrics(tmp_path / "two") == metrics(tmp_path / "one")
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+
+
+@pytest.mark.study
+def test_sigterm_to_one_of_two_stops_both_and_both_continue(tmp_path):
+    out = tmp_path / "out"
+    processes = start(out, 20000)
+    while not list(out.glob(".work/arms/*/*/*/log.jsonl")) and processes[0].poll() is None:
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, said = finish(processes)
+    assert codes == [75, 75], said
+    assert not (out / ".lock").exists()
+    assert (out / ".work" / "cost.json").exists()
+
+
+@pytest.mark.study
+def test_a_refusal_in_one_process_ends_both(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".lock").write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "now", "started": "1"}))
+    codes, said = finish(start(out, 60))
+    assert codes == [2, 2]
+    assert "is in use by process 1 on elsewhere" in said[0][1]
+    assert "process 0 of this run was refused" in said[1][1]
