@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from effjax.data.npz_files import read_arrays
+from effjax.core.files import first_line
+from effjax.data.npz_files import READ_ERRORS, read_array, read_arrays
 
 Arrays = dict[str, np.ndarray]
 _ALIASES = {
@@ -95,8 +96,8 @@ def _matrix(path: Path):
 
     try:
         return scipy.sparse.load_npz(path).tocoo()
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not a matrix as scipy.sparse.save_npz writes it ({error}).") from error
+    except (*READ_ERRORS, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: not a matrix as scipy.sparse.save_npz writes it ({first_line(error)}).") from error
 
 
 def _coordinates(prefix: str, matrix) -> Arrays:
@@ -107,10 +108,7 @@ def _coordinates(prefix: str, matrix) -> Arrays:
 
 def _second(path: Path, key: str, file: Path, arrays: Arrays, leave_out: Collection[str]) -> Arrays:
     if file.suffix == ".npy":
-        try:
-            return {key: np.load(file, allow_pickle=False)}
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{file}: damaged, or not one plain array ({error}).") from error
+        return {key: read_array(file)}
     if file.suffix != ".npz":
         raise ValueError(f"{key}={str(file)!r} must be an .npy or .npz file.")
     held = read_arrays(file, leave_out)
