@@ -57,10 +57,9 @@ def model_folder(source: str | os.PathLike[str], holds: str) -> Path:
         raise FileNotFoundError(f"source={str(source)!r} is a file. Give its folder, {Path(source).parent}.")
     beside = (path.name for root in (*roots, PACKAGED) if root.is_dir() for path in root.iterdir())
     hint = near(str(source), [*_ALIASES, *_INSTALLED, *beside])
+    looked = ", ".join(dict.fromkeys(map(str, places)))
     advice = f"Install it: {_INSTALLED[name][2]}." if name in _INSTALLED else "Give a path, or set EFFJAX_MODELS."
-    raise FileNotFoundError(
-        f"source={str(source)!r}: no folder with {holds} at {', '.join(dict.fromkeys(map(str, places)))}.{hint} {advice}"
-    )
+    raise FileNotFoundError(f"source={str(source)!r}: no folder with {holds} at {looked}.{hint} {advice}")
 
 
 # What a folder holds in place of what is wanted, and the way out; the first that fits.

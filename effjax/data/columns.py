@@ -62,8 +62,8 @@ def _without_padding(columns: dict[str, Any]) -> dict[str, Any]:
     if apart.any():
         row = int(mask.rows[ones[np.flatnonzero(apart)[0]]])
         raise ValueError(
-            f"columns['attention_mask'] has a 0 between two 1 in row {row}. Padding stands at an end of a row; leave such "
-            "tokens out of 'input_ids' yourself."
+            f"columns['attention_mask'] has a 0 between two 1 in row {row}. Padding stands at an end of a row; leave "
+            "such tokens out of 'input_ids' yourself."
         )
     kept = mask.values.astype(bool)
     for name, column in columns.items():

@@ -108,8 +108,8 @@ def save_lora(
         raise FileNotFoundError(f"folder={str(folder)!r}: {folder.parent} does not exist. Create it first.")
     if task_type in _HEADED and not modules:
         raise ValueError(
-            f"task_type={task_type!r} without modules: the classifier's trained head would be lost, and PEFT would put a "
-            "random one in its place. Give it: modules={'head': params['head']}."
+            f"task_type={task_type!r} without modules: the classifier's trained head would be lost, and PEFT would put "
+            "a random one in its place. Give it: modules={'head': params['head']}."
         )
     tensors: dict[str, np.ndarray] = _whole_tensors(modules or {}, names)
     saved = _saved_names(tensors)
@@ -151,7 +151,9 @@ def _whole_tensors(modules: PyTree, names: Names) -> dict[str, np.ndarray]:
         layer, _, part = path.rpartition("/")
         kernel = f"{layer}/kernel".lstrip("/")
         if part not in ("kernel", "bias") or kernel not in leaves or leaves[kernel].ndim != 2:
-            raise ValueError(f"modules: {path} of shape {leaf.shape} is no part of a dense layer; only those are saved.")
+            raise ValueError(
+                f"modules: {path} of shape {leaf.shape} is no part of a dense layer; only those are saved."
+            )
         module = _name(names, kernel, None)
         if module is None:
             raise ValueError(f"names: {kernel!r} of modules has no name. Add it to the table.")
@@ -329,8 +331,8 @@ def load_lora_modules(folder: str | os.PathLike[str], params: PyTree, names: Nam
     places, _ = _places(params, names)
     if strangers := sorted(set(whole) - set(places)):
         raise ValueError(
-            f"folder={str(folder)!r} holds {strangers[0]!r} whole, which this model has not.{near(strangers[0], places)} "
-            "Build the model with that layer, and let names name it."
+            f"folder={str(folder)!r} holds {strangers[0]!r} whole, which this model has not."
+            f"{near(strangers[0], places)} Build the model with that layer, and let names name it."
         )
     found: dict[str, np.ndarray] = {}
     for module, parts in whole.items():
@@ -375,7 +377,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds a {type(fields).__name__}, not the fields of an adapter. Fetch it again.")
     _check_types(path, fields)
     refused = [
-        f"{name}={fields[name]!r:.60}" for name, legal in _SUPPORTED.items() if not _among(fields.get(name, legal[0]), legal)
+        f"{name}={fields[name]!r:.60}"
+        for name, legal in _SUPPORTED.items()
+        if not _among(fields.get(name, legal[0]), legal)
     ]
     if refused:
         raise ValueError(
@@ -401,7 +405,10 @@ def _check_types(path: Path, fields: Mapping[str, Any]) -> None:
         "lora_dropout": (lambda value: real(value) and 0 <= value < 1, "a number from 0 on, below 1"),
         "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
         "rank_pattern": (lambda value: table(value, whole), "an object of integers from 1 on"),
-        "alpha_pattern": (lambda value: table(value, lambda one: real(one) and one > 0), "an object of numbers above 0"),
+        "alpha_pattern": (
+            lambda value: table(value, lambda one: real(one) and one > 0),
+            "an object of numbers above 0",
+        ),
         "modules_to_save": (texts, "a list of names"),
     }
     for name, (legal, expected) in kinds.items():

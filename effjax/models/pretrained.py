@@ -298,7 +298,9 @@ def _grown(
     check_number("vocab_size", vocabulary, low=1, integer=True)
     held = config.get("vocab_size", 0)
     if vocabulary < held:
-        raise ValueError(f"vocab_size={vocabulary}: {path} has {held} ids, and none can be left out. Give {held} or more.")
+        raise ValueError(
+            f"vocab_size={vocabulary}: {path} has {held} ids, and none can be left out. Give {held} or more."
+        )
     if vocabulary == held:
         return config, tensors
     endings = (*_TABLES, f"{family.output}.weight") if family.output else _TABLES

@@ -2,7 +2,6 @@
 
 import base64
 import html as _html
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
