@@ -136,6 +136,8 @@ def _standard(path: Path, arrays: Arrays, which_split: int | None) -> Arrays:
             graph[name] = graph.pop(found[0])
     for name in NAMES:
         graph.pop(name, None)
+    if single := [name for name, array in graph.items() if not array.ndim and not UNREAD.fullmatch(name)]:
+        raise ValueError(f"{path}: {single} hold one value each, no arrays. Leave them out: leave_out={single}.")
     for part in ("data", "indices", "indptr", "shape"):
         if f"attr_{part}" in graph:
             graph[f"x_{part}"] = graph.pop(f"attr_{part}")
@@ -174,6 +176,13 @@ def _edges_of_matrix(path: Path, graph: Arrays) -> Arrays:
             raise ValueError(f"{path}: holds {sorted(parts)}; expected adj_indices, adj_indptr and adj_shape together.")
         receivers, starts, shape = (graph.pop(f"adj_{name}") for name in ("indices", "indptr", "shape"))
         values = graph.pop("adj_data", np.ones(len(receivers)))
+        whole = all(part.ndim == 1 and part.dtype.kind in "iu" for part in (receivers, starts, shape))
+        if not whole or shape.shape != (2,) or values.ndim != 1 or values.dtype.kind not in "biuf":
+            kinds = {
+                name: f"{part.dtype}{list(part.shape)}"
+                for name, part in (("indices", receivers), ("indptr", starts), ("shape", shape), ("data", values))
+            }
+            raise ValueError(f"{path}: expected 'adj_*' of one axis, integers but for the data; it holds {kinds}.")
         nodes = int(shape[0])
         climbs = len(starts) == nodes + 1 and starts[0] == 0 and (np.diff(starts) >= 0).all()
         if len(set(shape.tolist())) > 1 or not climbs or starts[-1] != len(receivers) or len(values) != len(receivers):

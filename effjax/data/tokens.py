@@ -173,9 +173,10 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     text = read_text(path)
     try:
         content = json.loads(text)
-        if "pieces" in content:
-            return Tokenizer(_from_pieces(content["pieces"], content["scores"]))
-        return Tokenizer(library.Tokenizer.from_str(text))
+        own = "pieces" in content
+        backend = _from_pieces(content["pieces"], content["scores"]) if own else library.Tokenizer.from_str(text)
+        backend.encode_batch(["a text", ("a text", "another")])  # templates fail only here
+        return Tokenizer(backend)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exceptions, and Rust's panics, which are none

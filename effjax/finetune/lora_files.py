@@ -446,8 +446,8 @@ def _read_tensors(path: Path, saved: Sequence[str]) -> tuple[_Factors, _Whole]:
             foreign.append(name)
     if saved and not whole:
         raise ValueError(
-            f"{path} holds none of {list(saved)}, which modules_to_save of {_CONFIG} names: what was trained beside the "
-            "adapters is lost. Save it again with PEFT's save_pretrained."
+            f"{path} holds none of {list(saved)}, which modules_to_save of {_CONFIG} names: what was trained beside "
+            "the adapters is lost. Save it again with PEFT's save_pretrained."
         )
     halves = [module for module, pair in factors.items() if len(pair) < 2]
     if foreign or halves or not factors:

@@ -22,6 +22,7 @@ PyTree = Any
 Kind = Literal["none", "dense", "conv"]
 
 _LISTED = 8
+_LONGEST_NAME = 255  # bytes, of the usual file systems
 _INDEX = "model.safetensors.index.json"
 
 
@@ -240,10 +241,10 @@ def _shards(index: Path) -> dict[str, str]:
         )
     names = sorted(set(places.values()))
     # Names are plain: an index must not reach outside its folder.
-    foreign = [name for name in names if Path(name).name != name or "\0" in name]
+    foreign = [name for name in names if Path(name).name != name or "\0" in name or len(name.encode()) > _LONGEST_NAME]
     absent = [name for name in names if name not in foreign and not (index.parent / name).is_file()]
     if foreign:
-        raise ValueError(f"{index} names files outside its folder: {_listed(list(map(repr, foreign)))}.")
+        raise ValueError(f"{index} names files outside its folder: {_listed([f'{name!r:.60}' for name in foreign])}.")
     if absent:
         raise FileNotFoundError(f"{index} names {_listed(absent)}, which is not beside it. Fetch all the files.")
     return places

@@ -2,7 +2,7 @@
 
     python tests/faults/fuzz_files.py 10000
 
-makes that many files of twelve kinds, mutated by bytes (bits flipped, cut, repeated, zeroed) or by content (values of
+makes that many files of twenty kinds, mutated by bytes (bits flipped, cut, repeated, zeroed) or by content (values of
 other types, numbers out of range, arrays and columns missing, renamed or of other shapes), reads each one, and prints a
 count per kind and outcome. It ends with 1 where anything else than these two came:
 
@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
+import scipy.sparse
 
 import effjax
 from effjax.data.graph_tables import graph_from_files
@@ -349,6 +350,11 @@ def make(folder: Path) -> None:
     weights = {"edge_weight": np.ones(40, np.float32)}
     x = draw.normal(size=(12, 3)).astype(np.float32)
     np.savez(folder / "graph.npz", edge_index=edges, x=x, y=np.arange(12) % 3, **masks, **weights)
+    matrix = scipy.sparse.csr_array((np.ones(40), edges), (12, 12))
+    parts = {f"adj_{name}": np.asarray(getattr(matrix, name)) for name in ("data", "indices", "indptr", "shape")}
+    np.savez(folder / "matrix.npz", labels=np.arange(12) % 3, attr_matrix=x, **parts)
+    scipy.sparse.save_npz(folder / "scipy.npz", matrix)
+    np.save(folder / "classes.npy", np.arange(12) % 3)
     (folder / "edges.csv").write_text("source,target,weight\n" + "\n".join(f"n{a},n{b},1" for a, b in edges.T if a < b))
     (folder / "people.csv").write_text("id,age,label\n" + "\n".join(f"n{i},{20 + i},{'xyz'[i % 3]}" for i in range(12)))
 
@@ -367,6 +373,10 @@ def table(name: str, modality: str = "text", **columns: Any) -> Callable[[Path],
 
 def edges(folder: Path) -> Any:
     return graph_from_files(folder / "edges.csv", nodes=folder / "people.csv", undirected=True)
+
+
+def scipy_graph(folder: Path) -> Any:
+    return graph_from_files(folder / "scipy.npz", labels=folder / "classes.npy")
 
 
 def model(name: str) -> Callable[[Path], Any]:
@@ -390,6 +400,8 @@ KINDS = {
     "series npz": Kind("series.npz", table("series.npz", "sequence"), change_arrays),
     "series csv": Kind("steps.csv", table("steps.csv", "sequence"), change_cells),
     "graph npz": Kind("graph.npz", lambda folder: effjax.data.graph_data(folder / "graph.npz"), change_arrays),
+    "graph matrix": Kind("matrix.npz", table("matrix.npz", "graph"), change_arrays),
+    "scipy matrix": Kind("scipy.npz", scipy_graph, change_arrays),
     "graph tables": Kind("people.csv", edges, change_cells),
     "edge list": Kind("edges.csv", edges, change_cells),
 }

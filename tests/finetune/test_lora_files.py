@@ -275,7 +275,7 @@ def test_a_head_that_would_be_lost_or_does_not_fit(tmp_path):
     for kind in ("SEQ_CLS", "TOKEN_CLS"):
         with pytest.raises(ValueError, match=f"task_type='{kind}' without modules: .* head would be lost"):
             save_lora(tmp_path / "b", adapters(HEADED, config), config, HEAD_NAMES, task_type=kind)
-    with pytest.raises(ValueError, match="conv/kernel of shape .* no part of a dense layer"):
+    with pytest.raises(ValueError, match=r"conv/kernel of shape .* no part of a dense layer"):
         save_lora(tmp_path / "b", adapters(HEADED, config), config, HEAD_NAMES, modules={"conv": HEADED["conv"]})
     with pytest.raises(ValueError, match="'head/kernel' of modules has no name"):
         save_lora(tmp_path / "b", adapters(HEADED, config), config, NAMES, modules={"head": HEADED["head"]})
