@@ -61,10 +61,14 @@ def _main(arguments: Sequence[str] | None) -> int:
         if os.environ.get("EFFJAX_TRACEBACK"):
             raise
         return _refuse(_readable(error, words))
+    except KeyboardInterrupt:
+        _refuse("stopped by Ctrl-C. The same command continues.")
+        return 130
     except OSError as error:
-        if error.filename is None or os.environ.get("EFFJAX_TRACEBACK"):
+        if os.environ.get("EFFJAX_TRACEBACK"):
             raise
-        return _refuse(f"{error.filename}: {error.strerror}.")
+        said = error.strerror or str(error) or type(error).__name__
+        return _refuse(f"{error.filename}: {said}." if error.filename is not None else f"{said}.")
     except Exception as error:
         return _expected(error)
 
@@ -240,12 +244,19 @@ def _train(options: Any) -> None:
 
 
 def _report(options: Any) -> None:
+    from effjax.core.files import first_line
     from effjax.study.report import write_report
 
     if not options.folders:
         raise ValueError("report needs one folder of results or more.")
     for folder in options.folders:
-        write_report(folder)
+        try:
+            write_report(folder)
+        except (LookupError, TypeError, AttributeError) as error:  # a schema that only looks right
+            way_out = "Run `effjax compare` again."
+            raise ValueError(
+                f"{folder / 'results.json'} is damaged ({type(error).__name__}: {first_line(error)}). {way_out}"
+            ) from error
         print((folder / "report.md").read_text())
         print(folder / "report.png")
 

@@ -70,6 +70,32 @@ def check_number(
     return value
 
 
+def check_shape(argument: str, value: Any, shape: tuple[int, ...], hint: str = "") -> None:
+    """Raise ``ValueError`` unless an array has this shape: nothing is broadcast.
+
+    Example:
+      >>> check_shape("labels", jnp.zeros((3, 1)), (3,), "One for each row.")
+      Traceback (most recent call last):
+      ValueError: labels have shape (3, 1); expected (3,). One for each row.
+    """
+    if tuple(jnp.shape(value)) != tuple(shape):
+        has = "have" if argument.rstrip("]'\"").endswith("s") else "has"
+        raise ValueError(f"{argument} {has} shape {tuple(jnp.shape(value))}; expected {tuple(shape)}.{_space(hint)}")
+
+
+def check_series(x: Any, argument: str = "x") -> None:
+    """Raise ``ValueError`` unless ``x`` is a batch of series, [batch, time, features].
+
+    Example:
+      >>> check_series(jnp.zeros((20, 3)))
+      Traceback (most recent call last):
+      ValueError: x has shape (20, 3); expected [batch, time, features]. One series is a batch of one: x[None].
+    """
+    if len(jnp.shape(x)) != 3:
+        hint = f" One series is a batch of one: {argument}[None]." if len(jnp.shape(x)) == 2 else ""
+        raise ValueError(f"{argument} has shape {jnp.shape(x)}; expected [batch, time, features].{hint}")
+
+
 class Limits(NamedTuple):
     """The interval of a number, as a mark in its type: ``Annotated[int, Limits(low=1)]``; see ``check_number``."""
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 from effjax.core.errors import near
@@ -49,9 +50,46 @@ def model_folder(source: str | os.PathLike[str], holds: str) -> Path:
     for place in places:
         if place.is_dir() and any(place.glob(holds)):
             return place
+    given = [place for place in places if place.is_dir()]
+    if given:
+        raise FileNotFoundError(f"source={str(source)!r}: {given[0]} holds no {holds}. {held(given[0], holds)}")
+    if Path(source).is_file():
+        raise FileNotFoundError(f"source={str(source)!r} is a file. Give its folder, {Path(source).parent}.")
     beside = (path.name for root in (*roots, PACKAGED) if root.is_dir() for path in root.iterdir())
     hint = near(str(source), [*_ALIASES, *_INSTALLED, *beside])
+    looked = ", ".join(dict.fromkeys(map(str, places)))
     advice = f"Install it: {_INSTALLED[name][2]}." if name in _INSTALLED else "Give a path, or set EFFJAX_MODELS."
-    raise FileNotFoundError(
-        f"source={str(source)!r}: no folder with {holds} at {', '.join(map(str, places))}.{hint} {advice}"
+    raise FileNotFoundError(f"source={str(source)!r}: no folder with {holds} at {looked}.{hint} {advice}")
+
+
+# What a folder holds in place of what is wanted, and the way out; the first that fits.
+_INSTEAD = (
+    (
+        r".*-\d+-of-\d+\.safetensors",
+        "Its shards lack their index: fetch model.safetensors.index.json, which says what each of them holds.",
+    ),
+    (r".*\.safetensors", "Rename its weights to model.safetensors, or link them under that name."),
+    (
+        r".*\.(bin|pt|pth|ckpt)",
+        "Pickled weights are never read: load them with PyTorch and save them with safetensors.torch.save_file, or "
+        "with save_pretrained(FOLDER, safe_serialization=True).",
+    ),
+    (r".*\.(msgpack|h5|gguf)", "Save the model as safetensors: save_pretrained(FOLDER, safe_serialization=True)."),
+    (
+        r"(vocab\.(txt|json)|merges\.txt|tokenizer\.model|spiece\.model)",
+        "Make tokenizer.json: transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER).",
+    ),
+)
+
+
+def held(folder: Path, wanted: str = "model.safetensors") -> str:
+    """What a folder holds, and how that becomes what is wanted."""
+    names = sorted(path.name for path in folder.iterdir())
+    listed = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "nothing"
+    ways = (
+        way
+        for pattern, way in _INSTEAD
+        for name in names
+        if re.fullmatch(pattern, name) and ("tokenizer" in wanted) == ("tokenizer" in way)
     )
+    return f"It holds {listed}. {next(ways, 'Give the folder that holds it, or fetch the whole folder.')}"

@@ -17,12 +17,12 @@ def token_columns(source: Columns | Any) -> dict[str, Any]:
     columns = _of_table(source) if hasattr(source, "with_format") else dict(source)
     if "input_ids" not in columns:
         raise ValueError(f"columns={sorted(columns)} lack 'input_ids', the token ids. Tokenise the texts first.")
-    columns.pop("attention_mask", None)  # written by Hugging Face tokenizers; ``mask`` replaces it
-    for name in ("input_ids", "token_type_ids"):
+    for name in ("input_ids", "token_type_ids", "attention_mask"):
         if columns.get(name) is None:
             columns.pop(name, None)
         elif not isinstance(columns[name], Ragged):
             columns[name] = Ragged.of(columns[name])
+    columns = _without_padding(columns)
     ids = columns["input_ids"]
     for name, column in columns.items():
         if len(column) != len(ids):
@@ -40,6 +40,35 @@ def token_columns(source: Columns | Any) -> dict[str, Any]:
             f"'input_ids' is empty in {len(empty)} of {len(ids)} rows, the first at {empty[0]}. Drop those texts, or "
             "add special tokens."
         )
+    return columns
+
+
+def _without_padding(columns: dict[str, Any]) -> dict[str, Any]:
+    """The tokens that ``attention_mask``, as Hugging Face's tokenizers write it, marks with 1; ``mask`` replaces it."""
+    mask = columns.pop("attention_mask", None)
+    if mask is None:
+        return columns
+    ids = columns["input_ids"]
+    if not np.array_equal(mask.offsets, ids.offsets):
+        raise ValueError("columns['attention_mask'] and 'input_ids' have rows of other lengths. They must agree.")
+    if not np.isin(mask.values, (0, 1)).all():
+        bad = mask.values[~np.isin(mask.values, (0, 1))][0]
+        raise ValueError(f"columns['attention_mask'] holds {bad}; expected 1 at tokens and 0 at padding.")
+    if mask.values.all():
+        return columns
+    # Between two ones of a row nothing may be left out, or tokens would become neighbours that are none.
+    ones = np.flatnonzero(mask.values)
+    apart = (np.diff(mask.rows[ones]) == 0) & (np.diff(ones) > 1)
+    if apart.any():
+        row = int(mask.rows[ones[np.flatnonzero(apart)[0]]])
+        raise ValueError(
+            f"columns['attention_mask'] has a 0 between two 1 in row {row}. Padding stands at an end of a row; leave "
+            "such tokens out of 'input_ids' yourself."
+        )
+    kept = mask.values.astype(bool)
+    for name, column in columns.items():
+        if isinstance(column, Ragged) and np.array_equal(column.offsets, ids.offsets):
+            columns[name] = column.keep(kept)
     return columns
 
 

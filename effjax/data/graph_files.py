@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from effjax.data.npz_files import read_arrays
+from effjax.core.files import first_line
+from effjax.data.npz_files import READ_ERRORS, read_array, read_arrays
 
 Arrays = dict[str, np.ndarray]
 _ALIASES = {
@@ -95,8 +96,8 @@ def _matrix(path: Path):
 
     try:
         return scipy.sparse.load_npz(path).tocoo()
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not a matrix as scipy.sparse.save_npz writes it ({error}).") from error
+    except (*READ_ERRORS, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: not a matrix as scipy.sparse.save_npz writes it ({first_line(error)}).") from error
 
 
 def _coordinates(prefix: str, matrix) -> Arrays:
@@ -107,10 +108,7 @@ def _coordinates(prefix: str, matrix) -> Arrays:
 
 def _second(path: Path, key: str, file: Path, arrays: Arrays, leave_out: Collection[str]) -> Arrays:
     if file.suffix == ".npy":
-        try:
-            return {key: np.load(file, allow_pickle=False)}
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{file}: damaged, or not one plain array ({error}).") from error
+        return {key: read_array(file)}
     if file.suffix != ".npz":
         raise ValueError(f"{key}={str(file)!r} must be an .npy or .npz file.")
     held = read_arrays(file, leave_out)
@@ -138,6 +136,8 @@ def _standard(path: Path, arrays: Arrays, which_split: int | None) -> Arrays:
             graph[name] = graph.pop(found[0])
     for name in NAMES:
         graph.pop(name, None)
+    if single := [name for name, array in graph.items() if not array.ndim and not UNREAD.fullmatch(name)]:
+        raise ValueError(f"{path}: {single} hold one value each, no arrays. Leave them out: leave_out={single}.")
     for part in ("data", "indices", "indptr", "shape"):
         if f"attr_{part}" in graph:
             graph[f"x_{part}"] = graph.pop(f"attr_{part}")
@@ -176,6 +176,13 @@ def _edges_of_matrix(path: Path, graph: Arrays) -> Arrays:
             raise ValueError(f"{path}: holds {sorted(parts)}; expected adj_indices, adj_indptr and adj_shape together.")
         receivers, starts, shape = (graph.pop(f"adj_{name}") for name in ("indices", "indptr", "shape"))
         values = graph.pop("adj_data", np.ones(len(receivers)))
+        whole = all(part.ndim == 1 and part.dtype.kind in "iu" for part in (receivers, starts, shape))
+        if not whole or shape.shape != (2,) or values.ndim != 1 or values.dtype.kind not in "biuf":
+            kinds = {
+                name: f"{part.dtype}{list(part.shape)}"
+                for name, part in (("indices", receivers), ("indptr", starts), ("shape", shape), ("data", values))
+            }
+            raise ValueError(f"{path}: expected 'adj_*' of one axis, integers but for the data; it holds {kinds}.")
         nodes = int(shape[0])
         climbs = len(starts) == nodes + 1 and starts[0] == 0 and (np.diff(starts) >= 0).all()
         if len(set(shape.tolist())) > 1 or not climbs or starts[-1] != len(receivers) or len(values) != len(receivers):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from effjax.data.npz_files import first_line
+from effjax.core.files import first_line
 from effjax.data.tables import Column
 
 __all__: list[str] = []

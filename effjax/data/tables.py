@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from effjax.core.errors import near
-from effjax.data.npz_files import READ_ERRORS, first_line, read_arrays
+from effjax.core.files import first_line
+from effjax.data.npz_files import FREE, MOST_TIMES, READ_ERRORS, check_unpacked, read_arrays
 
 Column = np.ndarray | list
 _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
@@ -212,8 +213,8 @@ def _text(path: Path) -> str:
     try:
         data = path.read_bytes()
         if path.name.lower().endswith(".gz"):
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
+            data = _unzipped(data)
+    except (OSError, EOFError, zlib.error, ValueError, MemoryError) as error:
         raise ValueError(f"{path}: cannot be read ({first_line(error)}).") from error
     for start, kind in _SIGNATURES.items():
         if data.startswith(start):
@@ -224,6 +225,13 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}: line {line} is not UTF-8 ({error.reason}). Save the file as UTF-8.") from error
+
+
+def _unzipped(data: bytes) -> bytes:
+    with gzip.open(io.BytesIO(data)) as file:
+        text = file.read(max(FREE, MOST_TIMES * len(data)) + 1)
+    check_unpacked(len(text), len(data))
+    return text
 
 
 def _csv(path: Path, text: str, delimiter: str | None, quotes: bool) -> dict[str, Column]:
@@ -303,9 +311,9 @@ def _lines(path: Path, text: str) -> dict[str, Column]:
 
 def _array(path: Path, text: str) -> dict[str, Column]:
     if text.lstrip().startswith("{"):
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             held = json.loads(text)
-            if held and all(isinstance(column, list) for column in held.values()):
+            if isinstance(held, dict) and held and all(isinstance(column, list) for column in held.values()):
                 return {name: _typed(column) for name, column in held.items()}
         return _lines(path, text)
     records = _json(path, text, "")
@@ -317,8 +325,8 @@ def _array(path: Path, text: str) -> dict[str, Column]:
 def _json(path: Path, text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: {where}is not JSON ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {where}is not JSON ({first_line(error)}).") from error
 
 
 def _of_records(records: list[dict]) -> dict[str, Column]:
@@ -337,11 +345,12 @@ def _typed(values: list) -> Column:
 
 
 def _parquet(path: Path) -> Table:
+    import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.read_table(path)
-    except READ_ERRORS as error:
+    except (*READ_ERRORS, TypeError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path}: damaged, or not a Parquet file ({first_line(error)}). Copy it again.") from error
     return _arrow(str(path), table, _class_names(str(path), table.schema))
 

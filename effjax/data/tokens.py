@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from effjax.core.errors import check_number
+from effjax.core.files import first_line, read_text
 from effjax.core.folders import model_folder
 from effjax.data.ragged import Ragged
 
@@ -169,15 +170,17 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     library = _library()
     path = Path(source)
     path = path if path.is_file() else model_folder(source, "tokenizer.json") / "tokenizer.json"
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         content = json.loads(text)
-        if "pieces" in content:
-            return Tokenizer(_from_pieces(content["pieces"], content["scores"]))
-        return Tokenizer(library.Tokenizer.from_str(text))
-    # The library raises bare Exceptions.
-    except Exception as error:
-        raise ValueError(f"{path} is damaged or no tokenizer ({error}). Fetch it again.") from error
+        own = "pieces" in content
+        backend = _from_pieces(content["pieces"], content["scores"]) if own else library.Tokenizer.from_str(text)
+        backend.encode_batch(["a text", ("a text", "another")])  # templates fail only here
+        return Tokenizer(backend)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exceptions, and Rust's panics, which are none
+        raise ValueError(f"{path} is damaged or no tokenizer ({first_line(error)}). Fetch it again.") from error
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, *, lowercase: bool = True) -> Tokenizer:

@@ -20,6 +20,7 @@ from .lora import lora_scales as lora_scales
 from .lora import lora_shardings as lora_shardings
 from .lora import scale_lora_b as scale_lora_b
 from .lora_files import load_lora as load_lora
+from .lora_files import load_lora_modules as load_lora_modules
 from .lora_files import save_lora as save_lora
 from .lora_layers import lora_hooks as lora_hooks
 from .lora_layers import lora_kernels as lora_kernels

@@ -25,6 +25,7 @@ from effjax.finetune.lora import (
     Lora,
     LoraConfig,
     LoraRule,
+    check_floating,
     lora_delta,
     lora_init,
     lora_merge,
@@ -237,7 +238,8 @@ def cola_init(key: jax.Array, params: PyTree, config: ColaConfig, gradients: Ker
 def chain_memory(params: PyTree, lora: Lora, config: ColaConfig) -> tuple[Lora | None, dict[str, jax.Array] | None]:
     """What a chain remembers at its start: room for the past links, float32 copies of narrower kernels."""
     kernels = leaves_at(params, lora)
-    whole = [path for path, kernel in kernels.items() if not jnp.issubdtype(kernel.dtype, jnp.inexact)]
+    floating = lambda dtype: jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize > 1
+    whole = [path for path, kernel in kernels.items() if not floating(kernel.dtype)]
     if whole and config.merge != "lazy":
         raise ValueError(
             f"merge={config.merge!r} cannot add a knot to {len(whole)} quantised kernels, e.g. {whole[0]} of dtype "
@@ -361,19 +363,28 @@ def cola_merge(state: ColaState, config: ColaConfig, *, float32: bool = False) -
     Returns:
       A tree like ``state.base``.
 
+    Raises:
+      ValueError: a kernel of integers or of 8 bits, which would lose what was learned, without ``float32``.
+
     Example:
       >>> config = ColaConfig("kernel", knots=(10,))
       >>> state = cola_init(jax.random.key(0), {"kernel": jnp.ones((16, 8), jnp.bfloat16)}, config)
       >>> cola_merge(state, config)["kernel"].dtype, cola_merge(state, config, float32=True)["kernel"].dtype
       (dtype(bfloat16), dtype('float32'))
     """
+    if not float32:
+        check_floating(state.base, state.lora)
     masters = state.master or {}
-    kernels = {path: masters.get(path, wide(kernel)) for path, kernel in leaves_at(state.base, state.lora).items()}
+    kernels = {path: masters.get(path, _widened(kernel)) for path, kernel in leaves_at(state.base, state.lora).items()}
     merged = lora_merge(with_leaves(state.base, kernels), *cola_adapters(state, config))
     if float32:
         return merged
     dtypes = {path: kernel.dtype for path, kernel in leaves_at(state.base, state.lora).items()}
     return with_leaves(merged, {path: leaf.astype(dtypes[path]) for path, leaf in leaves_at(merged, dtypes).items()})
+
+
+def _widened(kernel: jax.Array) -> jax.Array:
+    return kernel.astype(jnp.float32) if kernel.dtype.itemsize == 1 else wide(kernel)  # 8 bits promote to nothing
 
 
 def cola_extend(state: ColaState, config: ColaConfig, gradients: Kernels | None = None) -> ColaState:

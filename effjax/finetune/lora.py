@@ -124,7 +124,8 @@ def lora_init(key: jax.Array, params: PyTree, config: LoraConfig) -> Lora:
 
     Kernels are leaves named ``kernel``, ``[..., in, out]`` as in Flax (convolutions ``[..., *window, in, out]``), or
     ``weight``, ``[out, in]`` as in Equinox. Further leading axes are stacks of layers, as ``nn.scan`` and ``nn.vmap``
-    make them: every layer has its own adapter. Leave out the kernels of ``nn.DenseGeneral``, whose axes are no stack.
+    make them: every layer has its own adapter. Leave out the kernels of ``nn.DenseGeneral``, whose axes are no stack;
+    those that can be told by their bias are refused.
     An adapter's draw depends on the key and its path alone, so that another target does not change it.
 
     Args:
@@ -136,7 +137,8 @@ def lora_init(key: jax.Array, params: PyTree, config: LoraConfig) -> Lora:
       ``{kernel path: {"a": [..., in, r], "b": [..., r, out]}}``; of a convolution, a is ``[..., *window, in, r]``.
 
     Raises:
-      ValueError: a pattern that matches nothing or a leaf that is no kernel; a rank above the kernel's smaller side.
+      ValueError: a pattern that matches nothing, a leaf that is no kernel, or a kernel of ``nn.DenseGeneral``; a rank
+        above the kernel's smaller side.
 
     Example:
       >>> params = {"query": {"kernel": jnp.ones((16, 8)), "bias": jnp.zeros(8)}}
@@ -153,7 +155,32 @@ def lora_init(key: jax.Array, params: PyTree, config: LoraConfig) -> Lora:
             f"rules: {len(others)} of the {len(targets)} leaves matched are no kernels (leaves named 'kernel' of two "
             f"axes or more, or 'weight' of two), e.g. {others[0]!r}. Narrow the pattern: end it with '/kernel$'."
         )
+    shapes = dict(leaves)
+    for path, shape, rule in targets:
+        if rule.window is None and _is_general(path, shape, shapes):
+            raise ValueError(
+                f"rules: {path} of shape {shape} is a kernel of nn.DenseGeneral (or of attention built on it), whose "
+                "axes are no stack of layers. Leave it out of the rules, or write the layer as nn.Dense and a reshape."
+            )
     return {path: _adapter(key, path, shape, rule, config) for path, shape, rule in targets}
+
+
+def _is_general(path: str, shape: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a kernel of three axes is of ``nn.DenseGeneral``, by the layers beside it: no stack of kernels.
+
+    The bias of a stack is [layers, out], that of [in, heads, size] is [heads, size]. Without one, attention is known by
+    the kernels of its query and its output.
+    """
+    if len(shape) != 3 or out_first(path):
+        return False
+    parent, _, _ = path.rpartition("/")
+    bias = tuple(shapes.get(f"{parent}/bias" if parent else "bias", ()))
+    if len(bias) == 2:
+        return bias == tuple(shape[1:]) and bias != (shape[0], shape[2])
+    beside = parent.rpartition("/")[0]
+    query, out = (tuple(shapes.get(f"{beside}/{name}/kernel".lstrip("/"), ())) for name in ("query", "out"))
+    heads = len(query) == len(out) == 3 and query[1:] == out[:2]
+    return heads and parent.rpartition("/")[2] in ("query", "key", "value", "out")
 
 
 def is_kernel(path: str, shape: Sequence[int]) -> bool:
@@ -306,7 +333,7 @@ def lora_merge(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
       A tree like ``params``; leaves without an adapter are the same objects.
 
     Raises:
-      ValueError: as for ``lora_params``.
+      ValueError: as for ``lora_params``; a kernel of integers or of 8 bits, which would lose the adapter.
 
     Example:
       >>> lora = {"kernel": {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 2))}}
@@ -314,6 +341,7 @@ def lora_merge(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
       [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
     """
     check_fit(params, lora)
+    check_floating(params, lora)
 
     def merge(path: Sequence[Any], kernel: jax.Array) -> jax.Array:
         name = path_name(path)
@@ -323,6 +351,18 @@ def lora_merge(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
         return (wide(kernel) + (delta.mT if out_first(name) else delta)).astype(kernel.dtype)
 
     return jax.tree_util.tree_map_with_path(merge, params)
+
+
+def check_floating(params: PyTree, lora: Lora) -> None:
+    """Raise ``ValueError`` where an adapter's kernel is quantised: sums would be cut to its few values."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = jnp.result_type(leaf)
+        if path_name(path) in lora and not (jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1):
+            raise ValueError(
+                f"lora: {path_name(path)} is {dtype}, a quantised kernel, which cannot hold the sum with an adapter. "
+                "Dequantise it first (kernel.astype(jnp.float32), times its scale), keep the adapter beside it by "
+                "lora_apply, or call cola_merge(..., float32=True)."
+            )
 
 
 def lora_delta(adapter: Mapping[str, jax.Array], scale: Any) -> Float[Array, "*lead in out"]:

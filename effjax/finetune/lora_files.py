@@ -2,8 +2,10 @@
 
 import collections
 import json
+import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,16 +16,19 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from effjax.core.errors import near
+from effjax.core.files import not_finite, read_json, read_safetensors
 from effjax.core.tree import path_name
 from effjax.finetune.lora import Lora, LoraConfig, LoraRule, Scales, is_kernel, lora_scales, out_first, scale_of
 
-__all__ = ["load_lora", "save_lora"]
+__all__ = ["load_lora", "load_lora_modules", "save_lora"]
 
 PyTree = Any
 Names = Callable[[str, int | None], str | None] | Mapping[str, str | Sequence[str]]
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_WHOLE = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>weight|bias)")
+_HEADED = ("SEQ_CLS", "TOKEN_CLS")  # tasks whose models have a new head, which PEFT expects in the folder
 _LISTED = 5
 
 # Fields of adapter_config.json that change what an adapter computes or what else a folder holds, with the values that
@@ -35,7 +40,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
     **dict.fromkeys(
         (
-            *("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "trainable_token_indices"),
+            *("use_dora", "fan_in_fan_out", "lora_bias", "trainable_token_indices"),
             *("target_parameters", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
             *("arrow_config", "kasa_config", "megatron_config", "velora_config", "monteclora_config"),
         ),
@@ -59,6 +64,7 @@ def save_lora(
     *,
     base_model: str = "",
     task_type: str | None = None,
+    modules: PyTree | None = None,
 ) -> None:
     """Write adapters as a folder that PEFT, and what reads its format, loads onto the base model.
 
@@ -75,10 +81,13 @@ def save_lora(
         such as ``module_name`` of ``load_pretrained``'s result.
       base_model: where PEFT finds the base model: a name on the hub or a folder.
       task_type: as in PEFT, such as ``"SEQ_CLS"`` or ``"CAUSAL_LM"``.
+      modules: dense layers that were trained whole, as a subtree of the parameters: ``{"head": params["head"]}``. They
+        become PEFT's ``modules_to_save``; ``load_lora_modules`` reads them. A classifier's adapters need its head.
 
     Raises:
       FileNotFoundError: the folder's parent does not exist.
-      ValueError: a kernel without a name, a name used twice, or an adapter of another kind of kernel.
+      ValueError: a kernel without a name, a name used twice, an adapter of another kind of kernel, or the adapters of a
+        classifier without ``modules``.
 
     Example:
       >>> import tempfile
@@ -97,7 +106,13 @@ def save_lora(
     folder = Path(folder)
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"folder={str(folder)!r}: {folder.parent} does not exist. Create it first.")
-    tensors: dict[str, np.ndarray] = {}
+    if task_type in _HEADED and not modules:
+        raise ValueError(
+            f"task_type={task_type!r} without modules: the classifier's trained head would be lost, and PEFT would put "
+            "a random one in its place. Give it: modules={'head': params['head']}."
+        )
+    tensors: dict[str, np.ndarray] = _whole_tensors(modules or {}, names)
+    saved = _saved_names(tensors)
     sizes: dict[str, tuple[int, float]] = {}
     rooted = isinstance(config, LoraConfig) and config.rslora
     scales = lora_scales(lora, config) if isinstance(config, LoraConfig) else config
@@ -111,7 +126,7 @@ def save_lora(
             tensors[f"base_model.model.{module}.lora_A.weight"] = a
             tensors[f"base_model.model.{module}.lora_B.weight"] = b
     dropout = config.dropout if isinstance(config, LoraConfig) else 0.0
-    fields = _config_fields(sizes, rooted, dropout, base_model, task_type)
+    fields = _config_fields(sizes, rooted, dropout, base_model, task_type) | {"modules_to_save": saved or None}
     folder.mkdir(exist_ok=True)
     # Without its config a folder is no adapter, so old tensors never meet a new config or the other way round.
     (folder / _CONFIG).unlink(missing_ok=True)
@@ -126,6 +141,31 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _whole_tensors(modules: PyTree, names: Names) -> dict[str, np.ndarray]:
+    """Dense layers in PyTorch's names and layout."""
+    leaves = {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(modules)}
+    tensors = {}
+    for path, leaf in leaves.items():
+        layer, _, part = path.rpartition("/")
+        kernel = f"{layer}/kernel".lstrip("/")
+        if part not in ("kernel", "bias") or kernel not in leaves or leaves[kernel].ndim != 2:
+            raise ValueError(
+                f"modules: {path} of shape {leaf.shape} is no part of a dense layer; only those are saved."
+            )
+        module = _name(names, kernel, None)
+        if module is None:
+            raise ValueError(f"names: {kernel!r} of modules has no name. Add it to the table.")
+        name = f"base_model.model.{module}.{'weight' if part == 'kernel' else 'bias'}"
+        tensors[name] = np.ascontiguousarray(leaf.T if part == "kernel" else leaf)
+    return tensors
+
+
+def _saved_names(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """PEFT's names of modules that are saved whole: of the parts of a classifier its own."""
+    found = (match["module"] for name in tensors if (match := _WHOLE.fullmatch(name)))
+    return list(dict.fromkeys(re.sub(r"^(classifier|score)\..*", r"\1", module) for module in found))
 
 
 def _modules(path: str, adapter: Mapping[str, Any], names: Names) -> list[tuple[str, np.ndarray, np.ndarray]]:
@@ -187,7 +227,6 @@ def _config_fields(
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
         "use_dora": False,
     }
 
@@ -204,18 +243,26 @@ def load_lora(
       dtype: of the adapters.
 
     Returns:
-      The adapters, and a config of which ``lora_scales(lora, config)`` gives their scales.
+      The adapters, and a config of which ``lora_scales(lora, config)`` gives their scales. Modules that the folder
+      holds whole, such as a classifier's head, are read by ``load_lora_modules``; a warning names them.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: damaged files; an adapter of another model; settings that this library has not; pickled weights.
+      ValueError: damaged files; tensors of integers, NaN or infinity; an adapter of another model; settings that this
+        library has not; pickled weights.
 
     Example:
       See ``save_lora``.
     """
     folder = Path(folder)
     fields = _read_config(folder)
-    factors = _read_tensors(folder / _TENSORS)
+    factors, whole = _read_tensors(folder / _TENSORS, fields.get("modules_to_save") or ())
+    if whole:
+        warnings.warn(
+            f"folder={str(folder)!r} also holds {', '.join(whole)}, trained whole. Put it into the parameters: "
+            "params = load_lora_modules(folder, params, names).",
+            stacklevel=2,
+        )
     places, shapes = _places(params, names)
     strangers = sorted(set(factors) - set(places))
     if strangers:
@@ -246,6 +293,72 @@ def load_lora(
     )
 
 
+def load_lora_modules(folder: str | os.PathLike[str], params: PyTree, names: Names) -> PyTree:
+    """Parameters with the dense layers that a PEFT folder holds whole, such as a classifier's head.
+
+    Args:
+      folder: as for ``load_lora``.
+      params: nested dictionaries, the tree that the adapters are for.
+      names: as for ``save_lora``.
+
+    Returns:
+      A tree like ``params``; other leaves are the same objects.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: as for ``load_lora``; the folder holds no such layer, or one that this model has not, or in another
+        shape.
+
+    Example:
+      >>> import tempfile
+      >>> from effjax.finetune.lora import lora_init
+      >>> params = {"query": {"kernel": jnp.ones((16, 8))}, "head": {"kernel": jnp.ones((8, 2)), "bias": jnp.ones(2)}}
+      >>> config = LoraConfig(LoraRule("query/kernel", rank=4))
+      >>> names = {"query/kernel": "self.query", "head/kernel": "classifier"}
+      >>> lora = lora_init(jax.random.key(0), params, config)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_lora(folder, lora, config, names, task_type="SEQ_CLS", modules={"head": params["head"]})
+      ...     fresh = {**params, "head": jax.tree.map(jnp.zeros_like, params["head"])}
+      ...     again = load_lora_modules(folder, fresh, names)
+      >>> again["head"]["bias"].tolist()
+      [1.0, 1.0]
+    """
+    folder = Path(folder)
+    fields = _read_config(folder)
+    _, whole = _read_tensors(folder / _TENSORS, fields.get("modules_to_save") or ())
+    if not whole:
+        raise ValueError(f"folder={str(folder)!r} holds adapters alone: modules_to_save of its config is empty.")
+    places, _ = _places(params, names)
+    if strangers := sorted(set(whole) - set(places)):
+        raise ValueError(
+            f"folder={str(folder)!r} holds {strangers[0]!r} whole, which this model has not."
+            f"{near(strangers[0], places)} Build the model with that layer, and let names name it."
+        )
+    found: dict[str, np.ndarray] = {}
+    for module, parts in whole.items():
+        layer = places[module].path.rpartition("/")[0]
+        for part, tensor in parts.items():
+            path = f"{layer}/{'kernel' if part == 'weight' else 'bias'}".lstrip("/")
+            found[path] = tensor.T if part == "weight" else tensor
+
+    def replaced(key: Sequence[Any], leaf: Any) -> Any:
+        path = path_name(key)
+        if path not in found:
+            return leaf
+        tensor = found.pop(path)
+        if tensor.shape != np.shape(leaf):
+            raise ValueError(
+                f"folder={str(folder)!r}: {path} has shape {tensor.shape} in our layout, but the model has "
+                f"{np.shape(leaf)}. Build it with the classes of the folder."
+            )
+        return jnp.asarray(tensor, jnp.result_type(leaf))
+
+    filled = jax.tree_util.tree_map_with_path(replaced, params)
+    if found:
+        raise ValueError(f"folder={str(folder)!r} holds {', '.join(found)}, which this model has not.")
+    return filled
+
+
 def _rules(targets: Sequence[tuple[int, float, str]]) -> list[LoraRule]:
     groups: dict[tuple[int, float], list[str]] = collections.defaultdict(list)
     for rank, alpha, path in targets:
@@ -259,14 +372,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"folder={str(folder)!r} holds no {_CONFIG}: it is no PEFT folder, or its writing was interrupted."
         )
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged or no JSON ({error}). Fetch it again.") from None
+    fields = read_json(path)
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds a {type(fields).__name__}, not the fields of an adapter. Fetch it again.")
+    _check_types(path, fields)
     refused = [
-        f"{name}={fields[name]!r}" for name, legal in _SUPPORTED.items() if fields.get(name, legal[0]) not in legal
+        f"{name}={fields[name]!r:.60}"
+        for name, legal in _SUPPORTED.items()
+        if not _among(fields.get(name, legal[0]), legal)
     ]
     if refused:
         raise ValueError(
@@ -276,11 +389,39 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _read_tensors(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Module name -> (lora_A, lora_B)."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+def _among(value: Any, legal: Sequence[Any]) -> bool:
+    """Whether a value is one of some, of the same type: 0 is not False here."""
+    return any(type(value) is type(other) and value == other for other in legal)
 
+
+def _check_types(path: Path, fields: Mapping[str, Any]) -> None:
+    whole = lambda value: isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+    real = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    texts = lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value)
+    table = lambda value, legal: isinstance(value, Mapping) and all(map(legal, value.values()))
+    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "r": (whole, "an integer from 1 on"),
+        "lora_alpha": (lambda value: real(value) and value > 0, "a number above 0"),
+        "lora_dropout": (lambda value: real(value) and 0 <= value < 1, "a number from 0 on, below 1"),
+        "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+        "rank_pattern": (lambda value: table(value, whole), "an object of integers from 1 on"),
+        "alpha_pattern": (
+            lambda value: table(value, lambda one: real(one) and one > 0),
+            "an object of numbers above 0",
+        ),
+        "modules_to_save": (texts, "a list of names"),
+    }
+    for name, (legal, expected) in kinds.items():
+        if fields.get(name) is not None and not legal(fields[name]):
+            raise ValueError(f"{path}: {name}={fields[name]!r:.60} must be {expected}. Fetch the file again.")
+
+
+_Factors = dict[str, tuple[np.ndarray, np.ndarray]]
+_Whole = dict[str, dict[str, np.ndarray]]
+
+
+def _read_tensors(path: Path, saved: Sequence[str]) -> tuple[_Factors, _Whole]:
+    """Module name -> (lora_A, lora_B), and of the modules saved whole -> their tensors by ``weight`` and ``bias``."""
     if not path.is_file():
         if path.with_name("adapter_model.bin").exists():
             raise ValueError(
@@ -288,18 +429,26 @@ def _read_tensors(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
                 "with PEFT's save_pretrained(safe_serialization=True)."
             )
         raise FileNotFoundError(f"{path} does not exist. Fetch the whole adapter folder.")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}). Fetch it again.") from None
+    tensors = read_safetensors(path)
     factors: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
+    whole: _Whole = collections.defaultdict(dict)
     foreign = []
     for name, tensor in tensors.items():
-        match = _TENSOR.fullmatch(name)
-        if match:
+        plain = name.replace("._orig_mod", "")
+        if not jnp.issubdtype(tensor.dtype, jnp.floating) or not_finite(tensor):
+            what = "NaN or infinity" if jnp.issubdtype(tensor.dtype, jnp.floating) else f"{tensor.dtype}, not floats"
+            raise ValueError(f"{path}: the tensor {name!r} holds {what}. Fetch it again, or train the adapter again.")
+        if match := _TENSOR.fullmatch(plain):
             factors[match["module"]][match["factor"]] = tensor
+        elif (match := _WHOLE.fullmatch(plain)) and _is_saved(match["module"], saved):
+            whole[match["module"]][match["part"]] = tensor
         else:
             foreign.append(name)
+    if saved and not whole:
+        raise ValueError(
+            f"{path} holds none of {list(saved)}, which modules_to_save of {_CONFIG} names: what was trained beside "
+            "the adapters is lost. Save it again with PEFT's save_pretrained."
+        )
     halves = [module for module, pair in factors.items() if len(pair) < 2]
     if foreign or halves or not factors:
         raise ValueError(
@@ -307,7 +456,12 @@ def _read_tensors(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             f"base_model.model.<module>.lora_A.weight or lora_B.weight {foreign[:_LISTED]}, and {len(halves)} modules "
             f"have one of the two only {halves[:_LISTED]}."
         )
-    return {module: (pair["A"], pair["B"]) for module, pair in factors.items()}
+    return {module: (pair["A"], pair["B"]) for module, pair in factors.items()}, dict(whole)
+
+
+def _is_saved(module: str, saved: Sequence[str]) -> bool:
+    """PEFT's rule: a module whose name ends with one of the names, or lies inside such a one."""
+    return any(re.search(rf"(^|\.){re.escape(name)}(\.|$)", module) for name in saved)
 
 
 def _places(params: PyTree, names: Names) -> tuple[dict[str, _Place], dict[str, tuple[int, ...]]]:
@@ -331,11 +485,11 @@ def _pattern_value(fields: Mapping[str, Any], pattern: str, default: str, module
     for key, value in (fields.get(pattern) or {}).items():
         try:
             found = re.match(rf"(.*\.)?({key})$", module)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"{_CONFIG}: the key {key!r} of {pattern} is no regular expression: {error}.") from None
         if found:
             return value
-    return fields.get(default, 8)
+    return 8 if fields.get(default) is None else fields[default]  # PEFT's default of both
 
 
 def _check_shapes(

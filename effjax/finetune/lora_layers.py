@@ -86,7 +86,7 @@ def lora_kernels(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
     - Plain functions: ``x @ params["kernel"]``.
 
     Every other use of such a kernel raises ``TypeError`` and forms nothing. For such layers (convolutions,
-    ``nnx.LinearGeneral``, stacks of layers) use ``lora_merge`` inside the loss: the same values and gradients at the
+    stacks of layers) use ``lora_merge`` inside the loss: the same values and gradients at the
     cost of a full weight gradient. Differentiate with respect to ``lora`` alone.
 
     Args:

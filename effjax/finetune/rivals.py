@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import path_name, wide
 from effjax.finetune.chain import ColaConfig, ColaState, cola_extend
-from effjax.finetune.lora import Lora, Scales, lora_delta, lora_scales, out_first, scale_of
+from effjax.finetune.lora import Lora, Scales, check_floating, lora_delta, lora_scales, out_first, scale_of
 from effjax.finetune.restart import cola_reset
 
 PyTree = Any
@@ -248,7 +248,7 @@ def plora_unload(
       The new base and m, float32, by kernel path.
 
     Raises:
-      ValueError: ``decay`` out of range.
+      ValueError: ``decay`` out of range, or a kernel of integers or of 8 bits.
 
     Example:
       >>> lora = {"kernel": {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 2))}}
@@ -260,6 +260,7 @@ def plora_unload(
     not its equation.
     """
     check_number("decay", decay, low=0.0, high=1.0, open_high=True, hint="0 merges the link as it is.")
+    check_floating(params, lora)
 
     def blended(path: str) -> jax.Array:
         delta = lora_delta(lora[path], scale_of(scales, path))

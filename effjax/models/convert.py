@@ -3,7 +3,6 @@
 A model's layout is a table of ``Rule``s; nothing here knows a particular architecture.
 """
 
-import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -15,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.errors import near
-from effjax.core.folders import PACKAGED
+from effjax.core.files import not_finite, read_json, read_safetensors
+from effjax.core.folders import PACKAGED, held
 from effjax.core.tree import path_name
 
 PyTree = Any
 Kind = Literal["none", "dense", "conv"]
 
 _LISTED = 8
+_LONGEST_NAME = 255  # bytes, of the usual file systems
 _INDEX = "model.safetensors.index.json"
 
 
@@ -115,9 +116,9 @@ def import_weights(
     ]
     problems = {"missing": missing, "unexpected": unexpected, "misfitting": misfits}
     if any(problems.values()):
-        listed = "".join(f"\n  {what}: {_listed(names)}" for what, names in problems.items() if names)
+        listed = "; ".join(f"{what}: {_listed(names)}" for what, names in problems.items() if names)
         raise ValueError(
-            f"{origin} does not hold the weights of this model.{listed}\nBuild the model with the sizes of the file."
+            f"{origin} does not hold the weights of this model. {listed}. Build the model with the sizes of the file."
         )
     arrays = [leaf if path in absent else _joined(found[path], leaf.dtype) for path, leaf in wanted.items()]
     return jax.tree.unflatten(structure, arrays)
@@ -184,7 +185,8 @@ def load_weights(source: str | os.PathLike[str], target: PyTree, rules: Sequence
       (2, 3)
     """
     path = find_weights(source)
-    return import_weights(read_tensors(path), target, rules, origin=str(path))
+    tensors = read_tensors(path) if rules is None else read_unwrapped(path)
+    return import_weights(tensors, target, rules, origin=str(path))
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -204,34 +206,85 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       >>> read_tensors(find_weights("stories260k"))["norm.weight"].shape
       (64,)
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     path = Path(path)
-    if path.name.endswith(".index.json"):
-        return {name: tensor for part in _shards(path) for name, tensor in read_tensors(part).items()}
-    try:
-        return load_file(path)
-    except SafetensorError as error:
+    return _read_shards(path) if path.name.endswith(".index.json") else read_safetensors(path)
+
+
+def _read_shards(index: Path) -> dict[str, np.ndarray]:
+    """Every tensor from the file that the index places it in; a copy in another file is not read."""
+    places = _shards(index)
+    tensors: dict[str, np.ndarray] = {}
+    for part in sorted(set(places.values())):
+        held = read_safetensors(index.parent / part)
+        if absent := [name for name, place in places.items() if place == part and name not in held]:
+            raise ValueError(
+                f"{index} places {_listed(absent)} in {part}, which does not hold them. Fetch all the files again."
+            )
+        for name, tensor in held.items():
+            if name not in places and name in tensors:
+                raise ValueError(
+                    f"{index.parent} holds the tensor {name!r} in two files, and {index.name} does not say which "
+                    "counts. Add it to the weight_map."
+                )
+            if places.get(name, part) == part:
+                tensors[name] = tensor
+    return tensors
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """Tensor -> name of the file that holds it."""
+    found = read_json(index)
+    places = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()) or not places:
         raise ValueError(
-            f"{path} is damaged or no safetensors file ({error}). Fetch it again; "
-            "PyTorch files must first be converted with safetensors.torch.save_file."
-        ) from None
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged or no safetensors index ({error!r}). Fetch it again.") from None
+            f"{index} is damaged or no safetensors index: weight_map must name a file for every tensor. Fetch it again."
+        )
+    names = sorted(set(places.values()))
     # Names are plain: an index must not reach outside its folder.
-    foreign = [name for name in names if Path(name).name != name]
+    foreign = [name for name in names if Path(name).name != name or "\0" in name or len(name.encode()) > _LONGEST_NAME]
     absent = [name for name in names if name not in foreign and not (index.parent / name).is_file()]
     if foreign:
-        raise ValueError(f"{index} names files outside its folder: {_listed(foreign)}.")
+        raise ValueError(f"{index} names files outside its folder: {_listed([f'{name!r:.60}' for name in foreign])}.")
     if absent:
         raise FileNotFoundError(f"{index} names {_listed(absent)}, which is not beside it. Fetch all the files.")
-    return [index.parent / name for name in names]
+    return places
+
+
+_WRAPPERS = ("module", "language_model")
+
+
+def without_wrappers(names: Collection[str], origin: str = "tensors") -> dict[str, str]:
+    """Names as they are in a file -> names without what a compiled or wrapped model adds to them.
+
+    ``_orig_mod`` goes wherever it stands; ``module`` and ``language_model`` where every name begins with it.
+
+    Args:
+      names: of tensors.
+      origin: the file, for the message.
+
+    Raises:
+      ValueError: two names become one.
+
+    Example:
+      >>> without_wrappers(["module._orig_mod.norm.weight", "module.norm.bias"])
+      {'module._orig_mod.norm.weight': 'norm.weight', 'module.norm.bias': 'norm.bias'}
+    """
+    plain = {name: ".".join(part for part in name.split(".") if part != "_orig_mod") for name in names}
+    for _ in range(2 * len(_WRAPPERS)):
+        for wrapper in _WRAPPERS:
+            if plain and all(name.startswith(f"{wrapper}.") for name in plain.values()):
+                plain = {name: short.removeprefix(f"{wrapper}.") for name, short in plain.items()}
+    if len(set(plain.values())) < len(plain):
+        twice = [name for name, short in plain.items() if list(plain.values()).count(short) > 1]
+        raise ValueError(f"{origin} holds one tensor under several names, {_listed(twice)}. Keep one of each.")
+    return plain
+
+
+def read_unwrapped(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """``read_tensors`` with the names of ``without_wrappers``."""
+    tensors = read_tensors(path)
+    names = without_wrappers(tensors, str(path))
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def save_weights(path: str | os.PathLike[str], variables: PyTree, rules: Sequence[Rule] | None = None) -> None:
@@ -311,8 +364,10 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
 
 def _only_file(folder: Path) -> Path:
     files = sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        names = ", ".join(file.stem for file in files) or "none"
+    if not files:
+        raise FileNotFoundError(f"source={str(folder)!r} holds no safetensors file. {held(folder)}")
+    if len(files) > 1:
+        names = ", ".join(file.stem for file in files)
         raise FileNotFoundError(f"source={str(folder)!r} must hold one safetensors file; it holds {names}. Name one.")
     return files[0]
 
@@ -428,6 +483,8 @@ def _misfit(tensor: np.ndarray, shape: tuple[int, ...], dtype: Any, kind: Kind) 
         return f"shape {given} in our layout, but the model has {shape}"
     if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(dtype, jnp.floating):
         return f"dtype {tensor.dtype}, but the model has {dtype}"
+    if not_finite(tensor):
+        return "holds NaN or infinity"
     return ""
 
 

@@ -1,6 +1,8 @@
 """How each family of pretrained transformers names its sizes and its tensors: tables, which ``pretrained`` reads."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,7 +19,8 @@ class Family(NamedTuple):
 
     ``build(config)`` gives the module's class and fields, ``rules(prefix, config)`` its layout,
     ``prefix`` the name of the base model that stands before its tensors, or does not; ``head`` and
-    ``pooler`` the names of a classifier's layers.
+    ``pooler`` the names of a classifier's layers; ``output`` the layer of a decoder that the setting
+    ``tied`` may tie to the table of embeddings.
     """
 
     build: Callable[[Mapping[str, Any]], tuple[type[nn.Module], dict[str, Any]]]
@@ -26,6 +29,47 @@ class Family(NamedTuple):
     head: str = ""
     pooler: str = ""
     classifier: str = ""
+    output: str = ""
+    tied: str = "tie_word_embeddings"
+
+
+_COUNTS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "max_position_embeddings", "type_vocab_size", "embedding_size", "ffn_dim", "head_dim"),
+    *("word_embed_proj_dim", "dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "max_seq_len"),
+)
+_NUMBERS = ("layer_norm_eps", "rms_norm_eps", "norm_eps", "rope_theta")
+_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
+_SWITCHES = (
+    *("tie_word_embeddings", "tied_embeddings", "attention_bias", "mlp_bias", "is_decoder", "enable_bias"),
+    *("do_layer_norm_before", "layer_norm_elementwise_affine", "_remove_final_layer_norm"),
+)
+_TEXTS = ("hidden_act", "activation_function", "position_embedding_type")
+_TABLES = ("rope_parameters", "rope_scaling", "id2label", "label2id")
+
+
+def check_types(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse settings of another type than their name asks for; null stands for the family's default."""
+    real = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
+    kinds: tuple[tuple[Sequence[str], Callable[[Any], bool], str], ...] = (
+        (_COUNTS, lambda value: whole(value) and 1 <= value < 2**31, "an integer from 1 on, within 32 bits"),
+        (("pad_token_id",), lambda value: whole(value) and -1 <= value < 2**31, "an integer from 0 on"),
+        (_NUMBERS, lambda value: real(value) and value > 0, "a number above 0"),
+        (_RATES, lambda value: real(value) and 0 <= value < 1, "a number from 0 on, below 1"),
+        (_SWITCHES, lambda value: isinstance(value, bool), "true or false"),
+        (_TEXTS, lambda value: isinstance(value, str), "a text"),
+        (_TABLES, lambda value: isinstance(value, Mapping), "an object"),
+    )
+    for names, legal, expected in kinds:
+        for name in names:
+            if config.get(name) is not None and not legal(config[name]):
+                raise ValueError(f"{path}: {name}={config[name]!r:.60} must be {expected}. Fetch the file again.")
+    if config.get("quantization_config"):
+        raise ValueError(
+            f"{path}: quantization_config={config['quantization_config']!r:.80} says that the weights are codes and "
+            "scales, which are not read. Dequantise the model, or fetch the one that is not quantised."
+        )
 
 
 def _refuse(config: Mapping[str, Any], **legal: Any) -> None:
@@ -57,7 +101,7 @@ def _ignored(*sources: str) -> tuple[Rule, ...]:
 
 def _bert(config: Mapping[str, Any]) -> tuple[type[Bert], dict[str, Any]]:
     _refuse(config, position_embedding_type="absolute", is_decoder=False)
-    offset = config["pad_token_id"] + 1 if config["model_type"] == "roberta" else 0
+    offset = config.get("pad_token_id", 1) + 1 if config["model_type"] == "roberta" else 0
     return Bert, {
         "vocab_size": config["vocab_size"],
         "hidden_size": config["hidden_size"],
@@ -68,8 +112,9 @@ def _bert(config: Mapping[str, Any]) -> tuple[type[Bert], dict[str, Any]]:
         "position_offset": offset,
         "type_vocab_size": config["type_vocab_size"],
         "embedding_size": config.get("embedding_size"),
-        "layer_norm_eps": config["layer_norm_eps"],
-        "activation": config["hidden_act"],
+        # The defaults of Hugging Face's configuration classes, of which older files leave some out.
+        "layer_norm_eps": config.get("layer_norm_eps", 1e-12),
+        "activation": config.get("hidden_act", "gelu"),
         "dropout": config.get("hidden_dropout_prob", 0.1),
         "attention_dropout": config.get("attention_probs_dropout_prob", 0.1),
     }
@@ -264,8 +309,8 @@ FAMILIES = {
     "electra": Family(
         _bert, _bert_rules, "electra.", "classifier.out_proj", "classifier.dense", "ElectraForSequenceClassification"
     ),
-    "opt": Family(_opt, _opt_rules, "model."),
-    "llama": Family(_llama, _llama_rules, "model."),
+    "opt": Family(_opt, _opt_rules, "model.", output="lm_head"),
+    "llama": Family(_llama, _llama_rules, "model.", output="lm_head"),
 }
 # Llama in Meta's own names, as the small models of llama2.c come.
-META = Family(_meta, _meta_rules, "model.")
+META = Family(_meta, _meta_rules, "model.", output="output", tied="tied_embeddings")

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Inexact
 
 from effjax.core.cells import Cell, Params, PyTree
-from effjax.core.errors import check_number
+from effjax.core.errors import check_number, check_series
 from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
@@ -264,6 +264,7 @@ class MinGRU(_MinGRU):
     """
 
     def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
+        check_series(x)
         _, states = min_gru(self.weights(x.shape[-1]), jnp.swapaxes(x, 0, 1), h0, dtype=self.dtype)
         return jnp.swapaxes(states, 0, 1)
 
@@ -366,6 +367,7 @@ class LRU(_LRU):
     """
 
     def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
+        check_series(x)
         _, outputs = lru(self.weights(x.shape[-1]), jnp.swapaxes(x, 0, 1), h0, dtype=self.dtype)
         return jnp.swapaxes(outputs, 0, 1)
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from effjax.core.errors import check_choice, check_number
+from effjax.core.files import first_line, read_json
 from effjax.core.folders import model_folder
 from effjax.core.tree import path_name
 from effjax.models.bert import BertClassifier
@@ -25,10 +26,10 @@ from effjax.models.convert import (
     find_weights,
     import_weights,
     module_name,
-    read_tensors,
+    read_unwrapped,
     write_tensors,
 )
-from effjax.models.families import FAMILIES, META, Family, dense
+from effjax.models.families import FAMILIES, META, Family, check_types, dense
 
 __all__ = ["Pretrained", "load_pretrained", "save_pretrained"]
 
@@ -106,7 +107,7 @@ def load_pretrained(
       source: a folder, or a name: ``"minilm"`` (all-MiniLM-L6-v2 from ``effjax[minilm]``),
         ``"stories260k"`` (travels with the package), or a folder inside ``EFFJAX_MODELS``.
       classes: put a ``BertClassifier`` with that many outputs on an encoder. Its head is read where
-        the folder has one, else drawn at random, logged, and listed in ``initialised``.
+        the folder has one of that size, else drawn at random, logged, and listed in ``initialised``.
       pool: of that classifier, ``"mean"`` or ``"cls"``.
       key: for layers drawn at random; by default ``jax.random.key(0)``.
       scan_layers: layers stacked on a leading axis and scanned.
@@ -114,7 +115,8 @@ def load_pretrained(
       dtype: compute dtype.
       param_dtype: dtype of the parameters; bfloat16 halves a frozen base.
       **fields: further fields of the module that leave its parameters as they are: ``dropout``,
-        ``attention_dropout``.
+        ``attention_dropout``; or ``vocab_size``, above that of the file, for tokens of one's own: the
+        rows that are added are the mean of the others.
 
     Returns:
       A ``Pretrained``.
@@ -135,12 +137,15 @@ def load_pretrained(
     config = _read_config(folder / "config.json")
     family = _family(config, folder)
     path = find_weights(folder)
-    tensors = read_tensors(path)
+    tensors = read_unwrapped(path)
+    config = _own_output(path, config, family, tensors)
+    config, tensors = _grown(path, config, family, tensors, fields.pop("vocab_size", None))
     prefix = family.prefix if any(name.startswith(family.prefix) for name in tensors) else ""
     module, rules = _build(family, config, prefix, folder, classes, pool, scan_layers, fields, remat=remat, dtype=dtype)
-    dummy = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    target = jax.eval_shape(module.init, jax.random.key(0), dummy)["params"]
+    target = _shapes(module, folder / "config.json", config, len(tensors))
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), target)
+    if classes:
+        tensors = _without_other_head(path, family, classes, tensors)
     heads = [path for path in _paths(target) if re.match("(head|pooler)/", path)] if classes else []
     params = import_weights(tensors, target, rules, origin=str(path), optional=heads)
     initialised = tuple(name for name, leaf in _paths(params).items() if isinstance(leaf, jax.ShapeDtypeStruct))
@@ -215,9 +220,10 @@ def _build(
     fields: Mapping[str, Any],
     **more: Any,
 ) -> tuple[nn.Module, tuple[Rule, ...]]:
+    known = {name: value for name, value in config.items() if value is not None}  # null means the default
     try:
-        kind, sizes = family.build(config)
-        rules = family.rules(prefix, config)
+        kind, sizes = family.build(known)
+        rules = family.rules(prefix, known)
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} lacks {error} of model_type={config['model_type']!r}.") from None
     if scan_layers:
@@ -237,6 +243,85 @@ def _build(
     pooler = family.pooler.format(prefix=prefix)
     heads = (*dense(family.head, "head"), *(dense(pooler, "pooler") if pool == "cls" else ()))
     return BertClassifier(module, classes, pool=pool, pool_activation=activation), (*heads, *rules)
+
+
+def _shapes(module: nn.Module, path: Path, config: Mapping[str, Any], tensors: int) -> PyTree:
+    """The shapes of the module's parameters; sizes that cannot be are laid to the file that says them."""
+    layers = config.get("num_hidden_layers", config.get("n_layers", 0))
+    if layers > tensors:  # before they are traced one by one
+        raise ValueError(f"{path} says {layers} layers, but the weights are {tensors} tensors. Fetch the file again.")
+    try:
+        return jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
+    except (ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} describes no model that can be built: {first_line(error)}") from error
+
+
+def _own_output(
+    path: Path, config: dict[str, Any], family: Family, tensors: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """The config, untied where the file holds an output layer that is no copy of the table of embeddings."""
+    name = f"{family.output}.weight"
+    tied = config.get(family.tied)
+    if not family.output or name not in tensors or tied is False or (tied is None and config["model_type"] == "llama"):
+        return config
+    table = next((tensor for key, tensor in tensors.items() if key.endswith(_TABLES)), None)
+    if table is None or _equal(table, tensors[name]):
+        return config
+    if table.shape != tensors[name].shape:
+        _log.warning(
+            "%s holds a %s of shape %s, which cannot be the output of %s embeddings: it is passed over, as config.json "
+            "says %s=true.",
+            *(path, name, tensors[name].shape, table.shape, family.tied),
+        )
+        return config
+    _log.warning(
+        "%s holds a %s of its own, so it is not tied to the embeddings, although config.json says %s=true.",
+        *(path, name, family.tied),
+    )
+    return {**config, family.tied: False}
+
+
+_TABLES = ("embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight")
+"""The endings of the table of embeddings."""
+
+
+def _equal(left: np.ndarray, right: np.ndarray) -> bool:
+    return left.shape == right.shape and np.array_equal(left.astype(np.float32), right.astype(np.float32))
+
+
+def _grown(
+    path: Path, config: dict[str, Any], family: Family, tensors: dict[str, np.ndarray], vocabulary: Any
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The config and the tensors with as many ids as asked for; new rows are the mean of the others."""
+    if vocabulary is None:
+        return config, tensors
+    check_number("vocab_size", vocabulary, low=1, integer=True)
+    held = config.get("vocab_size", 0)
+    if vocabulary < held:
+        raise ValueError(
+            f"vocab_size={vocabulary}: {path} has {held} ids, and none can be left out. Give {held} or more."
+        )
+    if vocabulary == held:
+        return config, tensors
+    endings = (*_TABLES, f"{family.output}.weight") if family.output else _TABLES
+    grown = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(endings) and tensor.ndim == 2 and len(tensor) == held:
+            mean = tensor.astype(np.float32).mean(0, keepdims=True).astype(tensor.dtype)
+            grown[name] = np.concatenate([tensor, np.repeat(mean, vocabulary - held, 0)])
+    _log.warning("%s has %d ids: rows for %d more are the mean of the others.", path, held, vocabulary - held)
+    return {**config, "vocab_size": int(vocabulary)}, grown
+
+
+def _without_other_head(
+    path: Path, family: Family, classes: int, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The tensors without a head for another number of classes, in whose place one is drawn."""
+    kernel = tensors.get(f"{family.head}.weight")
+    if kernel is None or kernel.ndim != 2 or len(kernel) == classes:
+        return dict(tensors)
+    _log.warning("%s holds a head for %d classes: a new one for %d is put in its place.", path, len(kernel), classes)
+    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] != family.head}
 
 
 def _draw(module: nn.Module, params: PyTree, key: jax.Array) -> PyTree:
@@ -270,7 +355,7 @@ def _carried(pretrained: Pretrained) -> dict[str, np.ndarray]:
     names = [rule.source for rule in pretrained.rules if rule.target is None and ".pooler." in f".{rule.source}"]
     if not names or isinstance(pretrained.module, BertClassifier) or not pretrained.folder.is_dir():
         return {}
-    return {name: tensor for name, tensor in read_tensors(find_weights(pretrained.folder)).items() if name in names}
+    return {name: tensor for name, tensor in read_unwrapped(find_weights(pretrained.folder)).items() if name in names}
 
 
 def is_decoder(source: str | os.PathLike[str]) -> bool:
@@ -285,11 +370,10 @@ def is_decoder(source: str | os.PathLike[str]) -> bool:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-        config["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no model's config.json ({error!r}).") from None
+    config = read_json(path)
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ValueError(f"{path} is no model's config.json: it lacks model_type, a text. Fetch it again.")
+    check_types(path, config)
     return config
 
 
@@ -302,7 +386,7 @@ def _family(config: Mapping[str, Any], folder: Path) -> Family:
 
 def _classifier_config(config: Mapping[str, Any], family: Family, classes: int, pool: str) -> dict[str, Any]:
     labels = {str(i): f"LABEL_{i}" for i in range(classes)}
-    if len(config.get("id2label", {})) == classes:
+    if (config.get("id2label") or {}).keys() == labels.keys():
         labels = config["id2label"]
     named = {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}
     # Hugging Face's classifiers pool the first token; a mean-pooled one is ours alone.

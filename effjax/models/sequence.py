@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from effjax.core.cells import Cell, Params, PyTree, Table
-from effjax.core.errors import check_number
+from effjax.core.errors import check_number, check_series
 from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
@@ -144,6 +144,7 @@ class Recurrent(nn.Module):
     unroll: int = 1
 
     def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], carry: PyTree = None) -> jax.Array:
+        check_series(x)
         if not isinstance(self.cell, Cell):
             raise TypeError(
                 f"cell={type(self.cell).__name__} cannot be taken apart. Use nn.RNN(cell), or a cell that is an "

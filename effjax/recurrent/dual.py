@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from effjax.core.errors import check_choice
+from effjax.core.errors import check_choice, check_series
 from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
@@ -160,6 +160,7 @@ class DualODE(nn.Module):
     def __call__(
         self, x: Float[Array | np.ndarray, "batch time inputs"], h0: tuple[jax.Array, jax.Array] | None = None
     ) -> jax.Array:
+        check_series(x)
         _, states = dual_ode(
             self._params(x.shape[-1]),
             jnp.swapaxes(x, 0, 1),

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from effjax.core.errors import check_number
+from effjax.core.errors import check_number, check_series
 from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
@@ -216,6 +216,7 @@ class EquilibriumRNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
+        check_series(x)
         check_number("alpha", self.alpha, low=0.0, open_low=True)
         params = {
             **kernel_params(self, {"W": (x.shape[-1], self.features), "U": (self.features, self.features)}),

@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from effjax.core.errors import check_choice, check_number
+from effjax.core.errors import check_choice, check_number, check_shape
 from effjax.core.tree import only_node, wide
 from effjax.recurrent.through_time import SequencePart
 
@@ -222,7 +222,7 @@ def fptt_terminal_loss(
 
     Args:
       logits: after the last step of the part.
-      labels: of the whole sequence.
+      labels: of the whole sequence; -1 where unknown, which counts nowhere.
       part: which part, as ``fptt_step`` hands it to the loss.
       auxiliary: the target q of a part that is not the last full one: ``'uniform'``, :math:`1/C`, as in the authors'
         first 20 epochs; ``'qbar'``, the row ``qbar[y, p]``, as after them; ``'none'``, the first term only.
@@ -250,9 +250,14 @@ def fptt_terminal_loss(
         )
     log_p = jax.nn.log_softmax(wide(logits))
     classes = log_p.shape[-1]
+    check_shape("labels", labels, log_p.shape[:-1], "One label for each sequence.")
+    labels = jnp.asarray(labels)
+    known = labels >= 0
+    # The mean over the known; the factor is 1 where all are, so that it changes no bit.
+    mean = lambda each: jnp.mean(jnp.where(known, each, 0)) * (known.size / jnp.maximum(known.sum(), 1))
     hot = jax.nn.one_hot(labels, classes, dtype=log_p.dtype)
     b = part.progress.astype(log_p.dtype)
-    loss = b * -jnp.mean(jnp.sum(hot * log_p, -1))
+    loss = b * -mean(jnp.sum(hot * log_p, -1))
     if auxiliary == "none":
         return loss
     early = jnp.full_like(log_p, 1 / classes)
@@ -262,9 +267,9 @@ def fptt_terminal_loss(
                 f"qbar has shape {jnp.shape(qbar)}, but {classes} classes in {part.whole} full parts need "
                 f"{(classes, part.whole, classes)}. Start with qbar_init({classes}, {part.whole})."
             )
-        early = wide(qbar)[labels, jnp.minimum(part.index, part.whole - 1)]
+        early = wide(qbar)[jnp.maximum(labels, 0), jnp.minimum(part.index, part.whole - 1)]
     q = jnp.where(part.index < part.whole - 1, early, hot)
-    return loss + (1 - b) * -jnp.mean(jnp.sum(q * log_p, -1)) / (classes if class_mean else 1)
+    return loss + (1 - b) * -mean(jnp.sum(q * log_p, -1)) / (classes if class_mean else 1)
 
 
 def qbar_init(classes: int, parts: int, *, uniform: bool = True) -> Float[Array, "classes parts classes"]:
@@ -307,6 +312,7 @@ def qbar_first_errors(
       >>> qbar_first_errors(qbar_init(2, 2), logits, jnp.zeros(1, int))[:, 0].round(2).tolist()
       [[0.0, 1.0], [0.5, 0.5]]
     """
+    check_shape("labels", labels, logits.shape[1:-1], "One label for each sequence.")
     early = qbar.shape[1] - 1
     probabilities = jax.nn.softmax(wide(logits[:early]))
     wrong = jnp.argmax(logits[:early], -1) != labels
@@ -335,6 +341,7 @@ def qbar_sums(
       >>> qbar_sums(jnp.zeros((2, 1, 2)), jnp.zeros((1, 3, 2)), jnp.asarray([0, 0, 1])).tolist()
       [[[1.0, 1.0]], [[0.5, 0.5]]]
     """
+    check_shape("labels", labels, logits.shape[1:-1], "One label for each sequence.")
     parts, classes = sums.shape[1:]
     hot = jax.nn.one_hot(labels, classes, dtype=sums.dtype)
     return sums + jnp.einsum("bc,pbk->cpk", hot, jax.nn.softmax(wide(logits[:parts])).astype(sums.dtype))

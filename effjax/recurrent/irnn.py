@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from effjax.core.cells import Cell
-from effjax.core.errors import check_choice, check_number
+from effjax.core.errors import check_choice, check_number, check_series
 from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
@@ -247,6 +247,7 @@ class IncrementalRNN(_Incremental):
     unroll: int = 1
 
     def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
+        check_series(x)
         _, states = irnn(
             self.weights(x.shape[-1]),
             jnp.swapaxes(x, 0, 1),

@@ -38,6 +38,10 @@ def read_json_checked(path: str | Path, required_keys: Collection[str] | Mapping
         raise BooksError(f"{path} is missing. {way_out}") from None
     except UnicodeDecodeError:
         raise BooksError(f"{path} is damaged: it is not text. {way_out}") from None
+    except RecursionError:
+        raise BooksError(f"{path} is damaged: its lists are nested too deep. {way_out}") from None
+    except OSError as error:
+        raise BooksError(f"{path} cannot be read ({error.strerror or error}). {way_out}") from None
     except json.JSONDecodeError as error:
         state = f"is cut short or damaged at line {error.lineno}" if path.stat().st_size else "is empty"
         raise BooksError(f"{path} {state}. {way_out}") from None

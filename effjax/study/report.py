@@ -2,12 +2,12 @@
 
 import base64
 import html as _html
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from effjax.core.files import read_json
 from effjax.study.advice import clocks, level, members, number, ranked, short, spread, take
 from effjax.study.claims import value
 from effjax.study.frontier import pareto
@@ -76,10 +76,11 @@ def write_report(out: Path) -> None:
 def read_curves(out: Path) -> dict[str, Any]:
     """The curves beside a folder's results; empty if there are none."""
     path = out / "curves.json"
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}. Delete it to write the report without curves.") from None
+    way_out = "Delete it to write the report without curves."
+    found = read_json(path, way_out) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not curves. {way_out}")
+    return found
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -91,10 +92,7 @@ def read_results(path: Path) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Run `effjax compare` with --out {path.parent} first.")
-    try:
-        results = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
+    results = read_json(path, "Run the study again.")
     check_results(results, str(path))
     return results
 

@@ -1,7 +1,5 @@
 """One arm on its own: train it, and export what it learned."""
 
-import contextlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import numpy as np
 
 from effjax.core.errors import check_choice
 from effjax.core.tree import leaf_paths
+from effjax.study.books import read_json_checked
 from effjax.study.lock import FolderLock
 from effjax.study.progress import Progress
 from effjax.study.resolve import Study, resolve_saved
@@ -64,10 +63,15 @@ def train_arm(study: Study, arm: str | None, seed: int, out: Path | None) -> dic
 def _mark(out: Path, note: dict[str, Any]) -> None:
     """Note what the folder holds, or refuse a folder that holds something else."""
     path = out / NOTE
-    difference = describe_difference(json.loads(path.read_text()), note) if path.exists() else ""
+    difference = describe_difference(_read_note(path), note) if path.exists() else ""
     if difference:
         raise ValueError(f"--out {out} holds another run:\n{difference}\nChoose another folder, or delete it.")
     write_json(path, note)
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    kinds = {"study": str, "preset": str, "arm": str, "config": dict, "seed": int}
+    return read_json_checked(path, kinds, "Choose another folder, or delete this one and train again.")
 
 
 def export_arm(folder: Path, out: Path, merged: bool = False) -> int:
@@ -88,7 +92,7 @@ def export_arm(folder: Path, out: Path, merged: bool = False) -> int:
     note_path = folder / NOTE
     if not note_path.exists():
         raise FileNotFoundError(f"{note_path} does not exist. Give a folder written by `effjax train`.")
-    note = json.loads(note_path.read_text())
+    note = _read_note(note_path)
     study = resolve_saved(note["study"], note["preset"], note["config"])
     program = study.build(note["arm"])
     single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from effjax.core.errors import check_choice, check_number, near
+from effjax.core.errors import check_choice, check_number, check_shape, near
 from effjax.core.shapes import pad_to
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet
@@ -90,6 +90,8 @@ def task(
     train, test = _splits(data)
     chosen = _inputs(train, inputs)
     of_row, judged = _loss(loss, train, test), _metric(metric, loss)
+    if judged.name == "accuracy" and not isinstance(metric, Score):
+        _check_known(train, test)
 
     def given(batch: Mapping[str, Any]) -> PyTree:
         return batch[chosen] if isinstance(chosen, str) else {column: batch[column] for column in chosen}
@@ -106,6 +108,7 @@ def task(
         outputs, changed = network.apply(variables, given(batch), train, key)
         each = wide(of_row(outputs, batch))
         weight = wide(batch["weight"]) if "weight" in batch else jnp.ones(each.shape)
+        check_shape("batch['weight']", weight, each.shape, "One weight for each row.")
         value = jnp.where(weight > 0, weight * each, 0).sum() / jnp.maximum(weight.sum(), 1e-9)
         return value, (changed, {"loss": value})
 
@@ -167,6 +170,10 @@ def _columns(split: str, columns: Mapping[str, Any]) -> Columns:
             raise ValueError(f"{where} holds integers beyond 32 bits. Renumber them.")
         if values.dtype.itemsize == 8:
             found[column] = values.astype(np.float32 if values.dtype.kind == "f" else np.int32)
+    if (weight := found.get("weight")) is not None and (weight.ndim != 1 or not weight.size or weight.min() < 0):
+        raise ValueError(
+            f"data[{split!r}]['weight'] is {weight.dtype}{list(weight.shape)}; give one number of 0 or more per row."
+        )
     sizes = {column: len(values) for column, values in found.items()}
     if len(set(sizes.values())) > 1 or not next(iter(sizes.values())):
         raise ValueError(f"data[{split!r}] has columns of the lengths {sizes}; all need one row per example.")
@@ -222,6 +229,17 @@ def _metric(metric: Any, loss: Any) -> Score:
     if metric == "loss":
         return Score("loss", "min", None)
     return Score("accuracy", "max", lambda outputs, batch: outputs.argmax(-1) == batch["label"])
+
+
+def _check_known(train: Columns, test: Columns) -> None:
+    """Refuse unknown labels, which the accuracy would count as wrong."""
+    for split, columns in (("train", train), ("test", test)):
+        labels = columns.get("label")
+        if labels is not None and labels.dtype.kind in "if" and labels.size and labels.min() < 0:
+            raise ValueError(
+                f"data[{split!r}]['label'] goes down to {labels.min()}: the accuracy would count unknown labels as "
+                "wrong. Drop those rows, or judge by a Score of your own."
+            )
 
 
 def _check_fit(

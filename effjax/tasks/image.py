@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Shaped
 
-from effjax.core.errors import check_choice, check_number
+from effjax.core.errors import check_choice, check_number, check_shape
 from effjax.core.shapes import pad_to
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet, load
@@ -107,9 +107,14 @@ def image_task(
     ) -> tuple[Float[Array, ""], tuple[Variables, dict[str, jax.Array]]]:
         rngs = None if key is None else {"dropout": key}
         logits, state = module.apply(variables, inputs(batch["image"]), train=train, rngs=rngs, mutable=state_names)
-        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], classes), label_smoothing)
-        value = optax.softmax_cross_entropy(wide(logits), targets).mean()
-        return value, (state, {"loss": value, "accuracy": (logits.argmax(-1) == batch["label"]).mean()})
+        check_shape("batch['label']", batch["label"], logits.shape[:-1], "One label for each image.")
+        labels = jnp.asarray(batch["label"])
+        known = labels >= 0
+        # The mean over the known; the factor is 1 where all are, so that it changes no bit.
+        mean = lambda each: jnp.where(known, each, 0).mean() * (known.size / jnp.maximum(known.sum(), 1))
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, classes), label_smoothing)
+        value = mean(optax.softmax_cross_entropy(wide(logits), targets))
+        return value, (state, {"loss": value, "accuracy": mean(logits.argmax(-1) == labels)})
 
     return Task(
         name=f"{dataset.name}/{model if isinstance(model, str) else type(model).__name__}",

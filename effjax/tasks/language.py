@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from effjax.core.errors import check_choice, check_number
+from effjax.core.errors import check_choice, check_number, check_shape
 from effjax.core.shapes import pad_to
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet, load
@@ -162,7 +162,11 @@ def _windows(
 def _counted(batch: Batch) -> Float[Array, "batch length-1"]:
     """The weight of every token that is predicted: 0 for padding and in dummy rows."""
     rows, length = batch["input_ids"].shape
-    weight = jnp.ones((rows, length - 1)) * wide(batch.get("weight", jnp.ones(rows)))[:, None]
+    if "mask" in batch:
+        check_shape("batch['mask']", batch["mask"], (rows, length), "One value for each token.")
+    of_row = wide(batch["weight"]) if "weight" in batch else jnp.ones(rows)
+    check_shape("batch['weight']", of_row, (rows,), "One weight for each row.")
+    weight = jnp.ones((rows, length - 1)) * of_row[:, None]
     return weight * batch["mask"][:, 1:] if "mask" in batch else weight
 
 

@@ -19,7 +19,7 @@ from effjax.data.tokens import Tokenizer, load_tokenizer
 from effjax.models.decoder import Decoder
 from effjax.models.pretrained import load_pretrained
 from effjax.tasks.task import Metric, Task, Variables
-from effjax.tasks.text import class_metrics, computes_in, train_and_test
+from effjax.tasks.text import class_metrics, computes_in, row_weights, train_and_test
 
 __all__ = ["prompt_task"]
 
@@ -127,7 +127,7 @@ def prompt_task(
         variables: Variables, batch: Batch, key: jax.Array | None = None, *, train: bool = True
     ) -> tuple[Float[Array, ""], tuple[Variables, dict[str, jax.Array]]]:
         found = scores(variables, batch, train, key)
-        weight = wide(batch.get("weight", jnp.ones(len(found))))
+        weight = row_weights(batch, found.shape[:-1])
         mean = lambda each: jnp.where(weight > 0, weight * each, 0).sum() / jnp.maximum(weight.sum(), 1)
         value = mean(optax.softmax_cross_entropy_with_integer_labels(found, batch["label"]))
         return value, ({}, {"loss": value, "accuracy": mean(found.argmax(-1) == batch["label"])})

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from effjax.core.errors import check_choice, check_number
+from effjax.core.errors import check_choice, check_number, check_shape
 from effjax.core.shapes import fit_ladder, pad_to, smallest_fit
 from effjax.core.tree import leaf_paths, wide
 from effjax.data.ragged import Ragged
@@ -177,7 +177,7 @@ def text_task(
         variables: Variables, batch: Batch, key: jax.Array | None = None, *, train: bool = True
     ) -> tuple[Float[Array, ""], tuple[Variables, dict[str, jax.Array]]]:
         scores, labels = logits(variables, batch, train, key), batch["label"]
-        weight = wide(batch.get("weight", jnp.ones(labels.shape)))
+        weight = row_weights(batch, scores.shape[:-1], known=target == "label")
         mean = lambda each: jnp.where(weight > 0, weight * each, 0).sum() / jnp.maximum(weight.sum(), 1)
         if target == "score":
             value = mean(jnp.square(scores[..., 0] - labels))
@@ -211,6 +211,14 @@ def text_task(
         remat=bool(getattr(getattr(module, "encoder", module), "remat", False)),
         details={"choices": choices, "body": "encoder"},
     )
+
+
+def row_weights(batch: Batch, shape: tuple[int, ...], *, known: bool = True) -> jax.Array:
+    """The weight of every answer of a batch, checked against broadcasting; with ``known`` 0 where its label is -1."""
+    check_shape("batch['label']", batch["label"], shape, "One label for each answer.")
+    weight = wide(batch["weight"]) if "weight" in batch else jnp.ones(shape)
+    check_shape("batch['weight']", weight, shape, "One weight for each answer.")
+    return jnp.where(jnp.asarray(batch["label"]) >= 0, weight, 0) if known else weight
 
 
 def computes_in(module: nn.Module) -> str:

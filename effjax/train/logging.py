@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from effjax.core.files import read_text
+
 
 class JsonlLog:
     """Appends records to a file; records past ``step`` (from a run that was killed) are dropped on opening."""
@@ -37,13 +39,18 @@ class JsonlLog:
 
 def read_jsonl(path: Path) -> Iterator[dict]:
     """The complete records of a log; a last line cut short by a kill is left out."""
-    if not Path(path).exists():
+    path = Path(path)
+    if not path.exists():
         return
-    for line in Path(path).read_text().splitlines():
+    lines = read_text(path, "Delete it; a new one is begun.").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             return
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}: line {number} is no record of a step. Delete the file; a new one is begun.")
+        yield record
 
 
 def jsonable(value: Any) -> Any:

@@ -3,6 +3,7 @@ import gzip
 import io
 import json
 import re
+import zipfile
 
 import datasets
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from effjax.data import npz_files, tables
 from effjax.data.tables import missing, numbers, read_splits, read_table
 
 
@@ -219,3 +221,68 @@ def test_numbers_and_missing_values():
             numbers("n", column)
     assert missing(["a", " ", None, float("nan"), "0"]) == [1, 2, 3]
     assert missing(np.array([1.0, np.nan])) == [1]
+
+
+def bomb(path, size=1 << 31):
+    """An .npz of some MB that unpacks to ``size`` zeros."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (size,)})
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("x.npy", "w") as file,
+    ):
+        file.write(header.getvalue())
+        for _ in range(size >> 24):
+            file.write(bytes(1 << 24))
+    return path
+
+
+def test_what_unpacks_to_far_more_than_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(npz_files, "FREE", 1 << 24)
+    monkeypatch.setattr(tables, "FREE", 1 << 24)
+    with pytest.raises(
+        ValueError, match=r"a.npz: damaged.*unpacks to 67,108,864 bytes, most of them in 'x'.*uncompressed"
+    ):
+        read_table(bomb(tmp_path / "a.npz", 1 << 26))
+    np.savez(tmp_path / "b.npz", x=np.zeros(1 << 25, np.uint8))  # uncompressed it is meant
+    assert len(read_table(tmp_path / "b.npz").columns["x"]) == 1 << 25
+    write(tmp_path / "c.csv.gz", gzip.compress(b"a,b\n" + b"1,2\n" * (1 << 23)))
+    with pytest.raises(ValueError, match=r"c\.csv\.gz: cannot be read \(it unpacks to"):
+        read_table(tmp_path / "c.csv.gz")
+
+
+@pytest.mark.parametrize("shape", [(1 << 43,), (10, 10**9), (3,)])
+def test_a_header_that_claims_what_is_not_there(tmp_path, shape):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", header.getvalue() + bytes(16))
+    with pytest.raises(ValueError, match=r"a.npz: array 'x': damaged.*its header says .* bytes, it holds 16"):
+        read_table(tmp_path / "a.npz")
+
+
+def test_members_that_are_no_arrays(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.ones(3))
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("notes.txt", "hello")
+    with pytest.raises(ValueError, match=r"a.npz: array 'notes.txt': damaged.*no array"):
+        read_table(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", "[" * 100_000),
+        ("a.jsonl", "[" * 100_000),
+        ("a.json", '{"a": ' * 100_000),
+        ("a.json", "null"),
+        ("a.json", "{}"),
+        ("a.json", '{"a": ' + "9" * 5000 + "}"),
+        ("a.jsonl", "{}\n{}"),
+        ("a.parquet", "PAR1" + "x" * 50 + "PAR1"),
+    ],
+)
+def test_damaged_tables_are_named_in_one_line(tmp_path, name, content):
+    with pytest.raises(ValueError, match=re.escape(name)) as error:
+        read_table(write(tmp_path / name, content))
+    assert "\n" not in str(error.value)

@@ -706,6 +706,11 @@ def test_lazy_chain_takes_a_quantised_base():
     config = ColaConfig("kernel", knots=(1,), merge="lazy")
     state = cola_extend(cola_init(KEY, base, config), config)
     assert_equal(state.base, base)
+    state = state._replace(lora=jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), state.lora))
+    with pytest.raises(ValueError, match="kernel is int8, a quantised kernel"):
+        cola_merge(state, config)
+    right = lora_merge({"kernel": jnp.ones((8, 8))}, *cola_adapters(state, config))["kernel"]
+    np.testing.assert_array_equal(cola_merge(state, config, float32=True)["kernel"], right)
 
 
 # Bad input.

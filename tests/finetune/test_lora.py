@@ -299,7 +299,7 @@ def test_dropout_reaches_scanned_layers():
 class Heads(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.DenseGeneral((2, 4), name="heads")(nn.Dense(8, name="up")(x))
+        return nn.DenseGeneral((2, 4), use_bias=False, name="heads")(nn.Dense(8, name="up")(x))
 
 
 def test_adapters_that_nothing_reads_are_an_error():
@@ -468,3 +468,26 @@ def test_adapters_are_sharded_like_the_base_and_merge_locally():
     ):
         with pytest.raises(error, match="params_shardings"):
             lora_shardings(wrong, lora)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_kernels_of_dense_general_are_no_stacks(bias):
+    x = jnp.ones((1, 3, 64))
+    linen = nn.MultiHeadDotProductAttention(num_heads=4, use_bias=bias).init(KEY, x, x)["params"]
+    nnx_params = nnx.state(nnx.MultiHeadAttention(4, 64, decode=False, use_bias=bias, rngs=nnx.Rngs(0)), nnx.Param)
+    for params in (linen, {"layer": linen}, nnx_params):
+        for name in ("query", "value"):
+            with pytest.raises(ValueError, match=f"{name}/kernel .* nn.DenseGeneral"):
+                lora_init(KEY, params, LoraConfig(LoraRule(f"{name}/kernel", rank=4)))
+    stack = {"query": {"kernel": jnp.ones((4, 64, 16)), "bias": jnp.ones((4, 16))}}  # of nn.scan
+    assert lora_init(KEY, stack, LoraConfig(LoraRule("query/kernel", rank=4)))["query/kernel"]["a"].shape == (4, 64, 4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int32, jnp.float8_e4m3fn])
+def test_a_quantised_kernel_takes_no_sum(dtype):
+    params = {"kernel": jnp.ones((16, 8), dtype), "other": {"kernel": jnp.ones((16, 8), jnp.int8)}}
+    lora = {"kernel": {"a": jnp.full((16, 1), 0.1), "b": jnp.ones((1, 8))}}
+    with pytest.raises(ValueError, match=f"kernel is {jnp.dtype(dtype)}, a quantised kernel"):
+        lora_merge(params, lora, 2.0)
+    fine = {"kernel": jnp.ones((16, 8)), "other": params["other"]}  # one without an adapter stays
+    assert lora_merge(fine, lora, 2.0)["other"]["kernel"].dtype == jnp.int8

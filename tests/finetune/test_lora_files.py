@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from effjax.finetune.lora import LoraConfig, LoraRule, lora_init, lora_merge, lora_scales
-from effjax.finetune.lora_files import load_lora, save_lora
+from effjax.finetune.lora_files import load_lora, load_lora_modules, save_lora
 
 PEFT = Path(__file__).resolve().parents[1] / "reference" / "peft"
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -87,14 +88,14 @@ def test_round_trip(tmp_path, dtype, rslora):
     rules = (LoraRule("down/kernel", 2, 3.0), LoraRule("block_0/up/kernel", 4, 8.0), LoraRule("kernel", 3, 0.7))
     config = LoraConfig(rules, dropout=0.1, rslora=rslora, dtype=dtype)
     lora = adapters(PARAMS, config)
-    save_lora(tmp_path / "a", lora, config, NAMES, base_model="some/base", task_type="SEQ_CLS")
+    save_lora(tmp_path / "a", lora, config, NAMES, base_model="some/base", task_type="CAUSAL_LM")
     again, read = load_lora(tmp_path / "a", PARAMS, NAMES, dtype=dtype)
     assert_same(dict(sorted(again.items())), dict(sorted(lora.items())))
     assert (read.rslora, read.dropout, read.dtype) == (rslora, 0.1, dtype)
     want = lora_scales(lora, config)
     assert lora_scales(again, read) == pytest.approx(want, rel=1e-9)
     fields = fields_of(tmp_path / "a")
-    assert (fields["base_model_name_or_path"], fields["task_type"]) == ("some/base", "SEQ_CLS")
+    assert (fields["base_model_name_or_path"], fields["task_type"]) == ("some/base", "CAUSAL_LM")
     assert fields["target_modules"] == sorted(NAMES.values())
     assert (fields["r"], fields["lora_alpha"]) == (2, 3)
     assert fields["rank_pattern"] == {"^conv": 3, r"^blocks\.0\.up": 4, r"^blocks\.1\.up": 3}
@@ -144,7 +145,7 @@ def test_a_folder_is_replaced_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("use_dora", True), ("bias", "all"), ("modules_to_save", ["head"]), ("fan_in_fan_out", True)),
+        *(("use_dora", True), ("bias", "all"), ("fan_in_fan_out", True)),
         *(("init_lora_weights", "pissa_niter_4"), ("peft_type", "IA3"), ("trainable_token_indices", [1])),
     ],
 )
@@ -185,7 +186,7 @@ def test_damaged_and_missing_files(tmp_path):
     (folder / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="a pickle"):
         load_lora(folder, PARAMS, NAMES)
-    for text, words in (("{", "damaged or no JSON"), ("[]", "holds a list")):
+    for text, words in (("{", "is not JSON"), ("[]", "holds a list")):
         (folder / CONFIG).write_text(text)
         with pytest.raises(ValueError, match=words):
             load_lora(folder, PARAMS, NAMES)
@@ -229,3 +230,107 @@ def test_kernels_and_folders_without_a_place(tmp_path):
         save_lora(tmp_path / "a", lora, config, {"kernel": "conv"})
     with pytest.raises(FileNotFoundError, match="Create it first"):
         save_lora(tmp_path / "missing" / "a", lora, config, {"kernel": "conv"})
+
+
+# A head beside the adapters.
+
+HEADED = PARAMS | {"head": {"kernel": np.arange(12, dtype="f").reshape(6, 2), "bias": np.array([1.0, 2.0], "f")}}
+HEAD_NAMES = NAMES | {"head/kernel": "classifier"}
+
+
+def headed(tmp_path):
+    config = LoraConfig(LoraRule("down/kernel", 2))
+    lora = adapters(HEADED, config)
+    head = {"head": HEADED["head"]}
+    save_lora(tmp_path / "a", lora, config, HEAD_NAMES, task_type="SEQ_CLS", modules=head)
+    return tmp_path / "a", lora
+
+
+def test_a_classifiers_adapters_carry_its_head(tmp_path):
+    folder, lora = headed(tmp_path)
+    fields, tensors = fields_of(folder), load_file(folder / TENSORS)
+    assert fields["modules_to_save"] == ["classifier"]
+    np.testing.assert_array_equal(tensors["base_model.model.classifier.weight"], HEADED["head"]["kernel"].T)
+    fresh = jax.tree.map(np.zeros_like, HEADED)
+    with pytest.warns(UserWarning, match="also holds classifier, trained whole.*load_lora_modules"):
+        again, _ = load_lora(folder, fresh, HEAD_NAMES)
+    assert_same(again, lora)
+    whole = load_lora_modules(folder, fresh, HEAD_NAMES)
+    assert_same(whole["head"], HEADED["head"])
+    assert whole["conv"]["kernel"] is fresh["conv"]["kernel"]
+
+
+def test_folders_of_peft_with_a_head_are_read(tmp_path):
+    folder, _ = headed(tmp_path)
+    (folder / CONFIG).write_text(json.dumps(fields_of(folder) | {"modules_to_save": ["classifier", "score"]}))
+    with pytest.warns(UserWarning, match="also holds classifier"):
+        load_lora(folder, HEADED, HEAD_NAMES)
+    (folder / CONFIG).write_text(json.dumps(fields_of(folder) | {"modules_to_save": None}))
+    with pytest.raises(ValueError, match=r"2 tensors are not named .*classifier"):
+        load_lora(folder, HEADED, HEAD_NAMES)
+
+
+def test_a_head_that_would_be_lost_or_does_not_fit(tmp_path):
+    config = LoraConfig(LoraRule("down/kernel", 2))
+    for kind in ("SEQ_CLS", "TOKEN_CLS"):
+        with pytest.raises(ValueError, match=f"task_type='{kind}' without modules: .* head would be lost"):
+            save_lora(tmp_path / "b", adapters(HEADED, config), config, HEAD_NAMES, task_type=kind)
+    with pytest.raises(ValueError, match=r"conv/kernel of shape .* no part of a dense layer"):
+        save_lora(tmp_path / "b", adapters(HEADED, config), config, HEAD_NAMES, modules={"conv": HEADED["conv"]})
+    with pytest.raises(ValueError, match="'head/kernel' of modules has no name"):
+        save_lora(tmp_path / "b", adapters(HEADED, config), config, NAMES, modules={"head": HEADED["head"]})
+    folder, _ = headed(tmp_path)
+    wide = HEADED | {"head": {"kernel": np.zeros((6, 3), "f"), "bias": np.zeros(3, "f")}}
+    with pytest.raises(ValueError, match=r"head/(bias|kernel) has shape .* the model has"):
+        load_lora_modules(folder, wide, HEAD_NAMES)
+    with pytest.raises(ValueError, match="'classifier' whole, which this model has not"):
+        load_lora_modules(folder, HEADED, NAMES)
+    with pytest.raises(ValueError, match=r"holds none of \['head'\], which modules_to_save"):
+        load_lora(edited(tmp_path, modules_to_save=["head"]), PARAMS, NAMES)
+    with pytest.raises(ValueError, match="holds adapters alone"):
+        load_lora_modules(PEFT, PARAMS, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_rslora", "false"),
+        ("use_rslora", 1),
+        ("r", "3"),
+        ("r", 0),
+        ("r", 3.5),
+        ("lora_alpha", None),
+        ("lora_alpha", "6"),
+        ("lora_alpha", float("nan")),
+        ("lora_dropout", 1.5),
+        ("rank_pattern", ["down"]),
+        ("rank_pattern", {"down": "2"}),
+        ("alpha_pattern", {"up": -1}),
+        ("modules_to_save", "classifier"),
+        ("use_dora", 0.0),
+        ("peft_type", ["LORA"]),
+    ],
+)
+def test_settings_of_another_type_are_named(tmp_path, field, value):
+    if value is None:  # absent and null are PEFT's default
+        assert load_lora(edited(tmp_path, **{field: value}), PARAMS, NAMES)
+        return
+    with pytest.raises(ValueError, match=f"{CONFIG}: {field}="):
+        load_lora(edited(tmp_path, **{field: value}), PARAMS, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensor: (tensor * 1000).astype(np.int32), "holds int32, not floats"),
+        (lambda tensor: np.full_like(tensor, np.nan), "holds NaN or infinity"),
+        (lambda tensor: np.full_like(tensor, np.inf), "holds NaN or infinity"),
+    ],
+)
+def test_adapters_of_integers_or_nan_are_refused(tmp_path, change, words):
+    folder = edited(tmp_path)
+    tensors = load_file(folder / TENSORS)
+    first = next(iter(tensors))
+    save_file(tensors | {first: change(tensors[first])}, folder / TENSORS)
+    with pytest.raises(ValueError, match=f"{TENSORS}: the tensor '{first}' {words}"):
+        load_lora(folder, PARAMS, NAMES)

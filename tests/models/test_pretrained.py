@@ -97,8 +97,13 @@ def test_a_new_classifier_is_drawn_and_said_so(bert, caplog, tmp_path):
     assert_equal(again.params, model.params)
     encoder = load_pretrained(tmp_path / "new")
     assert_equal(encoder.params, model.params["encoder"])
-    with pytest.raises(ValueError, match=r"classifier.weight -> head/kernel: shape \(16, 4\).* has \(16, 2\)"):
-        load_pretrained(tmp_path / "new", classes=2)
+    caplog.clear()
+    fewer = load_pretrained(tmp_path / "new", classes=2, pool="cls")  # the encoder is kept, the head drawn anew
+    assert "holds a head for 4 classes: a new one for 2" in caplog.text
+    assert fewer.initialised == ("head/bias", "head/kernel")
+    assert fewer.params["head"]["kernel"].shape == (16, 2)
+    assert_equal(fewer.params["encoder"], model.params["encoder"])
+    assert_equal(fewer.params["pooler"], model.params["pooler"])
     with pytest.raises(ValueError, match="encoders classify"):
         load_pretrained(REFERENCE / "opt", classes=2)
 
@@ -279,3 +284,199 @@ def test_minilm_ranks_sentence_pairs(minilm, split, spearman):
     rows = load("glue/stsb", root=SHARED / "data").splits[split]
     left, right = (minilm[1](rows[column]) for column in ("sentence1", "sentence2"))
     assert spearmanr((left * right).sum(1), rows["score"]).statistic == pytest.approx(spearman, abs=0.001)
+
+
+def logits(folder, **fields):
+    model = load_pretrained(folder, **fields)
+    return np.asarray(model.module.apply({"params": model.params}, jnp.array([[1, 5, 7, 3]])))
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A folder that a test may change, its output layer untied."""
+    folder = shutil.copytree(REFERENCE / "llama", tmp_path / "llama")
+    tensors = read_tensors(folder / "model.safetensors")
+    head = np.random.default_rng(0).normal(size=tensors["model.embed_tokens.weight"].shape).astype(np.float32)
+    rewrite(folder, lambda tensors: {**tensors, "lm_head.weight": head})
+    configure(folder, tie_word_embeddings=False)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_an_output_layer_of_its_own_counts_whatever_the_config_says(name, tmp_path, caplog):
+    folder = shutil.copytree(REFERENCE / name, tmp_path / name)
+    tensors = read_tensors(folder / "model.safetensors")
+    table = next(tensor for key, tensor in tensors.items() if key.endswith("embed_tokens.weight"))
+    rewrite(folder, lambda tensors: {**tensors, "lm_head.weight": table[::-1]})
+    configure(folder, tie_word_embeddings=False)
+    right = logits(folder)
+    configure(folder, tie_word_embeddings=True)
+    np.testing.assert_array_equal(logits(folder), right)
+    assert "a lm_head.weight of its own" in caplog.text
+    save_pretrained(tmp_path / "again", load_pretrained(folder))  # and is saved as such
+    np.testing.assert_array_equal(logits(tmp_path / "again"), right)
+    caplog.clear()
+    rewrite(folder, lambda tensors: {**tensors, "lm_head.weight": table})  # a copy of the table
+    configure(folder, tie_word_embeddings=None if name == "opt" else True)
+    assert not caplog.text
+    assert "head" not in load_pretrained(folder).params
+    rewrite(folder, lambda tensors: {**tensors, "lm_head.weight": np.concatenate([table, table])})
+    assert "head" not in load_pretrained(folder).params
+    assert "cannot be the output" in caplog.text
+
+
+def test_the_index_says_where_a_tensor_is_read(bert):
+    expected = load_pretrained(bert).params
+    tensors = read_tensors(bert / "model.safetensors")
+    (bert / "model.safetensors").unlink()
+    names = sorted(tensors)
+    places = {name: f"model-0000{1 + (i > 9)}-of-00002.safetensors" for i, name in enumerate(names)}
+    first, second = ({n: t for n, t in tensors.items() if places[n] == p} for p in sorted(set(places.values())))
+    stale = {name: np.zeros_like(tensor) for name, tensor in first.items()}
+    save_file(first, bert / "model-00001-of-00002.safetensors")
+    save_file(second | stale, bert / "model-00002-of-00002.safetensors")
+    index = bert / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    assert_equal(load_pretrained(bert).params, expected)
+    index.write_text(json.dumps({"weight_map": {n: p for n, p in places.items() if n != names[0]}}))
+    with pytest.raises(ValueError, match=f"{names[0]}' in two files"):
+        load_pretrained(bert)
+    index.write_text(json.dumps({"weight_map": places | {names[-1]: "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(ValueError, match="which does not hold them"):
+        load_pretrained(bert)
+    index.write_text(json.dumps({"weight_map": places | {names[0]: "m" * 300}}))
+    with pytest.raises(ValueError, match="outside its folder"):
+        load_pretrained(bert)
+    for text in ("[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}', "[" * 100_000):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=r"model.safetensors.index.json is (damaged|not JSON)"):
+            load_pretrained(bert)
+
+
+def test_prefixes_of_wrappers_carry_no_meaning(llama):
+    right, tensors = logits(llama), read_tensors(llama / "model.safetensors")
+    for rename in (
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.language_model.{name}",
+        lambda name: name.replace("layers.0", "layers.0._orig_mod"),
+    ):
+        rewrite(llama, lambda _, rename=rename: {rename(name): tensor for name, tensor in tensors.items()})
+        np.testing.assert_array_equal(logits(llama), right)
+    rewrite(llama, lambda _: tensors | {"_orig_mod.model.norm.weight": tensors["model.norm.weight"]})
+    with pytest.raises(ValueError, match="one tensor under several names"):
+        load_pretrained(llama)
+
+
+def test_null_means_the_default(llama, bert):
+    right = logits(llama)
+    for field in ("head_dim", "attention_bias", "mlp_bias", "rope_scaling", "attention_dropout"):
+        configure(llama, **{field: None})
+    np.testing.assert_array_equal(logits(llama), right)
+    configure(bert, layer_norm_eps=1e-12, hidden_dropout_prob=0.1)
+    expected = load_pretrained(bert)
+    configure(bert, layer_norm_eps=None, hidden_dropout_prob=None)
+    assert load_pretrained(bert).module == expected.module
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", "2"),
+        ("num_hidden_layers", 10**6),
+        ("num_hidden_layers", 10**30),
+        ("hidden_size", 16.5),
+        ("hidden_size", [16]),
+        ("num_attention_heads", 3),
+        ("num_attention_heads", 0),
+        ("vocab_size", True),
+        ("layer_norm_eps", "1e-5"),
+        ("hidden_dropout_prob", 1.5),
+        ("hidden_act", 7),
+        ("hidden_act", "swoosh"),
+        ("pad_token_id", "0"),
+        ("id2label", 3),
+        ("quantization_config", {"quant_method": "fp8"}),
+        ("model_type", ["bert"]),
+    ],
+)
+def test_settings_of_another_type_name_file_and_field(bert, field, value):
+    configure(bert, **{field: value})
+    with pytest.raises(ValueError, match=r"config\.json") as error:
+        load_pretrained(bert)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{", b"\xff\xfe{}", b"[" * 100_000, b'{"model_type": null}'])
+def test_a_config_that_is_none(bert, content):
+    (bert / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json is .*Fetch it again"):
+        load_pretrained(bert)
+    (bert / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        load_pretrained(bert)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_tensors_of_eight_bits_are_read(llama, dtype, tmp_path):
+    tensors = read_tensors(llama / "model.safetensors")
+    narrow = {name: tensor.astype(dtype) if "proj" in name else tensor for name, tensor in tensors.items()}
+    rewrite(llama, lambda _: {name: tensor.astype(np.float32) for name, tensor in narrow.items()})
+    right = logits(llama)
+    rewrite(llama, lambda _: narrow)
+    np.testing.assert_array_equal(logits(llama), right)
+    save_pretrained(tmp_path / "own", load_pretrained(llama), dtype=dtype)
+    assert np.isfinite(logits(tmp_path / "own")).all()
+    rewrite(llama, lambda _: narrow | {"model.layers.0.mlp.up_proj.weight_scale": np.ones(1, np.float32)})
+    with pytest.raises(ValueError, match=r"unexpected: model.layers.0.mlp.up_proj.weight_scale"):
+        load_pretrained(llama)
+
+
+def test_weights_that_are_not_finite_are_refused(bert):
+    def spoil(tensors):
+        tensor = tensors["pooler.dense.bias"] if "pooler.dense.bias" in tensors else next(iter(tensors.values()))
+        name = next(name for name in tensors if name.endswith("query.bias"))
+        return tensors | {name: np.full_like(tensors[name], np.nan), "pooler.dense.bias": tensor}
+
+    rewrite(bert, spoil)
+    with pytest.raises(ValueError, match=r"query.bias -> .*: holds NaN or infinity"):
+        load_pretrained(bert)
+
+
+def test_a_larger_vocabulary_adds_rows(llama, bert, tmp_path):
+    model, more = load_pretrained(llama), load_pretrained(llama, vocab_size=99)
+    old, new = (tree.params["embeddings"]["word"]["embedding"] for tree in (model, more))
+    np.testing.assert_array_equal(new[: len(old)], old)
+    np.testing.assert_allclose(
+        new[len(old) :], np.broadcast_to(old.mean(0), new[len(old) :].shape), rtol=1e-3, atol=2e-5
+    )
+    assert more.params["head"]["kernel"].shape[1] == 99 == more.config["vocab_size"]
+    np.testing.assert_allclose(logits(llama, vocab_size=99)[..., : len(old)], logits(llama), rtol=1e-5, atol=1e-6)
+    save_pretrained(tmp_path / "more", more)
+    assert_equal(load_pretrained(tmp_path / "more").params, more.params)
+    assert load_pretrained(bert, vocab_size=64).module.vocab_size == 64
+    with pytest.raises(ValueError, match=r"vocab_size=3: .* none can be left out"):
+        load_pretrained(llama, vocab_size=3)
+
+
+@pytest.mark.parametrize(
+    ("names", "way"),
+    [
+        (["pytorch_model.bin"], "Pickled weights are never read"),
+        (["model-00001-of-00002.safetensors"], "fetch model.safetensors.index.json"),
+        (["model.fp16.safetensors"], "Rename its weights"),
+        ([], "fetch the whole folder"),
+    ],
+)
+def test_a_folder_without_the_file_says_what_it_holds(bert, names, way):
+    (bert / "model.safetensors").unlink()
+    for name in names:
+        (bert / name).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=f"It holds .*config.json.*{way}") as error:
+        load_pretrained(bert)
+    assert all(name in str(error.value) for name in names)
+    (bert / "vocab.txt").write_text("a")
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer.json. It holds .*vocab.txt. Make tokenizer.json"):
+        load_tokenizer(bert)
+    with pytest.raises(FileNotFoundError, match=r"is a file. Give its folder"):
+        load_pretrained(bert / "config.json")

@@ -22,8 +22,10 @@ from effjax.models.linear_recurrence import (
 )
 from effjax.models.sequence import GRUCell, LSTMCell, Recurrent, RNNCell, chrono_bias
 from effjax.models.sequence_rivals import AntisymmetricRNNCell, CoRNNCell, FastGRNNCell, FastRNNCell
-from effjax.recurrent.irnn import IncrementalRNNCell
-from effjax.recurrent.tarnn import TARNNCell
+from effjax.recurrent.dual import DualODE
+from effjax.recurrent.fixed_point import EquilibriumRNN
+from effjax.recurrent.irnn import IncrementalRNN, IncrementalRNNCell
+from effjax.recurrent.tarnn import TARNN, TARNNCell
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "irnn" / "baseline_cells.npz"
 KEY = jax.random.key(0, impl="rbg")  # quicker to compile than the default
@@ -320,3 +322,21 @@ def test_lstm_as_a_pure_function():
     assert_close(c, 0.5, 1e-6)
     assert_close(h, 0.5 * np.tanh(0.5), 1e-6)
     np.testing.assert_array_equal(h, y)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Recurrent(GRUCell(5)),
+        LRU(5),
+        MinGRU(5),
+        IncrementalRNN(5),
+        TARNN(5),
+        EquilibriumRNN(5, iterations=2),
+        DualODE(5, length=6),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_one_series_is_no_batch(layer):
+    with pytest.raises(ValueError, match=r"x has shape \(20, 3\); expected \[batch, time, features\].*x\[None\]"):
+        jax.eval_shape(layer.init, KEY, jnp.ones((20, 3)))

@@ -791,3 +791,28 @@ def test_misuse_of_the_transformation():
         fptt_terminal_loss(logits, labels, SequencePart(), auxiliary="qbar", qbar=qbar_init(3, 2))
     with pytest.raises(ValueError, match="not one of"):
         fptt_terminal_loss(logits, labels, SequencePart(), auxiliary="unifrom")
+
+
+@pytest.mark.parametrize("keywords", [{"auxiliary": "none"}, {}, {"auxiliary": "qbar"}])
+def test_unknown_labels_count_nowhere(keywords):
+    logits, labels = jax.random.normal(jax.random.key(0), (4, 3)), jnp.array([2, -1, 0, -1])
+    rows = jax.random.uniform(jax.random.key(1), (3, 4, 3))
+    keywords = keywords | ({"qbar": rows} if "auxiliary" in keywords and keywords["auxiliary"] == "qbar" else {})
+    for p in (0, 3):
+        part = SequencePart(jnp.asarray(p), 4, 4)
+        right = fptt_terminal_loss(logits[::2], labels[::2], part, **keywords)
+        np.testing.assert_allclose(fptt_terminal_loss(logits, labels, part, **keywords), right, rtol=1e-6)
+    gradient = jax.grad(lambda logits: fptt_terminal_loss(logits, labels, SequencePart(0, 4, 4), **keywords))(logits)
+    assert (np.asarray(gradient)[1::2] == 0).all()
+    assert np.isfinite(fptt_terminal_loss(logits, jnp.full(4, -1), SequencePart(0, 4, 4), **keywords))
+
+
+def test_labels_of_another_shape_are_refused():
+    logits, labels = jnp.zeros((4, 3)), jnp.zeros((4, 1), int)
+    for call in (
+        lambda: fptt_terminal_loss(logits, labels, SequencePart(0, 2, 2)),
+        lambda: qbar_first_errors(qbar_init(3, 4), jnp.zeros((4, 4, 3)), labels),
+        lambda: qbar_sums(jnp.zeros((3, 4, 3)), jnp.zeros((4, 4, 3)), labels),
+    ):
+        with pytest.raises(ValueError, match=r"labels have shape \(4, 1\); expected \(4,\)"):
+            call()

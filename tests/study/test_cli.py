@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -142,3 +143,54 @@ def test_train_logs_resumes_and_exports(tmp_path, capsys):
     assert weights["params/head/kernel"].shape == (64, 10)
     assert main([*words, "--seed", "3"]) == 2
     assert "holds another run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "status"),
+    [
+        (OSError("no descriptors left"), "no descriptors left.", 2),
+        (PermissionError(13, "Permission denied", "/a/b"), "/a/b: Permission denied.", 2),
+        (KeyboardInterrupt(), "stopped by Ctrl-C", 130),
+    ],
+)
+def test_errors_of_the_system_are_one_line(monkeypatch, capsys, error, said, status):
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr("effjax.cli._parse", lambda words: SimpleNamespace(run=fail))
+    assert main(["methods"]) == status
+    written = capsys.readouterr().err
+    assert said in written
+    assert written.count("\n") == 1
+
+
+RESULTS = {name: {} for name in ("study", "preset", "seeds", "budget", "groups", "arms", "claims", "environment")}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"[]", "is no effjax result"),
+        (json.dumps({"schema": 2, **RESULTS}).encode(), "is damaged"),
+        (json.dumps({"schema": 2, **RESULTS, "arms": [1]}).encode(), "is damaged"),
+    ],
+)
+def test_damaged_results_are_named(tmp_path, capsys, content, said):
+    (tmp_path / "results.json").write_bytes(content)
+    assert main(["report", str(tmp_path)]) == 2
+    written = capsys.readouterr().err
+    assert f"{tmp_path / 'results.json'} {said}" in written
+    assert written.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"study": 1}', b"[" * 100_000])
+def test_a_damaged_note_of_an_arm_is_named(tmp_path, capsys, content):
+    (tmp_path / "arm.json").write_bytes(content)
+    assert main(["export", str(tmp_path), "--out", str(tmp_path / "a.safetensors")]) == 2
+    written = capsys.readouterr().err
+    assert f"{tmp_path / 'arm.json'} is" in written
+    assert written.count("\n") == 1

@@ -177,6 +177,15 @@ def changed(**splits):
         ({"loss": "crossentropy"}, "Did you mean 'cross_entropy'"),
         ({"loss": lambda outputs, batch: jnp.mean(outputs)}, r"loss returns shape \(\) for 2 rows.*one number per row"),
         ({"loss": lambda outputs, batch: outputs[:, 0] - batch["y"]}, "loss does not fit the outputs of Linen.*'y'"),
+        ({"data": changed(**{s: {"weight": np.ones((ROWS, 1))} for s in ("train", "test")})}, r"'weight'. is float"),
+        (
+            {"data": changed(**{s: {"weight": np.full(ROWS, -1.0)} for s in ("train", "test")})},
+            "one number of 0 or more",
+        ),
+        (
+            {"data": changed(test={"label": np.full(ROWS, -1)}), "loss": lambda o, b: o[:, 0], "metric": "accuracy"},
+            "would count unknown labels as wrong",
+        ),
         ({"metric": Score("m", "max", lambda o, b: o)}, r"metric returns shape \(2, 2\)"),
     ],
 )

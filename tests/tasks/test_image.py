@@ -179,3 +179,15 @@ IMAGES = np.zeros((4, 2, 2, 1), np.uint8)
 def test_bad_input_is_named(data, arguments, message):
     with pytest.raises(ValueError, match=message):
         image_task(data, **{"model": "mlp", **arguments})
+
+
+def test_labels_are_never_broadcast_and_unknown_ones_count_nowhere(small):
+    task, variables = small
+    images, labels = task.train["image"], task.train["label"]
+    with pytest.raises(ValueError, match=r"batch\['label'\] has shape \(10, 1\); expected \(10,\)"):
+        task.loss(variables, {"image": images, "label": labels[:, None]})
+    unknown = np.where(np.arange(10) % 2, labels, -1)
+    right = task.loss(variables, {"image": images[1::2], "label": labels[1::2]})[1][1]
+    found = task.loss(variables, {"image": images, "label": unknown})[1][1]
+    assert float(found["loss"]) == pytest.approx(float(right["loss"]), rel=1e-6)
+    assert float(found["accuracy"]) == pytest.approx(float(right["accuracy"]), rel=1e-6)

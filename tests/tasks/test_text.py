@@ -315,3 +315,15 @@ def test_bad_input_is_named(data, arguments, message):
 def test_a_model_that_does_not_exist_is_named():
     with pytest.raises(FileNotFoundError, match="model='encoder-2' is not like 'encoder-2x64', and"):
         text_task(good(), "encoder-2")
+
+
+def test_labels_and_weights_are_never_broadcast_and_unknown_labels_count_nowhere(small):
+    task, variables, _ = small
+    rows = batch(task, np.arange(4), 24)
+    labels = np.asarray(rows["label"])
+    for name, value in (("label", labels[:, None]), ("weight", np.ones((4, 1), np.float32))):
+        with pytest.raises(ValueError, match=rf"batch\['{name}'\] has shape \(4, 1\); expected \(4,\)"):
+            task.loss(variables, {**rows, name: value}, train=False)
+    right = task.loss(variables, {**rows, "weight": np.array([1, 0, 1, 1], np.float32)}, train=False)[1][1]
+    unknown = {**rows, "label": np.where(np.arange(4) == 1, -1, labels)}
+    close(task.loss(variables, unknown, train=False)[1][1], right)
