@@ -49,6 +49,10 @@ class Cell(nn.RNNCellBase):
     def check_steps(self, steps: int) -> None:
         """Raise ``ValueError`` unless the cell can take that many steps in a row."""
 
+    @nn.nowrap
+    def check_padding(self) -> None:
+        """Raise ``ValueError`` if the padding of one sequence would change the states of another."""
+
     @property
     def num_feature_axes(self) -> int:
         return 1

@@ -156,7 +156,7 @@ class BucketSampler(PlannedBatches):
       length_multiple: every default boundary is a multiple of it; 8 suits vector units where rows are long.
       stratify: name of an integer column whose classes are spread evenly over the batches of a bucket.
       merge: carry residues upward, see ``plan_epoch``.
-      **options: ``pad_id``, ``process_index`` and ``process_count`` of ``PlannedBatches``.
+      **options: ``pad_id``, ``pad_values``, ``process_index`` and ``process_count`` of ``PlannedBatches``.
 
     Raises:
       ValueError: examples longer than the last boundary, more shapes than ``max_shapes``, batch sizes that do not
@@ -180,7 +180,7 @@ class BucketSampler(PlannedBatches):
 
     def __init__(
         self,
-        columns: Columns | Callable[[int], Columns],
+        columns: Columns | Callable[[int], Columns] | Any,
         *,
         seed: int,
         epochs: int,
@@ -247,7 +247,7 @@ class BucketSampler(PlannedBatches):
         return {"data": float(_entropy(counts.sum(0))), "mean": float(each.mean()), "least": float(each.min())}
 
 
-def _entropy(counts: np.ndarray) -> np.ndarray:
+def _entropy(counts: np.ndarray) -> np.ndarray | np.floating:
     shares = counts / counts.sum(-1, keepdims=True)
     return -np.sum(shares * np.log(np.where(shares > 0, shares, 1)), axis=-1)
 

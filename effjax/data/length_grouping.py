@@ -58,7 +58,7 @@ class PaddedBatches(PlannedBatches):
         (dynamic padding: many shapes).
       length_multiple: what the longest is rounded up to.
       group_by_length: Hugging Face's ``group_by_length`` instead of a random order.
-      **options: ``pad_id``, ``process_index`` and ``process_count`` of ``PlannedBatches``.
+      **options: ``pad_id``, ``pad_values``, ``process_index`` and ``process_count`` of ``PlannedBatches``.
 
     Raises:
       ValueError: examples longer than ``length``, a batch size that does not divide among the processes, or arguments
@@ -74,7 +74,7 @@ class PaddedBatches(PlannedBatches):
 
     def __init__(
         self,
-        columns: Columns | Callable[[int], Columns],
+        columns: Columns | Callable[[int], Columns] | Any,
         *,
         seed: int,
         epochs: int,

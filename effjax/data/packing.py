@@ -96,7 +96,7 @@ class PackedBatches(PlannedBatches):
       length: tokens of a row; by default those of the longest text.
       batch_size: rows of a batch; the last of an epoch is filled up with empty rows.
       max_segments: most texts in a row, and then S whatever the seed; None for no limit.
-      **options: ``pad_id``, ``process_index`` and ``process_count`` of ``PlannedBatches``.
+      **options: ``pad_id``, ``pad_values``, ``process_index`` and ``process_count`` of ``PlannedBatches``.
 
     Raises:
       ValueError: texts longer than ``length``, a batch size that does not divide among the processes, or arguments
@@ -114,7 +114,7 @@ class PackedBatches(PlannedBatches):
 
     def __init__(
         self,
-        columns: Columns | Callable[[int], Columns],
+        columns: Columns | Callable[[int], Columns] | Any,
         *,
         seed: int,
         epochs: int,
@@ -177,7 +177,7 @@ class PackedBatches(PlannedBatches):
         }
         for name, column in columns.items():
             if isinstance(column, Ragged):
-                batch[name] = tokens(column.take(rows).values, self._pad_id if name == "input_ids" else 0)
+                batch[name] = tokens(column.take(rows).values, self._fills[name])
             else:
                 batch[name] = texts(column[rows])
         return batch

@@ -10,7 +10,7 @@ import queue
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -62,6 +62,7 @@ class Batches(Cursor[Batch]):
       process_count: how many there are; by default ``jax.process_count()``.
 
     Raises:
+      TypeError: a source without a length, such as a streamed data set or a generator, or one of several splits.
       ValueError: a column is empty, of another length, not numeric, or holds NaN or infinity; a batch
         is larger than the data or does not divide among the processes.
 
@@ -91,6 +92,7 @@ class Batches(Cursor[Batch]):
         if epochs is not None:
             check_number("epochs", epochs, low=1, integer=True, hint="None repeats for ever.")
         self._part, self._parts = process_share(process_index, process_count)
+        check_source("source", source)
         if isinstance(source, Mapping):
             self._rows, self._gather = _check_arrays(source), functools.partial(_gather_arrays, source)
         elif hasattr(source, "with_format"):  # Hugging Face: reads many rows at once
@@ -194,6 +196,20 @@ def process_share(index: int | None, count: int | None) -> tuple[int, int]:
     return check_number("process_index", index, low=0, high=count - 1, integer=True), count
 
 
+def check_source(argument: str, source: Any) -> None:
+    """Raise ``TypeError`` for what holds several splits, or has no length by which an order could be planned."""
+    kind = type(source).__name__
+    if isinstance(source, Mapping) and source and all(hasattr(value, "with_format") for value in source.values()):
+        first = next(iter(source))
+        raise TypeError(f"{argument} is a {kind} of the splits {list(source)}. Choose one: {argument}[{first!r}].")
+    if not hasattr(source, "__len__"):
+        raise TypeError(
+            f"{argument} is a {kind}, which has no length, so that neither order nor steps can be planned. Read it "
+            "into memory, at once or in windows: datasets.Dataset.from_list(list(stream.take(n))) of a streamed data "
+            "set, list(...) of a generator of examples."
+        )
+
+
 def _check_arrays(arrays: Mapping[str, np.ndarray]) -> int:
     if not arrays:
         raise ValueError("arrays={} has no columns. Give at least one array.")
@@ -232,7 +248,7 @@ def _gather_table(table: Any, rows: np.ndarray | slice) -> Batch:
     return batch
 
 
-def _gather_examples(source: Sequence[Mapping[str, Any]], rows: np.ndarray | slice) -> Batch:
+def _gather_examples(source: Any, rows: np.ndarray | slice) -> Batch:
     numbers = range(rows.start, rows.stop) if isinstance(rows, slice) else rows.tolist()
     examples = [source[number] for number in numbers]
     batch = {name: np.stack([np.asarray(example[name]) for example in examples]) for name in examples[0]}

@@ -12,7 +12,7 @@ from effjax.core.errors import check_number
 from effjax.core.shapes import pad_to
 from effjax.data.columns import Columns, token_columns
 from effjax.data.pipeline import Batch, process_share
-from effjax.data.ragged import Ragged
+from effjax.data.ragged import Ragged, fill_value
 
 __all__: list[str] = []
 
@@ -46,13 +46,19 @@ class PlannedBatches(Cursor[Batch]):
     also a grain random-access source.
 
     Args:
-      columns: ``input_ids``, a ``Ragged`` or sequences of integers; optionally ``token_type_ids`` like it; and arrays
-        of numbers with one row per example (``label``). Or a Hugging Face ``Dataset`` of such columns. Or
-        ``epoch -> columns``, for data that change from epoch to epoch (``token_drop``): it must return the same for
-        the same epoch, for it is called at the start to plan and again when the epoch is reached.
+      columns: ``input_ids``, a ``Ragged`` or sequences of integers; optionally others like it, with one integer per
+        token (``token_type_ids``, ``labels``); and arrays of numbers with one row per example (``label``, or ``[n, k]``
+        of several). Lists of one length are such rows of numbers, unless they are as long as ``input_ids`` in every
+        row. What ``attention_mask`` masks is cut off. Or a Hugging Face ``Dataset`` of such columns, or a list of
+        examples. Or ``epoch -> columns``, for data that change from epoch to epoch (``token_drop``): it must return the
+        same for the same epoch, for it is called at the start to plan and again when the epoch is reached.
       seed: of the order.
-      epochs: passes over the data; a number, for all are planned ahead.
+      epochs: passes over the data; a number, for all are planned ahead. A state of fewer epochs is taken too, where
+        the plan begins with the same ones.
       pad_id: what ``input_ids`` are padded with.
+      pad_values: what other columns of one integer per token are padded with, by name: by default 0
+        (``token_type_ids``, ``position_ids``), 1 (``special_tokens_mask``), and -100 for any other, as it may hold
+        classes.
       process_index: this process; by default ``jax.process_index()``.
       process_count: how many there are; by default ``jax.process_count()``.
 
@@ -63,11 +69,12 @@ class PlannedBatches(Cursor[Batch]):
 
     def __init__(
         self,
-        columns: Columns | Callable[[int], Columns],
+        columns: Columns | Callable[[int], Columns] | Any,
         *,
         seed: int,
         epochs: int,
         pad_id: int = 0,
+        pad_values: Mapping[str, int] | None = None,
         process_index: int | None = None,
         process_count: int | None = None,
     ):
@@ -86,8 +93,21 @@ class PlannedBatches(Cursor[Batch]):
         rows = [len(lengths) for lengths in self._lengths]
         if len(set(rows)) > 1:
             raise ValueError(f"columns(epoch) holds {rows} rows in the epochs. Keep their number: shorten, never drop.")
+        self._fills = self._checked_fills(pad_values or {})
         self._settings = {"rows": rows[0], "seed": seed, "epochs": epochs, "pad_id": pad_id}
+        if pad_values:
+            self._settings["pad_values"] = dict(sorted(pad_values.items()))
         self._digest = zlib.crc32(self._columns(0)["input_ids"].values)
+
+    def _checked_fills(self, pad_values: Mapping[str, int]) -> dict[str, int]:
+        """What every column of one integer per token is padded with."""
+        by_token = [name for name, column in self._columns(0).items() if isinstance(column, Ragged)]
+        for name, value in pad_values.items():
+            if name == "input_ids" or name not in by_token:
+                way = "pad_id is for these" if name == "input_ids" else f"such columns are {by_token[1:]}"
+                raise ValueError(f"pad_values has {name!r}, but is for columns of one integer per token; {way}.")
+            check_number(f"pad_values[{name!r}]", value, low=-(2**31), high=2**31 - 1, integer=True)
+        return {name: fill_value(name) for name in by_token} | {"input_ids": self._pad_id} | dict(pad_values)
 
     def _set_plan(self, plan: Callable[[int], list[Any]], **settings: Any) -> None:
         """Plan every epoch; ``settings`` are what the state must agree in, JSON-able."""
@@ -100,9 +120,28 @@ class PlannedBatches(Cursor[Batch]):
                 f"A global batch of {odd} rows does not divide among process_count={self._parts}. Choose batch sizes "
                 f"that are multiples of {self._parts}."
             )
-        for batch in self._batches:
-            self._digest = zlib.crc32(batch.rows, self._digest)
-        self._settings = self.settings | {**settings, "plan": f"{self._digest:08x}"}
+        self._digests = []  # after every epoch
+        for batches in plans:
+            for batch in batches:
+                self._digest = zlib.crc32(batch.rows, self._digest)
+            self._digests.append(f"{self._digest:08x}")
+        self._settings = self.settings | {**settings, "plan": self._digests[-1]}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state`` was taken, also that of a run of fewer epochs whose plan begins this one.
+
+        Raises:
+          ValueError: the state belongs to other data or settings, with the difference.
+        """
+        before = state.get("epochs")
+        if isinstance(before, int) and 0 < before < self._epochs and state.get("plan") == self._digests[before - 1]:
+            same = (
+                "epochs",
+                "plan",
+                *(["caps"] if state.get("caps") == self.settings.get("caps", [])[:before] else []),
+            )
+            state = {**state, **{name: self._settings[name] for name in same if name in self._settings}}
+        super().set_state(state)
 
     @property
     def total_steps(self) -> int:
@@ -162,7 +201,7 @@ class PlannedBatches(Cursor[Batch]):
         batch = {"mask": np.arange(plan.length) < lengths[:, None], "weight": np.ones(len(rows), np.float32)}
         for name, column in columns.items():
             if isinstance(column, Ragged):
-                value = self._pad_id if name == "input_ids" else 0
+                value = self._fills[name]
                 batch[name] = pad_to(column.pad(rows, plan.length, value), share, value=value)
             else:
                 batch[name] = column[rows]

@@ -139,13 +139,22 @@ def narrow_integers(name: str, array: np.ndarray, dtype: type) -> np.ndarray:
     return array.astype(dtype, copy=False)
 
 
+# What fills a column of one integer per token; any other gets -100, which losses leave out, as it may hold classes.
+_FILLS = {"input_ids": 0, "token_type_ids": 0, "special_tokens_mask": 1, "position_ids": 0}
+
+
+def fill_value(name: str) -> int:
+    """What the column is padded with: as Hugging Face tokenizers do, and -100 where it may hold classes of tokens."""
+    return _FILLS.get(name, -100)
+
+
 def padded_columns(columns: Mapping[str, Any], length: int, pad_id: int = 0) -> dict[str, Any]:
     """Columns of texts as arrays of one length, with a ``mask`` that is True at real tokens.
 
     Args:
       columns: ``input_ids`` (``Ragged``) and others; those that are not ragged stay as they are.
       length: of a row; None of the texts may be longer.
-      pad_id: what fills ``input_ids``; other ragged columns are filled with 0.
+      pad_id: what fills ``input_ids``; other ragged columns are filled as ``PlannedBatches`` fills them.
 
     Example:
       >>> padded_columns({"input_ids": Ragged.of([[5], [6, 7]])}, 2)["mask"].tolist()
@@ -154,7 +163,7 @@ def padded_columns(columns: Mapping[str, Any], length: int, pad_id: int = 0) -> 
     lengths = columns["input_ids"].lengths
     found = {"mask": np.arange(length) < lengths[:, None]}
     for name, column in columns.items():
-        value = pad_id if name == "input_ids" else 0
+        value = pad_id if name == "input_ids" else fill_value(name)
         found[name] = column.pad(np.arange(len(lengths)), length, value) if isinstance(column, Ragged) else column
     return found
 

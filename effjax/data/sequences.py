@@ -39,7 +39,8 @@ class SequenceData(NamedTuple):
       kind: ``"class"``, one label per sequence; ``"value"``, one number per sequence; ``"tokens"``, one id per step.
       train: ``inputs`` float32 [rows, time, features], or int32 ids [rows, time]; ``targets`` int32 [rows]
         (class), float32 [rows] (value) or int32 [rows, time], -1 where nothing is asked (tokens). ``draw``
-        completes them; of the noisy sets, whose noise would not fit into memory, ``inputs`` hold the signal only.
+        completes them; of the noisy sets, whose noise would not fit into memory, ``inputs`` hold the signal only. Where
+        sequences differ in length there is an int32 column ``lengths`` [rows] too.
       test: the same columns, held out, complete and fixed.
       length: steps of a sequence.
       features: size of an input vector; 0 where inputs are ids.
@@ -48,6 +49,7 @@ class SequenceData(NamedTuple):
       draw: ``(batch, index, rng) -> batch``, the ``transform`` of ``effjax.data.pipeline.Batches``: fresh noise
         or fresh examples for every training batch. None where the rows are used as stored.
       facts: what a report says of data read from the user's own files; None of a named problem.
+      pad: where sequences shorter than ``length`` are filled up, ``"end"`` or ``"start"``.
     """
 
     name: str
@@ -61,6 +63,12 @@ class SequenceData(NamedTuple):
     outputs: int
     draw: Transform | None
     facts: Facts | None = None
+    pad: Literal["end", "start"] = "end"
+
+    @property
+    def told_lengths(self) -> bool:
+        """Whether a network must be told where sequences end: they differ in length, and are filled up at the end."""
+        return "lengths" in self.test and self.pad == "end"
 
 
 def few_rows(data: SequenceData, *, train: int | None = None, test: int | None = None) -> SequenceData:

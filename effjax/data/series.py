@@ -55,8 +55,8 @@ def series_data(
 
     Features are standardised by the mean and standard deviation of the training steps, then every series is filled up
     with zeros, the mean, to one length. Where lengths differ the splits have an int32 column ``lengths`` beside
-    ``inputs`` and ``targets``: a network that does not read it reads the filling too. With ``pad="start"`` the last
-    step of every series is its own.
+    ``inputs`` and ``targets``, by which ``effjax.tasks.sequence_task`` tells the network where they end. With
+    ``pad="start"`` the last step of every series is its own, and a network reads the filling before it.
 
     Args:
       path: see above.
@@ -156,6 +156,7 @@ def series_data(
         outputs=len(classes) or 1,
         draw=None,
         facts=facts,
+        pad=pad,
     )
 
 

@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Inexact
 
 from effjax.core.cells import Cell, Params, PyTree
-from effjax.core.errors import check_number, check_series
+from effjax.core.errors import check_number
+from effjax.core.layers import OverTime, at_end, fitted_carry
 from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
@@ -194,10 +195,18 @@ def lru(
     drive, skip = lru_project(params, xs, dtype=dtype)
     if h0 is not None:
         h0 = check_carry(h0, drive.shape[1:-1], drive.shape[-1])
+    states, outputs = _lru_over(params, drive, skip, h0, dtype)
+    return states[-1], outputs
+
+
+def _lru_over(
+    params: Params, drive: jax.Array, skip: jax.Array, h0: jax.Array | None, dtype: DTypeLike | None
+) -> tuple[jax.Array, jax.Array]:
+    """All states and outputs."""
     decay = _eigenvalues(params)
     decay = jnp.broadcast_to(decay, (len(drive), *[1] * (drive.ndim - 2), len(decay)))
     states = linear_scan(decay, drive, h0)
-    return states[-1], _lru_read(params, states, skip, dtype)
+    return states, _lru_read(params, states, skip, dtype)
 
 
 class _MinGRU(nn.Module):
@@ -244,7 +253,7 @@ class MinGRUCell(_MinGRU, PlainCell):
         return h, h
 
 
-class MinGRU(_MinGRU):
+class MinGRU(_MinGRU, OverTime):
     """minGRU over whole sequences by ``linear_scan``; the equations and the source are those of ``min_gru``.
 
     Args:
@@ -254,8 +263,8 @@ class MinGRU(_MinGRU):
         None starts them at 0.
 
     Returns:
-      When called with x ``[batch, time, features_in]`` and, if wanted, a first state ``[batch, features]``: all states
-      ``[batch, time, features]``.
+      When called with x ``[batch, time, features_in]``: all states ``[batch, time, features]``; the call is that of
+      ``Recurrent``, and the carry a state ``[batch, features]``.
 
     Example:
       >>> states, _ = jax.eval_shape(MinGRU(features=8).init_with_output, jax.random.key(0), jnp.ones((4, 20, 3)))
@@ -263,10 +272,14 @@ class MinGRU(_MinGRU):
       (4, 20, 8)
     """
 
-    def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
-        check_series(x)
-        _, states = min_gru(self.weights(x.shape[-1]), jnp.swapaxes(x, 0, 1), h0, dtype=self.dtype)
-        return jnp.swapaxes(states, 0, 1)
+    def run(
+        self, xs: jax.Array, carry: PyTree, lengths: jax.Array | None, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        del key
+        if carry is not None:
+            carry = fitted_carry(carry, jnp.zeros((xs.shape[1], self.features)), "MinGRU")
+        _, states = min_gru(self.weights(xs.shape[-1]), xs, carry, dtype=self.dtype)
+        return at_end(states, lengths, carry), states
 
 
 class _LRU(nn.Module):
@@ -341,7 +354,7 @@ class LRUCell(_LRU, Cell):
         return jnp.zeros((*input_shape[:-1], self._width), complex)
 
 
-class LRU(_LRU):
+class LRU(_LRU, OverTime):
     """Linear recurrent unit over whole sequences by ``linear_scan``; equations and source are those of ``lru_step``.
 
     Args:
@@ -353,8 +366,8 @@ class LRU(_LRU):
       max_phase: largest phase, in radians; pi / 10 helps on long sequences.
 
     Returns:
-      When called with x ``[batch, time, features_in]`` and, if wanted, a first complex state ``[batch, state]``:
-      outputs ``[batch, time, features]``.
+      When called with x ``[batch, time, features_in]``: outputs ``[batch, time, features]``; the call is that of
+      ``Recurrent``, and the carry a complex state ``[batch, state]``.
 
     Raises:
       ValueError: a number out of range.
@@ -366,13 +379,18 @@ class LRU(_LRU):
       (4, 20, 8)
     """
 
-    def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
-        check_series(x)
-        _, outputs = lru(self.weights(x.shape[-1]), jnp.swapaxes(x, 0, 1), h0, dtype=self.dtype)
-        return jnp.swapaxes(outputs, 0, 1)
+    def run(
+        self, xs: jax.Array, carry: PyTree, lengths: jax.Array | None, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        del key
+        if carry is not None:
+            carry = fitted_carry(carry, jnp.zeros((xs.shape[1], self._width), complex), "LRU")
+        params = self.weights(xs.shape[-1])
+        states, outputs = _lru_over(params, *lru_project(params, xs, dtype=self.dtype), carry, self.dtype)
+        return at_end(states, lengths, carry), outputs
 
 
-class LRUStack(nn.Module):
+class LRUStack(OverTime):
     r"""LRU layers as they are used in practice, each normalised before and gated and added after.
 
     .. math:: x \leftarrow x + \mathrm{GLU}(\mathrm{gelu}(\mathrm{LRU}(\mathrm{norm}(x))))
@@ -384,6 +402,10 @@ class LRUStack(nn.Module):
       r_max: as in ``LRU``.
       max_phase: as in ``LRU``.
       dtype: of the operands of the LRU's matrix products, by default their own.
+
+    Returns:
+      When called with x ``[batch, time, features_in]``: ``[batch, time, features]``; the call is that of ``Recurrent``,
+      and the carry a tuple of each layer's complex state.
 
     Example:
       >>> stack = LRUStack(8, layers=2, r_min=0.9, r_max=0.999, max_phase=3.0)
@@ -400,10 +422,17 @@ class LRUStack(nn.Module):
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array | np.ndarray) -> jax.Array:
+    def run(
+        self, xs: jax.Array, carry: PyTree, lengths: jax.Array | None, key: jax.Array | None
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        del key
+        if carry is not None and (not isinstance(carry, tuple | list) or len(carry) != self.layers):
+            raise ValueError(f"initial_carry must hold one state for each of the {self.layers} layers, in a tuple.")
         ring = {"r_min": self.r_min, "r_max": self.r_max, "max_phase": self.max_phase}
-        x = nn.Dense(self.features)(x)
-        for _ in range(self.layers):
-            y = LRU(self.features, dtype=self.dtype, **ring)(nn.LayerNorm()(x))
+        x, last = nn.Dense(self.features)(jnp.swapaxes(xs, 0, 1)), []
+        for index in range(self.layers):
+            layer, first = LRU(self.features, dtype=self.dtype, **ring), None if carry is None else carry[index]
+            state, y = layer(nn.LayerNorm()(x), first, seq_lengths=lengths, return_carry=True)
             x = x + nn.glu(nn.Dense(2 * self.features)(nn.gelu(y)))
-        return x
+            last.append(state)
+        return tuple(last), jnp.swapaxes(x, 0, 1)

@@ -7,6 +7,7 @@ studies compare with are in ``effjax.models.sequence_rivals``.
 """
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import flax.linen as nn
@@ -17,7 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from effjax.core.cells import Cell, Params, PyTree, Table
-from effjax.core.errors import check_number, check_series
+from effjax.core.errors import check_number
+from effjax.core.layers import OverTime, fitted_carry
 from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
@@ -113,10 +115,10 @@ class PlainCell(Cell):
         return one if self.states == 1 else (one,) + (jnp.zeros_like(one),) * (self.states - 1)
 
 
-class Recurrent(nn.Module):
+class Recurrent(OverTime):
     """A cell over whole sequences, its products with the inputs hoisted out of the loop.
 
-    Equal to ``nn.RNN(cell)`` and faster; the parameters are the same.
+    Equal to ``nn.RNN(cell)`` and faster; the parameters are the same, and so is the call.
 
     Args:
       cell: ``LSTMCell``, ``GRUCell``, ``RNNCell``, ``LRUCell``, ``MinGRUCell``, ``IncrementalRNNCell``, ``TARNNCell``,
@@ -125,38 +127,71 @@ class Recurrent(nn.Module):
       unroll: as in ``effjax.recurrent.scan_time``.
 
     Returns:
-      When called with x ``[batch, time, features_in]`` and, if wanted, a first carry: what the cell gives at every
-      step, ``[batch, time, features]``.
+      When called with x ``[batch, time, features_in]``: what the cell gives at every step, ``[batch, time, features]``;
+      with ``return_carry=True`` the last carry before it. ``initial_carry`` goes on from an earlier one, and
+      ``seq_lengths`` ``[batch]`` tells where each sequence ends. ``reverse``, ``keep_order``, ``time_major`` and
+      ``init_key`` are those of ``nn.RNN``.
 
     Raises:
       TypeError: a cell of another kind.
-      ValueError: a carry of another shape, a sequence longer than the cell's ``length``, or as ``scan_time``.
+      ValueError: a carry of another shape or structure, lengths beyond the sequence, a sequence longer than the cell's
+        ``length``, a cell whose states mix the sequences of a batch with ``seq_lengths``, or as ``scan_time``.
 
     Example:
       >>> layer = Recurrent(LSTMCell(features=8), unroll=4)
-      >>> states, _ = jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.ones((4, 20, 3)))
+      >>> states, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.ones((4, 20, 3)))
       >>> states.shape
       (4, 20, 8)
+      >>> apply = lambda variables: layer.apply(
+      ...     variables, jnp.ones((4, 20, 3)), seq_lengths=jnp.array([20, 3, 7, 1]), return_carry=True
+      ... )
+      >>> (c, h), _ = jax.eval_shape(apply, variables)
+      >>> h.shape
+      (4, 8)
     """
 
     cell: Cell
     chunk: int | None = None
     unroll: int = 1
 
-    def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], carry: PyTree = None) -> jax.Array:
-        check_series(x)
+    def run(
+        self, xs: jax.Array, carry: PyTree, lengths: jax.Array | None, key: jax.Array | None
+    ) -> tuple[PyTree, jax.Array]:
+        cell = self._cell()
+        cell.check_steps(len(xs))
+        params = cell.weights(xs.shape[-1])
+        projected = cell.project(params, xs)
+        first = cell.initialize_carry(jax.random.key(0) if key is None else key, xs.shape[1:])
+        carry = first if carry is None else fitted_carry(carry, first, type(cell).__name__)
+        loop = {"chunk": self.chunk, "unroll": self.unroll}
+        if lengths is None:
+            return scan_time(cell.advance, params, carry, projected, **loop)
+        ends = jnp.arange(len(xs))[:, None] == lengths - 1
+        (_, last), ys = scan_time(_keeping_ends(cell.advance), params, (carry, carry), (projected, ends), **loop)
+        return last, ys
+
+    def check_padding(self) -> None:
+        self._cell().check_padding()
+
+    def _cell(self) -> Cell:
         if not isinstance(self.cell, Cell):
             raise TypeError(
                 f"cell={type(self.cell).__name__} cannot be taken apart. Use nn.RNN(cell), or a cell that is an "
                 "effjax.core.cells.Cell."
             )
-        self.cell.check_steps(x.shape[1])
-        params = self.cell.weights(x.shape[-1])
-        projected = self.cell.project(params, jnp.swapaxes(x, 0, 1))
-        if carry is None:
-            carry = self.cell.initialize_carry(jax.random.key(0), (x.shape[0], x.shape[-1]))
-        _, ys = scan_time(self.cell.advance, params, carry, projected, chunk=self.chunk, unroll=self.unroll)
-        return jnp.swapaxes(ys, 0, 1)
+        return self.cell
+
+
+def _keeping_ends(advance: Callable[..., tuple[PyTree, jax.Array]]) -> Callable[..., tuple[PyTree, jax.Array]]:
+    """``advance`` that carries along the carry at the end of each sequence."""
+
+    def step(params: Params, carries: tuple[PyTree, PyTree], now: PyTree) -> tuple[PyTree, jax.Array]:
+        (carry, kept), (projected, ends) = carries, now
+        carry, y = advance(params, carry, projected)
+        keep = lambda new, old: jnp.where(ends.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+        return (carry, jax.tree.map(keep, carry, kept)), y
+
+    return step
 
 
 class RNNCell(PlainCell):

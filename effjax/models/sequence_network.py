@@ -1,5 +1,6 @@
 """A classifier, regressor or language model around any layer of states over time, whole or step by step."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.core.cells import Cell, Params, PyTree
 from effjax.core.errors import check_choice, check_number
+from effjax.core.layers import at_end, check_lengths
 from effjax.core.tree import wide
 
 __all__ = ["SequenceNetwork"]
@@ -32,10 +34,13 @@ class SequenceNetwork(nn.Module):
 
     Returns:
       When called with vectors ``[batch, time, features]`` or ids ``[batch, time]``: ``[batch, outputs]``, or
-      ``[batch, time, outputs]``, float32 at least.
+      ``[batch, time, outputs]``, float32 at least. With ``seq_lengths``, integers ``[batch]``, what follows the end of
+      a sequence is padding: the last state is that of its end, the mean that of its own steps, and outputs for each
+      time step mean nothing at the padding.
 
     Raises:
-      ValueError: inputs of another rank, an unknown ``read``, an embedding without a vocabulary.
+      ValueError: inputs of another rank, an unknown ``read``, an embedding without a vocabulary, lengths outside
+        [1, time], or ``seq_lengths`` with a layer that takes none.
 
     Example:
       >>> from effjax.recurrent.irnn import IncrementalRNN
@@ -57,6 +62,7 @@ class SequenceNetwork(nn.Module):
         self,
         x: Float[Array | np.ndarray, "batch time features"] | Int[Array | np.ndarray, "batch time"],
         train: bool = False,
+        seq_lengths: Int[Array | np.ndarray, "series"] | None = None,
     ) -> jax.Array:
         check_choice("read", self.read, ("last", "mean", "all"))
         if (self.vocabulary is None) != (self.embedding is None):
@@ -68,13 +74,51 @@ class SequenceNetwork(nn.Module):
         if jnp.ndim(x) != rank:
             wanted = "vectors [batch, time, features]" if rank == 3 else "ids [batch, time]"
             raise ValueError(f"x has shape {jnp.shape(x)}, but vocabulary={self.vocabulary} asks for {wanted}.")
+        if seq_lengths is not None:
+            lengths = check_lengths(seq_lengths, x.shape[0], x.shape[1], least=1)
+            real = jnp.arange(x.shape[1]) < lengths[:, None]
+            # Whatever fills the padding, NaN included, must not reach a gradient.
+            x = jnp.where(real.reshape(*real.shape, *[1] * (rank - 2)), x, 0)
         if self.vocabulary is not None and self.embedding is not None:
             check_number("embedding", self.embedding, low=1, integer=True)
             x = drop(nn.Embed(self.vocabulary, self.embedding, name="embed")(x))
-        states = self.layer(x)
-        if self.read != "all":
-            states = states[:, -1] if self.read == "last" else states.mean(1)
+        if seq_lengths is None:
+            states = self.layer(x)
+            if self.read != "all":
+                states = states[:, -1] if self.read == "last" else states.mean(1)
+        else:
+            states = _states(self.layer, x, lengths)
+            if self.read == "last":
+                states = at_end(jnp.swapaxes(states, 0, 1), lengths)
+            elif self.read == "mean":
+                total = jnp.where(real[..., None], wide(states), 0).sum(1)
+                states = (total / jnp.maximum(lengths, 1)[:, None]).astype(states.dtype)
         return wide(nn.Dense(self.outputs, name="head")(drop(states)))
+
+
+_STEPWISE = (nn.Dense, nn.DenseGeneral, nn.LayerNorm, nn.RMSNorm, nn.Dropout)
+
+
+def takes_lengths(module: Any) -> bool:
+    """Whether a module is called with ``seq_lengths``."""
+    return "seq_lengths" in inspect.signature(type(module).__call__).parameters
+
+
+def _states(layer: Any, x: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The states of a layer, or of several in an ``nn.Sequential``, that are told where sequences end."""
+    if isinstance(layer, nn.Sequential):
+        for part in layer.layers:
+            x = _states(part, x, lengths)
+        return x
+    if isinstance(layer, nn.Module):
+        if takes_lengths(layer):
+            return layer(x, seq_lengths=lengths)
+        if not isinstance(layer, _STEPWISE):
+            raise ValueError(
+                f"seq_lengths with the layer {type(layer).__name__}, which takes none: its states may depend on the "
+                "padding. Give its __call__ a keyword seq_lengths, or give sequences of one length."
+            )
+    return layer(x)
 
 
 class StepNetwork(NamedTuple):
@@ -89,7 +133,8 @@ class StepNetwork(NamedTuple):
         once.
       cell: ``(params, carry, x) -> (carry, state)``, one step in time.
       read: ``(params, states) -> outputs``, float32 at least.
-      infer: ``(params, inputs [rows, time, ...]) -> outputs``.
+      infer: ``(params, inputs [rows, time, ...], seq_lengths=None) -> outputs``; with ``seq_lengths``, integers
+        ``[rows]``, the last state is that of each sequence's end.
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -97,7 +142,7 @@ class StepNetwork(NamedTuple):
     encode: Callable[[PyTree, jax.Array], PyTree]
     cell: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, jax.Array]]
     read: Callable[[PyTree, jax.Array], Float[Array, "... outputs"]]
-    infer: Callable[[PyTree, jax.Array], Float[Array, "... outputs"]]
+    infer: Callable[..., Float[Array, "... outputs"]]
 
 
 def step_network(
@@ -164,10 +209,14 @@ def step_network(
     def outputs_of(params: PyTree, states: jax.Array) -> jax.Array:
         return wide(head.apply({"params": params["head"]}, states))
 
-    def infer(params: PyTree, inputs: jax.Array | np.ndarray) -> jax.Array:
+    def infer(params: PyTree, inputs: jax.Array | np.ndarray, seq_lengths: Any = None) -> jax.Array:
         cell.check_steps(inputs.shape[1])
+        lengths = None
+        if seq_lengths is not None:
+            cell.check_padding()
+            lengths = check_lengths(seq_lengths, *inputs.shape[:2], least=1)
         xs = encode(params, jnp.swapaxes(inputs, 0, 1))
         _, states = jax.lax.scan(lambda carry, x: advance(params, carry, x), start(len(inputs)), xs)
-        return outputs_of(params, jnp.swapaxes(states, 0, 1) if read == "all" else states[-1])
+        return outputs_of(params, jnp.swapaxes(states, 0, 1) if read == "all" else at_end(states, lengths))
 
     return StepNetwork(init, start, encode, advance, outputs_of, infer)

@@ -17,7 +17,7 @@ from effjax.recipes.recurrent import MODALITY, load_sequences
 from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig, Sweep, chosen
 from effjax.recurrent.fptt import fptt, fptt_epoch_end, fptt_eval_params
 from effjax.recurrent.through_time import Train, bptt_step, fptt_step, tbptt_step
-from effjax.tasks.sequence import sequence_metric
+from effjax.tasks.sequence import example_inputs, sequence_metric
 from effjax.tasks.sequence_layers import LAYERS, sequence_cell
 from effjax.tasks.sequence_networks import cell_task
 from effjax.tasks.task import Task
@@ -220,7 +220,7 @@ def _task(config: FpttStudy, data: SequenceData, kind: str, width: int) -> Task:
     cell = sequence_cell(name, width, length=data.length, dtype=dtype)
     start = {"adjust": torch_lstm_init} if kind == "torch-lstm" else {}
     task = cell_task(data, cell, name=f"{kind}-{width}", dtype=dtype, **start)
-    return task._replace(example_inputs=data.test["inputs"][: config.batch_size])
+    return task._replace(example_inputs=example_inputs(data, config.batch_size))
 
 
 def _program(

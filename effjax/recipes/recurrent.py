@@ -10,7 +10,7 @@ import optax
 from effjax.core.errors import Count, Positive, Rate
 from effjax.data.sequences import SequenceData, few_rows, sequence_data
 from effjax.recipes.spec import Arm, Group, Role, StudyConfig
-from effjax.tasks.sequence import sequence_metric
+from effjax.tasks.sequence import example_inputs, sequence_metric
 from effjax.tasks.sequence_layers import LAYERS, sequence_layer
 from effjax.tasks.sequence_networks import layer_task
 from effjax.train.program import Program
@@ -66,17 +66,11 @@ def load_sequences(config: Any, task: str, streams: int | None = None) -> Sequen
     data = config.data(task, MODALITY)
     if isinstance(data, str):
         return sequence_data(data, train_rows=config.train_rows, test_rows=config.test_rows, streams=streams)
-    if "lengths" in data.train:
-        if dict(config.own.columns).get("pad") == "end":
-            raise ValueError(
-                "pad='end': the series differ in length, and the networks of this study read the last step, which "
-                "would be filling. Leave it out: they are filled at the start."
-            )
-        if getattr(config, "read", "last") == "mean":
-            raise ValueError(
-                "read='mean': the series differ in length, and the mean over time would take in their filling. Give "
-                "--read last, or series of one length."
-            )
+    if getattr(config, "read", "last") == "mean" and data.pad == "start" and "lengths" in data.train:
+        raise ValueError(
+            "read='mean' with pad='start': the mean over time would take in the filling before each series. Leave "
+            "pad out, or give --read last."
+        )
     return few_rows(data, train=config.train_rows, test=config.test_rows)
 
 
@@ -85,7 +79,7 @@ def _program(config: RecurrentStudy, name: str, data: SequenceData) -> Program:
     layer = sequence_layer(name, config.hidden, length=data.length, chunk=config.chunk, unroll=config.unroll, **run)
     task = layer_task(data, layer, embedding=config.hidden, read=config.read, dropout=config.dropout, **run)
     return supervised(
-        task._replace(example_inputs=data.test["inputs"][: config.batch_size]),
+        task._replace(example_inputs=example_inputs(data, config.batch_size)),
         optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(config.learning_rate)),
         batch_size=config.batch_size,
         options=config.train,

@@ -151,9 +151,7 @@ class StudyConfig:
         """What a maker of tasks takes as its data: the name of a set, or the user's own data."""
         if self.own is None:
             return name
-        # The networks of the studies read the last step, which must be a series' own.
-        defaults = {"pad": "start"} if modality == "sequence" else {}
-        return read_data(modality, self.own.path, **defaults | dict(self.own.columns))
+        return read_data(modality, self.own.path, **dict(self.own.columns))
 
     def model(self, name: str) -> str:
         """What a maker of tasks takes as its model."""

@@ -88,6 +88,26 @@ def steps_at(eta: jax.Array, time: jax.Array) -> jax.Array:
     return jnp.moveaxis(jnp.take(eta, time, axis=0, mode="fill", fill_value=jnp.nan), -1, 0)[..., None]
 
 
+def steps_from(
+    eta: jax.Array, length: int, time: jax.Array | None, lengths: jax.Array | None, *, argument: str = "eta"
+) -> jax.Array:
+    """Step sizes of ``length`` steps after ``time`` ``[batch]`` of them are done; None is the start.
+
+    ``[length, K]`` as ``steps_over_time`` gives them, or of sizes for every time step ``[length, K, batch, 1]``.
+    """
+    if time is None or jnp.ndim(eta) < 2:
+        return steps_over_time(eta, length, argument=argument)
+    if not isinstance(time, jax.core.Tracer) and not isinstance(lengths, jax.core.Tracer):
+        check_length(len(eta), int(jnp.max(time + (length if lengths is None else lengths), initial=0)))
+    return jnp.moveaxis(steps_at(eta, time + jnp.arange(length)[:, None]), 1, 0)
+
+
+def steps_done(time: jax.Array | None, lengths: jax.Array | None, xs: jax.Array) -> jax.Array:
+    """The number of steps done, int32 ``[batch]``, after those of ``xs`` ``[time, batch, ...]``."""
+    done = jnp.zeros(xs.shape[1], jnp.int32) if time is None else time
+    return done + (len(xs) if lengths is None else lengths)
+
+
 def first_hidden(h0: Hidden | None, like: jax.Array, argument: str = "h0") -> jax.Array:
     """``h0``, or zeros of the shape, dtype and sharding of one time step of ``like``."""
     if h0 is None:

@@ -8,11 +8,11 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
 
-from effjax.core.errors import check_choice, check_series
+from effjax.core.cells import PyTree
+from effjax.core.errors import check_choice
+from effjax.core.layers import OverTime, at_end, fitted_carry
 from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
@@ -27,6 +27,8 @@ from effjax.recurrent.cells import (
     first_hidden,
     fused_dot,
     kernel_params,
+    steps_done,
+    steps_from,
     steps_over_time,
 )
 
@@ -84,9 +86,24 @@ def dual_ode(
     W4, which are computed and not used, are left out.
     """
     check_finite("xs", xs)
+    steps = {name: steps_over_time(params[name], len(xs), argument=name) for name in _STEPS}
+    return _over(params, xs, h0, steps, activation=activation, chunk=chunk, unroll=unroll, dtype=dtype)
+
+
+def _over(
+    params: Params,
+    xs: Sequence,
+    h0: tuple[Hidden, Hidden] | None,
+    steps: dict[str, jax.Array],
+    *,
+    activation: Activation,
+    chunk: int | None,
+    unroll: int,
+    dtype: DTypeLike | None,
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """``dual_ode`` with step sizes ``[time, K]`` or ``[time, K, *batch, 1]``."""
     used = {part: names for part, names in _INPUTS.items() if names[0] in params}
     pre = fused_dot(xs, {part: (params[kernel], params[bias]) for part, (kernel, bias) in used.items()}, dtype)
-    steps = {name: steps_over_time(params[name], len(xs), argument=name) for name in _STEPS}
     fast, slow = (None, None) if h0 is None else h0
     carry = (first_hidden(fast, pre["fast"], "h0[0]"), first_hidden(slow, pre["slow"], "h0[1]"))
     step = functools.partial(_step, activation=activation, dtype=dtype)
@@ -117,7 +134,7 @@ def _step(
     return (z, new_slow), jnp.concatenate([z, new_slow], -1)
 
 
-class DualODE(nn.Module):
+class DualODE(OverTime):
     """The "dual ODE" incremental RNN over whole sequences; the equations are those of ``dual_ode``.
 
     Args:
@@ -133,7 +150,9 @@ class DualODE(nn.Module):
       unroll: as in ``scan_time``.
 
     Returns:
-      When called with x ``[batch, time, features_in]`` and, if wanted, first states: ``[batch, time, features]``.
+      When called with x ``[batch, time, features_in]``: ``[batch, time, features]``. The call is that of
+      ``effjax.models.Recurrent`` (``initial_carry``, ``seq_lengths``, ``return_carry``, ...), and the carry the fast
+      state, the slow state and the number of steps done; the states alone start at the first step.
 
     Raises:
       ValueError: an odd number of features, or as ``IncrementalRNN``.
@@ -157,20 +176,23 @@ class DualODE(nn.Module):
     unroll: int = 1
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array | np.ndarray, "batch time inputs"], h0: tuple[jax.Array, jax.Array] | None = None
-    ) -> jax.Array:
-        check_series(x)
-        _, states = dual_ode(
-            self._params(x.shape[-1]),
-            jnp.swapaxes(x, 0, 1),
-            h0,
-            activation=self.activation,
-            chunk=self.chunk,
-            unroll=self.unroll,
-            dtype=self.dtype,
-        )
-        return jnp.swapaxes(states, 0, 1)
+    def run(
+        self, xs: jax.Array, carry: PyTree, lengths: jax.Array | None, key: jax.Array | None
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+        del key
+        check_finite("x", xs)
+        params, rows = self._params(xs.shape[-1]), xs.shape[1]
+        half, time = jnp.zeros((rows, self.features // 2)), None
+        if carry is not None:
+            alone = isinstance(carry, tuple | list) and len(carry) == 2
+            like = (half, half) if alone else (half, half, jnp.zeros(rows, jnp.int32))
+            fitted = fitted_carry(carry, like, "DualODE")
+            carry, time = fitted[:2], None if alone else fitted[2]
+        steps = {name: steps_from(params[name], len(xs), time, lengths, argument=name) for name in _STEPS}
+        options = {"activation": self.activation, "chunk": self.chunk, "unroll": self.unroll, "dtype": self.dtype}
+        _, states = _over(params, xs, carry, steps, **options)
+        fast, slow = jnp.split(at_end(states, lengths, None if carry is None else jnp.concatenate(carry, -1)), 2, -1)
+        return (fast, slow, steps_done(time, lengths, xs)), states
 
     def _params(self, inputs: int) -> dict[str, jax.Array]:
         if self.features % 2:

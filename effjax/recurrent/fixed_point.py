@@ -10,11 +10,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from effjax.core.errors import check_number, check_series
+from effjax.core.cells import PyTree
+from effjax.core.errors import check_number
+from effjax.core.layers import OverTime, at_end, fitted_carry
 from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
@@ -181,7 +182,7 @@ def limit_norm(U: Float[Array, "hidden hidden"], bound: Float[Array, ""] | float
     return U * jnp.where(norm > bound, bound / norm, 1.0)
 
 
-class EquilibriumRNN(nn.Module):
+class EquilibriumRNN(OverTime):
     """The incremental RNN at equilibrium over whole sequences, all time steps in parallel; see ``irnn_equilibrium``.
 
     Args:
@@ -194,8 +195,9 @@ class EquilibriumRNN(nn.Module):
       dtype: of the matrix products' operands.
 
     Returns:
-      When called with x ``[batch, time, features_in]`` and, if wanted, a first state ``[batch, features]``: all states
-      ``[batch, time, features]``, float32 at least.
+      When called with x ``[batch, time, features_in]``: all states ``[batch, time, features]``, float32 at least. The
+      call is that of ``effjax.models.Recurrent`` (``initial_carry``, ``seq_lengths``, ``return_carry``, ...), and the
+      carry a state ``[batch, features]``.
 
     Raises:
       ValueError: a number out of range, as ``irnn_equilibrium``.
@@ -215,23 +217,21 @@ class EquilibriumRNN(nn.Module):
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
-        check_series(x)
+    def run(
+        self, xs: jax.Array, carry: PyTree, lengths: jax.Array | None, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        del key
         check_number("alpha", self.alpha, low=0.0, open_low=True)
         params = {
-            **kernel_params(self, {"W": (x.shape[-1], self.features), "U": (self.features, self.features)}),
+            **kernel_params(self, {"W": (xs.shape[-1], self.features), "U": (self.features, self.features)}),
             "b": self.param("b", nn.initializers.zeros, (self.features,)),
             "alpha": self.param("alpha", nn.initializers.constant(self.alpha), ()),
         }
         if self.norm_limit is not None:
             check_number("norm_limit", self.norm_limit, low=0.0, high=1.0, open_low=True, open_high=True)
             params["U"] = limit_norm(params["U"], self.norm_limit * params["alpha"])
-        _, states = irnn_equilibrium(
-            params,
-            jnp.swapaxes(x, 0, 1),
-            h0,
-            iterations=self.iterations,
-            activation=self.activation,
-            dtype=self.dtype,
-        )
-        return jnp.swapaxes(states, 0, 1)
+        if carry is not None:
+            carry = fitted_carry(carry, jnp.zeros((xs.shape[1], self.features)), "EquilibriumRNN")
+        options = {"iterations": self.iterations, "activation": self.activation, "dtype": self.dtype}
+        _, states = irnn_equilibrium(params, xs, carry, **options)
+        return at_end(states, lengths, carry), states

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
 
-from effjax.core.cells import Cell
-from effjax.core.errors import check_choice, check_number, check_series
+from effjax.core.cells import Cell, PyTree
+from effjax.core.errors import check_choice, check_number
+from effjax.core.layers import OverTime, at_end, fitted_carry
 from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
@@ -31,6 +31,8 @@ from effjax.recurrent.cells import (
     first_hidden,
     kernel_params,
     steps_at,
+    steps_done,
+    steps_from,
     steps_over_time,
 )
 
@@ -96,7 +98,24 @@ def irnn(
     """
     check_choice("start", start, _STARTS)
     check_finite("xs", xs)
-    pre, eta = _project(params, xs, dtype), steps_over_time(params["eta"], len(xs))
+    eta = steps_over_time(params["eta"], len(xs))
+    return _over(params, xs, h0, eta, start=start, activation=activation, chunk=chunk, unroll=unroll, dtype=dtype)
+
+
+def _over(
+    params: Params,
+    xs: Sequence,
+    h0: Hidden | None,
+    eta: jax.Array,
+    *,
+    start: str,
+    activation: Activation,
+    chunk: int | None,
+    unroll: int,
+    dtype: DTypeLike | None,
+) -> tuple[jax.Array, jax.Array]:
+    """``irnn`` with step sizes ``[time, K]`` or ``[time, K, *batch, 1]``."""
+    pre = _project(params, xs, dtype)
     step = functools.partial(_step, start=start, activation=activation, dtype=dtype)
     return scan_time(step, params, first_hidden(h0, pre), (pre, eta), chunk=chunk, unroll=unroll)
 
@@ -211,7 +230,7 @@ class IncrementalRNNCell(_Incremental, Cell):
         return jnp.zeros((*input_shape[:-1], self.features)), jnp.zeros(input_shape[:-1], jnp.int32)
 
 
-class IncrementalRNN(_Incremental):
+class IncrementalRNN(_Incremental, OverTime):
     """Incremental RNN over whole sequences, the input products hoisted out of the loop.
 
     Equal to ``nn.RNN(IncrementalRNNCell(...))`` and faster; the parameters are those of the cell.
@@ -230,8 +249,9 @@ class IncrementalRNN(_Incremental):
       unroll: as in ``scan_time``.
 
     Returns:
-      When called with x ``[batch, time, features_in]`` and, if wanted, a first state ``[batch, features]``: all states
-      ``[batch, time, features]``, float32 at least.
+      When called with x ``[batch, time, features_in]``: all states ``[batch, time, features]``, float32 at least. The
+      call is that of ``Recurrent`` (``initial_carry``, ``seq_lengths``, ``return_carry``, ...), and the carry that of
+      the cell; a state ``[batch, features]`` alone starts at the first step.
 
     Raises:
       ValueError: as ``IncrementalRNNCell``, and for sequences longer than ``length``.
@@ -246,16 +266,19 @@ class IncrementalRNN(_Incremental):
     chunk: int | None = None
     unroll: int = 1
 
-    def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
-        check_series(x)
-        _, states = irnn(
-            self.weights(x.shape[-1]),
-            jnp.swapaxes(x, 0, 1),
-            h0,
-            start=self.start,
-            activation=self.activation,
-            chunk=self.chunk,
-            unroll=self.unroll,
-            dtype=self.dtype,
-        )
-        return jnp.swapaxes(states, 0, 1)
+    def run(
+        self, xs: jax.Array, carry: PyTree, lengths: jax.Array | None, key: jax.Array | None
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        del key
+        check_finite("x", xs)
+        params, rows = self.weights(xs.shape[-1]), xs.shape[1]
+        if carry is None or not isinstance(carry, tuple | list):
+            h0, time = carry, None
+        else:
+            like = jnp.zeros((rows, self.features)), jnp.zeros(rows, jnp.int32)
+            h0, time = fitted_carry(carry, like, "IncrementalRNN")
+        eta = steps_from(params["eta"], len(xs), time, lengths)
+        h0 = None if h0 is None else fitted_carry(h0, jnp.zeros((rows, self.features)), "IncrementalRNN")
+        options = {"start": self.start, "activation": self.activation, "chunk": self.chunk, "unroll": self.unroll}
+        _, states = _over(params, xs, h0, eta, dtype=self.dtype, **options)
+        return (at_end(states, lengths, h0), steps_done(time, lengths, xs)), states

@@ -73,6 +73,14 @@ class _Spiking(Cell):
         return dot(xs, params["W"], self.dtype) + params["b"]
 
     @nn.nowrap
+    def check_padding(self) -> None:
+        if self.norm == "batch":
+            raise ValueError(
+                "norm='batch' with seq_lengths: the statistics of a step would take in the padding. Choose "
+                "norm='layer' or batches of sequences of one length."
+            )
+
+    @nn.nowrap
     def _dense(self, kernel: str, bias: str, inputs: int, init: nn.initializers.Initializer | None = None) -> Table:
         init = init or nn.initializers.xavier_normal()
         return {kernel: (init, (inputs, self.features)), bias: (nn.initializers.zeros, (self.features,))}

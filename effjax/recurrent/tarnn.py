@@ -15,8 +15,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from effjax.core.cells import Cell
-from effjax.core.errors import check_choice, check_number, check_series
+from effjax.core.cells import Cell, PyTree
+from effjax.core.errors import check_choice, check_number
+from effjax.core.layers import OverTime, at_end, fitted_carry
 from effjax.core.products import dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
@@ -33,6 +34,8 @@ from effjax.recurrent.cells import (
     fused_dot,
     kernel_params,
     steps_at,
+    steps_done,
+    steps_from,
     steps_over_time,
 )
 
@@ -114,9 +117,29 @@ def tarnn(
     """
     check_choice("variant", variant, _VARIANTS)
     check_finite("xs", xs)
-    projected = _add_products_before(params, _products_now(params, xs, dtype), _before(xs, first_prev), dtype)
-    if "eta" in params:
-        projected["eta"] = steps_over_time(params["eta"], len(xs))
+    eta = steps_over_time(params["eta"], len(xs)) if "eta" in params else None
+    options = {"variant": variant, "K": K, "activation": activation, "chunk": chunk, "unroll": unroll}
+    return _over(params, xs, h0, _before(xs, first_prev), eta, dtype=dtype, **options)
+
+
+def _over(
+    params: Params,
+    xs: Sequence,
+    h0: Hidden | None,
+    before: jax.Array,
+    eta: jax.Array | None,
+    *,
+    variant: str,
+    K: int,
+    activation: Activation,
+    chunk: int | None,
+    unroll: int,
+    dtype: DTypeLike | None,
+) -> tuple[jax.Array, jax.Array]:
+    """``tarnn`` with the inputs one step earlier, and step sizes ``[time, K]`` or ``[time, K, *batch, 1]``."""
+    projected = _add_products_before(params, _products_now(params, xs, dtype), before, dtype)
+    if eta is not None:
+        projected["eta"] = eta
     h0 = first_hidden(h0, projected["gate"])
     step = functools.partial(_step, variant=variant, K=K, activation=activation, dtype=dtype)
     return scan_time(step, _fuse(params), h0, projected, chunk=chunk, unroll=unroll)
@@ -288,7 +311,7 @@ class TARNNCell(_TimeAdaptive, Cell):
         return jnp.zeros((*batch, self.features)), jnp.zeros(input_shape), jnp.zeros(batch, jnp.int32)
 
 
-class TARNN(_TimeAdaptive):
+class TARNN(_TimeAdaptive, OverTime):
     """Time-adaptive RNN over whole sequences, the input products hoisted out of the loop.
 
     Equal to ``nn.RNN(TARNNCell(...))`` and faster; the parameters are those of the cell.
@@ -307,8 +330,9 @@ class TARNN(_TimeAdaptive):
       unroll: as in ``scan_time``.
 
     Returns:
-      When called with x ``[batch, time, features_in]`` and, if wanted, a first state ``[batch, features]``: all states
-      ``[batch, time, features]``, float32 at least.
+      When called with x ``[batch, time, features_in]``: all states ``[batch, time, features]``, float32 at least. The
+      call is that of ``Recurrent`` (``initial_carry``, ``seq_lengths``, ``return_carry``, ...), and the carry that of
+      the cell; a state ``[batch, features]`` alone starts at the first step.
 
     Raises:
       ValueError: as ``TARNNCell``, and for sequences longer than ``length``.
@@ -323,18 +347,23 @@ class TARNN(_TimeAdaptive):
     chunk: int | None = None
     unroll: int = 1
 
-    def __call__(self, x: Float[Array | np.ndarray, "batch time inputs"], h0: jax.Array | None = None) -> jax.Array:
-        check_series(x)
-        _, states = tarnn(
-            self.weights(x.shape[-1]),
-            jnp.swapaxes(x, 0, 1),
-            h0,
-            variant=self.variant,
-            K=self.K,
-            first_prev=self.first_prev,
-            activation=self.activation,
-            chunk=self.chunk,
-            unroll=self.unroll,
-            dtype=self.dtype,
-        )
-        return jnp.swapaxes(states, 0, 1)
+    def run(
+        self, xs: jax.Array, carry: PyTree, lengths: jax.Array | None, key: jax.Array | None
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+        del key
+        check_finite("x", xs)
+        params, rows = self.weights(xs.shape[-1]), xs.shape[1]
+        one = jnp.zeros((rows, self.features))
+        h0, before, time = carry, jnp.zeros(xs.shape[1:]), None
+        first: Any = self.first_prev
+        if isinstance(carry, tuple | list):
+            h0, before, time = fitted_carry(carry, (one, before, jnp.zeros(rows, jnp.int32)), "TARNN")
+            first = jnp.where(time[:, None] == 0, xs[0], before) if self.first_prev == "repeat" else before
+        elif carry is not None:
+            h0 = fitted_carry(carry, one, "TARNN")
+        eta = steps_from(params["eta"], len(xs), time, lengths) if "eta" in params else None
+        options = {"variant": self.variant, "K": self.K, "activation": self.activation, "dtype": self.dtype}
+        loop = {"chunk": self.chunk, "unroll": self.unroll}
+        _, states = _over(params, xs, h0, _before(xs, first), eta, **options, **loop)
+        inputs = at_end(xs, lengths, before).astype(before.dtype)
+        return (at_end(states, lengths, h0), inputs, steps_done(time, lengths, xs)), states

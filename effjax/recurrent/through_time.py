@@ -12,12 +12,13 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import NoEffectWarning, check_choice, check_number
+from effjax.core.layers import check_lengths
 from effjax.core.tree import path_name, wide
 
 __all__ = ["SequencePart", "SequenceProblem", "bptt_step", "fptt_online", "fptt_step", "tbptt_step"]
 
 PyTree = Any
-Train = Callable[[PyTree, PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree, PyTree, "PartMetrics"]]
+Train = Callable[..., tuple[PyTree, PyTree, PyTree, "PartMetrics"]]
 
 
 @jax.tree_util.register_dataclass
@@ -29,11 +30,14 @@ class SequencePart:
       index: from 0; may be traced.
       count: all parts of the sequence, a short last one included.
       whole: those of full length.
+      real: with ``seq_lengths``, bool ``[time, batch]``, True at the steps of this part that are not padding, and False
+        behind the end of each sequence; of a ``terminal`` problem bool ``[batch]``, at the part's last step. Else None.
     """
 
     index: Int[Array, ""] | int = 0
     count: int = dataclasses.field(default=1, metadata={"static": True})
     whole: int = dataclasses.field(default=1, metadata={"static": True})
+    real: Bool[Array, "..."] | None = None
 
     @property
     def progress(self) -> Float[Array, ""]:
@@ -164,8 +168,10 @@ def fptt_step(
         is not finite. Otherwise a NaN spreads to all that follows, and shows in the metrics.
 
     Returns:
-      ``(state, params, carry, xs, targets) -> (state, params, carry, metrics)``, with the optimizer's state first.
-      ``metrics`` has a ``loss`` per part, ``aux`` and ``skipped``.
+      ``(state, params, carry, xs, targets, *, seq_lengths=None) -> (state, params, carry, metrics)``, with the
+      optimizer's state first. ``metrics`` has a ``loss`` per part, ``aux`` and ``skipped``. With ``seq_lengths``,
+      integers ``[batch]``, carry and output of a sequence stay as they are at its end: a ``terminal`` loss is asked for
+      the output there, in every later part too, and any other loss finds the steps that count in ``part.real``.
 
     Raises:
       ValueError: none or both of ``parts`` and ``part_length``, or below 1; when called, more parts than steps, time
@@ -189,6 +195,21 @@ def fptt_step(
     one part where an update is repeated.
     """
     _check_split(parts, part_length)
+
+    def make(problem: SequenceProblem) -> Train:
+        return _fptt(problem, tx, parts, part_length, recompute_state, skip_nonfinite)
+
+    return _with_lengths(problem, make)
+
+
+def _fptt(
+    problem: SequenceProblem,
+    tx: optax.GradientTransformation,
+    parts: int | None,
+    part_length: int | None,
+    recompute_state: bool,
+    skip_nonfinite: bool,
+) -> Train:
     learn = _learner(problem, tx, skip_nonfinite)
 
     def train(
@@ -301,7 +322,16 @@ def bptt_step(
     parts = 1 if parts is part_length is None else parts
     if remat and parts == 1:
         raise ValueError("remat=True with one part would save nothing. Give parts near the root of the length.")
+    _check_split(parts, part_length)
 
+    def make(problem: SequenceProblem) -> Train:
+        gradient = _whole_gradient(problem, remat)
+        return _one_update(gradient, problem, tx, parts, part_length, recompute_state, skip_nonfinite)
+
+    return _with_lengths(problem, make)
+
+
+def _whole_gradient(problem: SequenceProblem, remat: bool) -> Callable[..., Any]:
     def gradient(params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, plan: _Plan) -> tuple[Any, ...]:
         def total(params: PyTree) -> tuple[Array, Any]:
             def one(carry: PyTree, part: SequencePart, *data: PyTree) -> tuple[PyTree, PartMetrics]:
@@ -315,7 +345,7 @@ def bptt_step(
         (_, (last, metrics)), grads = jax.value_and_grad(total, has_aux=True)(params)
         return grads, last, metrics
 
-    return _one_update(gradient, problem, tx, parts, part_length, recompute_state, skip_nonfinite)
+    return gradient
 
 
 def tbptt_step(
@@ -356,6 +386,16 @@ def tbptt_step(
       >>> train(optax.sgd(0.1).init(w), w, h, xs, xs)[3].loss.shape
       (3,)
     """
+    _check_split(parts, part_length)
+
+    def make(problem: SequenceProblem) -> Train:
+        gradient = _truncated_gradient(problem)
+        return _one_update(gradient, problem, tx, parts, part_length, recompute_state, skip_nonfinite)
+
+    return _with_lengths(problem, make)
+
+
+def _truncated_gradient(problem: SequenceProblem) -> Callable[..., Any]:
     part_gradient = jax.value_and_grad(problem._objective, has_aux=True)
 
     def gradient(params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, plan: _Plan) -> tuple[Any, ...]:
@@ -373,7 +413,55 @@ def tbptt_step(
         (total, last), metrics = _over_parts(one, (zeros, carry), xs, targets, plan)
         return jax.tree.map(lambda t, p: t.astype(p.dtype), total, params), last, metrics
 
-    return _one_update(gradient, problem, tx, parts, part_length, recompute_state, skip_nonfinite)
+    return gradient
+
+
+class _Ended(NamedTuple):
+    """A carry that stays as it is at the end of each sequence, with what that takes."""
+
+    carry: PyTree
+    out: PyTree
+    time: Int[Array, ""]
+    lengths: Int[Array, "batch"]
+
+
+def _with_lengths(problem: SequenceProblem, make: Callable[[SequenceProblem], Train]) -> Train:
+    """The step that ``make`` gives, which takes ``seq_lengths`` too."""
+    plain = make(problem)
+    ended = make(_ending(problem))
+
+    def train(
+        state: PyTree, params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, *, seq_lengths: Any = None
+    ) -> tuple[PyTree, PyTree, PyTree, PartMetrics]:
+        if seq_lengths is None:
+            return plain(state, params, carry, xs, targets)
+        _plan(problem, xs, targets, parts=1)
+        _check_carry(problem, params, carry, xs)
+        shape = jnp.shape(jax.tree.leaves(xs)[0])
+        lengths = check_lengths(seq_lengths, shape[1 - problem.time_axis], shape[problem.time_axis])
+        out = jax.eval_shape(lambda *args: _first_step(problem, *args)[1], params, carry, xs)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), out)
+        start = _Ended(carry, zeros, jnp.zeros((), jnp.int32), lengths)
+        state, params, last, metrics = ended(state, params, start, xs, targets)
+        return state, params, last.carry, metrics
+
+    return train
+
+
+def _ending(problem: SequenceProblem) -> SequenceProblem:
+    """The problem with a carry of ``_Ended``, whose loss is told the steps that are real."""
+
+    def cell(params: PyTree, state: _Ended, x: PyTree) -> tuple[_Ended, tuple[PyTree, Array]]:
+        carry, out = problem.cell(params, state.carry, x)
+        real = state.time < state.lengths
+        keep = lambda new, old: jnp.where(real.reshape(-1, *[1] * (jnp.ndim(new) - 1)), new, old)
+        out = jax.tree.map(keep, out, state.out)
+        return _Ended(jax.tree.map(keep, carry, state.carry), out, state.time + 1, state.lengths), (out, real)
+
+    def loss(params: PyTree, outs: tuple[PyTree, Array], targets: PyTree, part: SequencePart) -> Any:
+        return problem.loss(params, outs[0], targets, dataclasses.replace(part, real=outs[1]))
+
+    return dataclasses.replace(problem, cell=cell, loss=loss)
 
 
 def _check_split(parts: int | None, part_length: int | None) -> None:
@@ -438,7 +526,7 @@ def _plan(
             f"part_length={part_length}, but the sequence has {steps} steps: one part holds it all, and there is one "
             f"update. Choose part_length in [1, {steps - 1}].",
             NoEffectWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     length = min(part_length or steps, steps)
     return _Plan(length, steps // length, steps % length, terminal, axis)
@@ -512,7 +600,6 @@ def _one_update(
     recompute_state: bool,
     skip_nonfinite: bool,
 ) -> Train:
-    _check_split(parts, part_length)
     tx = optax.with_extra_args_support(tx)
 
     def train(
@@ -565,13 +652,8 @@ def _rerun(problem: SequenceProblem, params: PyTree, carry: PyTree, xs: PyTree, 
 
 def _check_carry(problem: SequenceProblem, params: PyTree, carry: PyTree, xs: PyTree) -> None:
     """The cell must hand on what it was given, or the next step, part or batch could not go on from it."""
-
-    def once(params: PyTree, carry: PyTree, xs: PyTree) -> PyTree:
-        first = jax.tree.map(lambda leaf: leaf[0], problem._inputs(params, problem._time_first(xs)))
-        return problem.cell(params, carry, first)[0]
-
     try:
-        after = jax.eval_shape(once, params, carry, xs)
+        after = jax.eval_shape(lambda *args: _first_step(problem, *args)[0], params, carry, xs)
     except Exception as error:
         error.add_note(f"This is the first step of the sequence, with carry {_kinds(carry)} and xs {_kinds(xs)}.")
         raise
@@ -580,6 +662,11 @@ def _check_carry(problem: SequenceProblem, params: PyTree, carry: PyTree, xs: Py
             f"carry is {_kinds(carry)}, but the cell returns {_kinds(after)}. Start from a carry of the cell's own "
             "hidden size, batch and dtype."
         )
+
+
+def _first_step(problem: SequenceProblem, params: PyTree, carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
+    first = jax.tree.map(lambda leaf: leaf[0], problem._inputs(params, problem._time_first(xs)))
+    return problem.cell(params, carry, first)
 
 
 def _kinds(tree: PyTree) -> Any:

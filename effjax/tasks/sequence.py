@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int, Shaped
 
 from effjax.core.errors import check_choice, check_number
+from effjax.core.layers import check_lengths
 from effjax.core.shapes import pad_to
 from effjax.core.tree import wide
 from effjax.data.sequences import Kind, SequenceData, sequence_data, sequence_kind
@@ -66,19 +67,21 @@ def sequence_task(
     Args:
       data: a name of ``effjax.data.sequences``, or a ``SequenceData``.
       model: a Linen module called as ``module(inputs)``, or ``module(inputs, train=...)`` if it takes ``train``,
-        that returns [batch, outputs] (class, value) or [batch, time, outputs] (tokens).
+        that returns [batch, outputs] (class, value) or [batch, time, outputs] (tokens). Where the data have a column
+        ``lengths``, it is called with ``seq_lengths`` too.
       eval_batch: sequences of one evaluation batch; the last one is padded.
       dtype: what the module was made to compute in; trainers compare it with their options.
       remat: whether the module recomputes activations; the same.
 
     Returns:
-      A ``Task``. ``infer`` returns float32 outputs, ``loss`` is ``sequence_loss`` and its metrics hold ``accuracy``
-      (but of values), ``evaluate`` is ``sequence_evaluator``. Of ``details``, ``data`` is the ``SequenceData`` and
+      A ``Task``. ``infer`` returns float32 outputs, of inputs or, where the data have a column ``lengths``, of a
+      mapping of ``inputs`` and ``lengths``; ``loss`` is ``sequence_loss`` and its metrics hold ``accuracy`` (but of
+      values), ``evaluate`` is ``sequence_evaluator``. Of ``details``, ``data`` is the ``SequenceData`` and
       ``draw``, where there is one, completes a training batch on the host.
 
     Raises:
-      ValueError: an unknown name, columns of another shape, dtype or range, NaN in the test data, or a
-        module whose outputs have another shape.
+      ValueError: an unknown name, columns of another shape, dtype or range, NaN in the test data, a
+        module whose outputs have another shape, or one without ``seq_lengths`` for sequences of unlike length.
 
     Example:
       >>> class Mean(nn.Module):
@@ -92,7 +95,14 @@ def sequence_task(
       ((), {}, ['accuracy', 'loss'])
     """
     problem = sequence_data(data) if isinstance(data, str) else data
-    takes_train = "train" in inspect.signature(model.__call__).parameters
+    taken = inspect.signature(model.__call__).parameters
+    if problem.told_lengths and "seq_lengths" not in taken:
+        raise ValueError(
+            f"model={type(model).__name__} takes no seq_lengths, but the sequences of {problem.name!r} differ in "
+            "length and are filled up at the end: it would read the filling. Take seq_lengths in __call__, as "
+            "effjax.models.SequenceNetwork does, or fill them up at the start: pad='start'."
+        )
+    takes_train = "train" in taken
     example = problem.test["inputs"][:1]
 
     def mode(train: bool) -> dict[str, Any]:
@@ -103,14 +113,33 @@ def sequence_task(
 
     state_names = [name for name in jax.eval_shape(init, jax.random.key(0)) if name != "params"]
 
-    def apply(variables: Variables, inputs: jax.Array, key: jax.Array | None, train: bool) -> tuple[jax.Array, Any]:
+    def apply(variables: Variables, inputs: Any, key: jax.Array | None, train: bool) -> tuple[jax.Array, Any]:
         rngs = None if key is None else {"dropout": key}
-        return model.apply(variables, inputs, rngs=rngs, mutable=state_names, **mode(train))
+        inputs, lengths = inputs_and_lengths(inputs)
+        told = {} if lengths is None else {"seq_lengths": lengths}
+        return model.apply(variables, inputs, rngs=rngs, mutable=state_names, **mode(train), **told)
 
     name = type(model).__name__
     return task_of_functions(problem, name, init, apply, eval_batch=eval_batch, dtype=dtype, remat=remat)._replace(
         module=model
     )
+
+
+def network_inputs(data: SequenceData, columns: Mapping[str, Any]) -> Any:
+    """What the network of a task reads of some columns: ``inputs``, with ``lengths`` where it must be told them."""
+    if not data.told_lengths:
+        return columns["inputs"]
+    return {name: columns[name] for name in ("inputs", "lengths")}
+
+
+def inputs_and_lengths(inputs: Any) -> tuple[Any, Any]:
+    """``inputs`` and ``lengths`` (None where there are none) of what ``network_inputs`` gives."""
+    return (inputs["inputs"], inputs["lengths"]) if isinstance(inputs, Mapping) else (inputs, None)
+
+
+def example_inputs(data: SequenceData, rows: int) -> Any:
+    """The first test sequences, as a task's ``infer`` takes them."""
+    return network_inputs(data, {name: column[:rows] for name, column in data.test.items()})
 
 
 def task_of_functions(
@@ -129,8 +158,9 @@ def task_of_functions(
       data: the problem.
       model: the network's name.
       init: ``key -> variables``; traceable.
-      apply: ``(variables, inputs, key, train) -> (outputs, model_state)``; traceable. ``key`` feeds dropout and may be
-        None, ``model_state`` holds the collections other than ``params``.
+      apply: ``(variables, inputs, key, train) -> (outputs, model_state)``; traceable. ``inputs`` are a mapping of
+        ``inputs`` and ``lengths`` where the data have lengths; ``key`` feeds dropout and may be None, ``model_state``
+        holds the collections other than ``params``.
       eval_batch: as of ``sequence_task``.
       dtype: as of ``sequence_task``.
       remat: as of ``sequence_task``.
@@ -143,14 +173,14 @@ def task_of_functions(
     """
     infer = lambda variables, inputs: wide(apply(variables, inputs, None, False)[0])
     evaluate = sequence_evaluator(data, infer, eval_batch)
-    example = data.test["inputs"][:1]
+    example = example_inputs(data, 1)
     _check_outputs(data, model, jax.eval_shape(infer, jax.eval_shape(init, jax.random.key(0)), example).shape)
 
     def loss(
         variables: Variables, batch: Batch, key: jax.Array | None = None, *, train: bool = True
     ) -> tuple[Float[Array, ""], tuple[Variables, dict[str, jax.Array]]]:
-        outputs, state = apply(variables, batch["inputs"], key, train)
-        scores = _scores(data.kind, outputs, batch["targets"])
+        outputs, state = apply(variables, network_inputs(data, batch), key, train)
+        scores = _scores(data.kind, outputs, asked_targets(data, batch["targets"], batch.get("lengths")))
         value = _mean(scores.loss, scores.asked)
         metrics = {"loss": value}
         if data.kind != "value":
@@ -169,7 +199,9 @@ def task_of_functions(
         example_inputs=example,
         test=data.test,
         classes=None if data.kind == "value" else data.outputs,
-        weight=(lambda batch: (batch["targets"] >= 0).sum()) if data.kind == "tokens" else None,
+        weight=(lambda batch: (asked_targets(data, batch["targets"], batch.get("lengths")) >= 0).sum())
+        if data.kind == "tokens"
+        else None,
         dtype=dtype,
         remat=remat,
         details={"data": data} | ({} if data.draw is None else {"draw": data.draw}),
@@ -232,19 +264,20 @@ def sequence_evaluator(
     check_number("eval_batch", eval_batch, low=1, integer=True)
     for split in ("train", "test"):
         _check_columns(data, split)
-    inputs, targets = data.test["inputs"], data.test["targets"]
+    inputs, targets = network_inputs(data, data.test), data.test["targets"]
     rows = len(targets)
     size = min(eval_batch, rows)
 
     @jax.jit
-    def scores(variables: Variables, inputs: jax.Array, targets: jax.Array) -> _Scores:
-        return _scores(data.kind, infer(variables, inputs), targets)
+    def scores(variables: Variables, inputs: PyTree, targets: jax.Array) -> _Scores:
+        _, lengths = inputs_and_lengths(inputs)
+        return _scores(data.kind, infer(variables, inputs), asked_targets(data, targets, lengths))
 
     def evaluate(variables: Variables) -> dict[str, float]:
         parts = []
         for start in range(0, rows, size):
-            batch = (column[start : start + size] for column in (inputs, targets))
-            parts.append(scores(variables, *(pad_to(column, size) for column in batch)))
+            cut = lambda column, start=start: pad_to(column[start : start + size], size)
+            parts.append(scores(variables, *jax.tree.map(cut, (inputs, targets))))
         # Sums of each sequence, so that the padding is cut off before anything is averaged.
         sums = _Scores(
             *(np.concatenate(part)[:rows].sum(dtype=np.float64) for part in zip(*jax.device_get(parts), strict=True))
@@ -254,6 +287,13 @@ def sequence_evaluator(
         return {"accuracy": float(sums.correct / sums.asked), "nll": float(sums.loss / sums.asked)}
 
     return evaluate
+
+
+def asked_targets(data: SequenceData, targets: Any, lengths: Any) -> Any:
+    """Targets that ask for nothing at the padding, where there is one of every step."""
+    if data.kind != "tokens" or lengths is None or not data.told_lengths:
+        return targets
+    return jnp.where(jnp.arange(targets.shape[1]) < lengths[:, None], targets, -1)
 
 
 class _Scores(NamedTuple):
@@ -299,6 +339,13 @@ def _check_columns(data: SequenceData, split: str) -> None:
     shape, tail = inputs.shape[1:], (data.features,) if data.features else ()
     if shape[1:] != tail or (shape[0] != data.length and (split == "test" or data.draw is None)):
         raise ValueError(f"{where}: inputs have shape {inputs.shape}; expected {('rows', data.length, *tail)}.")
+    if ("lengths" in data.train) != ("lengths" in data.test):
+        raise ValueError(f"data={data.name!r}: one split has a column 'lengths' and the other none. Give it to both.")
+    if "lengths" in getattr(data, split):
+        try:
+            check_lengths(getattr(data, split)["lengths"], len(targets), data.length, least=1)
+        except ValueError as error:
+            raise ValueError(f"{where}, column 'lengths': {error}") from None
     if not data.features:
         _check_range(f"{where}: inputs", inputs, 0, data.vocabulary)
     elif split == "test":  # ``Batches`` checks what is trained on

@@ -13,7 +13,7 @@ from effjax.data.sequences import Kind, SequenceData, sequence_data
 from effjax.models.sequence_network import SequenceNetwork, StepNetwork, step_network
 from effjax.recurrent.fptt import fptt_terminal_loss
 from effjax.recurrent.through_time import SequencePart
-from effjax.tasks.sequence import sequence_loss, sequence_task, task_of_functions
+from effjax.tasks.sequence import inputs_and_lengths, sequence_loss, sequence_task, task_of_functions
 from effjax.tasks.task import Task
 
 PyTree = Any
@@ -103,7 +103,10 @@ def cell_task(
         data,
         name or type(cell).__name__,
         init=lambda key: {"params": network.init(key)},
-        apply=lambda variables, inputs, key, train: (network.infer(variables["params"], inputs), {}),
+        apply=lambda variables, inputs, key, train: (
+            network.infer(variables["params"], *inputs_and_lengths(inputs)),
+            {},
+        ),
         dtype=dtype,
     )
     return task._replace(details={**task.details, "network": network})

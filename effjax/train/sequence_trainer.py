@@ -7,6 +7,7 @@ import jax
 import optax
 
 from effjax.recurrent.through_time import SequenceProblem, Train
+from effjax.tasks.sequence import asked_targets, inputs_and_lengths, network_inputs
 from effjax.tasks.sequence_networks import part_loss
 from effjax.tasks.task import Task
 from effjax.train.loaders import column_loader
@@ -80,6 +81,8 @@ def through_time(
     if epoch_end is not None and steps is None:
         raise ValueError("epoch_end needs the number of steps of a run: give steps=.")
     data, network = task.details["data"], task.details["network"]
+    if streams and data.told_lengths:
+        raise ValueError("streams=True, but the sequences differ in length: a row cannot go on from the one before.")
     loader = column_loader(data.train, batch_size, shuffle=not streams, transform=data.draw)
     tokens = data.kind == "tokens"
     loss = part_loss(data.kind, network, auxiliary=auxiliary)
@@ -92,7 +95,10 @@ def through_time(
 
     def step(state: ThroughTimeState, batch: PyTree, aux: PyTree) -> tuple[ThroughTimeState, dict[str, jax.Array]]:
         carry = state.carry if streams else network.start(batch_size)
-        opt, params, carry, metrics = train(state.opt, state.params, carry, batch["inputs"], batch["targets"])
+        inputs, lengths = inputs_and_lengths(network_inputs(data, batch))
+        told = {} if lengths is None else {"seq_lengths": lengths}
+        targets = asked_targets(data, batch["targets"], lengths)
+        opt, params, carry, metrics = train(state.opt, state.params, carry, inputs, targets, **told)
         value = metrics.loss.mean() if tokens else metrics.loss[-1]
         return ThroughTimeState(carry if streams else (), opt, params), {"loss": value}
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int, Integer, UInt
 
 from effjax.core.errors import NoEffectWarning, check_choice, check_number
 from effjax.core.shapes import check_ladder
+from effjax.data.columns import Columns, token_columns
 from effjax.data.ragged import Ragged
 
 __all__ = ["stop_ids", "stop_ids_top_k", "token_drop", "token_drop_columns"]
@@ -80,12 +81,16 @@ def stop_ids(
 
 
 def stop_ids_top_k(
-    ids: Ragged | Integer[np.ndarray, "total"], k: int, *, vocab_size: int, special_ids: Collection[int]
+    ids: Ragged | Integer[np.ndarray, "total"] | Sequence[Sequence[int]] | Any,
+    k: int,
+    *,
+    vocab_size: int,
+    special_ids: Collection[int],
 ) -> Int[np.ndarray, "vocab"]:
     """The k most frequent token ids as the insignificant ones, for languages without a list.
 
     Args:
-      ids: the training texts.
+      ids: the training texts: a ``Ragged``, lists, a column of a Hugging Face ``Dataset``, or all ids end to end.
       k: how many.
       vocab_size: number of ids.
       special_ids: ids never dropped (they would be the most frequent).
@@ -100,7 +105,7 @@ def stop_ids_top_k(
       >>> stop_ids_top_k(Ragged.of([[0, 3, 3, 2], [0, 3, 1]]), 1, vocab_size=4, special_ids=[0]).tolist()
       [-1, -1, -1, 0]
     """
-    values = ids.values if isinstance(ids, Ragged) else np.asarray(ids)
+    values = ids if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype != object else _ragged(ids).values
     _check_ids(values, vocab_size)
     counts = np.bincount(values, minlength=vocab_size)
     counts[list(special_ids)] = 0
@@ -131,8 +136,12 @@ def vocabulary_stop_ids(tokenizer: Any) -> Int[np.ndarray, "vocabulary"]:
     return stop_ids(tokens.__getitem__, len(tokens), rule=rule, special_ids=tokenizer.special_ids)
 
 
+def _ragged(ids: Any) -> Ragged:
+    return ids if isinstance(ids, Ragged) else Ragged.of(ids)
+
+
 def token_drop(
-    ids: Ragged,
+    ids: Ragged | Sequence[Sequence[int]] | Any,
     stop_of_id: Integer[np.ndarray, "vocab"],
     *,
     seed: int,
@@ -154,7 +163,7 @@ def token_drop(
     every epoch.
 
     Args:
-      ids: token ids, special tokens included.
+      ids: token ids, special tokens included: a ``Ragged``, lists, or a column of a Hugging Face ``Dataset``.
       stop_of_id: from ``stop_ids`` or ``stop_ids_top_k``; below 0 where the token stays.
       seed: 0 or more.
       epoch: from 0.
@@ -185,7 +194,7 @@ def token_drop(
     example; here each example has a generator of its own. ``boundaries`` and ``max_drop`` are ours, and a sequence
     never loses its last token. Dropping articles is unsafe where grammar is the label (CoLA) and where tokens are.
     """
-    stop_of_id = np.asarray(stop_of_id)
+    stop_of_id, ids = np.asarray(stop_of_id), _ragged(ids)
     _check_ids(ids.values, len(stop_of_id))
     check_number("seed", seed, low=0, integer=True)
     check_number("epoch", epoch, low=0, integer=True)
@@ -220,12 +229,13 @@ def token_drop(
 
 
 def token_drop_columns(
-    columns: Mapping[str, Any], stop_of_id: Integer[np.ndarray, "vocab"], *, seed: int, **options: Any
+    columns: Columns | Any, stop_of_id: Integer[np.ndarray, "vocab"], *, seed: int, **options: Any
 ) -> Callable[[int], dict[str, Any]]:
     """The columns of every epoch, dropped anew: what ``BucketSampler`` takes for columns that change.
 
     Args:
-      columns: ``input_ids`` and, if there, ``token_type_ids`` as ``Ragged``; other columns pass through.
+      columns: as of ``BucketSampler``: by name, a Hugging Face ``Dataset``, or a list of examples. All columns of one
+        integer per token lose what ``input_ids`` lose.
       stop_of_id: from ``stop_ids``; below 0 where the token stays.
       seed: of the draws.
       **options: of ``token_drop``.
@@ -238,17 +248,17 @@ def token_drop_columns(
       >>> read(0)["input_ids"][0].tolist()
       [0, 1, 2, 1, 0]
     """
+    held = _held(columns)
 
     def read(epoch: int) -> dict[str, Any]:
-        ids, kept = token_drop(columns["input_ids"], stop_of_id, seed=seed, epoch=epoch, **options)
-        types = columns.get("token_type_ids")
-        return {**columns, "input_ids": ids, **({} if types is None else {"token_type_ids": types.keep(kept)})}
+        _, kept = token_drop(held["input_ids"], stop_of_id, seed=seed, epoch=epoch, **options)
+        return _kept(held, kept)
 
     return read
 
 
 def drop_as_many_columns(
-    columns: Mapping[str, Any],
+    columns: Columns | Any,
     stop_of_id: Integer[np.ndarray, "vocab"],
     priority: Callable[[Ragged, np.random.Generator], np.ndarray],
     *,
@@ -276,17 +286,27 @@ def drop_as_many_columns(
       >>> read(0)["input_ids"][0].tolist()
       [0, 1, 1, 1, 0]
     """
-    ids, types = columns["input_ids"], columns.get("token_type_ids")
+    held = _held(columns)
+    ids = held["input_ids"]
     special = np.isin(ids.values, list(special_ids))
 
     def read(epoch: int) -> dict[str, Any]:
         short, _ = token_drop(ids, stop_of_id, seed=seed, epoch=epoch, **options)
         order = np.where(special, np.inf, priority(ids, np.random.default_rng((seed, epoch))))
-        kept = drop_as_many(ids, ids.lengths - short.lengths, order)
-        more = {} if types is None else {"token_type_ids": types.keep(kept)}
-        return {**columns, "input_ids": ids.keep(kept), **more}
+        return _kept(held, drop_as_many(ids, ids.lengths - short.lengths, order))
 
     return read
+
+
+def _held(columns: Any) -> dict[str, Any]:
+    """Columns of one integer per token as ``Ragged``, the others as they are."""
+    found = token_columns(columns)
+    own = columns if isinstance(columns, Mapping) else found
+    return {name: column if isinstance(column, Ragged) else own[name] for name, column in found.items()}
+
+
+def _kept(columns: Mapping[str, Any], kept: np.ndarray) -> dict[str, Any]:
+    return {name: column.keep(kept) if isinstance(column, Ragged) else column for name, column in columns.items()}
 
 
 def drop_as_many(ids: Ragged, counts: np.ndarray, priority: np.ndarray) -> np.ndarray:
