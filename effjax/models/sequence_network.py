@@ -74,6 +74,7 @@ class SequenceNetwork(nn.Module):
         if jnp.ndim(x) != rank:
             wanted = "vectors [batch, time, features]" if rank == 3 else "ids [batch, time]"
             raise ValueError(f"x has shape {jnp.shape(x)}, but vocabulary={self.vocabulary} asks for {wanted}.")
+        lengths = real = None
         if seq_lengths is not None:
             lengths = check_lengths(seq_lengths, x.shape[0], x.shape[1], least=1)
             real = jnp.arange(x.shape[1]) < lengths[:, None]
@@ -82,12 +83,12 @@ class SequenceNetwork(nn.Module):
         if self.vocabulary is not None and self.embedding is not None:
             check_number("embedding", self.embedding, low=1, integer=True)
             x = drop(nn.Embed(self.vocabulary, self.embedding, name="embed")(x))
-        if seq_lengths is None:
+        if lengths is None or real is None:
             states = self.layer(x)
             if self.read != "all":
                 states = states[:, -1] if self.read == "last" else states.mean(1)
         else:
-            states = _states(self.layer, x, lengths)
+            states = _states(self.layer, jnp.asarray(x), lengths)
             if self.read == "last":
                 states = at_end(jnp.swapaxes(states, 0, 1), lengths)
             elif self.read == "mean":

@@ -1,5 +1,6 @@
 """One arm on its own: train it, and export what it learned."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any

@@ -87,7 +87,7 @@ def cola_loop():
             chain, opt = knot(chain, opt)
         chain, opt = step(chain, opt, next(stream))
     merged = jax.jit(cola_merge, static_argnums=1)(chain, config)
-    return (chain.lora, chain._replace(lora=None), merged), (
+    return (chain.lora, chain._replace(lora={}), merged), (
         state.params["lora"],
         state.model["frozen"],
         program.params(state)["params"],
