@@ -163,8 +163,8 @@ MUTATIONS = (
     Mutation(
         "same-edges-in-every-step",
         "wrong fold of the key",
-        "first=epoch,",
-        "first=0 * epoch,",
+        "first=state.epochs[state.stage],",
+        "first=0 * state.epochs[state.stage],",
         ("graph/test_fastrain.py",),
     ),
     Mutation(
@@ -185,15 +185,15 @@ MUTATIONS = (
     Mutation(
         "detector-judged-by-what-it-saw",
         "skipped mask",
-        "learned_trust(*data, **options), held_out_trust(*data, **options)",
-        "learned_trust(*data, **options), jnp.stack([learned_trust(*data, **options)] * config.folds)",
+        "held_out_correctness(scores, seen, folds, **options)\n",
+        "jnp.stack([learned_correctness(scores, seen, folds, **options)] * config.folds)\n",
         ("graph/test_geeni_study.py", "graph/test_geeni.py", "graph/test_error_nodes.py"),
     ),
     Mutation(
         "dropout-same-in-every-step",
         "wrong fold of the key",
-        "numbers = state.epoch + jnp.arange(config.epochs_per_step)",
-        "numbers = 0 * state.epoch + jnp.arange(config.epochs_per_step)",
+        "first=state.epoch,",
+        "first=0 * state.epoch,",
         ("graph/test_geeni.py", "graph/test_geeni_study.py"),
     ),
     Mutation(
@@ -243,8 +243,8 @@ MUTATIONS = (
     Mutation(
         "skipped-update-counts",
         "skipped mask",
-        '(metrics["loss"]), new, state)',
-        '(metrics["loss"]), new, new)',
+        "optax.tree.where(sound, new, state)",
+        "optax.tree.where(sound, new, new)",
         ("train",),
     ),
     Mutation(
