@@ -95,7 +95,11 @@ def _matrix(path: Path):
     import scipy.sparse
 
     try:
-        return scipy.sparse.load_npz(path).tocoo()
+        matrix = scipy.sparse.load_npz(path)
+        # SciPy's conversions read and write at whatever place the indices say.
+        if hasattr(matrix, "check_format"):
+            matrix.check_format(full_check=True)
+        return matrix.tocoo()
     except (*READ_ERRORS, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}: not a matrix as scipy.sparse.save_npz writes it ({first_line(error)}).") from error
 

@@ -106,7 +106,7 @@ def graph_from_files(
             )
         arrays, names = _edge_list(read_table(file), of_table, leave_out)
         left = []
-    graph = build_graph(own_name(path), "", arrays, undirected=undirected)
+    graph = build_graph(own_name(path), "", arrays, undirected=undirected, where=str(file))
     known = graph.labels[graph.labels >= 0]
     if len(np.unique(known)) < 2:
         raise ValueError(f"{file}: every node of known class is of one class. There is nothing to tell apart.")

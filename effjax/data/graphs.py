@@ -112,13 +112,25 @@ def graph_data(name: str | os.PathLike, *, root: str | os.PathLike | None = None
 
 
 def build_graph(
-    name: str, source: str, arrays: Mapping[str, Any], *, undirected: bool = False, facts: Facts | None = None
+    name: str,
+    source: str,
+    arrays: Mapping[str, Any],
+    *,
+    undirected: bool = False,
+    facts: Facts | None = None,
+    where: str = "",
 ) -> GraphData:
-    """A ``GraphData`` of the arrays that ``read_graph`` returns; ``undirected`` adds the reverse of every edge."""
+    """A ``GraphData`` of the arrays that ``read_graph`` returns; ``undirected`` adds the reverse of every edge.
+
+    ``where`` is the file, for messages.
+    """
     labels = arrays["y"].astype(np.int32)
     if "unlabelled_idx" in arrays:
         labels[arrays["unlabelled_idx"]] = -1
-    senders, receivers, weights = _edges(arrays["edge_index"], len(labels), arrays.get("edge_weight"), undirected)
+    try:
+        senders, receivers, weights = _edges(arrays["edge_index"], len(labels), arrays.get("edge_weight"), undirected)
+    except ValueError as error:
+        raise ValueError(f"{where or source or name}: {error}") from None
     attacks = {
         key.removeprefix("edge_index_"): _edges(array, len(labels), None, undirected)[:2]
         for key, array in arrays.items()

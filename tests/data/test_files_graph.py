@@ -294,3 +294,26 @@ def test_refused_keywords(tmp_path):
         graph_from_files(tmp_path / "ind.cora.graph")
     with pytest.raises(ValueError, match=r"split=0\.2 does not apply to data of modality 'graph'"):
         read_data("graph", edges, split=0.2)
+
+
+@pytest.mark.parametrize(
+    ("part", "place", "value"), [("indices", 0, 10**6), ("indices", 1, -7), ("indptr", 1, 10**6), ("indptr", 2, -3)]
+)
+@pytest.mark.parametrize("kind", [scipy.sparse.csr_matrix, scipy.sparse.csc_matrix])
+def test_a_matrix_of_scipy_that_points_outside_itself(tmp_path, kind, part, place, value):
+    """SciPy converts it without a look, and ends the process."""
+    scipy.sparse.save_npz(tmp_path / "a.npz", kind(dense()))
+    with np.load(tmp_path / "a.npz") as archive:
+        arrays = dict(archive)
+    arrays[part][place] = value
+    np.savez(tmp_path / "a.npz", **arrays)
+    np.save(tmp_path / "y.npy", Y)
+    with pytest.raises(ValueError, match=r"a\.npz: not a matrix as scipy"):
+        graph_from_files(tmp_path / "a.npz", labels=tmp_path / "y.npy")
+
+
+def test_weights_that_do_not_fit_name_the_file(tmp_path):
+    loops = np.concatenate([EDGES, [[0], [0]]], 1)
+    path = save(tmp_path / "a.npz", edge_index=loops, y=np.array([0, 1, 1, 0]), edge_weight=[*WEIGHTS, 2.0])
+    with pytest.raises(ValueError, match=r"a\.npz: edge weights: the edge of node 0 to itself weighs 2"):
+        graph_from_files(path)
