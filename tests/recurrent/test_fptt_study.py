@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from effjax.recurrent.drivers import fptt_step
 
 from effjax.data.pipeline import batches
 from effjax.data.sequences import sequence_data
@@ -18,6 +17,7 @@ from effjax.models.sequence_network import step_network
 from effjax.recipes.fptt import CELLS, FpttStudy, claims, groups
 from effjax.recipes.spec import Budget, choose_arms
 from effjax.recurrent.fptt import fptt, fptt_epoch_end, fptt_terminal_loss
+from effjax.recurrent.through_time import fptt_step
 from effjax.study.claims import decide
 from effjax.tasks.sequence import sequence_loss
 from effjax.train.loop import fit

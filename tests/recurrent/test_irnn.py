@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from effjax.recurrent.dual_ode import DualODE, dual_ode
-from effjax.recurrent.equilibrium import EquilibriumRNN, equilibrium, irnn_equilibrium, limit_norm
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from effjax.core.errors import NoEffectWarning
 from effjax.core.time_scan import scan_time
+from effjax.recurrent.dual import DualODE, dual_ode
+from effjax.recurrent.fixed_point import EquilibriumRNN, equilibrium, irnn_equilibrium, limit_norm
 from effjax.recurrent.irnn import IncrementalRNN, IncrementalRNNCell, irnn
 from effjax.recurrent.tarnn import TARNN
 

@@ -121,11 +121,11 @@ RUNS = {
     ),
     "sequence": (
         ["irnn:smoke", "runs.csv", "--id", "run", "--time", "t", *SERIES, "--arms", "lstm"],
-        ("d (16 + 4), u (16 + 4)", "2 features", "filled with zeros at the start to 12 steps"),
+        ("d (16 + 4), u (16 + 4)", "2 features", "filled with zeros at the end to 12 steps"),
     ),
     "padded": (
         ["fptt:smoke", "runs.npz", *SERIES, "--alphas", "0.1", "--arms", "bptt"],
-        ("0 (16 + 4), 1 (16 + 4)", "filled with zeros at the start to 12 steps"),
+        ("0 (16 + 4), 1 (16 + 4)", "filled with zeros at the end to 12 steps"),
     ),
     "graph": (
         ["fastrain:smoke", "graph.npz", *LABELLING, "--arms", "shallow"],
@@ -198,9 +198,11 @@ BAD = [
     (["samuel", "pets", "--model", "resnet21"], "--model resnet21 is not one of", "'resnet20'"),
     (["irnn", "runs.csv"], "Name it: --id COLUMN", "'run'"),
     (["irnn", "runs.csv", "--id", "run", "--time", "t", "--values", "a", "c"], "--values c is not a column", "'b'"),
-    (["irnn", "runs.npz", "--pad", "end"], "--pad end: the series differ in length", "filled at the start"),
-    (["irnn", "runs.npz", "--read", "mean"], "--read mean: the series differ in length", "--read last"),
-    (["fptt", "runs.npz", "--pad", "end"], "--pad end: the series differ in length", "filled at the start"),
+    (
+        ["irnn", "runs.npz", "--pad", "start", "--read", "mean"],
+        "--read mean with --pad start: the mean",
+        "Leave pad out",
+    ),
     (["irnn", "runs.npz", "--batch-size", "99"], "--batch-size 99 must be", "32 rows"),
     (["fastrain", "beyond.npz"], f"below N={NODES} in 'edge_index'", f"it holds node {NODES}"),
     (["fastrain", "edges.csv"], "no classes", "--nodes FILE"),

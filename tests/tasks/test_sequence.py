@@ -1,5 +1,7 @@
 """The sequence task: losses against NumPy, evaluation that padding cannot change, and what is refused."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,14 @@ import pytest
 from effjax.core.cost import count_compiles
 from effjax.data.pipeline import batches
 from effjax.data.sequences import SequenceData, sequence_data
+from effjax.models.sequence import GRUCell, Recurrent
+from effjax.models.sequence_network import SequenceNetwork
+from effjax.recurrent.through_time import fptt_step
 from effjax.tasks.sequence import sequence_evaluator, sequence_loss, sequence_metric, sequence_task, task_of_functions
+from effjax.tasks.sequence_networks import cell_task
+from effjax.train.loop import fit
 from effjax.train.options import TrainOptions
+from effjax.train.sequence_trainer import through_time
 from effjax.train.trainer import supervised
 
 KEY = jax.random.key(0, impl="rbg")
@@ -284,3 +292,75 @@ def test_bad_arguments_are_refused():
         sequence_task(problem("class"), Pooled(3), eval_batch=0)
     with pytest.raises(ValueError, match="Did you mean 'add-T'"):
         sequence_task("ad-T", Pooled(1))
+
+
+# Sequences of unequal length
+
+
+LENGTHS = {"train": np.array([5, 2, 4, 1, 3, 5, 2, 4, 1, 3]), "test": np.array([1, 5, 2, 4, 3, 3, 2, 1, 5, 4])}
+
+
+def uneven(kind, fill=0.0, **changes):
+    """``problem`` with sequences of several lengths, filled up with ``fill``, and targets of every step asked there."""
+    data = problem(kind)
+    splits = {}
+    for split, lengths in LENGTHS.items():
+        columns = dict(getattr(data, split))
+        real = np.arange(5) < lengths[:, None]
+        ids = columns["inputs"].ndim == 2
+        columns["inputs"] = np.where(real if ids else real[..., None], columns["inputs"], int(fill) if ids else fill)
+        columns["inputs"] = columns["inputs"].astype(getattr(data, split)["inputs"].dtype)
+        splits[split] = columns | {"lengths": lengths.astype(np.int32)}
+    return data._replace(**splits | changes)
+
+
+def network_of(data):
+    options = {"vocabulary": data.vocabulary, "embedding": 4} if data.vocabulary else {}
+    read = "all" if data.kind == "tokens" else "last"
+    return SequenceNetwork(Recurrent(GRUCell(4)), data.outputs, read=read, **options)
+
+
+@pytest.mark.parametrize("kind", ["class", "value", "tokens"])
+def test_a_task_tells_its_network_where_sequences_end(kind):
+    data = uneven(kind)
+    task = sequence_task(data, network_of(data), eval_batch=4)  # 10 rows: the last batch is filled up
+    variables = jax.jit(task.init)(jax.random.key(0))
+    assert sorted(task.example_inputs) == ["inputs", "lengths"]
+    alone, targets = [], []
+    for row, target, length in zip(*(data.test[name] for name in ("inputs", "targets", "lengths")), strict=True):
+        alone.append(task.module.apply(variables, row[None, :length])[0])
+        targets.append(target[:length] if kind == "tokens" else target)
+    if kind == "tokens":
+        alone, targets = np.concatenate(alone), np.concatenate(targets)
+    want = float(sequence_loss(kind if kind != "tokens" else "class", jnp.stack([*alone]), jnp.stack([*targets])))
+    scores = jax.device_get(task.evaluate(variables))
+    np.testing.assert_allclose(scores["mse" if kind == "value" else "nll"], want, rtol=1e-5)
+    loss = lambda data: jax.jit(jax.grad(lambda v: task.loss(v, data.train)[0]))(variables)
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    jax.tree.map(same, loss(data), loss(uneven(kind, fill=2.0)))
+
+
+def test_lengths_are_asked_for_and_checked():
+    data = uneven("class")
+    with pytest.raises(ValueError, match=r"model=\w+ takes no seq_lengths, but .* differ in length.*pad='start'"):
+        sequence_task(data, model_of(data))
+    assert sequence_task(data._replace(pad="start"), model_of(data)).example_inputs.shape[0] == 1
+    for lengths, message in (
+        (np.full(10, 6), r"split 'test', column 'lengths': seq_lengths\[0\]=6"),
+        (None, "one split"),
+    ):
+        test = {**data.test, "lengths": lengths} if lengths is not None else problem("class").test
+        with pytest.raises(ValueError, match=message):
+            sequence_task(data._replace(test=test), network_of(data))
+
+
+def test_training_through_time_stops_at_the_ends():
+    found = []
+    for fill in (0.0, 3.0):
+        task = cell_task(uneven("class", fill), GRUCell(4))
+        make = functools.partial(fptt_step, part_length=2)
+        program = through_time(task, make, optax.sgd(0.1), steps=2, batch_size=4)
+        found.append(fit(program, seed=0).state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), *found)
+    with pytest.raises(ValueError, match="streams=True, but the sequences differ in length"):
+        through_time(task, make, optax.sgd(0.1), steps=2, batch_size=4, streams=True)
