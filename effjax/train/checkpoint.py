@@ -6,9 +6,12 @@ identity. Saving is asynchronous and atomic: a killed process leaves the previou
 
 import contextlib
 import errno
+import functools
 import json
+import logging
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Generator
 from pathlib import Path
@@ -47,6 +50,7 @@ class Checkpoints:
 
         self._ocp = ocp
         self._need = 0
+        _quieten()
         self.directory = Path(directory).absolute()
         self.identity = json.loads(json.dumps(identity))
         kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
@@ -182,6 +186,25 @@ class Checkpoints:
             f"{self.directory}: a checkpoint could not be written ({why}). It needs about {megabytes(self._need)}{free}"
             f". {kept}. Free some space or mend the folder, and give the same command again: it continues from there."
         )
+
+
+@functools.cache
+def _quieten() -> None:
+    """Of a failed save let the one error speak that is raised, once in a process."""
+    logging.getLogger("absl").addFilter(_unless_raised_again)
+    shown = sys.unraisablehook
+
+    def show(unraisable):
+        # TensorStore's other writes report to Orbax's event loop, which has ended with the first error.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            shown(unraisable)
+
+    sys.unraisablehook = show
+
+
+def _unless_raised_again(record: logging.LogRecord) -> bool:
+    """Orbax logs the traceback of what fails in each of its threads, and raises it again from the next call."""
+    return not (record.exc_info and "orbax" in record.pathname) or bool(os.environ.get("EFFJAX_TRACEBACK"))
 
 
 def _patience() -> int:

@@ -1,5 +1,6 @@
 """The generic training loop: any ``Program``, resumable bit for bit, the host never blocking the device."""
 
+import contextlib
 import signal
 import time
 from collections import deque
@@ -354,12 +355,10 @@ class _Run:
         )
 
     def close(self) -> None:
-        if self.batches is not None:
-            self.batches.close()
-        if self.log is not None:
-            self.log.close()
-        if self.checkpoints is not None:
-            self.checkpoints.close()
+        with contextlib.ExitStack() as stack:  # each of them, whatever another one raises
+            for part in (self.checkpoints, self.log, self.batches):
+                if part is not None:
+                    stack.callback(part.close)
 
     def _next_batch(self) -> PyTree:
         if self.batches is None:

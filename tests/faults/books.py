@@ -6,7 +6,9 @@ import shutil
 import signal
 import time
 
-from tools import Row, Study, finished_arms, rng, workplace
+from tools import Command, Row, Study, finished_arms, matching, rng, workplace
+
+CHECKPOINTS = ".work/arms/*/*/*/checkpoints/[0-9]*"
 
 
 def run(times: int = 60) -> list[Row]:
@@ -46,7 +48,7 @@ def killed_in_training(study: Study):
     out = study.folder / "killed"
     while True:
         command = study.start(out)
-        while command.running() and not (finished_arms(out) and list(out.glob(".work/arms/*/*/*/checkpoints/[0-9]*"))):
+        while command.running() and not (finished_arms(out) and matching(out, CHECKPOINTS)):
             time.sleep(0.001)
         if command.running():
             command.hit(signal.SIGKILL)
@@ -81,8 +83,6 @@ def another_config(study: Study, killed) -> bool:
         if mark:
             identity["config"]["momentum"] = 0.5
             path.write_text(json.dumps(identity))
-        from tools import Command
-
         ended = Command(*study.words, "--momentum", "0.5", "--out", out).end()
         print(f"momentum 0.5 there: status {ended.code}: {ended.said.splitlines()[-1][:200]}", flush=True)
         refused.append(ended.code == 2)

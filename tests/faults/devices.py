@@ -5,7 +5,9 @@ import json
 import signal
 import time
 
-from tools import Command, Row, rng, workplace, write_study
+from tools import Command, Row, matching, rng, workplace, write_study
+
+CHECKPOINTS = ".work/arms/*/*/*/checkpoints/[0-9]*"
 
 CLOSE = 1e-3
 """Largest relative difference of a metric: sums over eight parts round otherwise."""
@@ -27,8 +29,8 @@ def run(times: int = 3) -> list[Row]:
             codes = []
             for devices in (1, 8):
                 command = start(out, devices)
-                known = len(list(steps(out)))
-                while command.running() and len(list(steps(out))) <= known:
+                known = len(matching(out, CHECKPOINTS))
+                while command.running() and len(matching(out, CHECKPOINTS)) <= known:
                     time.sleep(0.002)
                 time.sleep(chance.uniform(0.0, 0.5))
                 command.hit(signal.SIGTERM)
@@ -50,10 +52,6 @@ def run(times: int = 3) -> list[Row]:
             f"{times - counts['wrong']}/{times} finished, metrics within {furthest:.0e} of one device{bad}",
         )
     ]
-
-
-def steps(out):
-    return out.glob(".work/arms/*/*/*/checkpoints/[0-9]*")
 
 
 def metrics(out) -> dict[tuple, float]:

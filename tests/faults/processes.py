@@ -22,7 +22,9 @@ def run(times: int = 6) -> list[Row]:
         for turn in range(times):
             out, victim = folder / f"out{turn}", chance.randrange(2)
             pair = start(out)
-            while pair[0].running() and not list(out.glob(".work/identity.json")):  # joined; before, JAX is not there
+            while (
+                pair[0].running() and not (out / ".work" / "identity.json").exists()
+            ):  # joined; before, JAX is not there
                 time.sleep(0.005)
             time.sleep(chance.uniform(0.0, 0.8 * seconds))
             if not all(one.running() for one in pair):

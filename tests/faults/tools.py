@@ -213,10 +213,18 @@ def truth(out: Path) -> dict[str, Any]:
 def finished_arms(out: Path) -> dict[str, int]:
     """Each ``done.json`` with the time at which it was written."""
     found = {}
-    for path in (out / ".work").glob("arms/**/done.json"):
+    for path in matching(out, ".work/arms/*/*/*/done.json"):
         with contextlib.suppress(FileNotFoundError):
             found[str(path)] = path.stat().st_mtime_ns
     return found
+
+
+def matching(out: Path, pattern: str) -> list[Path]:
+    """The paths of a pattern, while a command makes and removes folders; none where one went meanwhile."""
+    try:
+        return list(out.glob(pattern))
+    except FileNotFoundError:
+        return []
 
 
 @contextlib.contextmanager

@@ -177,4 +177,5 @@ def test_a_save_that_fails_is_one_line_and_the_process_ends_at_once(tmp_path):
     assert f"{tmp_path}: a checkpoint could not be written (File too large). It needs about 80000 bytes" in done.stdout
     assert "The checkpoint of step 1 is kept" in done.stdout
     assert len(done.stdout.splitlines()) == 1
+    assert "Traceback" not in done.stderr
     assert Checkpoints(tmp_path, {}).latest() == 1
