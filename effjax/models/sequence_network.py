@@ -74,27 +74,35 @@ class SequenceNetwork(nn.Module):
         if jnp.ndim(x) != rank:
             wanted = "vectors [batch, time, features]" if rank == 3 else "ids [batch, time]"
             raise ValueError(f"x has shape {jnp.shape(x)}, but vocabulary={self.vocabulary} asks for {wanted}.")
-        lengths = real = None
-        if seq_lengths is not None:
-            lengths = check_lengths(seq_lengths, x.shape[0], x.shape[1], least=1)
-            real = jnp.arange(x.shape[1]) < lengths[:, None]
+        lengths = None if seq_lengths is None else check_lengths(seq_lengths, x.shape[0], x.shape[1], least=1)
+        if lengths is not None:
             # Whatever fills the padding, NaN included, must not reach a gradient.
-            x = jnp.where(real.reshape(*real.shape, *[1] * (rank - 2)), x, 0)
+            x = jnp.where(_real(x, lengths), x, 0)
         if self.vocabulary is not None and self.embedding is not None:
             check_number("embedding", self.embedding, low=1, integer=True)
             x = drop(nn.Embed(self.vocabulary, self.embedding, name="embed")(x))
-        if lengths is None or real is None:
+        if lengths is not None:
+            states = _read_at_ends(_states(self.layer, x, lengths), lengths, self.read)
+        else:
             states = self.layer(x)
             if self.read != "all":
                 states = states[:, -1] if self.read == "last" else states.mean(1)
-        else:
-            states = _states(self.layer, jnp.asarray(x), lengths)
-            if self.read == "last":
-                states = at_end(jnp.swapaxes(states, 0, 1), lengths)
-            elif self.read == "mean":
-                total = jnp.where(real[..., None], wide(states), 0).sum(1)
-                states = (total / jnp.maximum(lengths, 1)[:, None]).astype(states.dtype)
         return wide(nn.Dense(self.outputs, name="head")(drop(states)))
+
+
+def _real(x: jax.Array | np.ndarray, lengths: jax.Array) -> jax.Array:
+    """True at the steps of ``x`` ``[batch, time, ...]`` that are no padding."""
+    real = jnp.arange(x.shape[1]) < lengths[:, None]
+    return real.reshape(*real.shape, *[1] * (x.ndim - 2))
+
+
+def _read_at_ends(states: jax.Array, lengths: jax.Array, read: str) -> jax.Array:
+    if read == "last":
+        return at_end(jnp.swapaxes(states, 0, 1), lengths)
+    if read == "mean":
+        total = jnp.where(_real(states, lengths), wide(states), 0).sum(1)
+        return (total / jnp.maximum(lengths, 1)[:, None]).astype(states.dtype)
+    return states
 
 
 _STEPWISE = (nn.Dense, nn.DenseGeneral, nn.LayerNorm, nn.RMSNorm, nn.Dropout)
@@ -105,7 +113,7 @@ def takes_lengths(module: Any) -> bool:
     return "seq_lengths" in inspect.signature(type(module).__call__).parameters
 
 
-def _states(layer: Any, x: jax.Array, lengths: jax.Array) -> jax.Array:
+def _states(layer: Any, x: Any, lengths: jax.Array) -> Any:
     """The states of a layer, or of several in an ``nn.Sequential``, that are told where sequences end."""
     if isinstance(layer, nn.Sequential):
         for part in layer.layers:
