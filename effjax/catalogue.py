@@ -1,8 +1,11 @@
 """The methods of this package as data: what each is, where it lives and where it comes from."""
 
+import ast
 import fnmatch
-import importlib
+from pathlib import Path
 from typing import NamedTuple
+
+import effjax
 
 __all__ = ["METHODS", "Method", "methods"]
 
@@ -32,17 +35,21 @@ class Method(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """The public names of its modules, as one writes them: ``effjax.samuel``, ``effjax.optim.samuel_init``."""
-        return tuple(
-            public_path(module, name)
-            for module in self.modules
-            for name in importlib.import_module(module).__all__  # which imports JAX
-        )
+        return tuple(_public_path(module, name) for module in self.modules for name in offered(module))
 
 
-def public_path(module: str, name: str) -> str:
+def offered(module: str) -> list[str]:
+    """The ``__all__`` of a module of this package, from its source: importing it would import JAX."""
+    path = Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return sorted(ast.literal_eval(node.value))
+    return []
+
+
+def _public_path(module: str, name: str) -> str:
     """How one writes a public name: at the top level where it is offered there, else by its package."""
-    top = importlib.import_module("effjax")
-    return f"effjax.{name}" if name in top.__all__ else f"effjax.{module.split('.')[1]}.{name}"
+    return f"effjax.{name}" if name in dir(effjax) else f"effjax.{module.split('.')[1]}.{name}"
 
 
 _TOKENS = "Nagarajan, Raghunathan 2023, Findings of EMNLP (2023.findings-emnlp.782)"

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice, check_number, near
@@ -528,7 +528,7 @@ def _adapter_shardings(path: str, adapter: Mapping[str, Any], shardings: Mapping
     }
 
 
-def scale_lora_b(ratio: float = 16.0) -> optax.GradientTransformationExtraArgs:
+def scale_lora_b(ratio: ArrayLike = 16.0) -> optax.GradientTransformationExtraArgs:
     """LoRA+: the factors ``b`` learn ``ratio`` times faster than the factors ``a``.
 
     Place it after the optimizer; a decoupled weight decay before it is multiplied too, as it would be by a learning

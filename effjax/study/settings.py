@@ -116,7 +116,7 @@ def _named(kind: Any) -> str:
     return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}.get(kind, "a table")
 
 
-def from_words(kind: type[Config], words: Sequence[str], program: str, **options: Any) -> Config:
+def from_words(kind: Any, words: Sequence[str], program: str, **options: Any) -> Any:
     """An object from the command line's words, by tyro.
 
     Args:

@@ -6,22 +6,15 @@ The stub is what ``lazy_loader`` reads at run time and what editors and type che
 top level's own stub, ``effjax/__init__.pyi``, is written by hand: it is a choice.
 """
 
-import ast
 from pathlib import Path
+
+from effjax.catalogue import offered
 
 PACKAGE = Path(__file__).resolve().parents[2] / "effjax"
 NAMESPACES = ("data", "finetune", "graph", "models", "optim", "recurrent", "tasks", "train", "transformers")
 
 
-def public_names(path: Path) -> list[str]:
-    """What a module says that it offers, read and not imported."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            return sorted(ast.literal_eval(node.value))
-    return []
-
-
-def offered(namespace: str) -> dict[str, list[str]]:
+def names_by_module(namespace: str) -> dict[str, list[str]]:
     """Module, as in ``sparse.matrix``, to the names that the namespace offers of it.
 
     A name that a file of the package carries too is offered at the top level alone: ``effjax.optim.samuel`` is a
@@ -31,18 +24,17 @@ def offered(namespace: str) -> dict[str, list[str]]:
     files = {path.stem for path in folder.iterdir()}
     found = {}
     for path in sorted(folder.rglob("*.py")):
-        names = [name for name in public_names(path) if name not in files]
-        if path.name != "__init__.py" and names:
-            found[".".join(path.relative_to(folder).with_suffix("").parts)] = names
+        module = ".".join(path.relative_to(folder).with_suffix("").parts)
+        names = [name for name in offered(f"effjax.{namespace}.{module}") if name not in files]
+        if names:
+            found[module] = names
     return found
 
 
 def stub(namespace: str) -> str:
     """The text of a namespace's ``__init__.pyi``."""
-    lines = [
-        f"from .{module} import {name} as {name}" for module, names in offered(namespace).items() for name in names
-    ]
-    return "\n".join(lines) + "\n"
+    found = names_by_module(namespace).items()
+    return "".join(f"from .{module} import {name} as {name}\n" for module, names in found for name in names)
 
 
 if __name__ == "__main__":

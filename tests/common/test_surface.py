@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PUBLIC = {
     f"effjax.{namespace}.{name}": f"effjax.{namespace}.{module}"
     for namespace in stubs.NAMESPACES
-    for module, names in stubs.offered(namespace).items()
+    for module, names in stubs.names_by_module(namespace).items()
     for name in names
 } | {f"effjax.{method.stem}": method.module for method in effjax.METHODS.values() if method.stem in dir(effjax)}
 
@@ -40,7 +40,7 @@ def test_stub_holds_what_the_modules_offer(namespace):
     """If this fails, run `python tests/common/stubs.py`."""
     assert (stubs.PACKAGE / namespace / "__init__.pyi").read_text() == stubs.stub(namespace)
     package = importlib.import_module(f"effjax.{namespace}")
-    names = [name for names in stubs.offered(namespace).values() for name in names]
+    names = [name for names in stubs.names_by_module(namespace).values() for name in names]
     assert sorted(package.__all__) == sorted(names)
     assert len(set(names)) == len(names)
     for name in names:
