@@ -165,7 +165,7 @@ def fptt_loop():
     opt, stream = jax.jit(tx.init)(w), batches(data.train, 8, seed=0)
     for _ in range(6):
         batch = next(stream)
-        w, opt, _, _ = train(w, opt, net.start(8), batch["inputs"], batch["targets"])
+        opt, w, _, _ = train(opt, w, net.start(8), batch["inputs"], batch["targets"])
     return (w, opt, fptt_eval_params(opt, w)), (state.params, state.opt, program.params(state)["params"])
 
 
