@@ -11,6 +11,10 @@ from public_calls import CASES
 import effjax
 
 
+# Bits of two programs are compared, which are equal as users compile them.
+pytestmark = pytest.mark.optimized
+
+
 def bits(leaf):
     return jax.random.key_data(leaf) if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key) else leaf
 

@@ -30,7 +30,7 @@ def test_methods_lists_names(capsys):
         (["compare", "samuel:smoke", "--experts", "0.1", "-0.1"], "experts[1]=-0.1"),
         (["compare", "samuel:smoke", "--experts", "0.1", "0.1"], "repeat"),
         (["compare", "samuel:smoke", "--batch-size", "100000"], "100000"),
-        (["compare", "samuel:smoke", "--train.mesh.data", "7"], "needs 7 devices and 1 are there"),
+        (["compare", "samuel:smoke", "--train.mesh.data", "9"], "needs 9 devices and 8 are there"),
         (["compare", "samuel:smoke", "--sedes", "3"], "Perhaps you meant: --seeds"),
         (["compare", "--seeds", "3"], "Missing"),
         (["compare"], "STUDY"),
