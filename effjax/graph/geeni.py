@@ -87,7 +87,9 @@ class GeeniSettings:
     """Dropout rate on the hidden layer of networks that are trained on an ensemble's probabilities."""
     student_share: Positive = 1.0
     """Steps of the networks that are trained on an ensemble's probabilities, as a multiple of the ensemble's steps."""
-    fractions: tuple[Share, ...] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+    fractions: tuple[
+        Annotated[float, Limits(low=0, high=1, open_low=True, hint="Zero is always a candidate.")], ...
+    ] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
     """Shares of the nodes that may be isolated; none at all is always a candidate."""
     modes: tuple[Mode, ...] = MODES
     """Normalisations of the isolated graph, among which validation nodes choose."""

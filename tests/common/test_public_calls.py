@@ -10,7 +10,6 @@ from public_calls import CASES
 
 import effjax
 
-
 # Bits of two programs are compared, which are equal as users compile them.
 pytestmark = pytest.mark.optimized
 

@@ -356,7 +356,7 @@ def test_bad_configs():
         study(hidden=9)
     with pytest.raises(ValueError, match=r"'geeni-learnt' matches none of .*Did you mean 'geeni-learned'"):
         choose_arms(groups(study()), ("geeni-learnt",))
-    with pytest.raises(ValueError, match=r"fractions=0.0 must be a number in \(0, 1\].*Zero is always"):
+    with pytest.raises(ValueError, match=r"fractions\[0\]=0.0 must be a number in \(0, 1\].*Zero is always"):
         study(fractions=(0.0, 0.1))
     with pytest.raises(ValueError, match=r"student_share=0 must be"):
         study(student_share=0)
