@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from effjax.core.errors import check_number
 from effjax.core.files import first_line, read_text
@@ -121,7 +122,7 @@ class Tokenizer:
         joined = Ragged(np.concatenate(ids), offsets)
         return Tokens(joined, None if pairs is None else Ragged(np.concatenate(types), offsets))
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: npt.ArrayLike) -> str:
         """The text of one sequence of ids, without special tokens."""
         return self._backends[None].decode(np.asarray(ids).tolist(), skip_special_tokens=True)
 
