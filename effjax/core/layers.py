@@ -58,7 +58,7 @@ class OverTime(nn.Module):
         if jnp.ndim(x) != 3:
             wanted = "[time, batch, features]" if time_major else "[batch, time, features]"
             raise ValueError(
-                f"x has shape {jnp.shape(x)}; expected {wanted}. A single sequence needs a batch axis of 1."
+                f"x has shape {jnp.shape(x)}; expected {wanted}. A single sequence is x[None], a batch of 1."
             )
         xs = jnp.asarray(x) if time_major else jnp.swapaxes(x, 0, 1)
         lengths = None

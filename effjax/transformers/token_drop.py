@@ -262,7 +262,7 @@ def drop_as_many_columns(
     stop_of_id: Integer[np.ndarray, "vocab"],
     priority: Callable[[Ragged, np.random.Generator], np.ndarray],
     *,
-    special_ids: Sequence[int],
+    special_ids: Collection[int],
     seed: int,
     **options: Any,
 ) -> Callable[[int], dict[str, Any]]:
