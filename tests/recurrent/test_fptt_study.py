@@ -17,7 +17,7 @@ from effjax.models.sequence_network import step_network
 from effjax.recipes.fptt import CELLS, FpttStudy, claims, groups
 from effjax.recipes.spec import Budget, choose_arms
 from effjax.recurrent.fptt import fptt, fptt_epoch_end, fptt_terminal_loss
-from effjax.recurrent.through_time import fptt_step
+from effjax.recurrent.through_time import SequenceProblem, fptt_step
 from effjax.study.claims import decide
 from effjax.tasks.sequence import sequence_loss
 from effjax.train.loop import fit
@@ -109,9 +109,9 @@ def test_the_public_functions_train_as_the_study_does_over_an_epochs_end():
     opt, stream = jax.jit(tx.init)(w), batches(data.train, 8, seed=0)
     for number in range(1, 7):
         batch = next(stream)
-        w, opt, _, _ = train(w, opt, net.start(8), batch["inputs"], batch["targets"])
+        opt, w, _, _ = train(opt, w, net.start(8), batch["inputs"], batch["targets"])
         if number == 4:
-            w, opt = jax.jit(fptt_epoch_end)(w, opt)
+            opt, w = jax.jit(fptt_epoch_end)(opt, w)
     jax.tree.map(np.testing.assert_array_equal, (w, opt), (state.params, state.opt))
 
 
