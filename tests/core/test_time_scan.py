@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.core import loops
+from effjax.core import timing
 from effjax.core.errors import NoEffectWarning
 from effjax.core.time_scan import fastest_unroll, scan_time
 
@@ -89,9 +89,13 @@ def scan(unroll):
 
 
 def test_the_fastest_is_chosen(monkeypatch):
-    seconds = iter([3.0, 1.0, 2.0] + [3.0, 1.0, 2.0] * 20)
-    monkeypatch.setattr(loops, "_seconds", lambda program, arguments: next(seconds))
-    monkeypatch.setattr(loops, "_HOPELESS", 10.0)
+    seconds, names = (3.0, 1.0, 2.0), {}  # in the order in which they are measured
+
+    def clock(thunk, calls):
+        return calls * seconds[names.setdefault(thunk, min(len(names), 2))]
+
+    monkeypatch.setattr(timing, "_time_thunk", clock)
+    monkeypatch.setattr(timing, "_HOPELESS", 10.0)
     assert fastest_unroll(scan, KERNEL, XS, candidates=(1, 2, 8)) == 2
 
 
@@ -102,12 +106,12 @@ def test_it_measures_what_it_is_given_on_zeros_of_the_shapes(monkeypatch):
         asked.append(unroll)
         return scan(unroll)
 
-    def clock(program, arguments):
-        seen.append(jax.tree.map(lambda leaf: (leaf.shape, float(jnp.abs(leaf).max())), arguments))
-        program(*arguments)
+    def clock(thunk, calls):
+        seen.append(jax.tree.map(lambda leaf: (leaf.shape, float(jnp.abs(leaf).max())), thunk.args))
+        thunk()
         return 1.0
 
-    monkeypatch.setattr(loops, "_seconds", clock)
+    monkeypatch.setattr(timing, "_time_thunk", clock)
     assert fastest_unroll(fn, jax.ShapeDtypeStruct((3, 3), jnp.float32), XS, candidates=(2, 5)) == 2
     assert asked == [2, 5]
     assert all(arguments == (((3, 3), 0.0), ((11, 3), 0.0)) for arguments in seen)

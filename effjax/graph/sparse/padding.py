@@ -102,7 +102,7 @@ def graph_ladder(
 
 
 def pad_graphs(
-    graphs: jraph.GraphsTuple | Sequence[jraph.GraphsTuple], rungs: Sequence[GraphShape]
+    graphs: jraph.GraphsTuple | Sequence[jraph.GraphsTuple], rungs: Sequence[GraphShape | tuple[int, int, int]]
 ) -> jraph.GraphsTuple:
     """Pad a graph, or the batch of several, to the smallest rung that holds it. Runs on the host.
 
@@ -195,7 +195,7 @@ class GraphBatches(Cursor[jraph.GraphsTuple]):
     def __init__(
         self,
         graphs: Sequence[jraph.GraphsTuple],
-        rungs: Sequence[GraphShape],
+        rungs: Sequence[GraphShape | tuple[int, int, int]],
         *,
         seed: int,
         epochs: int,
@@ -334,17 +334,17 @@ def _described(inputs: tuple[PyTree, ...]) -> str:
     return " and ".join(parts)
 
 
-def _check_rungs(rungs: Sequence[GraphShape]) -> tuple[GraphShape, ...]:
-    rungs = tuple(GraphShape(*rung) for rung in rungs)
-    if not rungs:
+def _check_rungs(rungs: Sequence[GraphShape | tuple[int, int, int]]) -> tuple[GraphShape, ...]:
+    shapes = tuple(GraphShape(*rung) for rung in rungs)
+    if not shapes:
         raise ValueError("rungs=() holds no shape. Give at least one GraphShape.")
-    for i, rung in enumerate(rungs):
+    for i, rung in enumerate(shapes):
         for name, size, least in zip(GraphShape._fields, rung, (1, 0, 2), strict=True):
             check_number(f"rungs[{i}].{name}", size, low=least, integer=True, hint="Padding needs a node and a graph.")
-    for below, above in itertools.pairwise(rungs):
+    for below, above in itertools.pairwise(shapes):
         if above == below or any(a < b for a, b in zip(above, below, strict=True)):
             raise ValueError(f"rungs hold {below} before {above}. They must climb, and shrink in no size. Sort them.")
-    return rungs
+    return shapes
 
 
 def _fit(real: GraphShape, rungs: tuple[GraphShape, ...], *, name: str = "the graph") -> GraphShape:
