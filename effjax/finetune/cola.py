@@ -36,7 +36,11 @@ class ColaOptState(NamedTuple):
 
 
 def cola(
-    base: optax.GradientTransformation, config: ColaConfig, *, seed: int | Array = 0, reset: Reset | None = None
+    base: optax.GradientTransformation | optax.MultiSteps,
+    config: ColaConfig,
+    *,
+    seed: int | Array = 0,
+    reset: Reset | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The chain as an Optax transformation over ``{"base": params, "lora": adapters}``.
 

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 PyTree = Any
-Lora = dict[str, dict[str, jax.Array]]
+Lora = dict[str, dict[str, Any]]  # of arrays, JAX's or NumPy's
 Scales = Any  # a number or scalar array for all adapters, or a mapping from kernel path to one
 
 _INITS = ("peft", "gaussian", "flax")
@@ -343,7 +343,7 @@ def lora_merge(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
     check_fit(params, lora)
     check_floating(params, lora)
 
-    def merge(path: Sequence[Any], kernel: jax.Array) -> jax.Array:
+    def merge(path: Sequence[Any], kernel: jax.Array | np.ndarray) -> Any:
         name = path_name(path)
         if name not in lora:
             return kernel
@@ -356,8 +356,10 @@ def lora_merge(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
 def check_floating(params: PyTree, lora: Lora) -> None:
     """Raise ``ValueError`` where an adapter's kernel is quantised: sums would be cut to its few values."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if path_name(path) not in lora:  # such as the activation of an Equinox module, which is a leaf too
+            continue
         dtype = jnp.result_type(leaf)
-        if path_name(path) in lora and not (jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1):
+        if not (jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1):
             raise ValueError(
                 f"lora: {path_name(path)} is {dtype}, a quantised kernel, which cannot hold the sum with an adapter. "
                 "Dequantise it first (kernel.astype(jnp.float32), times its scale), keep the adapter beside it by "

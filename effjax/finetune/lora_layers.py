@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effjax.core.tree import path_name
 from effjax.finetune.lora import Lora, Scales, check_fit, out_first, scale_of
@@ -53,15 +54,15 @@ class LoraKernel:
             self._refuse("indexed")
         return self
 
-    def __matmul__(self, x: jax.Array) -> jax.Array:
+    def __matmul__(self, x: jax.Array | np.ndarray) -> jax.Array:
         y = self.kernel @ x
         left, right = (self.b.T, self.a.T) if self.transposed else (self.a, self.b)
-        return y + left.astype(y.dtype) @ (right.astype(y.dtype) @ x.astype(y.dtype))
+        return jnp.asarray(y) + left.astype(y.dtype) @ (right.astype(y.dtype) @ x.astype(y.dtype))
 
-    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+    def __rmatmul__(self, x: jax.Array | np.ndarray) -> jax.Array:
         y = x @ self.kernel
         left, right = (self.b.T, self.a.T) if self.transposed else (self.a, self.b)
-        return y + (jnp.asarray(x, y.dtype) @ left.astype(y.dtype)) @ right.astype(y.dtype)
+        return jnp.asarray(y) + (jnp.asarray(x, y.dtype) @ left.astype(y.dtype)) @ right.astype(y.dtype)
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
         # An implicit array would be W + a b, formed in silence, and so would be its gradient.
@@ -115,7 +116,7 @@ def lora_kernels(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
                 "Give the others to lora_merge(params, lora, scales)."
             )
 
-    def replace(path: Sequence[Any], kernel: jax.Array) -> Any:
+    def replace(path: Sequence[Any], kernel: Any) -> Any:
         name = path_name(path)
         if name not in lora:
             return kernel

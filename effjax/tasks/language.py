@@ -159,7 +159,7 @@ def _windows(
     return windows[fixed_rows(f"{split}_rows", rows, len(windows))]
 
 
-def _counted(batch: Batch) -> Float[Array, "batch length-1"]:
+def _counted(batch: Batch) -> Float[Array, "batch predicted"]:
     """The weight of every token that is predicted: 0 for padding and in dummy rows."""
     rows, length = batch["input_ids"].shape
     if "mask" in batch:
@@ -170,7 +170,7 @@ def _counted(batch: Batch) -> Float[Array, "batch length-1"]:
     return weight * batch["mask"][:, 1:] if "mask" in batch else weight
 
 
-def _nll(logits: jax.Array, ids: jax.Array | np.ndarray) -> Float[Array, "batch length-1"]:
+def _nll(logits: jax.Array, ids: jax.Array | np.ndarray) -> Float[Array, "batch predicted"]:
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
 
 

@@ -72,7 +72,7 @@ def test_magnitude_pruning_parity(percent):
     tx = optax.trace(0.9)
     with jax.enable_x64(True):
         state = optax.TraceState(jnp.asarray(data["prune_in"]))
-        pruned = relora_reset(KEY, tx, state, None, ratio=percent / 100)
+        pruned = relora_reset(KEY, tx, state, {}, ratio=percent / 100)
     np.testing.assert_array_equal(pruned.trace, data[f"prune_out_{percent}"])
 
 
@@ -159,4 +159,4 @@ def test_bad_input():
     with pytest.raises(ValueError, match="restart_warmup_steps=30"):
         relora_schedule(1.0, 100, 20, first_warmup_steps=5, restart_warmup_steps=30)
     with pytest.raises(ValueError, match="Did you mean 'random'"):
-        relora_reset(KEY, optax.trace(0.9), None, None, prune="randon")
+        relora_reset(KEY, optax.trace(0.9), None, {}, prune="randon")

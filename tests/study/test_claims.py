@@ -142,7 +142,7 @@ def test_the_best_is_the_most_of_a_metric_that_rises_but_the_least_of_a_cost():
 
 
 def test_a_run_that_measured_costs_alone_decides_claims_on_costs_alone():
-    arms = {name: {**found, "metrics": {}} for name, found in ARMS.items()}
+    arms = {name: {**found, "metrics": {}, "status": "ok"} for name, found in ARMS.items()}
     assert one(Claim("new", "<=", "sgd-2"), arms) is None
     assert one(Claim("new", "<=", "sgd-2", of="step_ms"), arms)["holds"]
 
