@@ -343,7 +343,7 @@ def lora_merge(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
     check_fit(params, lora)
     check_floating(params, lora)
 
-    def merge(path: Sequence[Any], kernel: jax.Array | np.ndarray) -> Any:
+    def merge(path: Sequence[Any], kernel: Any) -> Any:
         name = path_name(path)
         if name not in lora:
             return kernel
