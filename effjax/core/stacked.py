@@ -18,7 +18,7 @@ def column(values: Array, like: Array) -> Array:
     return values.reshape(values.shape + (1,) * (like.ndim - 1))
 
 
-def take(tree: PyTree, index: Array) -> PyTree:
+def take(tree: PyTree, index: Array | int) -> PyTree:
     """``leaf[index]`` as a masked sum: NaN of other copies stay out, and a sharded leading axis costs one all-reduce.
 
     Example:

@@ -119,7 +119,7 @@ def relora_reset(
     Example:
       >>> tx = optax.sgd(0.1, momentum=0.9)
       >>> _, state = tx.update(jnp.arange(10.0), tx.init(jnp.zeros(10)))
-      >>> relora_reset(jax.random.key(0), tx, state, jnp.zeros(10))[0].trace.tolist()
+      >>> relora_reset(jax.random.key(0), tx, state, {})[0].trace.tolist()
       [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 9.0]
 
     Lialin et al. 2023, arXiv 2307.05695.

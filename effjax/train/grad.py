@@ -83,7 +83,7 @@ def all_finite(tree: PyTree) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])) if leaves else jnp.bool_(True)
 
 
-def _split(rows: jax.Array, parts: int) -> jax.Array:
+def _split(rows: Any, parts: int) -> Any:
     if rows.shape[0] % parts:
         raise ValueError(
             f"accumulate={parts} does not divide the batch of {rows.shape[0]} rows. Choose a divisor of the batch size."
@@ -91,7 +91,7 @@ def _split(rows: jax.Array, parts: int) -> jax.Array:
     return rows.reshape(parts, rows.shape[0] // parts, *rows.shape[1:])
 
 
-def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+def _scaled(x: Any, factor: Any) -> jax.Array:
     return x * factor.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 

@@ -84,7 +84,7 @@ def _batch_shapes(plans: Sequence[PlannedBatches]) -> list[BatchShape]:
     return list(found.values())
 
 
-def examples_in(batch: Any) -> jax.Array | int:
+def examples_in(batch: Any) -> jax.Array | np.ndarray | float:
     """Real examples of a batch: the sum of its column ``weight``, or its rows where it has none."""
     if isinstance(batch, dict) and "weight" in batch:
         return batch["weight"].sum()
