@@ -47,7 +47,7 @@ def surrogate_spike(v: Float[Array, "..."]) -> Float[Array, "..."]:
     Example:
       >>> surrogate_spike(jnp.asarray([-0.1, 0.1])).tolist()
       [0.0, 1.0]
-      >>> round(float(jax.grad(surrogate_spike)(0.0)), 3)
+      >>> round(float(jax.grad(surrogate_spike)(jnp.zeros(()))), 3)
       0.732
     """
     v = jnp.asarray(v)

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from effjax.train.signals import AT_EXIT
 
@@ -28,7 +28,7 @@ class Progress:
         *,
         quiet: bool = False,
         every: float = 10.0,
-        stream: TextIO | None = None,
+        stream: Any = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._quiet, self._every, self._clock = quiet, every, clock
@@ -130,7 +130,7 @@ def clock_face(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def _bar(stream: TextIO, progress: Progress):
+def _bar(stream: Any, progress: Progress):
     from rich.console import Console
     from rich.progress import BarColumn, ProgressColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar

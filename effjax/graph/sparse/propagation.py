@@ -51,7 +51,7 @@ def label_propagation(
     Example:
       >>> from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_normalize
       >>> path = gcn_normalize(adjacency([0, 1, 1, 2], [1, 0, 2, 1], 4))
-      >>> scores = label_propagation(path, [1, -1, -1, -1], [True, False, False, False], 2)
+      >>> scores = label_propagation(path, jnp.array([1, -1, -1, -1]), jnp.arange(4) < 1, 2)
       >>> scores.argmax(-1).tolist(), scores[3].tolist()
       ([1, 1, 1, 0], [0.0, 0.0])
 
@@ -102,7 +102,8 @@ def correct(
     Example:
       >>> from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_normalize
       >>> pair = gcn_normalize(adjacency([0, 1], [1, 0], 2))
-      >>> correct(pair, jnp.full((2, 2), 0.5), [1, -1], [True, False], steps=1, scale=1.0).argmax(-1).tolist()
+      >>> labels, known = jnp.array([1, -1]), jnp.array([True, False])
+      >>> correct(pair, jnp.full((2, 2), 0.5), labels, known, steps=1, scale=1.0).argmax(-1).tolist()
       [1, 1]
 
     Huang, He, Singh, Lim, Benson 2021 (ICLR, arXiv:2010.13993), in the form of PyTorch Geometric.
@@ -153,7 +154,7 @@ def smooth(
     Example:
       >>> from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_normalize
       >>> pair = gcn_normalize(adjacency([0, 1], [1, 0], 2))
-      >>> smooth(pair, jnp.full((2, 2), 0.5), [1, -1], [True, False], steps=1, alpha=0.5).tolist()
+      >>> smooth(pair, jnp.full((2, 2), 0.5), jnp.array([1, -1]), jnp.array([True, False]), steps=1, alpha=0.5).tolist()
       [[0.25, 0.75], [0.25, 0.75]]
 
     Source as of ``correct``.
@@ -197,7 +198,8 @@ def correct_and_smooth(
     Example:
       >>> from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_normalize
       >>> pair = gcn_normalize(adjacency([0, 1], [1, 0], 2))
-      >>> correct_and_smooth(pair, jnp.full((2, 2), 0.5), [1, -1], [True, False]).argmax(-1).tolist()
+      >>> labels, known = jnp.array([1, -1]), jnp.array([True, False])
+      >>> correct_and_smooth(pair, jnp.full((2, 2), 0.5), labels, known).argmax(-1).tolist()
       [1, 1]
 
     Source as of ``correct``.
