@@ -41,6 +41,9 @@ typecheck.install()
 # Not by the environment: a process that a test starts has one device, as a user's has.
 jax.config.update("jax_num_cpu_devices", 8)
 
+# Commands of their own, which import one another as such.
+collect_ignore_glob = ["tests/faults/*", "tests/mutations/*"]
+
 # Above it the programs of finished files are dropped.
 _RESIDENT = 1.5 * 2**30
 _REFERENCE = ROOT / "tests" / "reference"

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from effjax.core.errors import check_choice, check_number
 from effjax.data.graphs import CsrFeatures, GraphData, graph_data
@@ -172,7 +172,7 @@ def node_task(
         value = masked_cross_entropy(logits, batch["labels"], batch["weight"])
         return value, (state, {"loss": value, "accuracy": masked_accuracy(logits, batch["labels"], batch["weight"])})
 
-    def infer(variables: Variables, inputs: tuple[jax.Array, Any, SparseMatrix]) -> Any:
+    def infer(variables: Variables, inputs: tuple[Any, Any, SparseMatrix]) -> Any:
         nodes, features, matrix = inputs
         return module.apply(variables, features, matrix, train=False)[nodes]
 
