@@ -21,7 +21,7 @@ class MacCount(NamedTuple):
 
     Attributes:
       least: with the cheapest branch of every ``cond``; what is unknown counts as nothing.
-      most: with the dearest branch; None where something is unknown.
+      most: with the most expensive branch; None where something is unknown.
       expected: with the given branch probabilities; None where a ``cond`` whose branches differ has
         none, or something unknown is reached.
       unknown: what could not be counted, by primitive and name scope.
