@@ -241,11 +241,13 @@ def fptt_online(
       skip_nonfinite: as in ``fptt_step``.
 
     Returns:
-      ``(state, params, carry, xs, targets, *, part=SequencePart()) -> (state, params, carry, metrics)``, with scalars
-      in ``metrics``. ``part`` goes to the loss; by default there is but one.
+      ``(state, params, carry, xs, targets, *, part=SequencePart(), seq_lengths=None) -> (state, params, carry,
+      metrics)``, with scalars in ``metrics``. ``part`` goes to the loss; by default there is but one. ``seq_lengths``
+      are the steps of each sequence that are real in this call, 0 for one that has ended before; its carry stays.
 
     Raises:
-      ValueError: when called, as ``fptt_step``.
+      ValueError: when called, as ``fptt_step``; ``seq_lengths`` with a ``terminal`` problem, as the output at the end
+        of a sequence is not kept from call to call.
 
     Example:
       >>> cell = lambda w, h, x: (jnp.tanh(w * h + x),) * 2
@@ -258,7 +260,22 @@ def fptt_online(
       >>> metrics.loss.shape
       ()
     """
-    learn = _learner(problem, tx, skip_nonfinite)
+
+    def make(problem: SequenceProblem) -> Train:
+        learn = _learner(problem, tx, skip_nonfinite)
+
+        def train(
+            state: PyTree, params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, *, part: SequencePart
+        ) -> tuple[PyTree, PyTree, PyTree, PartMetrics]:
+            _plan(problem, xs, targets, parts=1)
+            _check_carry(problem, params, carry, xs)
+            targets = targets if problem.terminal else problem._time_first(targets)
+            end, metrics = learn((state, params, carry), part, problem._time_first(xs), targets)
+            return *end, metrics
+
+        return train
+
+    step = _with_lengths(problem, make)
 
     def train(
         state: PyTree,
@@ -268,13 +285,15 @@ def fptt_online(
         targets: PyTree,
         *,
         part: SequencePart | None = None,
+        seq_lengths: Any = None,
     ) -> tuple[PyTree, PyTree, PyTree, PartMetrics]:
-        _plan(problem, xs, targets, parts=1)
-        _check_carry(problem, params, carry, xs)
+        if problem.terminal and seq_lengths is not None:
+            raise ValueError(
+                "seq_lengths with terminal=True: the output at the end of a sequence is not kept from call to call. "
+                "Give fptt_step whole sequences, or keep the output in the cell's carry."
+            )
         part = SequencePart() if part is None else part
-        targets = targets if problem.terminal else problem._time_first(targets)
-        end, metrics = learn((state, params, carry), part, problem._time_first(xs), targets)
-        return *end, metrics
+        return step(state, params, carry, xs, targets, seq_lengths=seq_lengths, part=part)
 
     return train
 
@@ -431,10 +450,17 @@ def _with_lengths(problem: SequenceProblem, make: Callable[[SequenceProblem], Tr
     ended = make(_ending(problem))
 
     def train(
-        state: PyTree, params: PyTree, carry: PyTree, xs: PyTree, targets: PyTree, *, seq_lengths: Any = None
+        state: PyTree,
+        params: PyTree,
+        carry: PyTree,
+        xs: PyTree,
+        targets: PyTree,
+        *,
+        seq_lengths: Any = None,
+        **more: Any,
     ) -> tuple[PyTree, PyTree, PyTree, PartMetrics]:
         if seq_lengths is None:
-            return plain(state, params, carry, xs, targets)
+            return plain(state, params, carry, xs, targets, **more)
         _plan(problem, xs, targets, parts=1)
         _check_carry(problem, params, carry, xs)
         shape = jnp.shape(jax.tree.leaves(xs)[0])
@@ -442,7 +468,7 @@ def _with_lengths(problem: SequenceProblem, make: Callable[[SequenceProblem], Tr
         out = jax.eval_shape(lambda *args: _first_step(problem, *args)[1], params, carry, xs)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), out)
         start = _Ended(carry, zeros, jnp.zeros((), jnp.int32), lengths)
-        state, params, last, metrics = ended(state, params, start, xs, targets)
+        state, params, last, metrics = ended(state, params, start, xs, targets, **more)
         return state, params, last.carry, metrics
 
     return train

@@ -18,7 +18,7 @@ from effjax.recurrent.fixed_point import EquilibriumRNN
 from effjax.recurrent.irnn import IncrementalRNN, IncrementalRNNCell
 from effjax.recurrent.ltc_spiking import LTCSpikingCell
 from effjax.recurrent.tarnn import TARNN, TARNNCell
-from effjax.recurrent.through_time import SequenceProblem, bptt_step, fptt_step, tbptt_step
+from effjax.recurrent.through_time import SequenceProblem, bptt_step, fptt_online, fptt_step, tbptt_step
 
 KEY = jax.random.key(0, impl="rbg")
 LENGTHS = np.array([6, 2, 4])
@@ -75,6 +75,11 @@ def same(left, right, atol=2e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), left, right)
 
 
+def daily(names, some):
+    """Of these names some; all of them nightly."""
+    return [pytest.param(name, marks=[pytest.mark.nightly] * (name not in some)) for name in names]
+
+
 TURNED = {"reverse": True}, {"reverse": True, "keep_order": True}
 
 
@@ -95,7 +100,8 @@ def test_a_layer_is_nn_rnn_of_its_cell(name, options):
         np.testing.assert_allclose(turned, np.swapaxes(states, 0, 1), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+# The others are nn.RNN of their cells, as the test above finds.
+@pytest.mark.parametrize("name", daily(LAYERS, {"recurrent_lstm", "irnn", "lru", "tarnn_zero", *ALONE}))
 def test_padding_reaches_nothing_and_a_stream_goes_on(name):
     layer = LAYERS[name]
     variables = filled(layer)
@@ -113,7 +119,13 @@ def test_padding_reaches_nothing_and_a_stream_goes_on(name):
     np.testing.assert_allclose(joined[REAL], states[REAL], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["recurrent_lstm", "recurrent_cornn", "recurrent_irnn", *OWN, *ALONE])
+@pytest.mark.parametrize(
+    "name",
+    daily(
+        ["recurrent_lstm", "recurrent_cornn", "recurrent_irnn", *OWN, *ALONE],
+        {"recurrent_cornn", "irnn", "tarnn", "lru", "stack", "dual"},
+    ),
+)
 def test_a_narrow_carry_is_widened(name):
     layer = LAYERS[name]
     variables = filled(layer)
@@ -142,16 +154,19 @@ def test_both_directions(layer):
         same(jax.tree.map(lambda leaf, row=row: leaf[row], carry), jax.tree.map(lambda leaf: leaf[0], alone))
 
 
-@pytest.mark.parametrize("read", ["last", "mean", "all"])
+SEVERAL = nn.Sequential([nn.Dense(4), nn.Bidirectional(LRU(4), LRU(4)), nn.gelu, MinGRU(4)])
+
+
 @pytest.mark.parametrize(
-    "layer",
+    ("layer", "read"),
     [
-        Recurrent(LSTMCell(4)),
-        ALONE["stack"],
-        nn.RNN(nn.GRUCell(4)),
-        nn.Sequential([nn.Dense(4), nn.Bidirectional(LRU(4), LRU(4)), nn.gelu, MinGRU(4)]),
+        (Recurrent(LSTMCell(4)), "last"),
+        (Recurrent(LSTMCell(4)), "mean"),
+        (ALONE["stack"], "all"),
+        (nn.RNN(nn.GRUCell(4)), "mean"),
+        (SEVERAL, "last"),
     ],
-    ids=lambda layer: type(layer).__name__,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_an_answer_does_not_depend_on_the_padding(layer, read):
     network = SequenceNetwork(layer, 2, read=read)
@@ -272,14 +287,13 @@ def test_the_gradient_is_that_of_each_sequence_alone():
     np.testing.assert_array_equal(carry[2], LENGTHS)
 
 
-@pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize(
-    "make",
+    ("make", "terminal"),
     [
-        functools.partial(fptt_step, part_length=2),
-        functools.partial(fptt_step, part_length=4, recompute_state=True, skip_nonfinite=True),
-        functools.partial(tbptt_step, parts=3),
-        functools.partial(bptt_step, parts=3, remat=True),
+        (functools.partial(fptt_step, part_length=2), True),
+        (functools.partial(fptt_step, part_length=4, recompute_state=True, skip_nonfinite=True), False),
+        (functools.partial(tbptt_step, parts=3), False),
+        (functools.partial(bptt_step, parts=3, remat=True), True),
     ],
 )
 def test_steps_over_parts_do_not_read_the_padding(make, terminal):
@@ -300,3 +314,26 @@ def test_lengths_of_a_step_are_checked():
     params, tx = jax.jit(NET.init)(KEY), optax.sgd(0.1)
     with pytest.raises(ValueError, match=r"seq_lengths\[0\]=7 must be in \[0, 6\]"):
         bptt_step(problem, tx)(tx.init(params), params, NET.start(3), X, TARGETS, seq_lengths=LENGTHS + 1)
+
+
+def test_a_stream_in_pieces_is_the_whole_with_lengths():
+    """``fptt_online`` is told how many steps of each piece are real; a sequence that has ended waits."""
+    whole = trained(functools.partial(fptt_step, part_length=3), False, X, X[..., 0], seq_lengths=LENGTHS)
+    problem = SequenceProblem(NET.cell, step_loss, encode=NET.encode, time_axis=1)
+    params, tx = jax.jit(NET.init)(KEY), optax.sgd(0.1)
+    learn = jax.jit(fptt_online(problem, tx))
+    state, carry, losses = tx.init(params), NET.start(3), []
+    for first in (0, 3):
+        piece = X[:, first : first + 3]
+        real = np.clip(LENGTHS - first, 0, 3)
+        state, params, carry, metrics = learn(state, params, carry, piece, piece[..., 0], seq_lengths=real)
+        losses.append(metrics.loss)
+    same((params, carry), whole[1:3])
+    np.testing.assert_allclose(losses, whole[3].loss, rtol=0, atol=1e-6)
+
+
+def test_a_stream_with_one_target_takes_no_lengths():
+    problem = SequenceProblem(NET.cell, answer_loss, encode=NET.encode, terminal=True, time_axis=1)
+    params, tx = jax.jit(NET.init)(KEY), optax.sgd(0.1)
+    with pytest.raises(ValueError, match=r"seq_lengths with terminal=True.*fptt_step"):
+        fptt_online(problem, tx)(tx.init(params), params, NET.start(3), X, TARGETS, seq_lengths=LENGTHS)
