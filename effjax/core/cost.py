@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from effjax.core.macs import holds_loop
+from effjax.core.macs import MacCount, count_jaxpr_macs, holds_loop
 
 PyTree = Any
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -101,7 +101,7 @@ class Executables:
         shardings = {"in_shardings": in_shardings, "out_shardings": out_shardings}
         given = {name: value for name, value in shardings.items() if value is not None}
         self._jitted = jax.jit(function, donate_argnums=donate_argnums, **given)
-        self._compiled: dict[Any, tuple[jax.stages.Compiled, bool]] = {}
+        self._compiled: dict[Any, tuple[jax.stages.Compiled, Any]] = {}  # with the jaxpr
         self._by_shapes: dict[Any, jax.stages.Compiled] = {}
         self.compile_s = 0.0
 
@@ -140,7 +140,7 @@ class Executables:
             traced = self._jitted.trace(*args)
             compiled = traced.lower().compile()
             self.compile_s += time.perf_counter() - start
-            self._compiled[signature] = compiled, holds_loop(traced.jaxpr)
+            self._compiled[signature] = compiled, traced.jaxpr
             self._by_shapes.setdefault(_shapes(args), compiled)
         return self._compiled[signature][0]
 
@@ -161,8 +161,20 @@ class Executables:
             return _analyse(*self._compiled[_whole_signature(args)])
         if not self._compiled:
             raise RuntimeError("Nothing is compiled yet: call the function or its compile(*args) first.")
-        analyses = [_analyse(compiled, loop) for compiled, loop in self._compiled.values()]
+        analyses = [_analyse(compiled, jaxpr) for compiled, jaxpr in self._compiled.values()]
         return max(analyses, key=lambda analysis: analysis.peak_bytes or 0)
+
+    def macs(self, *args: Any) -> MacCount:
+        """Multiply-accumulates of a call with these arguments, as ``count_macs`` counts them; it is not traced again.
+
+        Args:
+          *args: as for ``compile``.
+
+        Returns:
+          A ``MacCount``.
+        """
+        self.compile(*args)
+        return count_jaxpr_macs(self._compiled[_whole_signature(args)][1])
 
 
 def _shapes(args: tuple[Any, ...]) -> Any:
@@ -183,8 +195,8 @@ def _signature(leaf: Any) -> Any:
     return aval.shape, aval.dtype, aval.weak_type, sharding
 
 
-def _analyse(compiled: jax.stages.Compiled, loop: bool) -> StepAnalysis:
-    cost = {} if loop else compiled.cost_analysis() or {}
+def _analyse(compiled: jax.stages.Compiled, jaxpr: Any) -> StepAnalysis:
+    cost = {} if holds_loop(jaxpr) else compiled.cost_analysis() or {}
     memory = compiled.memory_analysis()
     sizes = (getattr(memory, f"{part}_size_in_bytes", None) for part in ("argument", "output", "alias", "temp"))
     return StepAnalysis(cost.get("flops"), cost.get("bytes accessed"), *sizes)

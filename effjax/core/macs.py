@@ -92,12 +92,16 @@ def count_macs(
       512
       >>> def skip(x):
       ...     with jax.named_scope("gate"):
-      ...         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ w, lambda x: x @ w[:, :1] + w[0], x)
+      ...         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ w, lambda x: x @ w[:, :1] + w[:1], x)
       >>> count_macs(skip, x, branch_probabilities={"gate": (0.75, 0.25)})
       MacCount(least=32, most=512, expected=152.0, unknown=())
     """
+    return count_jaxpr_macs(jax.make_jaxpr(function)(*args), branch_probabilities)
+
+
+def count_jaxpr_macs(closed: Any, branch_probabilities: Mapping[str, Sequence[float]] | None = None) -> MacCount:
+    """``count_macs`` of a function that is traced already."""
     counter = _Counter(branch_probabilities or {})
-    closed = jax.make_jaxpr(function)(*args)
     jaxpr = closed.jaxpr
     live, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     count = counter.jaxpr(live, "")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.cost import Executables, count_params
-from effjax.core.macs import MacCount, count_macs
+from effjax.core.macs import MacCount
 from effjax.core.timing import Timing, agreed, time_interleaved
 from effjax.data.pipeline import prefetch_to_device
 from effjax.train.loop import Prepared
@@ -122,8 +122,7 @@ def _prepare(name: str, program: Program, options: TrainOptions, say: Callable[[
         whole = sum(shape.steps for _, shape in declared)
         for batches, shape in declared:
             check_stop()
-            compiled.compile(state, batches[0], aux)
-            macs = count_macs(phase.step, state, batches[0], aux)
+            macs = compiled.macs(state, batches[0], aux)
             flops = compiled.analysis(state, batches[0], aux).flops
             share = steps * shape.steps / whole
             kinds.append(_Kind(phase, aux, share, shape.examples, shape.tokens, batches, macs, flops))
@@ -224,7 +223,7 @@ def _inference(programs: Mapping[str, Program], params: Mapping[str, Any], round
     costs = {}
     for name, call in calls.items():
         rows = int(np.shape(jax.tree.leaves(inputs[name])[0])[0])
-        expected = _expected(count_macs(programs[name].task.infer, params[name], inputs[name]))
+        expected = _expected(call.macs(params[name], inputs[name]))
         costs[name] = {
             "macs_per_example": None if expected is None else expected / rows,
             "peak_bytes": call.analysis().peak_bytes,
