@@ -25,7 +25,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Tiny programs: compiling takes longer than running them, and a third of the time so.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-_QUICK = "--xla_cpu_use_fusion_emitters=false"
+_QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 if "XLA_FLAGS" not in os.environ:
     # XLA ends the process for a flag that it does not know.
     probe = [sys.executable, "-c", "import jax; jax.numpy.zeros(1)"]
@@ -40,6 +40,7 @@ typecheck.install()
 
 # Not by the environment: a process that a test starts has one device, as a user's has.
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Commands of their own, which import one another as such.
 collect_ignore_glob = ["tests/faults/*", "tests/mutations/*"]
@@ -57,6 +58,22 @@ def _only_jax_flax_and_optax(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     with blocked():
+        yield
+
+
+_PURE = tuple(str(ROOT / folder) for folder in ("tests/core", "tests/graph", "tests/recurrent", "tests/transformers"))
+
+
+@pytest.fixture(autouse=True)
+def _strict_dtypes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Mixed dtypes raise in tests of pure functions, unless they are marked ``promotes``.
+
+    Optax and Flax mix dtypes themselves: a count of steps and a rate, or narrow activations and wide statistics.
+    """
+    module = getattr(request.node, "module", None)
+    pure = str(request.node.path).startswith(_PURE) and not hasattr(module, "optax")
+    strict = pure and not request.node.get_closest_marker("promotes")
+    with jax.numpy_dtype_promotion("strict" if strict else "standard"):
         yield
 
 

@@ -61,9 +61,10 @@ def check_number(
         raise TypeError(f"{argument}={value!r} must be {kind}, not {type(value).__name__}.{_space(hint)}")
     if isinstance(value, jax.core.Tracer):
         return value
-    above = value > low if open_low else value >= low
-    below = value < high if open_high else value <= high
-    if not (above and below and math.isfinite(value)):
+    number = value.item() if hasattr(value, "item") else value  # no program for a comparison
+    above = number > low if open_low else number >= low
+    below = number < high if open_high else number <= high
+    if not (above and below and math.isfinite(number)):
         left = "(" if open_low or low == -math.inf else "["
         right = ")" if open_high or high == math.inf else "]"
         raise ValueError(f"{argument}={value!r} must be {kind} in {left}{low}, {high}{right}.{_space(hint)}")

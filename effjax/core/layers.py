@@ -102,7 +102,7 @@ def flipped(xs: jax.Array, lengths: jax.Array | None) -> jax.Array:
     """``xs`` ``[time, batch, ...]`` with every sequence turned round, its padding still at the end."""
     if lengths is None:
         return jnp.flip(xs, 0)
-    index = (jnp.arange(len(xs) - 1, -1, -1)[:, None] + lengths) % len(xs)
+    index = (jnp.arange(len(xs) - 1, -1, -1)[:, None] + lengths[None, :]) % len(xs)
     return jnp.take_along_axis(xs, index[..., None], 0)
 
 

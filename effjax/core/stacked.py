@@ -25,9 +25,10 @@ def take(tree: PyTree, index: Array | int) -> PyTree:
       >>> take(jnp.array([[1.0, 2.0], [jnp.nan, 3.0]]), 0).tolist()
       [1.0, 2.0]
     """
+    place = jnp.asarray(index)
 
     def one(leaf: Array) -> Array:
-        mask = column(jnp.arange(leaf.shape[0]) == index, leaf)
+        mask = column(jnp.arange(leaf.shape[0], dtype=place.dtype) == place, leaf)
         return jnp.sum(jnp.where(mask, leaf, jnp.zeros_like(leaf)), axis=0, dtype=leaf.dtype)
 
     return jax.tree.map(one, tree)
@@ -45,7 +46,7 @@ def weighted_sum(tree: PyTree, weights: Float[Array, "copies"]) -> PyTree:
 
 def spread_out(one: PyTree, like: PyTree) -> PyTree:
     """One copy's arrays for all; the sum takes over the sharding of ``like`` on explicit meshes too."""
-    return jax.tree.map(lambda leaf, stacked: jnp.zeros_like(stacked) + leaf, one, like)
+    return jax.tree.map(lambda leaf, stacked: jnp.zeros_like(stacked) + leaf[None], one, like)
 
 
 def finite_copies(tree: PyTree) -> Bool[Array, "copies"]:

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
+from jax.typing import DTypeLike
 
 from effjax.core.errors import near
 
@@ -153,7 +155,13 @@ def wide(value: Any) -> jax.Array:
     rounds to 1.
     """
     array = jnp.asarray(value)
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(wide_dtype(array.dtype))
+
+
+def wide_dtype(dtype: DTypeLike) -> np.dtype:
+    """The dtype of sums over ``dtype``: its own from 32 bits on, float32 for narrower floats, integers and bools."""
+    dtype = np.dtype(dtype)
+    return dtype if dtype.kind in "fc" and dtype.itemsize >= 4 else np.dtype(np.float32)
 
 
 def unread(fn: Callable[[PyTree], Any], tree: PyTree) -> list[str]:

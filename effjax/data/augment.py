@@ -65,6 +65,7 @@ def normalize(images: Any, mean: Any = 0.0, std: Any = 1.0) -> Any:
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     if not (std > 0).all():
         raise ValueError(f"std={std.tolist()} must be above 0 in every channel.")
+    mean, std = (np.expand_dims(each, tuple(range(images.ndim - each.ndim))) for each in (mean, std))
     return (images.astype(np.float32) / np.float32(255) - mean) / std
 
 

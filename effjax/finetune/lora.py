@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice, check_number, near
-from effjax.core.tree import path_name, select, wide
+from effjax.core.tree import path_name, select, wide, wide_dtype
 
 __all__ = [
     "LoraConfig",
@@ -217,7 +217,7 @@ def _draw(key: jax.Array, lead: tuple[int, ...], shape: tuple[int, ...], config:
     if callable(config.init):
         keys = jax.random.split(key, math.prod(lead))
         return jax.vmap(lambda own: config.init(own, shape, config.dtype))(keys).reshape(*lead, *shape)
-    draw_dtype = jnp.promote_types(config.dtype, jnp.float32)
+    draw_dtype = wide_dtype(config.dtype)
     if config.init == "gaussian":
         return (jax.random.normal(key, lead + shape, draw_dtype) / shape[-1]).astype(config.dtype)
     bound = math.sqrt((1.0 if config.init == "peft" else 6.0) / math.prod(shape[:-1]))

@@ -195,10 +195,10 @@ def _scaled(
     params: PyTree, adjacency: SparseMatrix, logits: jax.Array, spread: jax.Array, dropout: float, key: jax.Array | None
 ) -> jax.Array:
     first, second = params["conv_0"], params["conv_1"]
-    hidden = jax.nn.relu(spread @ first["kernel"] + first["bias"])
+    hidden = jax.nn.relu(spread @ first["kernel"] + first["bias"][None])
     if dropout:
         if key is None:
             raise ValueError(f"dropout={dropout} needs a key. Pass one, or leave dropout out when evaluating.")
         hidden = random_dropout(key, hidden, dropout)
-    temperature = adjacency @ (hidden @ second["kernel"]) + second["bias"]
+    temperature = adjacency @ (hidden @ second["kernel"]) + second["bias"][None]
     return logits * jnp.logaddexp(temperature, jnp.log(1.1))  # finite for any temperature

@@ -63,7 +63,7 @@ def error_scores(probabilities: Float[Array, "members nodes classes"]) -> ErrorS
     check_array("probabilities", probabilities, (None, None, None), "floating", "Of every member.")
     mean = jnp.mean(probabilities, axis=0)
     label = jnp.argmax(mean, axis=1).astype(jnp.int32)
-    votes = jnp.mean((jnp.argmax(probabilities, axis=2) == label).astype(mean.dtype), axis=0)
+    votes = jnp.mean((jnp.argmax(probabilities, axis=2).astype(jnp.int32) == label[None]).astype(mean.dtype), axis=0)
     confidence = jnp.max(mean, axis=1)
     entropy = _entropy(mean)
     disagreement = entropy - jnp.mean(_entropy(probabilities), axis=0)
@@ -154,7 +154,7 @@ def active_nodes(
     check_array("known", known, correctness.shape, "bool")
     order = jnp.argsort(correctness, stable=True)
     rank = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))
-    return (rank >= jnp.floor(fraction * order.shape[0] + 1e-6)) | known
+    return (rank >= jnp.floor(fraction * order.shape[0] + 1e-6).astype(rank.dtype)) | known
 
 
 def error_auc(
@@ -251,7 +251,7 @@ def feature_view(
         sums, squares = spmm(features.transpose, hot), row_sums(features.pattern, jnp.square(features.values))
     else:
         sums, squares = features.T @ hot, jnp.sum(jnp.square(features), axis=1)
-    directions = sums / jnp.maximum(jnp.linalg.norm(sums, axis=0), _TINY)
+    directions = sums / jnp.maximum(jnp.linalg.norm(sums, axis=0, keepdims=True), _TINY)
     return matmul(features, directions) / jnp.maximum(jnp.sqrt(squares), _TINY)[:, None]
 
 
@@ -283,7 +283,7 @@ def spread_errors(
       True
     """
     rate = jnp.sum(wrong & checked) / jnp.maximum(jnp.sum(checked), 1)
-    start = jnp.where(checked, rate - wrong, 0)
+    start = jnp.where(checked, rate - wrong.astype(rate.dtype), 0)
     step = lambda found, _: (alpha * spmm(matrix, found) + (1 - alpha) * start, None)
     return jax.lax.scan(step, start, length=steps)[0]
 
@@ -345,8 +345,8 @@ def fit_detector(
     check_number("steps", steps, low=1, integer=True)
     weight = mask.astype(inputs.dtype)
     count = jnp.maximum(jnp.sum(weight), 1)
-    mean = weight @ inputs / count
-    scale = jnp.sqrt(weight @ jnp.square(inputs - mean) / count) + 1e-6
+    mean = (weight @ inputs / count)[None]
+    scale = (jnp.sqrt(weight @ jnp.square(inputs - mean) / count) + 1e-6)[None]
     z = jnp.concatenate([(inputs - mean) / scale, jnp.ones((inputs.shape[0], 1), inputs.dtype)], axis=1)
     z = jnp.where(mask[:, None], z, 0)
     penalty = jnp.full(z.shape[1], ridge, z.dtype).at[-1].set(1e-2)  # the bias is nearly free
@@ -447,7 +447,7 @@ def learned_correctness(
 
     # The last one holds nothing out: it is for the nodes whose labels nobody knows.
     held_out = jnp.concatenate([folds == fold for fold in range(fold_count)] + [jnp.zeros_like(checked)])
-    known = (problem.train | checked) & ~(checked & held_out.reshape(fold_count + 1, -1))
+    known = (problem.train | checked)[None] & ~(checked[None] & held_out.reshape(fold_count + 1, -1))
     variants = jax.vmap(inputs)(known)
     own = jnp.where(checked, folds, fold_count)
     fitted = variants[own, jnp.arange(own.shape[0])]

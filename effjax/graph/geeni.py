@@ -28,6 +28,7 @@ from effjax.core.errors import (
     check_fields,
     check_number,
 )
+from effjax.core.products import aligned
 from effjax.graph.error_nodes import (
     ErrorScores,
     active_nodes,
@@ -309,7 +310,7 @@ def geeni_views(state: GeeniState, problem: GeeniProblem, *, config: GeeniConfig
         subsets = jax.random.fold_in(state.key, 2)
         draw = lambda k: random_edges(jax.random.fold_in(subsets, k), pattern, config.edge_keep_rate)
         kept = jnp.stack([pattern.valid] + [draw(k) for k in range(1, config.members)])
-        matrix = gcn_normalize(SparseMatrix(pattern, weights * kept))
+        matrix = gcn_normalize(SparseMatrix(pattern, aligned(weights, kept) * kept.astype(weights.dtype)))
     return GeeniViews(matrix, _features_kept(state, config))
 
 
@@ -426,7 +427,7 @@ def member_graphs(problem: GeeniProblem, config: GeeniConfig) -> tuple[SparseMat
     weights = matrix.pattern.valid.astype(jnp.float32) if problem.weights is None else problem.weights
     if not config.denoised_members:
         return matrix, weights
-    alike = _alike(problem, config) * weights
+    alike = _alike(problem, config).astype(weights.dtype) * weights
     if config.members > 1:
         whole = config.members - config.denoised_members
         alike = jnp.stack([weights] * whole + [alike] * config.denoised_members)
@@ -473,7 +474,7 @@ def distil_loss(
       >>> round(float(distil_loss(jnp.zeros((2, 1, 4)), jnp.array([[0.5, 0.5, 0.0, 0.0]]))), 4)
       2.7726
     """
-    return -jnp.sum(jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=2), axis=1))
+    return -jnp.sum(jnp.mean(jnp.sum(targets[None] * jax.nn.log_softmax(logits), axis=2), axis=1))
 
 
 # The isolation
@@ -517,7 +518,7 @@ def choose_isolation(
     correctness, judges = _correctness(scores, problem, matrix, folds, detector=detector, config=config)
     known = problem.train | problem.val
     actives = jax.vmap(lambda each: _candidates(each, known, config))(judges)  # [folds or 1, candidates, N]
-    judged = problem.val & ((folds == jnp.arange(config.folds)[:, None]) | (len(judges) == 1))
+    judged = problem.val[None] & ((folds[None] == jnp.arange(config.folds)[:, None]) | (len(judges) == 1))
     judged = judged[: len(judges)]
     answering = fold_members(members) if config.folded else members
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from effjax.core.errors import check_choice, check_number
+from effjax.core.products import aligned
 from effjax.graph.error_nodes import error_auc, error_scores, label_free_correctness, spread_errors
 from effjax.graph.geeni import (
     GeeniConfig,
@@ -144,7 +145,8 @@ def edge_subset_probabilities(
     check_number("count", count, low=1, integer=True)
 
     def one(key: jax.Array) -> jax.Array:
-        matrix = gcn_normalize(graph._replace(values=graph.values * random_edges(key, graph.pattern, keep_rate)))
+        kept = random_edges(key, graph.pattern, keep_rate).astype(graph.values.dtype)
+        matrix = gcn_normalize(graph._replace(values=graph.values * aligned(kept, graph.values)))
         return ensemble_probabilities(ensemble_logits(members, features, matrix))
 
     return jax.lax.map(one, jax.random.split(key, count))

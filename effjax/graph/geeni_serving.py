@@ -110,8 +110,8 @@ def _served(parts, propagated):
     kernel_0, bias_0, kernel_1, bias_1, features, matrix = parts
     count = bias_1.shape[0]
     hidden = matmul(features, kernel_0)
-    hidden = jax.nn.relu((hidden if propagated else _aggregate(matrix, hidden, count)) + bias_0)
-    return _mean_softmax(_aggregate(matrix, hidden @ kernel_1, count) + bias_1.reshape(-1), count)
+    hidden = jax.nn.relu((hidden if propagated else _aggregate(matrix, hidden, count)) + bias_0[None])
+    return _mean_softmax(_aggregate(matrix, hidden @ kernel_1, count) + bias_1.reshape(1, -1), count)
 
 
 def _aggregate(matrix: SparseMatrix, x: jax.Array, count: int) -> jax.Array:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_number
-from effjax.core.tree import wide
+from effjax.core.products import aligned
+from effjax.core.tree import wide, wide_dtype
 from effjax.graph.sparse.checks import check_array
 
 __all__ = ["brier_score", "expected_calibration_error", "masked_accuracy", "masked_cross_entropy"]
@@ -36,7 +37,8 @@ def node_weights(
     own = scores.shape[:-1] if scores.ndim == jnp.ndim(mask) + 1 else (nodes,)
     check_array("mask", mask, own, "bool or floating", f"One value for each of {nodes} nodes.")
     labels, mask = jnp.asarray(labels), jnp.asarray(mask)
-    weights = mask.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    weights = mask.astype(wide_dtype(scores.dtype))
+    labels = aligned(labels, weights)
     weights = jnp.where((labels >= 0) & (labels < classes), weights, 0)
     return weights, jnp.where(weights > 0, labels, 0)
 
@@ -44,6 +46,7 @@ def node_weights(
 def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     """Weighted mean over the last axis; 0 without weights."""
     total = jnp.maximum(jnp.sum(weights, axis=-1), 1e-9)
+    weights, values = aligned(weights, values), wide(values)
     return jnp.sum(jnp.where(weights > 0, weights * values, 0), axis=-1) / total
 
 
@@ -73,7 +76,7 @@ def masked_cross_entropy(
     weights, labels = node_weights(logits, labels, mask)
     logits = wide(logits)
     # A sum over the classes, as the gradient of a gather would be a scatter.
-    own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    own = aligned(jax.nn.one_hot(labels, logits.shape[-1], dtype=bool), logits)
     losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(own, logits, 0), axis=-1)
     return _mean(losses, weights)
 
@@ -99,7 +102,8 @@ def masked_accuracy(
       0.5
     """
     weights, labels = node_weights(logits, labels, mask)
-    return _mean(jnp.argmax(logits, axis=-1) == labels, weights)
+    found = jnp.argmax(logits, axis=-1)
+    return _mean(found == aligned(labels, found), weights)
 
 
 def expected_calibration_error(
@@ -130,8 +134,10 @@ def expected_calibration_error(
     confidence = probabilities.max(-1)
     right = (probabilities.argmax(-1) == labels).astype(confidence.dtype)
     edges = jnp.linspace(0, 1, bins + 1)
-    inside = (confidence[:, None] > edges[:-1]) & (confidence[:, None] <= edges[1:])
-    return jnp.abs((weights * (right - confidence)) @ inside).sum() / jnp.maximum(jnp.sum(weights), 1e-9)
+    inside = (confidence[:, None] > edges[None, :-1]) & (confidence[:, None] <= edges[None, 1:])
+    return jnp.abs((weights * (right - confidence)) @ inside.astype(weights.dtype)).sum() / jnp.maximum(
+        jnp.sum(weights), 1e-9
+    )
 
 
 def brier_score(

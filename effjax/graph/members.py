@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from effjax.core.errors import check_choice, check_number
 from effjax.core.loops import stacked_map
 from effjax.core.timing import fastest
+from effjax.core.tree import wide
 from effjax.graph.measures import masked_cross_entropy
 from effjax.graph.sparse.checks import check_array
 from effjax.graph.sparse.matrix import SparseMatrix, check_matrix, matmul, spmm
@@ -250,10 +251,10 @@ def _one(propagated, dropout, member, features, matrices):
     (kernel_0, bias_0, kernel_1, bias_1), own, key = member
     first, last = (_with_values(given, row) for given, row in zip(matrices, own, strict=True))
     hidden = matmul(features, kernel_0)
-    hidden = jax.nn.relu((hidden if propagated else spmm(first, hidden)) + bias_0)
+    hidden = jax.nn.relu((hidden if propagated else spmm(first, hidden)) + bias_0[None])
     if dropout:
         hidden = _dropped(hidden, jax.random.bernoulli(key, 1 - dropout, hidden.shape), dropout)
-    return spmm(last, hidden @ kernel_1) + bias_1
+    return spmm(last, hidden @ kernel_1) + bias_1[None]
 
 
 def _with_values(matrix: SparseMatrix, values: jax.Array | None) -> SparseMatrix:
@@ -265,11 +266,11 @@ def _columns(members, features, first, last, propagated, dropout, keys):
     flat = jnp.moveaxis(members.kernel_0, 0, 1).reshape(width, count * hidden_units)
     hidden = matmul(features, flat)
     hidden = hidden.reshape(hidden.shape[0], count, hidden_units)
-    hidden = jax.nn.relu((hidden if propagated else aggregate_members(first, hidden)) + members.bias_0)
+    hidden = jax.nn.relu((hidden if propagated else aggregate_members(first, hidden)) + members.bias_0[None])
     if dropout:
         draw = lambda key: jax.random.bernoulli(key, 1 - dropout, (hidden.shape[0], hidden_units))
         hidden = _dropped(hidden, jnp.moveaxis(jax.vmap(draw)(keys), 0, 1), dropout)
-    logits = aggregate_members(last, jnp.einsum("nkh,khc->nkc", hidden, members.kernel_1)) + members.bias_1
+    logits = aggregate_members(last, jnp.einsum("nkh,khc->nkc", hidden, members.kernel_1)) + members.bias_1[None]
     return jnp.moveaxis(logits, 1, 0)
 
 
@@ -305,7 +306,7 @@ def member_probabilities(logits: Float[Array, "members nodes classes"]) -> Float
       >>> member_probabilities(jnp.zeros((1, 1, 2))).tolist()
       [[[0.5, 0.5]]]
     """
-    return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    return jax.nn.softmax(wide(logits))
 
 
 def members_loss(

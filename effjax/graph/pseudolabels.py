@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_number
+from effjax.core.tree import wide
 from effjax.graph.sparse.checks import check_array
 from effjax.graph.stages import select_pseudolabels, unanimous
 
@@ -174,7 +175,7 @@ def cluster_labels(
     check_number("steps", steps, low=1, integer=True)
 
     def nearest(points: jax.Array, centres: jax.Array) -> jax.Array:
-        return jnp.argmin(jnp.sum(centres**2, -1) - 2 * points @ centres.T, -1)
+        return jnp.argmin(jnp.sum(centres**2, -1)[None] - 2 * points @ centres.T, -1)
 
     def means(groups: jax.Array, count: int, members: jax.Array, otherwise: jax.Array) -> jax.Array:
         sums = jax.ops.segment_sum(embeddings * members[:, None], groups, count)
@@ -213,7 +214,7 @@ def pseudolabel_weights(
     """
     if sampled is None:
         return confidence
-    return confidence * (sampled == predictions).mean(0, dtype=confidence.dtype)
+    return confidence * (sampled == predictions[None]).mean(0, dtype=confidence.dtype)
 
 
 def guard_pseudolabels(
@@ -259,7 +260,7 @@ def guard_pseudolabels(
     check_number("growth", growth, low=0)
     check_number("agreement", agreement, low=0, high=1)
     if sampled is not None:
-        agreed = jnp.sum(candidates & unanimous(sampled))
-        new = new & (agreed >= agreement * jnp.sum(candidates))
-    most = jnp.round(growth * jnp.sum(mask) / classes).astype(jnp.int32)
+        agreed = wide(jnp.sum(candidates & unanimous(sampled)))
+        new = new & (agreed >= agreement * wide(jnp.sum(candidates)))
+    most = jnp.round(growth * wide(jnp.sum(mask)) / classes).astype(jnp.int32)
     return most_confident(new, confidence, predictions, classes, most)

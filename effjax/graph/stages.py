@@ -268,7 +268,7 @@ def unanimous(sampled: Int[Array, "count nodes"]) -> Bool[Array, "nodes"]:
       >>> unanimous(jnp.array([[0, 1], [0, 2]])).tolist()
       [True, False]
     """
-    return (sampled == sampled[0]).all(0)
+    return (sampled == sampled[:1]).all(0)
 
 
 def prune_edges(

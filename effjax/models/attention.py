@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_choice, check_number
+from effjax.core.tree import wide_dtype
 
 Tokens = Int[Array | np.ndarray, "batch length"]
 Mask = Bool[Array | np.ndarray, "batch length"]
@@ -157,7 +158,7 @@ def attend(
     grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum("bqkgw,bskw->bkgqs", grouped, key, preferred_element_type=jnp.float32) / width**0.5
     if causal:
-        before = jnp.tril(jnp.ones((queries, key.shape[1]), bool))
+        before = jnp.tril(jnp.ones((queries, key.shape[1]), bool))[None, None]
         mask = before if mask is None else mask & before
     if mask is not None:
         seen = mask if mask.ndim < 4 else mask[:, :, None]
@@ -182,7 +183,7 @@ def rope_angles(
       Cosines and sines, float32 [rows, length, width / 2].
     """
     frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -202,7 +203,7 @@ def rotate(
       An array like ``x``.
     """
     check_choice("rope_style", style, ("half", "interleaved"))
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(wide_dtype(x.dtype))
     cosine, sine = cosine[:, :, None], sine[:, :, None]
     half = style == "half"
     a, b = jnp.split(wide, 2, axis=-1) if half else (wide[..., 0::2], wide[..., 1::2])

@@ -174,7 +174,7 @@ class Decoder(nn.Module):
         index = self.variable("cache", "index", jnp.zeros, (), jnp.int32)
         start = index.value
         index.value = start + length
-        seen = jnp.arange(cache_length) <= start + jnp.arange(length)[:, None]
+        seen = jnp.arange(cache_length)[None] <= start + jnp.arange(length)[:, None]
         return start, seen[None, None]
 
 

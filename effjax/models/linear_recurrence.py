@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Inexact
 from effjax.core.cells import Cell, Params, PyTree
 from effjax.core.errors import check_number
 from effjax.core.layers import OverTime, at_end, fitted_carry
-from effjax.core.products import dot
+from effjax.core.products import aligned, dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
 from effjax.models.sequence import Hidden, PlainCell, Projected, check_carry, chrono_bias, project_inputs
@@ -117,7 +117,7 @@ def lru_project(
     state = params["nu"].shape[-1]
     real, imaginary, skip = jnp.split(dot(xs, parts, dtype), (state, 2 * state), -1)
     decay = jnp.exp(-2 * jnp.exp(wide(params["nu"])))
-    return jax.lax.complex(real, imaginary) * jnp.sqrt(1 - decay), skip
+    return jax.lax.complex(real, imaginary) * aligned(jnp.sqrt(1 - decay), real), skip
 
 
 def lru_step(
@@ -150,7 +150,7 @@ def lru_step(
     2303.06349). The recurrence alone, without the norm, gate and skip that a deep stack puts around it.
     """
     drive, skip = projected
-    h = _eigenvalues(params) * check_carry(h, drive.shape[:-1], drive.shape[-1]) + drive
+    h = aligned(_eigenvalues(params), drive) * check_carry(h, drive.shape[:-1], drive.shape[-1]) + drive
     return h, _lru_read(params, h, skip, dtype)
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from effjax.core.cells import Cell, Params, PyTree, Table
 from effjax.core.errors import check_number
 from effjax.core.layers import OverTime, fitted_carry
-from effjax.core.products import dot
+from effjax.core.products import add_bias, dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
 
@@ -34,8 +34,7 @@ def project_inputs(
     params: Params, xs: Float[Array | np.ndarray, "*batch inputs"], *, dtype: DTypeLike | None = None
 ) -> jax.Array:
     """``xs @ W`` (``+ b`` where there is one): what the cells here take, for all time steps at once."""
-    product = dot(xs, params["W"], dtype)
-    return product + wide(params["b"]) if "b" in params else product
+    return add_bias(dot(xs, params["W"], dtype), params.get("b"))
 
 
 def chrono_bias(key: jax.Array, width: int, length: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -166,7 +165,7 @@ class Recurrent(OverTime):
         loop = {"chunk": self.chunk, "unroll": self.unroll}
         if lengths is None:
             return scan_time(cell.advance, params, carry, projected, **loop)
-        ends = jnp.arange(len(xs))[:, None] == lengths - 1
+        ends = jnp.arange(len(xs))[:, None] == lengths[None] - 1
         (_, last), ys = scan_time(_keeping_ends(cell.advance), params, (carry, carry), (projected, ends), **loop)
         return last, ys
 
@@ -264,7 +263,7 @@ class GRUCell(PlainCell):
         xr, xz, xn = jnp.split(projected, 3, -1)
         hr, hz, hn = jnp.split(dot(carry, params["U"], self.dtype), 3, -1)
         z = nn.sigmoid(xz + hz)
-        h = (1 - z) * jnp.tanh(xn + nn.sigmoid(xr + hr) * (hn + params["c"])) + z * carry
+        h = (1 - z) * jnp.tanh(xn + nn.sigmoid(xr + hr) * add_bias(hn, params["c"])) + z * carry
         return h, h
 
 

@@ -92,7 +92,7 @@ class SequenceNetwork(nn.Module):
 
 def _real(x: jax.Array | np.ndarray, lengths: jax.Array) -> jax.Array:
     """True at the steps of ``x`` ``[batch, time, ...]`` that are no padding."""
-    real = jnp.arange(x.shape[1]) < lengths[:, None]
+    real = jnp.arange(x.shape[1])[None] < lengths[:, None]
     return real.reshape(*real.shape, *[1] * (x.ndim - 2))
 
 

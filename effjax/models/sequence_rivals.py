@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from effjax.core.cells import Params, PyTree, Table
 from effjax.core.errors import check_number
-from effjax.core.products import dot
+from effjax.core.products import add_bias, dot
 from effjax.core.tree import wide
 from effjax.models.sequence import PlainCell, Projected
 
@@ -118,9 +118,9 @@ class FastGRNNCell(PlainCell):
     @nn.nowrap
     def step(self, params: Params, carry: jax.Array, projected: Projected) -> tuple[jax.Array, jax.Array]:
         p = projected + dot(carry, params["U"], self.dtype)
-        z = nn.sigmoid(p + params["bias_gate"])
+        z = nn.sigmoid(add_bias(p, params["bias_gate"]))
         write = nn.sigmoid(wide(params["zeta"])) * (1 - z) + nn.sigmoid(wide(params["nu"]))
-        h = z * carry + write * jnp.tanh(p + params["bias_update"])
+        h = z * carry + write * jnp.tanh(add_bias(p, params["bias_update"]))
         return h, h
 
 

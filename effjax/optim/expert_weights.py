@@ -71,14 +71,14 @@ class WeightRule(NamedTuple):
             now = (0.5 * (ordered[(number - 1) // 2] + ordered[number // 2])) ** 2
             now = self.spread_decay * spread + (1 - self.spread_decay) * now
             spread = jnp.where(finite.any(), now, spread).astype(spread.dtype)
-            root = jnp.sqrt(spread / (1 - self.spread_decay ** (count + 1.0)))
+            root = jnp.sqrt(spread / (1 - self.spread_decay ** (count.astype(spread.dtype) + 1.0)))
             scale = jnp.where(root > 0, root, 1.0).astype(scale.dtype)
         if self.loss_clip is not None:
             excess = jnp.minimum(excess, self.loss_clip * scale)
         excess = jnp.where(finite, excess, excess.max())
-        gap = (jnp.sum(played * excess) - excess) / scale
+        gap = (jnp.sum(played.astype(excess.dtype) * excess) - excess) / scale
         etas = self.eta_scale * jnp.asarray(self.meta_rates, losses.dtype)
-        moved = jnp.where(finite, log_weights + etas[:, None] * gap, -jnp.inf).astype(log_weights.dtype)
+        moved = jnp.where(finite[None], log_weights + etas[:, None] * gap[None], -jnp.inf).astype(log_weights.dtype)
         return jnp.where(finite.any(), moved, log_weights), spread
 
 

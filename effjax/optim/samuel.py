@@ -190,7 +190,7 @@ def samuel(
         if select == "sample":
             drawn = jnp.where(last, drawn, draw(state.key, state.count, logits))
         drawn = jnp.asarray(drawn if sampled is None else sampled, jnp.int32)
-        played = jax.nn.softmax(logits) if select == "average" else jnp.arange(size) == drawn
+        played = jax.nn.softmax(logits) if select == "average" else jnp.arange(size, dtype=jnp.int32) == drawn
         log_weights, spread = rule.update(state.log_weights, state.spread, state.count, losses, played)
         updates, inner = experts.update(updates, state.inner, params, losses, extra_args)
         # A rate is float32 and would widen the updates of narrower parameters, and some base's state.

@@ -125,19 +125,19 @@ def strongly_adaptive_step(
     check_number("diameter", diameter, low=0.0, open_low=True)
     check_number("lipschitz", lipschitz, low=0.0, open_low=True)
     scales, rates = state.log_weights.shape
-    etas = 1.0 / (2.0 * lipschitz * diameter * 2.0 ** jnp.arange(1, rates + 1))
-    lengths = 2 ** jnp.arange(scales)
+    etas = 1.0 / (2.0 * lipschitz * diameter * 2.0 ** jnp.arange(1.0, rates + 1))
+    lengths = 2 ** jnp.arange(scales, dtype=state.round.dtype)
     awake = lengths <= state.round
     born = awake & (state.round % lengths == 0)
     points = jnp.where(born[:, None], 0.0, state.points)
     squares = jnp.where(born[:, None], 0.0, state.squares)
-    log_weights = jnp.where(born[:, None], jnp.log(jnp.minimum(0.5, etas)), state.log_weights)
+    log_weights = jnp.where(born[:, None], jnp.log(jnp.minimum(0.5, etas))[None], state.log_weights)
 
     shares = jax.nn.softmax(jax.nn.logsumexp(log_weights, axis=1))
     point = shares @ points
     loss = loss_fn(point)
     expert_losses, grads = jax.vmap(jax.value_and_grad(loss_fn))(points)
-    moved = jnp.log1p(jnp.clip(etas * (loss - expert_losses)[:, None], -0.5, 0.5))
+    moved = jnp.log1p(jnp.clip(etas[None] * (loss - expert_losses)[:, None], -0.5, 0.5))
     grown = jnp.where(awake[:, None], squares + grads**2, squares)
     stepped = points - diameter / math.sqrt(2.0) * grads / (jnp.sqrt(grown) + 1e-12)
     played = Round(point, loss, jnp.where(awake, expert_losses, 0.0), jnp.exp(log_weights - log_weights.max()))

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from effjax.core.errors import check_number
-from effjax.core.products import dot
+from effjax.core.products import add_bias, dot
 from effjax.core.time_scan import fastest_unroll, scan_time
 from effjax.core.tree import wide
 
@@ -38,10 +38,7 @@ def fused_dot(
     products = dot(x, jnp.concatenate([kernel for kernel, _ in kernels.values()], -1), dtype)
     parts = jnp.split(products, widths[:-1], -1)
     biases = [bias for _, bias in kernels.values()]
-    return {
-        name: part if bias is None else part + wide(bias)
-        for name, part, bias in zip(kernels, parts, biases, strict=True)
-    }
+    return {name: add_bias(part, bias) for name, part, bias in zip(kernels, parts, biases, strict=True)}
 
 
 def kernel_params(module: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, jax.Array]:
@@ -99,7 +96,7 @@ def steps_from(
         return steps_over_time(eta, length, argument=argument)
     if not isinstance(time, jax.core.Tracer) and not isinstance(lengths, jax.core.Tracer):
         check_length(len(eta), int(jnp.max(time + (length if lengths is None else lengths), initial=0)))
-    return jnp.moveaxis(steps_at(eta, time + jnp.arange(length)[:, None]), 1, 0)
+    return jnp.moveaxis(steps_at(eta, time[None] + jnp.arange(length)[:, None]), 1, 0)
 
 
 def steps_done(time: jax.Array | None, lengths: jax.Array | None, xs: jax.Array) -> jax.Array:

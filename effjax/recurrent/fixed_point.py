@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from effjax.core.cells import PyTree
 from effjax.core.errors import check_number
 from effjax.core.layers import OverTime, at_end, fitted_carry
-from effjax.core.products import dot
+from effjax.core.products import add_bias, dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
 from effjax.recurrent.cells import (
@@ -151,14 +151,14 @@ def irnn_equilibrium(
     Reference: as for ``irnn``. That the equilibria can be solved in parallel over time is ours.
     """
     check_finite("xs", xs)
-    pre = dot(xs, params["W"], dtype) + wide(params["b"])
+    pre = add_bias(dot(xs, params["W"], dtype), params["b"])
     h0 = first_hidden(h0, pre)
     solve = functools.partial(equilibrium, iterations=iterations, activation=activation, dtype=dtype)
     if not parallel:
         return scan_time(functools.partial(_equilibrium_step, solve), params, h0, pre)
     y = solve(params["U"], params["alpha"], pre)
     sign = jnp.where(jnp.arange(1, len(y) + 1) % 2, -1.0, 1.0).astype(y.dtype).reshape(-1, *[1] * (y.ndim - 1))
-    states = sign * (h0 + jnp.cumsum(sign * y, axis=0))
+    states = sign * (h0[None] + jnp.cumsum(sign * y, axis=0))
     return states[-1], states
 
 

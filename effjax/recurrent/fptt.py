@@ -315,8 +315,8 @@ def qbar_first_errors(
     check_shape("labels", labels, logits.shape[1:-1], "One label for each sequence.")
     early = qbar.shape[1] - 1
     probabilities = jax.nn.softmax(wide(logits[:early]))
-    wrong = jnp.argmax(logits[:early], -1) != labels
-    mine = wrong[:, None, :] & (labels == jnp.arange(qbar.shape[0])[:, None])  # part, class, sample
+    wrong = jnp.argmax(logits[:early], -1) != labels[None]
+    mine = wrong[:, None, :] & (labels[None] == jnp.arange(qbar.shape[0])[:, None])[None]  # part, class, sample
     rows = jnp.take_along_axis(probabilities, jnp.argmax(mine, -1)[..., None], axis=1)
     rows = jnp.where(mine.any(-1)[..., None], rows, qbar[:, :early].swapaxes(0, 1))
     return qbar.at[:, :early].set(rows.swapaxes(0, 1).astype(qbar.dtype))

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from effjax.core.cells import Cell, PyTree
 from effjax.core.errors import check_choice, check_number
 from effjax.core.layers import OverTime, at_end, fitted_carry
-from effjax.core.products import dot
+from effjax.core.products import add_bias, dot
 from effjax.core.time_scan import scan_time
 from effjax.core.tree import wide
 from effjax.recurrent.cells import (
@@ -121,7 +121,7 @@ def _over(
 
 
 def _project(params: Params, xs: Sequence, dtype: DTypeLike | None) -> jax.Array:
-    return dot(xs, params["W"], dtype) + wide(params["b"])
+    return add_bias(dot(xs, params["W"], dtype), params["b"])
 
 
 def _step(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from effjax.core.cells import Cell, Params, Table
 from effjax.core.errors import check_choice
-from effjax.core.products import dot
+from effjax.core.products import add_bias, aligned, dot
 from effjax.core.tree import wide
 from effjax.recurrent.cells import check_hidden
 
@@ -70,7 +70,7 @@ class _Spiking(Cell):
     @nn.nowrap
     def project(self, params: Params, xs: jax.Array | np.ndarray) -> jax.Array:
         # Not yet normalised: a batch's statistics are those of one time step.
-        return dot(xs, params["W"], self.dtype) + params["b"]
+        return add_bias(dot(xs, params["W"], self.dtype), params["b"])
 
     @nn.nowrap
     def check_padding(self) -> None:
@@ -153,7 +153,7 @@ class LTCSpikingCell(_Spiking):
             check_hidden(f"carry {name}", state, projected.shape)
         u, s, a = map(wide, carry)
         drive = _normalise(projected, params["scale_x"], params["shift_x"], self.norm)
-        product = dot(s, params["U"], self.dtype) + params["c"]
+        product = add_bias(dot(s, params["U"], self.dtype), params["c"])
         drive += _normalise(product, params["scale_s"], params["shift_s"], self.norm)
         tau_m = _gate(params, "m", drive, u, self.dtype)
         tau_a = _gate(params, "a", drive, a, self.dtype)
@@ -215,8 +215,8 @@ class LeakyReadoutCell(_Spiking):
 
 
 def _gate(params: Params, name: str, drive: jax.Array, state: jax.Array, dtype: DTypeLike | None) -> jax.Array:
-    product = dot(jnp.concatenate([drive, state], -1), params[f"W{name}"], dtype) + params[f"b{name}"]
-    return nn.sigmoid(params[f"k{name}"] * product)
+    product = dot(jnp.concatenate([drive, state], -1), params[f"W{name}"], dtype)
+    return nn.sigmoid(params[f"k{name}"] * add_bias(product, params[f"b{name}"]))
 
 
 def _normalise(x: jax.Array, scale: jax.Array, shift: jax.Array, norm: str) -> jax.Array:
@@ -229,4 +229,5 @@ def _normalise(x: jax.Array, scale: jax.Array, shift: jax.Array, norm: str) -> j
         )
     axes = tuple(range(x.ndim - 1)) if norm == "batch" else -1
     centred = x - x.mean(axes, keepdims=True)
-    return centred * jax.lax.rsqrt((centred**2).mean(axes, keepdims=True) + _EPSILON) * scale + shift
+    normal = centred * jax.lax.rsqrt((centred**2).mean(axes, keepdims=True) + _EPSILON)
+    return normal * aligned(scale, x) + aligned(shift, x)

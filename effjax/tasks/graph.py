@@ -282,7 +282,7 @@ def _rank_in_class(key: jax.Array, labels: jax.Array, classes: int) -> jax.Array
     """Place of every node in a random order of its class; beyond all nodes for those without one."""
     labels = jnp.asarray(check_array("labels", labels, (None,), "integers", "One class for each node, -1 for none."))
     order = jax.random.permutation(key, labels.shape[0])
-    member = (labels[order][:, None] == jnp.arange(classes)).astype(jnp.int32)
+    member = (labels[order][:, None] == jnp.arange(classes)[None]).astype(jnp.int32)
     before = jnp.cumsum(member, axis=0) - member
     rank = jnp.where(labels[order] >= 0, jnp.sum(before * member, axis=1), labels.shape[0])
     return jnp.zeros(labels.shape, jnp.int32).at[order].set(rank)

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, Shaped
 
 from effjax.core.errors import check_choice, check_number, check_shape
+from effjax.core.products import aligned
 from effjax.core.shapes import pad_to
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet, load
@@ -90,7 +91,8 @@ def image_task(
 
     def inputs(images: Images) -> jax.Array:
         scale = 255.0 if jnp.issubdtype(images.dtype, jnp.integer) else 1.0
-        return (wide(images) / scale - mean) / std
+        x = wide(images) / scale
+        return (x - aligned(mean, x)) / aligned(std, x)
 
     def init(key: jax.Array) -> Variables:
         return module.init(key, inputs(example), train=False)

@@ -293,7 +293,7 @@ def asked_targets(data: SequenceData, targets: Any, lengths: Any) -> Any:
     """Targets that ask for nothing at the padding, where there is one of every step."""
     if data.kind != "tokens" or lengths is None or not data.told_lengths:
         return targets
-    return jnp.where(jnp.arange(targets.shape[1]) < lengths[:, None], targets, -1)
+    return jnp.where(jnp.arange(targets.shape[1])[None] < lengths[:, None], targets, -1)
 
 
 class _Scores(NamedTuple):

@@ -52,7 +52,7 @@ def images(batch: int, size: int = 16, channels: int = 3) -> tuple[jax.Array]:
 def tokens(batch: int, length: int = 6, vocab_size: int = 30) -> tuple[jax.Array, jax.Array]:
     """Ids, and a mask that leaves each row another number of real tokens."""
     ids = jax.random.randint(jax.random.key(7), (batch, length), 0, vocab_size)
-    return ids, jnp.arange(length) < length - jnp.arange(batch)[:, None] % 4
+    return ids, jnp.arange(length)[None] < length - jnp.arange(batch)[:, None] % 4
 
 
 def sequences(batch: int, length: int = 5, features: int = 3) -> tuple[jax.Array]:

@@ -108,7 +108,7 @@ def _cola_start(params: PyTree) -> PyTree:
 
 def _cola_network(base: PyTree, lora: PyTree) -> PyTree:
     merged = lora_merge(base, lora, 1.0)
-    rows = merged["kernel"] + merged["bias"]
+    rows = merged["kernel"] + merged["bias"][None]
     return {"w": rows[:, :2], "b": rows[:, 2]}
 
 

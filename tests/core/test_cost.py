@@ -63,6 +63,7 @@ def test_executables_compile_once_for_each_shape_and_never_again():
     np.testing.assert_array_equal(seen, expected)
 
 
+@pytest.mark.promotes  # batches of several dtypes
 def test_executables_share_what_jax_takes_for_the_same_type():
     step = Executables(make_step())
     step(make_state(), make_batch(2))

@@ -74,11 +74,11 @@ def test_a_folder_of_peft_gives_its_outputs():
     conv = jax.lax.conv_general_dilated(
         x, merged["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    h = conv.mean((1, 2)) + ref["conv.bias"]
+    h = conv.mean((1, 2)) + ref["conv.bias"][None]
     for i in range(2):
         up, down = (merged[f"block_{i}"][name]["kernel"] for name in ("up", "down"))
-        narrow = jax.nn.relu(h @ up + ref[f"blocks.{i}.up.bias"])
-        h = h + narrow @ down + ref[f"blocks.{i}.down.bias"]
+        narrow = jax.nn.relu(h @ up + ref[f"blocks.{i}.up.bias"][None])
+        h = h + narrow @ down + ref[f"blocks.{i}.down.bias"][None]
     np.testing.assert_allclose(h, ref["y"], rtol=1e-5, atol=1e-5)
 
 

@@ -60,7 +60,7 @@ def test_merge_and_reinit_parity(prefix):
         lora = {"kernel": {"a": jnp.asarray(data["A"].T), "b": jnp.asarray(data["B"].T)}}
         state = cola_extend(cola_init(KEY, base, config)._replace(lora=lora), config)
         np.testing.assert_allclose(state.base["kernel"].T, data["W_after"], rtol=1e-6)
-        np.testing.assert_allclose(data["x"] @ state.base["kernel"] + data["bias"], data["y_after"], rtol=1e-6)
+        np.testing.assert_allclose(data["x"] @ state.base["kernel"] + data["bias"][None], data["y_after"], rtol=1e-6)
         a, b = state.lora["kernel"]["a"], state.lora["kernel"]["b"]
         assert np.abs(a).max() <= 1 / np.sqrt(9)
         assert (b == 0).all()

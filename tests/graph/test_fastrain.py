@@ -15,6 +15,8 @@ from effjax.graph.stages import adam_l2, drop_edges, select_to_ladder, train_sta
 from effjax.models.gnn import NodeClassifier
 from effjax.tasks.graph import draw_labelled, node_data
 
+pytestmark = pytest.mark.promotes  # Adam
+
 KEY = jax.random.key(1)
 SMALL = {
     "stages": 2,
@@ -88,6 +90,7 @@ def by_hand(problem, network, deep, keep):
     return labels, np.where(new, 1, np.where(given, 0, -1)), edges, trained(1, labels, mask, edges)
 
 
+@pytest.mark.nightly
 def test_it_is_its_parts_put_together_by_hand(problem, network):
     found = run(problem, network)
     # 21 of 300 labels are fewer than 8 %: deep at first, shallow later.

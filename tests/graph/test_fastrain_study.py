@@ -101,6 +101,7 @@ def test_every_arm_is_there():
     assert set(MAIN) < set(names)
 
 
+@pytest.mark.nightly
 def test_the_public_call_gives_the_bits_of_the_arm_with_a_plateau(study, group):
     key, loaded = jax.random.key(5), group.loaded
     state = fit(group.arms["fastrain-plateau"].build(loaded), 5).state
@@ -197,6 +198,7 @@ def test_arms_of_a_seed_share_their_labelled_nodes(built):
     assert (masks["shallow", 0] != masks["shallow", 1]).any()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("changes", "most"),
     [

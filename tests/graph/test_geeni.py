@@ -65,7 +65,7 @@ def world():
 
 def own_graphs(matrix):
     keep = jnp.stack([random_edges(jax.random.key(k), matrix.pattern, 0.6) for k in range(COUNT)])
-    return matrix._replace(values=matrix.values * keep)
+    return matrix._replace(values=matrix.values[None] * keep.astype(matrix.values.dtype))
 
 
 def loss(members, features, matrix, labels, loop, dropout=0.0):
@@ -201,7 +201,7 @@ def test_pruned_width_keeps_what_matters():
 
 def test_folded_members_give_the_mean_of_the_logits_at_the_cost_of_one():
     members, x, sparse, matrix, _ = world()
-    members = members._replace(bias_1=members.bias_1 + jnp.arange(COUNT)[:, None])
+    members = members._replace(bias_1=members.bias_1 + jnp.arange(1.0 * COUNT)[:, None])
     folded = fold_members(members)
     for features in (x, sparse):
         expected = jnp.mean(ensemble_logits(members, features, matrix), axis=0)
@@ -306,6 +306,7 @@ def problem_of(**changes):
 FEW = {"members": 2, "width": 4, "epochs": 4, "epochs_per_step": 2, "folds": 3, "fractions": (0.2,), "modes": ("full",)}
 
 
+@pytest.mark.nightly
 def test_one_call_is_its_parts_and_gives_probabilities():
     problem, config = problem_of(), GeeniConfig(**FEW, students=2, student_width=3, folded=True)
     assert config.stages == ("members", "students")
@@ -333,6 +334,7 @@ def test_one_call_is_its_parts_and_gives_probabilities():
         geeni_step(state, problem, views, config=GeeniConfig(**FEW), stage="students")
 
 
+@pytest.mark.promotes  # Adam
 def test_training_lowers_the_loss_of_all_members():
     _, x, _, matrix, _ = world()
     learnable = jnp.argmax((matrix @ x)[:, :CLASSES], axis=1)
@@ -349,6 +351,7 @@ def test_training_lowers_the_loss_of_all_members():
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.promotes  # Adam
 def test_weighted_edges_are_trained_on():
     rows, columns = np.asarray(world()[3].pattern.rows), np.asarray(world()[3].pattern.columns)
     edges = rows != columns

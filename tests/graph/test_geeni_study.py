@@ -97,6 +97,7 @@ def dense_graph(send=None):
     return kept / np.sqrt(kept.sum(1)[:, None] * degree)
 
 
+@pytest.mark.nightly
 def test_the_public_call_is_the_study_s_arm():
     """Parameters and what is served, bit for bit."""
     for name in ("geeni-distilled", "geeni-denoised", "narrow-folded"):

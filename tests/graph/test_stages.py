@@ -52,8 +52,8 @@ def gcn_params(found, prefix):
 def gcn(params, features, adjacency, *, key=None):
     del key
     first, second = params["gc1"], params["gc2"]
-    hidden = jax.nn.relu(adjacency @ (features @ first["weight"]) + first["bias"])
-    return adjacency @ (hidden @ second["weight"]) + second["bias"]
+    hidden = jax.nn.relu(adjacency @ (features @ first["weight"]) + first["bias"][None])
+    return adjacency @ (hidden @ second["weight"]) + second["bias"][None]
 
 
 def zeroed(matrix, entries):

@@ -96,6 +96,7 @@ def cifar10_test(rows):
     return DataSet("cifar10", {"train": columns, "test": columns}, tuple("0123456789"), "", "", "image")
 
 
+@pytest.mark.nightly
 @pytest.mark.optimized  # it runs longer than it compiles
 def test_stated_accuracy_on_a_thousand_images():
     task = image_task(cifar10_test(1000), "resnet20")

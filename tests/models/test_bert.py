@@ -44,7 +44,7 @@ def test_rows_without_tokens_are_finite_forward_and_backward():
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params, mask):
         logits = module.apply({"params": params}, IDS, mask)
-        return (logits * jnp.arange(3.0)).sum(), logits
+        return (logits * jnp.arange(3.0)[None]).sum(), logits
 
     for mask in (MASK, np.zeros_like(MASK)):
         (_, logits), gradients = loss(params, mask)

@@ -141,7 +141,7 @@ def test_fastrnn_with_gates_of_every_time_step():
     sigmoid = lambda x: 1 / (1 + np.exp(-np.asarray(x)))
     h, states = np.zeros((4, 5)), []
     for t in range(10):
-        new = np.tanh(X[:, t] @ params["W"] + h @ params["U"] + params["b"])
+        new = np.tanh(X[:, t] @ params["W"] + h @ params["U"] + params["b"][None])
         h = sigmoid(params["alpha"][t]) * new + sigmoid(params["beta"][t]) * h
         states.append(h)
     layer = Recurrent(cell)

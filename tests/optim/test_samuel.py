@@ -36,7 +36,7 @@ PARAMS = {"w": jax.random.normal(_keys[2], (4, 2)), "b": jnp.zeros(2)}
 
 def loss_fn(params, batch):
     x, y = batch
-    return jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) - y) ** 2)
+    return jnp.mean((jnp.tanh(x @ params["w"] + params["b"][None]) - y) ** 2)
 
 
 LOSSES_AND_GRADS = samuel_value_and_grad(loss_fn, loop="vmap")

@@ -62,8 +62,8 @@ def torch_clip(threshold):
 def torch_lstm(prefix):
     def cell(params, carry, x):
         h, c = carry
-        gates = x @ params[f"{prefix}weight_ih_l0"].T + params[f"{prefix}bias_ih_l0"]
-        gates += h @ params[f"{prefix}weight_hh_l0"].T + params[f"{prefix}bias_hh_l0"]
+        gates = x @ params[f"{prefix}weight_ih_l0"].T + params[f"{prefix}bias_ih_l0"][None]
+        gates += h @ params[f"{prefix}weight_hh_l0"].T + params[f"{prefix}bias_hh_l0"][None]
         i, f, g, o = jnp.split(gates, 4, axis=-1)
         c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
         h = jax.nn.sigmoid(o) * jnp.tanh(c)
@@ -106,8 +106,8 @@ def test_parity_of_the_transformation(name, atol):
 
 def terminal_setup(v):
     def loss(params, h, targets, part):
-        hidden = h @ params["linear1.weight"].T + params["linear1.bias"]
-        logits = hidden @ params["linear2.weight"].T + params["linear2.bias"]
+        hidden = h @ params["linear1.weight"].T + params["linear1.bias"][None]
+        logits = hidden @ params["linear2.weight"].T + params["linear2.bias"][None]
         keywords = {} if v["epoch"] < 20 else {"auxiliary": "qbar", "qbar": targets["qbar"]}
         return fptt_terminal_loss(logits, targets["y"], part, **keywords), logits
 
@@ -176,7 +176,7 @@ def test_parity_of_the_language_program():
     with jax.enable_x64(True):
 
         def loss(params, outs, targets, part):
-            logits = outs @ params["decoder.weight"].T + params["decoder.bias"]
+            logits = outs @ params["decoder.weight"].T + params["decoder.bias"][None, None]
             return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
         tx = fptt(optax.sgd(v["lr"], v["momentum"]), v["alpha"], beta=v["beta"], lmbda=v["lmbda"])
@@ -205,7 +205,7 @@ def test_parity_of_the_add_task(name):
     with jax.enable_x64(True):
 
         def loss(params, h, y, part):
-            mse = jnp.mean((h @ params["lin.weight"].T + params["lin.bias"] - y) ** 2)
+            mse = jnp.mean((h @ params["lin.weight"].T + params["lin.bias"][None] - y) ** 2)
             return (part.index + 1 / v["parts"]) * mse, mse  # the authors' slip, meant is part.progress
 
         base = optax.chain(record(), torch_clip(v["clip"]), optax.adam(v["lr"]))

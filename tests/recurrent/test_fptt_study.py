@@ -80,7 +80,7 @@ def test_the_network_is_an_lstm_over_the_whole_sequence():
     variables = jax.jit(program.task.init)(jax.random.key(0))
     params, inputs = variables["params"], program.task.test["inputs"]
     states = jax.jit(Recurrent(LSTMCell(6)).apply)({"params": {"cell": params["cell"]}}, inputs)
-    want = states[:, -1] @ params["head"]["kernel"] + params["head"]["bias"]
+    want = states[:, -1] @ params["head"]["kernel"] + params["head"]["bias"][None]
     np.testing.assert_allclose(jax.jit(program.task.infer)(variables, inputs), want, rtol=1e-5, atol=1e-6)
 
 

@@ -117,7 +117,10 @@ def test_equilibrium_parity_and_invariants(name, parallel):
         assert_close(grad_h0, data["grad_h0"], 1e-11)
         # The residual of the ODE, and the identity Jacobian up to sign.
         y = states + jnp.concatenate([h0[None], states[:-1]])
-        assert np.abs(activation(y @ params["U"] + x @ params["W"] + params["b"]) - params["alpha"] * y).max() < 1e-10
+        assert (
+            np.abs(activation(y @ params["U"] + x @ params["W"] + params["b"][None, None]) - params["alpha"] * y).max()
+            < 1e-10
+        )
         assert_close(jacobian, data["jac_hT_h0"])
         np.testing.assert_array_equal(data["jac_hT_h0"], (-1) ** len(x) * np.eye(5))
 
@@ -265,6 +268,7 @@ def test_cell_carries_on_where_it_stopped_and_is_nan_beyond_its_length():
     assert np.isnan(beyond).all()
 
 
+@pytest.mark.promotes  # bfloat16 inputs with float32 parameters
 def test_bfloat16_keeps_states_and_steps_wide():
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), small())
     assert jax.eval_shape(irnn, half, jnp.asarray(XS, jnp.bfloat16))[1].dtype == jnp.float32

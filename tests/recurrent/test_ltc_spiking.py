@@ -49,7 +49,7 @@ def test_a_spike_empties_the_membrane_and_raises_the_threshold():
 def test_fptt_with_an_update_at_every_step_learns():
     params, carry = started()
     labels = jnp.arange(B) % C
-    xs = jax.random.normal(jax.random.key(2), (T, B, D)) + 2.0 * labels[:, None]
+    xs = jax.random.normal(jax.random.key(2), (T, B, D)) + 2.0 * labels[None, :, None]
 
     def loss(params, logits, labels, part):
         return part.progress * optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()

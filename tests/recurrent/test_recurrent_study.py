@@ -111,7 +111,7 @@ def test_a_loop_by_hand_trains_as_the_study_does():
 
     def loss(params, batch):
         states = layer.apply({"params": params["layer"]}, batch["inputs"])
-        logits = states[:, -1] @ params["head"]["kernel"] + params["head"]["bias"]
+        logits = states[:, -1] @ params["head"]["kernel"] + params["head"]["bias"][None]
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
 
     @jax.jit

@@ -92,7 +92,9 @@ def test_pixels_are_normalised_on_the_device():
     assert pixels.std() == pytest.approx(1, abs=1e-5)
     head = variables["params"]["head"]
     np.testing.assert_allclose(
-        task.infer(variables, task.train["image"]), pixels.reshape(10, -1) @ head["kernel"] + head["bias"], rtol=1e-3
+        task.infer(variables, task.train["image"]),
+        pixels.reshape(10, -1) @ head["kernel"] + head["bias"][None],
+        rtol=1e-3,
     )
 
 

@@ -14,9 +14,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from effjax.core.errors import check_choice, check_number
+from effjax.core.products import add_bias
 from effjax.core.tree import wide
 from effjax.graph.sparse.checks import check_array
-from effjax.graph.sparse.layers import Features, Params, add_bias, check_graph, dropout, edges, project
+from effjax.graph.sparse.layers import Features, Params, check_graph, dropout, edges, project
 from effjax.graph.sparse.matrix import (
     SparseMatrix,
     SparsePattern,
@@ -290,8 +291,8 @@ def gatv2(
     """
     check_number("slope", slope, low=0, high=1)
     check_graph(x, matrix)
-    source = project(x, params["source_kernel"], dtype) + wide(params["source_bias"])
-    target = project(x, params["target_kernel"], dtype) + wide(params["target_bias"])
+    source = add_bias(project(x, params["source_kernel"], dtype), params["source_bias"])
+    target = add_bias(project(x, params["target_kernel"], dtype), params["target_bias"])
     pattern, attention = matrix.pattern, params["attention"]
     hidden = nn.leaky_relu(take_rows(pattern, target) + take_columns(pattern, source), slope)
     (logits,) = _scores(_heads(hidden, attention.shape), attention)
@@ -393,4 +394,4 @@ def _attend(params, matrix, logits, z, concat, rate, key, dtype) -> jax.Array:
         terms = dropout(key, terms, rate)
     messages = z if dtype is None else wide(z.astype(dtype))
     y = weighted_sums(matrix.pattern, terms, messages) / total[:, :, None]
-    return add_bias(y.reshape(len(y), math.prod(y.shape[1:])) if concat else jnp.mean(y, axis=1), params)
+    return add_bias(y.reshape(len(y), math.prod(y.shape[1:])) if concat else jnp.mean(y, axis=1), params.get("bias"))

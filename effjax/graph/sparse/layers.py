@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice, check_number
-from effjax.core.products import dot
+from effjax.core.products import add_bias, dot
 from effjax.core.tree import wide
 from effjax.graph.sparse.buckets import bucket_max
 from effjax.graph.sparse.matrix import (
@@ -120,11 +120,6 @@ def check_graph(x: Features, matrix: SparseMatrix, *, argument: str = "x") -> No
         raise ValueError(f"{argument} has shape {shape}, but the graph {matrix.shape} needs [{matrix.shape[0]}, F].")
 
 
-def add_bias(x: jax.Array, params: Params) -> jax.Array:
-    """``x + bias``, where there is one."""
-    return x + wide(params["bias"]) if "bias" in params else x
-
-
 def edges(matrix: SparseMatrix) -> jax.Array:
     """bool [nnz]: entries that are edges for layers that ignore weights. Zeros (dropped edges, padding) are none."""
     return (check_matrix("matrix", matrix).values != 0) & matrix.pattern.valid
@@ -135,7 +130,7 @@ def edges(matrix: SparseMatrix) -> jax.Array:
 
 def dense(params: Params, x: Features, *, dtype: DTypeLike | None = None) -> jax.Array:
     """``x W + b``, no graph; ``kernel`` [F, O] and, if given, ``bias`` [O]."""
-    return add_bias(project(x, params["kernel"], dtype), params)
+    return add_bias(project(x, params["kernel"], dtype), params.get("bias"))
 
 
 def gcn(params: Params, x: Features, matrix: SparseMatrix, *, dtype: DTypeLike | None = None) -> jax.Array:
@@ -167,8 +162,8 @@ def gcn(params: Params, x: Features, matrix: SparseMatrix, *, dtype: DTypeLike |
     """
     kernel = params["kernel"]
     if not isinstance(x, SparseMatrix) and kernel.shape[0] < kernel.shape[1]:
-        return add_bias(project(aggregate(matrix, x, dtype), kernel, dtype), params)
-    return add_bias(aggregate(matrix, project(x, kernel, dtype), dtype), params)
+        return add_bias(project(aggregate(matrix, x, dtype), kernel, dtype), params.get("bias"))
+    return add_bias(aggregate(matrix, project(x, kernel, dtype), dtype), params.get("bias"))
 
 
 def sage(
@@ -208,10 +203,10 @@ def sage(
     if reduce == "max":
         if isinstance(x, SparseMatrix):
             raise ValueError("x is sparse, but reduce='max' compares all features. Give x.todense(), or take 'mean'.")
-        return add_bias(project(neighbour_max(matrix, wide(x)), kernel, dtype), params) + own
+        return add_bias(project(neighbour_max(matrix, wide(x)), kernel, dtype), params.get("bias")) + own
     if isinstance(x, SparseMatrix) or kernel.shape[0] >= kernel.shape[1]:
-        return add_bias(neighbour_mean(matrix, project(x, kernel, dtype), dtype), params) + own
-    return add_bias(project(neighbour_mean(matrix, x, dtype), kernel, dtype), params) + own
+        return add_bias(neighbour_mean(matrix, project(x, kernel, dtype), dtype), params.get("bias")) + own
+    return add_bias(project(neighbour_mean(matrix, x, dtype), kernel, dtype), params.get("bias")) + own
 
 
 def neighbour_mean(matrix: SparseMatrix, x: jax.Array | np.ndarray, dtype: DTypeLike | None = None) -> jax.Array:
@@ -322,8 +317,8 @@ def sgc(
     kernel = params["kernel"]
     propagate = lambda z: jax.lax.fori_loop(0, hops, lambda _, z: aggregate(matrix, z, dtype), z)
     if not isinstance(x, SparseMatrix) and kernel.shape[0] < kernel.shape[1]:
-        return add_bias(project(propagate(wide(x)), kernel, dtype), params)
-    return add_bias(propagate(project(x, kernel, dtype)), params)
+        return add_bias(project(propagate(wide(x)), kernel, dtype), params.get("bias"))
+    return add_bias(propagate(project(x, kernel, dtype)), params.get("bias"))
 
 
 def gcnii(

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.timing import fastest
+from effjax.core.tree import wide_dtype
 from effjax.graph.sparse.buckets import BucketTable, bucket_product, bucket_table
 from effjax.graph.sparse.checks import check_array
 
@@ -78,7 +79,7 @@ class SparsePattern:
     @property
     def valid(self) -> jax.Array:
         """bool [nnz], False for padding."""
-        return jnp.arange(self.nnz) < self.size
+        return jnp.arange(self.nnz, dtype=jnp.int32) < self.size
 
     @property
     def transpose(self) -> "SparsePattern":
@@ -340,7 +341,7 @@ def spmm(matrix: SparseMatrix, x: ArrayLike, *, kernel: Kernel = "auto") -> jax.
         raise ValueError(f"x has shape {x.shape}, but the matrix {matrix.shape} needs {matrix.shape[1]} rows.")
     x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
     kernel = _resolve(kernel, matrix.pattern)
-    dtype = jnp.promote_types(jnp.result_type(x, matrix.values), jnp.float32)
+    dtype = jnp.promote_types(wide_dtype(x.dtype), wide_dtype(matrix.values.dtype))
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:])).astype(dtype)
     product = _spmm(kernel, matrix.pattern, matrix.values.astype(dtype), flat)
     return product.reshape(matrix.shape[0], *x.shape[1:]).astype(x.dtype)
@@ -475,7 +476,7 @@ def _exact_sums(entries: jax.Array, rows: jax.Array | np.ndarray, count: int) ->
 
 
 def _flat(sums, pattern: SparsePattern, entries: jax.Array) -> jax.Array:
-    dtype = jnp.promote_types(entries.dtype, jnp.float32)
+    dtype = wide_dtype(entries.dtype)
     flat = entries.reshape(entries.shape[0], math.prod(entries.shape[1:])).astype(dtype)
     found = sums(pattern, flat)
     return found.reshape(found.shape[0], *entries.shape[1:]).astype(entries.dtype)

@@ -116,7 +116,7 @@ def correct(
         check_number("scale", scale, low=0, open_low=True, hint="None scales by itself.")
         return probabilities + scale * _propagate(matrix, error, steps, alpha, low=-jnp.inf, high=jnp.inf, fixed=at)
     smoothed = _propagate(matrix, error, steps, alpha, low=-1.0)
-    usual = jnp.sum(jnp.abs(error)) / jnp.maximum(jnp.sum(mask), 1)
+    usual = jnp.sum(jnp.abs(error)) / jnp.maximum(jnp.sum(mask), 1).astype(error.dtype)
     size = jnp.sum(jnp.abs(smoothed), axis=1, keepdims=True)
     near = usual <= _FARTHEST * size
     return probabilities + jnp.where(near & (size > 0), usual / jnp.where(size > 0, size, 1), 1) * smoothed
@@ -220,7 +220,7 @@ def _propagate(
 ) -> Array:
     check_number("steps", steps, low=0, integer=True)
     check_number("alpha", alpha, low=0, high=1)
-    return _run(matrix, start, int(steps), alpha, low, high, fixed)
+    return _run(matrix, start, int(steps), float(alpha), low, high, fixed)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from effjax.core.cursor import Cursor
 from effjax.core.errors import check_number
 from effjax.core.shapes import pad_to
+from effjax.core.tree import wide_dtype
 from effjax.data.pipeline import Batches
 from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, check_matrix, spmm
 
@@ -138,8 +139,8 @@ def _combine(block: Block, weights: jax.Array, x: jax.Array | np.ndarray) -> jax
             f"x has shape {x.shape}, but the block has {block.sources} sources. Give a layer the output of the one "
             "before, and the first the features of batch.nodes."
         )
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return _gather(jax.tree.map(jnp.asarray, block), weights.astype(wide), x.astype(wide)).astype(x.dtype)
+    dtype = wide_dtype(x.dtype)
+    return _gather(jax.tree.map(jnp.asarray, block), weights.astype(dtype), x.astype(dtype)).astype(x.dtype)
 
 
 @jax.custom_vjp

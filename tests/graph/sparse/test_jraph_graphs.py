@@ -120,6 +120,7 @@ def test_a_graph_without_edges_and_one_without_nodes():
 # Against jraph
 
 
+@pytest.mark.promotes  # as jraph's own code does
 @pytest.mark.parametrize("seed", range(2))
 def test_zero_out_padding_is_jraphs(seed, shimmed):
     graph = random_batch(seed)

@@ -347,11 +347,11 @@ def test_attention_dropout_drops_edges_of_a_head_after_the_softmax():
     @jax.jit
     def by_hand():
         z = (x @ params["kernel"]).reshape(NODES, 2, -1)
-        scores = lambda vector: jnp.sum(z * vector, -1)
+        scores = lambda vector: jnp.sum(z * vector[None], -1)
         logits = scores(params["target"])[pattern.rows] + scores(params["source"])[pattern.columns]
         attention = edge_softmax(pattern, jax.nn.leaky_relu(logits, 0.2))
         kept = attention * keep_mask(key, attention.shape, rate) / (1 - rate)
-        return weighted_sums(pattern, kept, z).reshape(NODES, -1) + params["bias"]
+        return weighted_sums(pattern, kept, z).reshape(NODES, -1) + params["bias"][None]
 
     np.testing.assert_allclose(dropped, by_hand(), **TOLERANCE)
     assert np.abs(dropped - gat(params, x, matrix)).max() > 0.1

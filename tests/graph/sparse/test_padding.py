@@ -252,6 +252,7 @@ def test_a_graph_beyond_the_budget_is_named():
 # The gate
 
 
+@pytest.mark.promotes
 def test_nothing_compiles_after_warm_up_and_an_undeclared_shape_is_refused():
     data = GraphBatches(many(), RUNGS, seed=0, epochs=2)
     gate = ShapeGate(lambda state, graph: {"sum": state["sum"] + (padding_masks(graph).nodes @ graph.nodes)})

@@ -36,7 +36,7 @@ def random_graph(seed=0, nodes=200, edges=1500, **options):
 def sage(params, x, blocks):
     for layer, block in enumerate(blocks):
         theirs, bias, own = (params[f"{layer}__{name}"] for name in ("lin_l__weight", "lin_l__bias", "lin_r__weight"))
-        x = block_mean(block, x) @ theirs.T + bias + x[: block.targets] @ own.T
+        x = block_mean(block, x) @ theirs.T + bias[None] + x[: block.targets] @ own.T
         x = jax.nn.relu(x) if layer == 0 else x
     return x
 
@@ -212,6 +212,7 @@ def test_resume_is_exact_and_another_seed_differs():
 # On the device
 
 
+@pytest.mark.promotes
 @pytest.mark.optimized
 def test_no_scatter_of_messages_on_cpu():
     batch = NeighbourSampler(random_graph(), np.arange(100), (5,), batch_size=50, seed=0)[0]

@@ -27,8 +27,8 @@ def test_eight_devices_equal_one():
     tx = optax.sgd(0.3)
 
     def loss(params, matrix, x, labels, mask, product):
-        h = jax.nn.relu(product(matrix, x @ params["w0"]) + params["b0"])
-        logits = product(matrix, h @ params["w1"]) + params["b1"]
+        h = jax.nn.relu(product(matrix, x @ params["w0"]) + params["b0"][None])
+        logits = product(matrix, h @ params["w1"]) + params["b1"][None]
         each = -jnp.sum(jax.nn.log_softmax(logits) * jax.nn.one_hot(labels, C), axis=-1)
         return jnp.sum(jnp.where(mask, each, 0)) / jnp.sum(mask)
 
