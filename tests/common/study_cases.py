@@ -54,7 +54,7 @@ TINY = {
 # Words that let the paper preset take one step here: built-in data, few rows, a small batch.
 PAPER = {
     "samuel": [
-        *("--tasks", "fashion_mnist/resnet20", "--batch-size", "4", "--budget.amount", "4"),
+        *("--tasks", "fashion_mnist/cnn", "--batch-size", "4", "--budget.amount", "4"),
         *("--train-rows", "64", "--test-rows", "32", "--experts", "0.1", "0.01", "--loop", "unroll"),
     ],
     "cola": [
@@ -81,7 +81,7 @@ PAPER = {
 
 # One arm of each kind in the paper preset.
 PAPER_ARMS = {
-    "samuel": ["fashion_mnist-resnet20-offline/sgd-0.1", "fashion_mnist-resnet20-offline/samuel"],
+    "samuel": ["fashion_mnist-cnn-offline/sgd-0.1", "fashion_mnist-cnn-offline/samuel"],
     "cola": ["sms_spam-stories260k/cola-3", "sms_spam-stories260k/full"],
     "bucket_sampler": ["sms_spam-encoder-1x8/static-3e-05", "sms_spam-encoder-1x8/growing-4e-05"],
     "token_drop": ["sms_spam-encoder-1x8/buckets-3e-05", "sms_spam-encoder-1x8/token-drop-3e-05"],

@@ -6,14 +6,16 @@ import signal
 import time
 
 import pytest
-from study_cases import TINY
 from study_runs import finish, start
+
+SMALL = ["--settings", "shift", "--grid", "0.1", "--arms", "sgd-*", "samuel", "--seeds", "0", "1"]
 
 
 @pytest.mark.study
 def test_killed_at_random_moments_it_continues_to_the_same_results(tmp_path):
     """One study: the kill concerns the loop, the checkpoints and the folder, whatever is trained."""
-    words = ["samuel:smoke", *TINY["samuel"], "--train.checkpoint-seconds", "0.01", "--train.log-steps", "10"]
+    words = ["samuel:smoke", *SMALL, "--budget.amount", "80"]
+    words += ["--train.checkpoint-seconds", "0.01", "--train.log-steps", "10"]
     code, _, err = finish(start(*words, "--out", tmp_path / "whole"))
     assert code == 0, err
     rng = random.Random()
@@ -42,7 +44,7 @@ def test_killed_at_random_moments_it_continues_to_the_same_results(tmp_path):
 
 @pytest.mark.study
 def test_sigterm_exits_with_the_resume_code_and_another_config_is_refused(tmp_path):
-    words = ["samuel:smoke", *TINY["samuel"], "--out", tmp_path / "out"]
+    words = ["samuel:smoke", *SMALL, "--out", tmp_path / "out"]
     process = start(*words, "--budget.amount", "200000")
     while process.poll() is None and not list((tmp_path / "out" / ".work").glob("arms/*/*/*/checkpoints")):
         time.sleep(0.05)

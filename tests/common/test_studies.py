@@ -13,6 +13,7 @@ from study_cases import PAPER, PAPER_ARMS, RESUMED, TINY
 from study_runs import finish, start
 
 import effjax
+from effjax.study import metering
 from effjax.study.compare import compare
 from effjax.study.resolve import presets, resolve
 from effjax.study.results import COST_FIELDS, OPTIONAL_COST_FIELDS
@@ -53,7 +54,7 @@ def _about(claim, group, names):
     return all(any(fnmatch.filter(names, full(part)) for part in parts) for parts in patterns)
 
 
-@pytest.mark.study
+@pytest.mark.nightly
 @pytest.mark.parametrize("stem", STEMS)
 def test_a_step_of_every_arm_keeps_the_shapes_of_its_state(stem):
     words = list(TINY[stem])
@@ -77,7 +78,8 @@ def test_a_step_of_every_arm_keeps_the_shapes_of_its_state(stem):
 
 @pytest.mark.study
 @pytest.mark.parametrize("stem", STEMS)
-def test_a_tiny_study_writes_everything(stem, tmp_path, capsys):
+def test_a_tiny_study_writes_everything(stem, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metering, "SECONDS", 0.0)  # the fewest rounds of timing
     study = resolve(f"{stem}:smoke", TINY[stem])
     results = compare(study, out=tmp_path / "out")
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(dict(results)))

@@ -11,7 +11,7 @@ import pytest
 from effjax.cli import main
 
 ARMS = ["--arms", "sgd-*", "cosine-*", "samuel", "uniform", "one-gradient"]
-TINY = ["--budget.amount", "20", "--grid", "0.1", *ARMS, "--train.log-steps", "5"]
+TINY = ["--settings", "shift", "--budget.amount", "20", "--grid", "0.1", *ARMS, "--train.log-steps", "5"]
 
 pytestmark = pytest.mark.study
 

@@ -10,7 +10,7 @@ from effjax.study.resolve import resolve
 from effjax.train.logging import write_json
 from effjax.train.loop import Prepared, fit
 
-TINY = ["--budget.amount", "20", "--grid", "0.1", "--arms", "sgd-*"]
+TINY = ["--settings", "shift", "--budget.amount", "20", "--grid", "0.1", "--arms", "sgd-*"]
 
 
 def comparison(out, *words):

@@ -109,7 +109,7 @@ def test_a_zombie_holds_nothing(folder, go):
     holder.communicate()
 
 
-@pytest.mark.parametrize("stale", [False, True])
+@pytest.mark.parametrize("stale", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_of_several_starters_exactly_one_wins(folder, tmp_path, stale):
     for turn in range(3):
         if stale:

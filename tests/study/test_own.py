@@ -1,107 +1,97 @@
-"""`compare` on a user's own networks and data, read from a CSV: killed and continued, and what is refused."""
+"""`compare` on a user's own networks and data, read from a CSV: stopped and continued, and what is refused."""
 
+import csv
 import json
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
+import equinox as eqx
+import flax.linen as nn
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from effjax.recipes.spec import Claim
 from effjax.study.compare import compare
 from effjax.tasks.custom import task
 from effjax.train.options import Budget, TrainOptions
+from effjax.train.signals import Preempted
 from effjax.train.trainer import supervised
 
-SCRIPT = """
-import csv, sys
-import equinox as eqx, flax.linen as nn, jax, numpy as np, optax
-from flax import nnx
-from effjax.study.compare import compare
-from effjax.tasks.custom import task
-from effjax.train.options import TrainOptions
-from effjax.train.trainer import supervised
-
-kind, path, out, steps = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-rows = list(csv.DictReader(open(path)))
-x = np.array([[float(row["a"]), float(row["b"])] for row in rows], np.float32)
-label = np.array([int(row["kind"]) for row in rows], np.int32)
-data = {"train": {"x": x[:150], "label": label[:150]}, "test": {"x": x[150:], "label": label[150:]}}
 
 class Nnx(nnx.Module):
     def __init__(self, rngs):
         self.first, self.norm = nnx.Linear(2, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
         self.drop, self.last = nnx.Dropout(0.1, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
+
     def __call__(self, x):
         return self.last(self.drop(nnx.relu(self.norm(self.first(x)))))
 
-networks = {
+
+NETWORKS = {
     "nnx": lambda: Nnx,
     "equinox": lambda: lambda key: eqx.nn.MLP(2, 2, 8, 1, key=key),
     "linen": lambda: nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)]),
 }
-mine = task(networks[kind](), data, name=f"mine-{kind}")
-options = TrainOptions(checkpoint_steps=8, log_steps=5)
-compare(
-    task=mine,
-    arms={
-        "sgd": optax.sgd(0.1),
-        "adam": supervised(mine, optax.adam(0.01), options=options),
-        "cosine": lambda steps: optax.sgd(optax.cosine_decay_schedule(0.3, steps)),
-    },
-    budget=steps, seeds=(0, 1), options=options, out=out, quiet=True,
-)
-"""
 
 
-@pytest.fixture(scope="module")
-def csv(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("own")
+def points():
+    """Columns of a CSV, as one reads them."""
     rng = np.random.default_rng(0)
-    rows = ["a,b,kind"]
-    for a, b in rng.normal(size=(200, 2)):
-        rows.append(f"{a:.4f},{b:.4f},{int(a * b > 0)}")
-    (folder / "points.csv").write_text("\n".join(rows))
-    (folder / "script.py").write_text(SCRIPT)
-    return folder
+    lines = ["a,b,kind", *(f"{a:.4f},{b:.4f},{int(a * b > 0)}" for a, b in rng.normal(size=(200, 2)))]
+    rows = list(csv.DictReader(lines))
+    x = np.array([[float(row["a"]), float(row["b"])] for row in rows], np.float32)
+    label = np.array([int(row["kind"]) for row in rows], np.int32)
+    return {"train": {"x": x[:150], "label": label[:150]}, "test": {"x": x[150:], "label": label[150:]}}
 
 
-def start(folder: Path, kind: str, out: Path, cache: Path):
-    words = [sys.executable, folder / "script.py", kind, folder / "points.csv", out, "64"]
-    cached = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment = {**os.environ, **cached, "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True, env=environment)
+def compared(mine, out):
+    options = TrainOptions(checkpoint_steps=8, log_steps=5)
+    return compare(
+        task=mine,
+        arms={
+            "sgd": optax.sgd(0.1),
+            "adam": supervised(mine, optax.adam(0.01), options=options),
+            "cosine": lambda steps: optax.sgd(optax.cosine_decay_schedule(0.3, steps)),
+        },
+        budget=64,
+        seeds=(0, 1),
+        options=options,
+        out=out,
+        quiet=True,
+    )
 
 
-def finish(process: subprocess.Popen):
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+def stop_once_found(folder: Path, pattern: str):
+    """Send this process SIGTERM once a path of the folder matches."""
+    while not list(folder.glob(pattern)):
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.study
-@pytest.mark.parametrize("kind", ["nnx", "equinox", "linen"])
-def test_three_arms_on_a_network_of_ones_own_killed_and_continued(kind, csv, tmp_path):
-    finish(start(csv, kind, tmp_path / "whole", tmp_path / "cache"))
-    cut = start(csv, kind, tmp_path / "cut", tmp_path / "cache")
-    while cut.poll() is None and not list((tmp_path / "cut").glob(".work/arms/*/adam/0/checkpoints/*")):
-        time.sleep(0.02)
-    assert cut.poll() is None, "it ended before it could be killed"
-    cut.send_signal(signal.SIGKILL)
-    cut.communicate()
-    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("done.json")}
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_three_arms_on_a_network_of_ones_own_stopped_and_continued(kind, tmp_path):
+    mine, cut = task(NETWORKS[kind](), points(), name=f"mine-{kind}"), tmp_path / "cut"
+    whole = compared(mine, tmp_path / "whole")
+    watch = threading.Thread(target=stop_once_found, args=(cut, ".work/arms/*/adam/0/checkpoints/*"), daemon=True)
+    watch.start()
+    with pytest.raises(Preempted):
+        compared(mine, cut)
+    watch.join()
+    done = {path: path.stat().st_mtime_ns for path in cut.rglob("done.json")}
     assert done  # the arm before is finished and kept
-    finish(start(csv, kind, tmp_path / "cut", tmp_path / "cache"))
-    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut")]
-    metrics = [{name: arm["metrics"] for name, arm in result["arms"].items()} for result in results]
-    assert metrics[0] == metrics[1]
-    assert results[0]["groups"] == {f"mine-{kind}": {"name": "accuracy", "goal": "max", "label": "test accuracy"}}
-    assert (tmp_path / "cut" / "report.png").exists()
-    assert f"mine-{kind}/sgd" in results[0]["arms"]
+    again = compared(mine, cut)
+    assert {name: arm["metrics"] for name, arm in again["arms"].items()} == {
+        name: arm["metrics"] for name, arm in whole["arms"].items()
+    }
+    assert again["groups"] == {f"mine-{kind}": {"name": "accuracy", "goal": "max", "label": "test accuracy"}}
+    assert (cut / "report.png").exists()
+    assert f"mine-{kind}/sgd" in again["arms"]
 
 
 def small():

@@ -6,6 +6,7 @@ import re
 import statistics
 from pathlib import Path
 
+import jax
 import pytest
 
 import effjax
@@ -87,14 +88,21 @@ def test_a_tables_marker_must_make_sense():
         replace_card_tables(marker.format("rows: nobody\naccuracy = digits-mlp-64-offline accuracy"), results)
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *CARDS], ids=lambda path: path.parent.name)
+LONG = {"fastrain", "geeni"}
+PAGES = [
+    pytest.param(path, marks=[pytest.mark.nightly] * (path.parent.name in LONG), id=path.parent.name) for path in CARDS
+]
+
+
+@pytest.mark.parametrize("path", [pytest.param(ROOT / "README.md", id="main"), *PAGES])
 def test_python_blocks_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where blocks write
     blocks = re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
     assert blocks
     names = {"__name__": "readme"}  # the blocks of a page follow one another
-    for block in blocks:
-        exec(compile(block, str(path), "exec"), names)
+    with jax.numpy_rank_promotion("allow"):  # as users have it
+        for block in blocks:
+            exec(compile(block, str(path), "exec"), names)
 
 
 def test_the_readme_has_exactly_two_set_up_lines():
