@@ -76,7 +76,12 @@ def test_built_in(name):
     check(name, *BUILT_IN[name])
 
 
-@pytest.mark.parametrize("name", ELSEWHERE)
+SLOW = {"noisy-cifar10-40"}  # drawn from all of CIFAR-10
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name in SLOW)) for name in ELSEWHERE]
+)
 def test_of_the_shared_folder(name, monkeypatch):
     folder = name.removeprefix("noisy-").split("-")[0]
     if not (SHARED / folder).is_dir():

@@ -128,6 +128,7 @@ class StopAfter:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.nightly
 def test_a_run_resumes_exactly_within_its_second_stage(walked, prepared, tmp_path):
     program, states, _ = walked
     with pytest.raises(Preempted):

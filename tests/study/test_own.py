@@ -50,7 +50,7 @@ def points():
 
 
 def compared(mine, out):
-    options = TrainOptions(checkpoint_steps=8, log_steps=5)
+    options = TrainOptions(checkpoint_steps=32, log_steps=5)
     return compare(
         task=mine,
         arms={
