@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Integer
 
 from effjax.core.errors import check_number, check_shape
 from effjax.core.tree import wide
-from effjax.hardness.confidence import check_labels
+from effjax.hardness.confidence import check_labels, extremes
 
 __all__ = ["gamblers_loss", "sat_init", "sat_loss", "sat_update", "selectivenet_loss"]
 
@@ -23,7 +23,11 @@ Weights = Float[Array | np.ndarray, "batch"]
 
 
 def gamblers_loss(
-    logits: Float[Array | np.ndarray, "batch outputs"], labels: Labels, reward: Any = 2.2, *, weights: Weights | None = None
+    logits: Float[Array | np.ndarray, "batch outputs"],
+    labels: Labels,
+    reward: Any = 2.2,
+    *,
+    weights: Weights | None = None,
 ) -> Float[Array, ""]:
     r"""Deep Gamblers: a bet on the classes, of which the share kept back returns as it is.
 
@@ -237,10 +241,9 @@ def _classes(logits: Any, labels: Any, *, abstain: bool) -> int:
 
 def _rows(table: Any, index: Any, logits: Any) -> jax.Array:
     check_shape("index", index, jnp.shape(logits)[:1], "One row of the table for each example.")
-    if not isinstance(index, jax.core.Tracer) and index.size:
-        lowest, highest = int(index.min()), int(index.max())
-        if lowest < 0 or highest >= len(table):
-            raise ValueError(f"index goes from {lowest} to {highest}; the table has the rows 0 to {len(table) - 1}.")
+    found = extremes(index)
+    if found is not None and not 0 <= found[0] <= found[1] < len(table):
+        raise ValueError(f"index goes from {found[0]} to {found[1]}; the table has the rows 0 to {len(table) - 1}.")
     return table.at[index].get(mode="fill", fill_value=jnp.nan)
 
 

@@ -44,8 +44,8 @@ def confidence_score(logits: Logits, score: str = "log_odds") -> Float[Array, "*
       ValueError: an unknown score, or fewer than two classes.
 
     Example:
-      >>> confidence_score(jnp.log(jnp.array([[0.75, 0.25]])), "margin").tolist()
-      [0.5]
+      >>> confidence_score(jnp.array([[3.0, 1.0, -jnp.inf]])).tolist()
+      [2.0]
     """
     check_choice("score", score, tuple(_SCORES))
     _check_logits(logits, score)
@@ -89,6 +89,7 @@ def prediction_errors(
       >>> errors.tolist(), where.tolist()
       ([True, False], [True, False])
     """
+    _check_logits(logits, score)
     check_shape("labels", labels, jnp.shape(logits)[:-1], "One class for each row.")
     check_labels(labels, class_count(logits, score))
     known = jnp.asarray(labels) >= 0
@@ -99,13 +100,22 @@ def check_labels(labels: Any, classes: int, argument: str = "labels") -> None:
     """Refuse labels that are no classes; the values of traced labels are not known and not checked."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"{argument} are {labels.dtype}; integer classes are needed, -1 where unknown.")
-    if isinstance(labels, jax.core.Tracer) or not labels.size:
+    if (found := extremes(labels)) is None:
         return
-    lowest, highest = int(labels.min()), int(labels.max())
+    lowest, highest = found
     if lowest < -1 or highest >= classes:
         raise ValueError(
             f"{argument} go from {lowest} to {highest}, but must be classes in [0, {classes - 1}], or -1 where unknown."
         )
+
+
+def extremes(values: Any) -> tuple[int, int] | None:
+    """The least and the largest integer; None where there are none, or they are not known here: traced, or far off."""
+    far = isinstance(values, jax.Array) and (isinstance(values, jax.core.Tracer) or not values.is_fully_addressable)
+    if far or not values.size:
+        return None
+    values = np.asarray(values)  # JAX would trace the minimum of what a jitted function captures
+    return int(values.min()), int(values.max())
 
 
 def _check_logits(logits: Any, score: str) -> None:

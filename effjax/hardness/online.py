@@ -318,7 +318,9 @@ def threshold_experts(
     """
     if len(jnp.shape(confidence)) != 2 or len(jnp.shape(thresholds)) != 1:
         shapes = f"{jnp.shape(confidence)} and {jnp.shape(thresholds)}"
-        raise ValueError(f"confidence and thresholds have the shapes {shapes}; expected [models, rounds], [thresholds].")
+        raise ValueError(
+            f"confidence and thresholds have the shapes {shapes}; expected [models, rounds], [thresholds]."
+        )
     check_shape("classes", classes, jnp.shape(confidence), "One for each confidence.")
     reached = jnp.asarray(confidence)[:, None, :] >= jnp.asarray(thresholds)[None, :, None]
     found = jnp.where(reached, jnp.asarray(classes, jnp.int32)[:, None, :], -1)

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
@@ -159,4 +158,6 @@ def selective(
         options["delta"] = delta / models
     fit = {"ltt": ltt_threshold, "sgr": sgr_threshold, "conformal": conformal_threshold, "search": search_threshold}
     found = fit[method](confidence[where], errors[where], **options)
+    if method in ("ltt", "sgr"):
+        found = dataclasses.replace(found, delta=delta)  # over all of the models
     return SelectiveRule(found, score, class_count(logits, score))

@@ -88,7 +88,7 @@ def ltt_threshold(
     delta: float = 0.05,
     grid: Float[Array | np.ndarray, "thresholds"] | None = None,
     min_accepted: int = 50,
-    starts: int = 4,
+    starts: int = 2,
     models: int = 1,
 ) -> Threshold:
     r"""Learn then Test: the lowest threshold that fixed-sequence testing certifies.
@@ -96,13 +96,15 @@ def ltt_threshold(
     For every threshold t the hypothesis is that the measure exceeds the target a. With the errors e(t) among the k(t)
     accepted its p-value is
 
-    .. math:: p(t) = P(\mathrm{Bin}(m, a) \le e(t)), \qquad m = k(t) \text{ for selective risk}, \; n \text{ for joint error}
+    .. math:: p(t) = P(\mathrm{Bin}(m, a) \le e(t))
+
+    with m = k(t) for the selective risk and m = n for the joint error.
 
     From high thresholds to low, hypotheses are rejected until the first :math:`p(t) > \delta`. The last rejected
     threshold has :math:`P(\text{measure} > a) \le \delta`. For the joint error, which only grows, nothing is lost by
     that; for the selective risk a test of few accepted predictions would end the sequence before it begins. So there
-    it starts at several numbers of accepted predictions, spaced evenly in the logarithm from the least that could
-    pass to n, each at the level :math:`\delta / \mathrm{starts}`.
+    it starts at several numbers of accepted predictions, spaced evenly in the logarithm between the least that could
+    pass and n, each at the level :math:`\delta / \mathrm{starts}`.
 
     Args:
       confidence: of held-out predictions.
@@ -129,7 +131,7 @@ def ltt_threshold(
       >>> confidence = np.linspace(1.0, 0.0, 1000)
       >>> found = ltt_threshold(confidence, np.arange(1000) >= 800, selective_risk=0.1)
       >>> found.accepted, found.errors
-      (866, 66)
+      (869, 69)
 
     Angelopoulos, Bates, Candes, Jordan, Lei 2021, arXiv:2110.01052. The starts' spacing is ours. Given k(t), e(t) is
     binomial for a fixed t; for thresholds that are confidences of the data themselves the first true hypothesis is met
@@ -154,9 +156,10 @@ def ltt_threshold(
         length = _before_first(p_values[begin:] > level)
         return _chosen(steps, begin + length - 1 if length else -1, promise)
     level /= starts
-    least = _least_accepted(target, level)
+    least = min(_least_accepted(target, level), steps.n)
     best = -1
-    for rank in np.unique(np.geomspace(min(least, steps.n), steps.n, starts).astype(int)):
+    shares = (np.arange(starts) + 0.5) / starts
+    for rank in np.unique((least * (steps.n / least) ** shares).astype(int)):
         begin = int(np.searchsorted(steps.accepted, rank))
         # The threshold of a start is one of the data, so the prediction there is not drawn like those above it.
         first = binomial_p_value(steps.errors[begin], max(steps.accepted[begin] - 1, 0), target)
@@ -220,7 +223,9 @@ def sgr_threshold(confidence: Confidence, errors: Errors, *, selective_risk: flo
 
 
 def conformal_threshold(confidence: Confidence, errors: Errors, *, joint_error: float) -> Threshold:
-    r"""Conformal risk control: the lowest threshold t with
+    r"""Conformal risk control: a limit on the mean joint error.
+
+    The lowest threshold t is taken with
 
     .. math:: \frac{e(t) + 1}{n + 1} \le a
 
@@ -296,10 +301,8 @@ def search_threshold(
     slack = 1 + 1e-12
     if measure == "coverage":
         at = _before_first(steps.accepted >= target * steps.n / slack)
-        if at < len(steps.accepted):  # lower thresholds of the grid may accept the same
-            at = int(np.flatnonzero(steps.accepted == steps.accepted[at])[-1])
-        else:
-            at = -1
+        # Lower thresholds of the grid may accept the same.
+        at = int(np.flatnonzero(steps.accepted == steps.accepted[at])[-1]) if at < len(steps.accepted) else -1
     else:
         most = target * (steps.accepted if measure == "selective_risk" else steps.n) * slack
         within = np.flatnonzero((steps.errors <= most) & (steps.accepted > 0))
@@ -316,7 +319,7 @@ def calibration_examples(
     measure: str = "selective_risk",
     error_rate: float = 0.0,
     coverage: float = 1.0,
-    starts: int = 4,
+    starts: int = 2,
     models: int = 1,
 ) -> int:
     """How many held-out predictions a method needs to certify a target.
@@ -327,7 +330,7 @@ def calibration_examples(
       method: ``'ltt'``, ``'sgr'`` or ``'conformal'``.
       measure: ``'selective_risk'`` or ``'joint_error'``.
       error_rate: the measure that the network really has at the wanted threshold, below the target. At 0 the result is
-        the least number with which anything can be certified at all.
+        the least number with which anything can be certified at all (with ``starts=1``).
       coverage: share of the predictions that the wanted threshold accepts; only for the selective risk.
       starts: see ``ltt_threshold``.
       models: see ``ltt_threshold``.
@@ -342,7 +345,7 @@ def calibration_examples(
       >>> calibration_examples(0.01, delta=0.05, method="ltt", measure="joint_error")
       299
       >>> calibration_examples(0.01, delta=0.05, method="sgr", error_rate=0.005, coverage=0.8)
-      3165
+      5157
     """
     check_number("target", target, low=0, high=1, open_low=True, open_high=True)
     check_choice("method", method, ("ltt", "sgr", "conformal"))
@@ -356,6 +359,9 @@ def calibration_examples(
     check_number("delta", delta, low=0, high=1, open_low=True, open_high=True)
     assert delta is not None
     share = coverage if measure == "selective_risk" else 1.0
+    if method == "sgr":
+        # The search gets to a coverage by way of 1/2, 1/4, ... and turns away from where these few do not pass.
+        share = 0.5 ** max(1, math.ceil(-math.log2(coverage)))
 
     def passes(n: int) -> bool:
         level = delta / models
@@ -363,7 +369,7 @@ def calibration_examples(
             level = delta / max(1, math.ceil(math.log2(n)))
         elif measure == "selective_risk":
             level /= starts
-        accepted = n * share
+        accepted = n * share - (method == "ltt" and measure == "selective_risk")  # see the start in `ltt_threshold`
         wrong = accepted * error_rate
         # The binomial distribution function, for a number of errors that need not be an integer.
         return wrong < accepted and special.betainc(accepted - wrong, wrong + 1, 1 - target) <= level
@@ -456,9 +462,7 @@ class _Steps:
         return cls(values, accepted, np.append(0, totals)[accepted], confidence.size)
 
 
-def _target(
-    selective_risk: Any, joint_error: Any, coverage: Any = None, *, closed: bool = False
-) -> tuple[str, float]:
+def _target(selective_risk: Any, joint_error: Any, coverage: Any = None, *, closed: bool = False) -> tuple[str, float]:
     given = {"selective_risk": selective_risk, "joint_error": joint_error, "coverage": coverage}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) != 1:
@@ -490,8 +494,8 @@ def _check_enough(n: int, method: str, measure: str, target: float, delta: float
 
 
 def _least_accepted(target: float, level: float) -> int:
-    """The least number of accepted predictions of which none is wrong that can pass."""
-    return math.ceil(math.log(level) / math.log1p(-target))
+    """The least number of accepted predictions at which a sequence can start: one more than can pass without error."""
+    return math.ceil(math.log(level) / math.log1p(-target)) + 1
 
 
 def _before_first(flags: Integer[np.ndarray, "n"] | Bool[np.ndarray, "n"]) -> int:
