@@ -307,7 +307,8 @@ def coverage_at_selective_risk(
       ValueError: a target out of range.
 
     Example:
-      >>> float(coverage_at_selective_risk(jnp.array([0.9, 0.8, 0.7, 0.6]), jnp.array([True, False, False, False]), 0.3))
+      >>> errors = jnp.array([True, False, False, False])
+      >>> float(coverage_at_selective_risk(jnp.array([0.9, 0.8, 0.7, 0.6]), errors, 0.3))
       1.0
     """
     check_number("target", target, low=0, high=1)

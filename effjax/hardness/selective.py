@@ -122,9 +122,9 @@ def selective(
       NoEffectWarning: no threshold can be certified, and the rule always abstains.
 
     Example:
-      >>> key = jax.random.key(0)
-      >>> logits = 3 * jax.random.normal(key, (2000, 5))
-      >>> labels = jax.random.categorical(jax.random.key(1), logits)
+      >>> rng = np.random.default_rng(0)
+      >>> logits = 3 * rng.normal(size=(2000, 5))
+      >>> labels = (logits + rng.gumbel(size=(2000, 5))).argmax(1)  # drawn with probabilities softmax(logits)
       >>> rule = selective(logits[:1000], labels[:1000], selective_risk=0.1)
       >>> found = rule.measure(logits[1000:], labels[1000:])
       >>> bool(found.selective_risk < 0.1), bool(found.coverage > 0.3)

@@ -94,7 +94,7 @@ def test_grid_search_parity():
         return found[i].coverage, found[i].errors / found[i].examples, ref["mus"][i], found[i].value
 
     for target, wanted in zip(ref["error_list"], ref["best_at_error__cov_err_mu_th"], strict=True):
-        # Their error is a difference of rounded numbers, which puts 15 errors of 1500 above 0.01, and 30 not above 0.02.
+        # Their error is a difference of rounded numbers, which puts 15 of 1500 above 0.01, 30 not above 0.02.
         target = target * (1 - 1e-9) if wanted[1] < target - 1e-4 else target
         np.testing.assert_allclose(best(lambda t: t.coverage, joint_error=float(target)), wanted, rtol=1e-9)
     for target, wanted in zip(ref["coverage_list"], ref["best_at_coverage__cov_err_mu_th"], strict=True):
