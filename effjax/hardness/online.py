@@ -242,11 +242,16 @@ def vue_update(
     alive = state.alive & ~(wrong & (mistakes > allowed + jnp.sqrt(2.0 * allowed)))
     eta = _rate(config, state.count) if config.discount is None else config.discount
     log_weights = state.log_weights + jnp.where(predictions < 0, jnp.log1p(-jnp.minimum(eta, 1.0 - 1e-7)), 0.0)
-    after = state._replace(log_weights=log_weights, alive=alive, mistakes=mistakes, feedbacks=feedbacks)
-    kept = jax.tree.map(
-        lambda new, old: jnp.where(alive.any(), new, old), after._replace(key=()), state._replace(key=())
+    left = alive.any()
+    kept = lambda new, old: jnp.where(left, new, old)
+    return VueState(
+        log_weights=kept(log_weights, state.log_weights),
+        alive=kept(alive, state.alive),
+        mistakes=kept(mistakes, state.mistakes),
+        feedbacks=kept(feedbacks, state.feedbacks),
+        count=state.count + 1,
+        key=state.key,
     )
-    return kept._replace(count=state.count + 1, key=state.key)
 
 
 def vue_regret(

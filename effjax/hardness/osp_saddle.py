@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +155,7 @@ def osp_saddle_step(
     both = (state.params, state.levels)
     (value, before), grads = jax.value_and_grad(saddle, has_aux=True)(both)
     updates, opt = tx.update(grads, state.opt, both)
-    params, levels = optax.apply_updates(both, updates)
+    params, levels = cast(tuple[PyTree, jax.Array], optax.apply_updates(both, updates))
     levels = jnp.maximum(levels, 0.0)
     alternating = config.order == "alternating"
     values = terms(params).exclude - levels if alternating else before.exclude - state.levels

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from effjax.core.errors import check_choice, check_shape
+from effjax.core.errors import check_choice, check_number, check_shape
 from effjax.hardness.confidence import class_count, confidence_score, predicted_class, prediction_errors
 from effjax.hardness.risk_coverage import SelectiveMeasures, selective_measures
 from effjax.hardness.thresholds import (
@@ -78,7 +78,7 @@ def selective(
     selective_risk: float | None = None,
     joint_error: float | None = None,
     coverage: float | None = None,
-    delta: float = 0.05,
+    delta: float | None = None,
     method: str | None = None,
     score: str = "log_odds",
     models: int = 1,
@@ -104,12 +104,13 @@ def selective(
       selective_risk: the target for P(wrong | predicted); or
       joint_error: the target for P(predicted and wrong), which is coverage times selective risk; or
       coverage: the least share of predictions, with as few errors as it allows. Exactly one of the three.
-      delta: most probability that the target is exceeded on new data.
+      delta: most probability that the target is exceeded on new data; None for 0.05. Only ``'ltt'`` and ``'sgr'`` promise
+        it.
       method: ``'ltt'``, see ``ltt_threshold``; ``'sgr'``, see ``sgr_threshold``; ``'conformal'``, see
         ``conformal_threshold``; ``'search'``, see ``search_threshold``, which promises nothing. None for ``'ltt'``, or
         ``'search'`` where a coverage is the target.
       score: the confidence, see ``confidence_score``.
-      models: of how many rules on the same held-out logits the best will be taken.
+      models: of how many rules on the same held-out logits the best will be taken; it takes a promise to pay for that.
 
     Returns:
       A ``SelectiveRule``.
@@ -146,6 +147,14 @@ def selective(
     (measure,) = targets
     method = method or METHODS[measure][0]
     check_choice(f"method for {measure}", method, METHODS[measure])
+    certifies = method in ("ltt", "sgr")
+    if not certifies and (delta is not None or models != 1):
+        raise ValueError(
+            f"delta={delta}, models={models}: method={method!r} promises nothing that they would change. Leave them out, "
+            f"or take method={METHODS[measure][0]!r}."
+        )
+    delta = 0.05 if delta is None else delta
+    check_number("models", models, low=1, integer=True)
     check_shape("labels", labels, shape[:1], "One class for each row.")
     errors, where = (np.asarray(x) for x in prediction_errors(logits, labels, score))
     confidence = np.asarray(confidence_score(logits, score))
@@ -154,10 +163,10 @@ def selective(
     if not where.any():
         raise ValueError(f"labels: none of {len(where)} is known, so there is nothing to fit a threshold to.")
     options: dict[str, Any] = dict(targets)
-    if method in ("ltt", "sgr"):
+    if certifies:
         options["delta"] = delta / models
     fit = {"ltt": ltt_threshold, "sgr": sgr_threshold, "conformal": conformal_threshold, "search": search_threshold}
     found = fit[method](confidence[where], errors[where], **options)
-    if method in ("ltt", "sgr"):
+    if certifies:
         found = dataclasses.replace(found, delta=delta)  # over all of the models
     return SelectiveRule(found, score, class_count(logits, score))

@@ -143,6 +143,11 @@ WRONG = {
         lambda: effjax.selective(LOGITS, LABELS, joint_error=0.1, method="sgr"),
         "method for joint_error='sgr' is not one of 'ltt', 'conformal', 'search'",
     ),
+    "delta of no promise": (
+        lambda: effjax.selective(LOGITS, LABELS, coverage=0.5, delta=0.1),
+        "delta=0.1, models=1: method='search' promises nothing",
+    ),
+    "models": (lambda: effjax.selective(LOGITS, LABELS, joint_error=0.1, models=0), "models=0 must be an integer in"),
     "other classes": (
         lambda: effjax.selective(LOGITS, LABELS, coverage=0.5).predict(LOGITS[:, :4]),
         r"logits have shape \(3000, 4\); this rule was fitted to \[\.\.\., 5\]",

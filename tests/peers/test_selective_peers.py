@@ -1,4 +1,4 @@
-"""Selective prediction beside torch-uncertainty and MAPIE: the same numbers, and no less coverage for the same promise."""
+"""Selective prediction beside torch-uncertainty and MAPIE: equal numbers, and no less coverage for the same promise."""
 
 import time
 
