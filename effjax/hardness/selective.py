@@ -104,8 +104,8 @@ def selective(
       selective_risk: the target for P(wrong | predicted); or
       joint_error: the target for P(predicted and wrong), which is coverage times selective risk; or
       coverage: the least share of predictions, with as few errors as it allows. Exactly one of the three.
-      delta: most probability that the target is exceeded on new data; None for 0.05. Only ``'ltt'`` and ``'sgr'`` promise
-        it.
+      delta: most probability that the target is exceeded on new data; None for 0.05. Only for ``'ltt'`` and ``'sgr'``,
+        which promise it.
       method: ``'ltt'``, see ``ltt_threshold``; ``'sgr'``, see ``sgr_threshold``; ``'conformal'``, see
         ``conformal_threshold``; ``'search'``, see ``search_threshold``, which promises nothing. None for ``'ltt'``, or
         ``'search'`` where a coverage is the target.
@@ -149,9 +149,9 @@ def selective(
     check_choice(f"method for {measure}", method, METHODS[measure])
     certifies = method in ("ltt", "sgr")
     if not certifies and (delta is not None or models != 1):
+        way = "limit an error" if measure == "coverage" else "take method='ltt'"
         raise ValueError(
-            f"delta={delta}, models={models}: method={method!r} promises nothing that they would change. Leave them out, "
-            f"or take method={METHODS[measure][0]!r}."
+            f"delta={delta}, models={models}: method={method!r} promises nothing that they change. Leave them out, or {way}."
         )
     delta = 0.05 if delta is None else delta
     check_number("models", models, low=1, integer=True)

@@ -423,8 +423,8 @@ def _certified(config: SelectiveStudy, held: tuple[Any, Any], test: tuple[Any, A
         for method in ("ltt", "search"):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", NoEffectWarning)  # a rule that never predicts has coverage 0
-                promise = {"delta": float(config.delta)} if method == "ltt" else {}
-                rule = selective(*held, joint_error=float(target), method=method, **promise)
+                delta = float(config.delta) if method == "ltt" else None
+                rule = selective(*held, joint_error=float(target), method=method, delta=delta)
             measured = rule.measure(*test)
             found[f"coverage_{method}_{target:g}"] = measured.coverage
             found[f"joint_error_{method}_{target:g}"] = measured.joint_error
