@@ -151,7 +151,8 @@ def selective(
     if not certifies and (delta is not None or models != 1):
         way = "limit an error" if measure == "coverage" else "take method='ltt'"
         raise ValueError(
-            f"delta={delta}, models={models}: method={method!r} promises nothing that they change. Leave them out, or {way}."
+            f"delta={delta}, models={models}: method={method!r} promises nothing that they change. Leave them out, or "
+            f"{way}."
         )
     delta = 0.05 if delta is None else delta
     check_number("models", models, low=1, integer=True)
