@@ -219,7 +219,8 @@ def _outputs(
     """The network's outputs on a batch, and its collections afterwards."""
     images, held = batch["image"], {name: leaf for name, leaf in variables.items() if name != "selective"}
     scale = 255.0 if jnp.issubdtype(images.dtype, jnp.integer) else 1.0
-    inputs = (wide(images) / scale - task.details["mean"]) / task.details["std"]
+    mean, std = (task.details[name][None, None, None, :] for name in ("mean", "std"))
+    inputs = (wide(images) / scale - mean) / std
     rngs = None if key is None else {"dropout": key}
     mutable = [name for name in held if name != "params"]
     logits, changed = task.module.apply(held, inputs, train=train, rngs=rngs, mutable=mutable)

@@ -220,9 +220,10 @@ def selective_loop():
     words += ("--batch-size", 16, "--budget.amount", 6, "--budget.unit", "steps", "--joint-errors", 0.2)
     program, state = arm("selective", "fashion_mnist-mlp-8/osp-30", *words)
 
-    columns, details = program.task.train, program.task.details
+    columns = program.task.train
+    mean, std = (program.task.details[name][None, None, None, :] for name in ("mean", "std"))
     model = MLP((8,), classes=10)
-    apply = lambda params, images: model.apply({"params": params}, (images - details["mean"]) / details["std"])
+    apply = lambda params, images: model.apply({"params": params}, (images - mean) / std)
     tx = optax.adamw(2e-3, weight_decay=1e-4)
 
     @jax.jit
