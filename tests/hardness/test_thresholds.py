@@ -230,6 +230,15 @@ def test_what_is_promised_in_words():
     assert found.value == np.sort(c)[-125]
 
 
+def test_the_sequence_ends_at_its_first_failure():
+    """Where 60 errors follow 300 right answers, thresholds far below would pass again, but are not reached."""
+    errors = np.repeat([False, True, False], [300, 60, 3000])
+    confidence = np.linspace(1, 0, 3360)
+    found = ltt_threshold(confidence, errors, selective_risk=0.05)
+    assert 300 <= found.accepted < 360
+    assert stats.binom.cdf(60, 3360, 0.05) < 1e-6
+
+
 def test_ties_are_accepted_together():
     c = np.array([0.9, 0.5, 0.5, 0.5])
     found = search_threshold(c, np.array([False, True, False, False]), coverage=0.5)
