@@ -149,6 +149,22 @@ METHODS: dict[str, Method] = {
             kind="pure functions",
             paper="Nagarajan, Raghunathan 2022, DAC (10.1145/3489517.3530416); reconstructed from abstracts",
         ),
+        Method(
+            stem="selective",
+            summary="selective classification: predict or abstain, with a guarantee",
+            modules=(
+                "effjax.hardness.selective",
+                "effjax.hardness.thresholds",
+                "effjax.hardness.risk_coverage",
+                "effjax.hardness.confidence",
+                "effjax.hardness.osp",
+                "effjax.hardness.osp_saddle",
+                "effjax.hardness.abstention_losses",
+                "effjax.hardness.online",
+            ),
+            kind="rules, losses and measures as pure functions",
+            paper="Gangrade, Kag, Saligrama 2021, AISTATS, arXiv:2010.07853",
+        ),
     )
 }
 

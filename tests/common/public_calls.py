@@ -215,6 +215,30 @@ def geeni_call():
     return found, served
 
 
+def selective_loop():
+    words = ("--tasks", "fashion_mnist/mlp-8", "--train-rows", 64, "--calibration-rows", 300, "--test-rows", 50)
+    words += ("--batch-size", 16, "--budget.amount", 6, "--budget.unit", "steps", "--joint-errors", 0.2)
+    program, state = arm("selective", "fashion_mnist-mlp-8/osp-30", *words)
+
+    columns = program.task.train
+    mean, std = (program.task.details[name][None, None, None, :] for name in ("mean", "std"))
+    model = MLP((8,), classes=10)
+    apply = lambda params, images: model.apply({"params": params}, (images - mean) / std)
+    tx = optax.adamw(2e-3, weight_decay=1e-4)
+
+    @jax.jit
+    def step(params, opt, batch):
+        loss = lambda params: effjax.hardness.osp_loss(apply(params, batch["image"]), batch["label"], 30.0)
+        updates, opt = tx.update(jax.grad(loss)(params), opt, params)
+        return optax.apply_updates(params, updates), opt
+
+    params = model.init(KEY, jnp.zeros((1, 14, 14, 1)))["params"]
+    opt, stream = tx.init(params), batches(columns, 16, seed=0)
+    for _ in range(6):
+        params, opt = step(params, opt, next(stream))
+    return params, program.params(state)["params"]
+
+
 CASES = {
     "samuel": samuel_loop,
     "cola": cola_loop,
@@ -225,4 +249,5 @@ CASES = {
     "fptt": fptt_loop,
     "fastrain": fastrain_call,
     "geeni": geeni_call,
+    "selective": selective_loop,
 }

@@ -7,6 +7,11 @@ _FEW_SEQUENCES = [
     *("--tasks", "noisy-digits-12", "--hidden", "8", "--batch-size", "8", "--train-rows", "64", "--test-rows", "40"),
 ]
 
+_FEW_IMAGES = [
+    *("--train-rows", "128", "--calibration-rows", "300", "--test-rows", "100", "--batch-size", "32"),
+    *("--joint-errors", "0.2", "--prices", "0", "30"),
+]
+
 # Words that make the smoke preset a few seconds' work without losing an arm kind.
 TINY = {
     "samuel": [
@@ -49,6 +54,10 @@ TINY = {
         *("--arms", "single", "geeni-learned", "--hidden", "8", "--members", "2", "--modes", "full"),
         *("--fractions", "0.1", "--budget.amount", "60", "--seeds", "0", "1"),
     ],
+    "selective": [
+        *(*_FEW_IMAGES, "--tasks", "fashion_mnist/mlp-8", "--budget.amount", "20", "--budget.unit", "steps"),
+        *("--arms", "ce", "osp-30", "osp-saddle", "sat", "--seeds", "0", "1"),
+    ],
 }
 
 # Words that let the paper preset take one step here: built-in data, few rows, a small batch.
@@ -77,6 +86,10 @@ PAPER = {
         *("--tasks", "cora", "--hidden", "8", "--members", "2", "--budget.amount", "10"),
         *("--epochs-per-step", "1", "--seeds", "0"),
     ],
+    "selective": [
+        *(*_FEW_IMAGES, "--tasks", "fashion_mnist/resnet20", "--pool", "2", "--batch-size", "4"),
+        *("--budget.amount", "4", "--budget.unit", "steps"),
+    ],
 }
 
 # One arm of each kind in the paper preset.
@@ -90,6 +103,7 @@ PAPER_ARMS = {
     "tarnn": ["noisy-digits-12/tarnn-convex", "noisy-digits-12/lru-4"],
     "fastrain": ["cora-2/fastrain"],
     "geeni": ["cora/geeni-learned", "cora/single", "cora/distilled"],
+    "selective": ["fashion_mnist-resnet20/osp-30", "fashion_mnist-resnet20/osp-saddle", "fashion_mnist-resnet20/sat"],
 }
 
 # One arm of the tiny study whose run is cut in a phase and, where there are several, at a phase's border.
@@ -103,4 +117,5 @@ RESUMED = {
     "tarnn": "noisy-digits-12/tarnn-euler",
     "fastrain": "cora-8/fastrain-plateau",
     "geeni": "cora/geeni-learned",
+    "selective": "fashion_mnist-mlp-8/sat",
 }

@@ -50,8 +50,9 @@ def complaints(part: str, source: str, package: str) -> list[str]:
             # `import effjax` and `from effjax import __version__` are for those above the methods.
             legal = FLOORS[part] >= FLOORS["study"]
         elif FLOORS[other] == FLOORS[part]:
-            # Models take a family's layers as arguments, and families stand apart; graph networks are graph layers.
-            legal = other == "data" or (part, other) == ("models", "graph")
+            # Models take a family's layers as arguments, and families stand apart. But graph networks are graph
+            # layers, and what is constrained in selective training and in DiSK is constrained by DCL.
+            legal = other == "data" or (part, other) in (("models", "graph"), ("hardness", "optim"))
         else:
             legal = FLOORS[other] < FLOORS[part]
         if not legal:

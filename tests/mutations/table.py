@@ -203,6 +203,63 @@ MUTATIONS = (
         "return found",
         ("graph/test_geeni.py", "graph/test_geeni_study.py"),
     ),
+    # selective
+    Mutation(
+        "ties-by-order",
+        "skipped mask",
+        "differs = jnp.concatenate([minus[1:] != minus[:-1], jnp.ones(min(size, 1), bool)])",
+        "differs = jnp.ones(size, bool)",
+        ("hardness/test_risk_coverage.py",),
+    ),
+    Mutation(
+        "risk-for-joint-error",
+        "forgotten division",
+        "joint_error=real(found) / real(n) * of,",
+        "joint_error=real(found) / real(accepted) * of,",
+        ("hardness/test_risk_coverage.py",),
+    ),
+    Mutation(
+        "ltt-goes-on-after-a-failure",
+        "dropped check",
+        "best = max(best, begin + _before_first(p_values[begin:] > level) - 1)",
+        "best = max(best, int(np.flatnonzero(p_values <= level)[-1]))",
+        ("hardness/test_thresholds.py",),
+    ),
+    Mutation(
+        "sgr-bounds-one-probe",
+        "forgotten division",
+        "binomial_upper_bound(steps.errors[at], steps.accepted[at], delta / probes)",
+        "binomial_upper_bound(steps.errors[at], steps.accepted[at], delta)",
+        ("hardness/test_thresholds.py",),
+    ),
+    Mutation(
+        "osp-counts-of-one-device",
+        "dropped reduction",
+        "jnp.sum(x, 0) if axis_name is None else jax.lax.psum(jnp.sum(x, 0), axis_name)",
+        "jnp.sum(x, 0)",
+        ("hardness/test_osp.py",),
+    ),
+    Mutation(
+        "osp-multipliers-look-back",
+        "stale state",
+        "values = terms(params).exclude - levels if alternating else",
+        "values = terms(state.params).exclude - levels if alternating else",
+        ("hardness/test_osp.py",),
+    ),
+    Mutation(
+        "sat-table-stays",
+        "stale state",
+        "moved = wide(momentum) * wide(rows) + (1 - wide(momentum)) * predicted",
+        "moved = wide(rows) + 0 * predicted",
+        ("hardness/test_abstention_losses.py",),
+    ),
+    Mutation(
+        "vue-reads-every-label",
+        "skipped mask",
+        'told = (acted.coin if config.feedback == "coin" else acted.action < 0) & (label >= 0)',
+        "told = label >= 0",
+        ("hardness/test_online.py",),
+    ),
     # core
     Mutation(
         "chunks-forget-the-tail",

@@ -1,0 +1,44 @@
+"""Presets of the selective study: what `effjax compare selective:<name>` runs."""
+
+from effjax.recipes.selective import SelectiveStudy
+from effjax.train.options import Budget
+
+smoke = SelectiveStudy(
+    budget=Budget(2, "epochs"),
+    seeds=(0,),
+    train_rows=4000,
+    arms=("ce", "osp-30", "osp-saddle", "gamblers", "sat", "selectivenet"),
+)
+"""effjax compare selective:smoke. Two CPU cores, under 60 s in all. Fashion-MNIST at 14 x 14, two epochs: every arm
+trains and gets its thresholds; too short for their order to mean anything."""
+
+cpu = SelectiveStudy(budget=Budget(8, "epochs"), seeds=(0, 1, 2, 3, 4), train_rows=6000)
+"""effjax compare selective (= selective:cpu). Two CPU cores, some minutes. Fashion-MNIST at 14 x 14, 6,000 images to
+train on, 4,000 for the thresholds. Expect AURC to fall with mu, and mu = 30 to be 0.002 below the cross-entropy."""
+
+gpu = SelectiveStudy(
+    tasks=("cifar10/resnet20",),
+    pool=1,
+    calibration_rows=5000,
+    budget=Budget(60, "epochs"),
+    schedule="cosine",
+    learning_rate=1e-2,
+    weight_decay=5e-4,
+    seeds=(0, 1, 2),
+)
+"""effjax compare selective:gpu. One H200-class GPU; needs CIFAR-10 (EFFJAX_DATA or a hub). No augmentation: expect
+coverages below the paper's, and the order of the arms."""
+
+paper = SelectiveStudy(
+    tasks=("cifar10/resnet32",),
+    pool=1,
+    calibration_rows=5000,
+    budget=Budget(200, "epochs"),
+    schedule="cosine",
+    learning_rate=1e-2,
+    weight_decay=5e-4,
+    prices=(0.0, 0.49, 1.0, 1.67, 3.0, 10.0, 30.0),
+    seeds=(0, 1, 2),
+)
+"""effjax compare selective:paper. CIFAR-10, 45,000 / 5,000 / 10,000 images, ResNet-32, 200 epochs, AdamW at 0.01 with
+a cosine, as in the authors' later program, without its augmentation."""
