@@ -524,12 +524,11 @@ def _mean(each: Array, mask: Any, axis: Axis) -> Array:
 
 def _distribution(argument: str, values: Any, classes: int) -> Array:
     check_shape(argument, values, (classes,), "One probability per class.")
-    found = wide(values)
-    if not isinstance(found, jax.core.Tracer):
-        least, total = float(found.min()), float(found.sum())
+    if not isinstance(values, jax.core.Tracer):
+        least, total = float(np.min(values)), float(np.sum(values))
         if not (least > 0 and abs(total - 1) < 1e-3):
             raise ValueError(
                 f"{argument} has the sum {total:.4g} and the least entry {least:.4g}; give positive probabilities that "
                 "add up to 1. Smooth a count of 0: (counts + 1) / (counts + 1).sum()."
             )
-    return found
+    return wide(values)
