@@ -1,0 +1,17 @@
+from .disk import DiskProblem as DiskProblem
+from .disk import disk_init as disk_init
+from .disk import disk_next as disk_next
+from .disk import disk_step as disk_step
+from .disk_config import DiskConfig as DiskConfig
+from .disk_config import disk_passes as disk_passes
+from .disk_config import disk_preset as disk_preset
+from .disk_losses import best_guide as best_guide
+from .disk_losses import disk_help as disk_help
+from .disk_losses import disk_loss as disk_loss
+from .disk_losses import disk_normaliser as disk_normaliser
+from .disk_losses import top_logits as top_logits
+from .distillation import dist_loss as dist_loss
+from .distillation import dkd_loss as dkd_loss
+from .distillation import kd_loss as kd_loss
+from .guides import FeatureGuide as FeatureGuide
+from .guides import MapGuide as MapGuide

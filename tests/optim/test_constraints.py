@@ -21,15 +21,13 @@ from effjax.optim.constraints import (
     consistency_kl,
     feature_moment,
     guided_risk,
-    logit_slope,
     marginal_kl,
     mean_prediction,
     optimal_guide,
     prediction_entropy,
     reference_kl,
-    sharpness,
-    squared_input_gradient,
 )
+from effjax.optim.smoothness import logit_slope, sharpness, squared_input_gradient
 
 REFERENCE = np.load(Path(__file__).resolve().parents[1] / "reference" / "dcl" / "constraints.npz")
 PRIOR = np.array([0.2, 0.5, 0.3])
@@ -259,7 +257,7 @@ def test_smoothness_of_a_linear_map():
 Z, Y = jnp.zeros((4, 3)), jnp.zeros(4, int)
 BAD = {
     "labels [N, 1]": (lambda: class_risk(jnp.zeros(4), Y[:, None], 3), "losses have shape (4,); expected (4, 1)"),
-    "float labels": (lambda: class_counts(jnp.zeros(4), 3), "labels are float32[4]; give integers [rows]"),
+    "float labels": (lambda: class_counts(jnp.zeros(4), 3), "labels are float32[4]; give integers [4]"),
     "other view": (lambda: consistency_kl(Z, Z[:1]), "other has shape (1, 3); expected (4, 3)"),
     "one reference": (lambda: reference_kl(Z, jnp.full((1, 3), 1 / 3)), "reference has shape (1, 3); expected (4, 3)"),
     "prior of counts": (lambda: marginal_kl(Z, jnp.array([1.0, 2.0, 1.0])), "prior has the sum 4"),
