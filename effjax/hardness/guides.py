@@ -55,8 +55,8 @@ class MapGuide(nn.Module):
     """A guide on feature maps, such as the input of the teacher's last stage: the release's ``b24``.
 
     1x1, 3x3 and 1x1 convolutions with norms and SiLU, the mean over positions, Dense ``features``, then Dense
-    ``classes``, norm, ReLU and Dense 1. Of several maps (the teacher's and, without a gradient, the student's: ``b26``)
-    each has convolutions of its own.
+    ``classes``, norm, ReLU and Dense 1. Of several maps (the teacher's and the student's, without a gradient, as in
+    ``b26``) each has convolutions of its own.
 
     Args:
       features: width after the convolutions, of each map; the release takes the width of the network's features.
@@ -107,5 +107,5 @@ def _norm(kind: str, train: bool) -> Callable[[jax.Array], jax.Array]:
     if kind == "none":
         return lambda x: x
     if kind == "layer":
-        return nn.LayerNorm(dtype=jnp.float32)
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=jnp.float32)
+        return nn.LayerNorm()
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9)
