@@ -1,6 +1,7 @@
 from . import data as data
 from . import finetune as finetune
 from . import graph as graph
+from . import hardness as hardness
 from . import models as models
 from . import optim as optim
 from . import recurrent as recurrent
@@ -20,6 +21,7 @@ from .graph.fastrain import fastrain as fastrain
 from .graph.geeni import geeni as geeni
 from .models.pretrained import load_pretrained as load_pretrained
 from .models.pretrained import save_pretrained as save_pretrained
+from .optim.dcl import dcl as dcl
 from .optim.samuel import samuel as samuel
 from .recipes.spec import Claim as Claim
 from .recurrent.fptt import fptt as fptt

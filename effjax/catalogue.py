@@ -65,6 +65,18 @@ METHODS: dict[str, Method] = {
             paper="Lu, Xia, Arora, Hazan 2022, arXiv:2203.01400",
         ),
         Method(
+            stem="dcl",
+            summary="distributionally constrained learning: stated levels instead of penalty weights",
+            modules=(
+                "effjax.optim.dcl",
+                "effjax.optim.dual_ascent",
+                "effjax.optim.constraints",
+                "effjax.optim.smoothness",
+            ),
+            kind="Optax transformation and pure functions",
+            paper="Kag 2023, thesis (Boston University); reconstructed from a description",
+        ),
+        Method(
             stem="cola",
             summary="Chain of LoRA: fine-tuning by adapters that are merged and restarted",
             modules=(
@@ -167,7 +179,7 @@ def methods(pattern: str = "*") -> list[Method]:
 
     Example:
       >>> [method.stem for method in methods("optim/*")]
-      ['samuel']
+      ['samuel', 'dcl']
     """
     found = [
         row

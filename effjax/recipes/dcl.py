@@ -7,7 +7,7 @@ Three settings. *noise*: a share of the training labels is drawn anew. *few*: a 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -268,17 +268,17 @@ def _program(config: DclStudy, way: _Way, task: Task) -> Program:
     shares = jnp.log(jnp.asarray((counts + 1) / (counts + 1).sum(), jnp.float32))
     schedule = cyclic_level(*way.trimmed, period=steps) if way.trimmed else None
 
-    def forward(variables: Any, images: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array | None, Any]:
-        """Logits of the loss's view, and of the other where consistency is asked for, in one pass."""
+    def forward(variables: Any, images: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        """Logits of the loss's view, and of another where consistency is asked for, in one pass."""
         draw, dropout = jax.random.split(key)
         noisy = lambda: images + config.view * jax.random.normal(draw, images.shape)
         if "consistency" not in way.statistics:
             logits, model = network(variables, noisy() if way.view == "noisy" else images, True, dropout)
-            return logits, None, model
+            return logits, logits, model
         logits, model = network(variables, jnp.concatenate([images, noisy()]), True, dropout)
         return logits[: len(images)], logits[len(images) :], model
 
-    def measure(logits: jax.Array, other: jax.Array | None, losses: jax.Array, labels: jax.Array) -> dict[str, Any]:
+    def measure(logits: jax.Array, other: jax.Array, losses: jax.Array, labels: jax.Array) -> dict[str, Any]:
         uniform = jnp.full(classes, 1 / classes)
         found = {
             "entropy": lambda: prediction_entropy(logits),

@@ -13,6 +13,11 @@ TINY = {
         *("--budget.amount", "60", "--grid", "0.1", "--seeds", "0", "1"),
         *("--arms", "sgd-*", "cosine-*", "schedule-free", "samuel", "uniform", "one-gradient"),
     ],
+    "dcl": [
+        *("--budget.amount", "60", "--batch-size", "16", "--tasks", "digits/mlp-16", "--noise-rows", "200"),
+        *("--tail-rows", "300", "--settings", "noise", "tail", "--seeds", "0", "1"),
+        *("--arms", "erm", "fixed-1", "dcl-0.1", "marginal", "risk", "trimmed"),
+    ],
     "cola": [
         *("--budget.amount", "60", "--links", "2", "--arms", "lora", "cola-2", "resets", "--seeds", "0", "1"),
     ],
@@ -57,6 +62,10 @@ PAPER = {
         *("--tasks", "fashion_mnist/resnet20", "--batch-size", "4", "--budget.amount", "4"),
         *("--train-rows", "64", "--test-rows", "32", "--experts", "0.1", "0.01", "--loop", "unroll"),
     ],
+    "dcl": [
+        *("--tasks", "fashion_mnist/resnet20", "--batch-size", "4", "--budget.amount", "4", "--budget.unit", "steps"),
+        *("--noise-rows", "64", "--test-rows", "32"),
+    ],
     "cola": [
         *("--tasks", "sms_spam/stories260k", "--batch-size", "2", "--budget.amount", "4", "--budget.unit", "steps"),
         *("--train-rows", "16", "--test-rows", "8", "--max-length", "48"),
@@ -82,6 +91,7 @@ PAPER = {
 # One arm of each kind in the paper preset.
 PAPER_ARMS = {
     "samuel": ["fashion_mnist-resnet20-offline/sgd-0.1", "fashion_mnist-resnet20-offline/samuel"],
+    "dcl": ["fashion_mnist-resnet20-noise/erm", "fashion_mnist-resnet20-noise/dcl-0.1"],
     "cola": ["sms_spam-stories260k/cola-3", "sms_spam-stories260k/full"],
     "bucket_sampler": ["sms_spam-encoder-1x8/static-3e-05", "sms_spam-encoder-1x8/growing-4e-05"],
     "token_drop": ["sms_spam-encoder-1x8/buckets-3e-05", "sms_spam-encoder-1x8/token-drop-3e-05"],
@@ -95,6 +105,7 @@ PAPER_ARMS = {
 # One arm of the tiny study whose run is cut in a phase and, where there are several, at a phase's border.
 RESUMED = {
     "samuel": "digits-mlp-64-shift/samuel",
+    "dcl": "digits-mlp-16-noise/dcl-0.1",
     "cola": "digits-mlp-64-64/cola-2",
     "bucket_sampler": "sms_spam-encoder-1x8/buckets",
     "token_drop": "sms_spam-encoder-1x8/token-drop",
