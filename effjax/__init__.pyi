@@ -19,6 +19,7 @@ from .data.tokens import load_tokenizer as load_tokenizer
 from .finetune.cola import cola as cola
 from .graph.fastrain import fastrain as fastrain
 from .graph.geeni import geeni as geeni
+from .hardness.disk import disk as disk
 from .models.pretrained import load_pretrained as load_pretrained
 from .models.pretrained import save_pretrained as save_pretrained
 from .optim.dcl import dcl as dcl

@@ -149,6 +149,19 @@ METHODS: dict[str, Method] = {
             paper="Nagarajan, Raghunathan 2023, TMLR (OpenReview 1IYJfwJtjQ)",
         ),
         Method(
+            stem="disk",
+            summary="selective distillation: a guide takes off a small student what it cannot learn",
+            modules=(
+                "effjax.hardness.disk",
+                "effjax.hardness.disk_config",
+                "effjax.hardness.disk_losses",
+                "effjax.hardness.guides",
+                "effjax.hardness.distillation",
+            ),
+            kind="pure functions and alternating steps",
+            paper="Kag, Acar, Gangrade, Saligrama 2023, ICLR (OpenReview N4K5ck-BTT)",
+        ),
+        Method(
             stem="geeni",
             summary="ensembles of graph networks that run as one, without the messages of doubtful nodes",
             modules=(

@@ -1,5 +1,6 @@
 """What the image studies share: networks by name, their logits in training, and measures per class."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from effjax.core.shapes import pad_to
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet
 from effjax.models.mlp import MLP
+from effjax.models.resnet import BasicBlock, ResNet
 from effjax.tasks.image import image_task
 from effjax.tasks.task import Task
 
@@ -21,7 +23,7 @@ Logits = Callable[[Mapping[str, PyTree], jax.Array, bool, jax.Array | None], tup
 
 
 def named_image_task(data: DataSet, model: str, train: Any, **options: Any) -> Task:
-    """``image_task`` whose model may also be ``mlp-64``, ``mlp-128-128``, ... for hidden layers of these widths.
+    """``image_task`` whose model may also give widths: ``mlp-128-128``, or ``resnet-8-16-32`` of one block per stage.
 
     Args:
       data: images.
@@ -29,12 +31,17 @@ def named_image_task(data: DataSet, model: str, train: Any, **options: Any) -> T
       train: ``TrainOptions``, for the dtype and remat.
       **options: of ``image_task``.
     """
-    if not re.fullmatch(r"mlp(-\d+)+", model):
+    kind, *widths = model.split("-")
+    if not (kind in ("mlp", "resnet") and widths and all(re.fullmatch(r"[1-9]\d*", width) for width in widths)):
         return image_task(data, model, dtype=train.dtype, remat=train.remat, **options)
-    widths = tuple(int(width) for width in model.split("-")[1:])
-    module = MLP(widths, classes=len(data.classes), dtype=jnp.dtype(train.dtype), remat=train.remat)
-    task = image_task(data, module, **options)
-    return task._replace(name=f"{data.name}/{model}")
+    sizes = tuple(map(int, widths))
+    fields: dict[str, Any] = {"classes": len(data.classes), "dtype": jnp.dtype(train.dtype), "remat": train.remat}
+    if kind == "mlp":
+        module = MLP(sizes, **fields)
+    else:
+        block = functools.partial(BasicBlock, shortcut="project")
+        module = ResNet(stages=(1,) * len(sizes), widths=sizes, block=block, **fields)
+    return image_task(data, module, **options)._replace(name=f"{data.name}/{model}")
 
 
 def unit_images(images: Any) -> jax.Array:

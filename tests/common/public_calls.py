@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from small_graph import write_small_cora
 
@@ -249,6 +250,45 @@ def geeni_call():
     return found, served
 
 
+def disk_call():
+    words = ("--tasks", "digits/mlp-4", "--teacher", "mlp-16", "--teacher-epochs", 1, "--shrink", 1, "--rounds", 3)
+    words += ("--train-rows", 100, "--test-rows", 40, "--batch-size", 20, "--budget.amount", 3)
+    study = resolve("disk:smoke", [str(word) for word in words])
+    task = study.groups()[0].load()
+    (disk_arm,) = (arm for arm in study.groups()[0].arms if arm.name == "disk-cached")
+    state = fit(disk_arm.build(task), 0).state
+
+    data = image_task("digits", MLP((4,), classes=10), train_rows=100, test_rows=40)
+    kept = {name: task.train[name] for name in ("teacher_logits", "teacher_features")}  # of the trained teacher
+    top = effjax.hardness.top_logits(kept["teacher_logits"], data.train["label"], 3)
+    columns = {
+        **data.train,
+        "features": kept["teacher_features"],
+        **{k: np.asarray(v) for k, v in top._asdict().items()},
+    }
+    guide, (mean, std) = effjax.hardness.FeatureGuide(), (data.details[name] for name in ("mean", "std"))
+
+    def student(variables, batch, train, key):
+        inputs = (batch["image"].astype(jnp.float32) / 255.0 - mean) / std
+        return data.module.apply(variables, inputs, train=train, rngs={"dropout": key}), {}
+
+    problem = effjax.hardness.DiskProblem(
+        student=student,
+        teacher=lambda batch: (type(top)(*(batch[name] for name in top._fields)), batch["features"]),
+        guide=lambda variables, features, train: (guide.apply(variables, features), {}),
+    )
+    rest, draw = jax.random.split(KEY)
+    variables = guide.init(draw, jnp.zeros((1, 16)))
+    stream = batches(columns, 20, seed=0)
+    config = effjax.hardness.DiskConfig(
+        tx=optax.adam(3e-3), epochs=3, k=3, student_temperature=2.0, teacher_temperature=2.0, label_weight=1.0 - 0.9
+    )
+    found = effjax.disk(
+        rest, data.init(KEY), variables, problem, lambda number: [next(stream) for _ in range(5)], config=config
+    )
+    return (found.params, found.guide, found.dual), (state.params, state.guide, state.dual)
+
+
 CASES = {
     "samuel": samuel_loop,
     "dcl": dcl_loop,
@@ -259,5 +299,6 @@ CASES = {
     "tarnn": tarnn_layer,
     "fptt": fptt_loop,
     "fastrain": fastrain_call,
+    "disk": disk_call,
     "geeni": geeni_call,
 }

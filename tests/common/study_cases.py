@@ -50,6 +50,11 @@ TINY = {
         ),
         *("--epochs-per-step", "5", "--samples", "2", "--threshold", "0.3"),
     ],
+    "disk": [
+        *("--tasks", "digits/mlp-4", "--teacher", "mlp-16", "--teacher-epochs", "2", "--shrink", "1", "--rounds", "3"),
+        *("--train-rows", "120", "--test-rows", "60", "--batch-size", "20", "--budget.amount", "4"),
+        *("--seeds", "0", "1", "--arms", "ce", "kd", "support", "disk", "disk-separate", "disk-best"),
+    ],
     "geeni": [
         *("--arms", "single", "geeni-learned", "--hidden", "8", "--members", "2", "--modes", "full"),
         *("--fractions", "0.1", "--budget.amount", "60", "--seeds", "0", "1"),
@@ -82,6 +87,10 @@ PAPER = {
         *("--tasks", "cora", "--per-class", "2", "--seeds", "0", "--hidden", "8", "--epochs-per-step", "2"),
         *("--budget.amount", "4", "--budget.unit", "steps", "--calibration-epochs", "2", "--samples", "2"),
     ],
+    "disk": [
+        *("--tasks", "digits/resnet-4-8", "--teacher", "mlp-16", "--teacher-epochs", "1", "--rounds", "2"),
+        *("--train-rows", "64", "--test-rows", "32", "--batch-size", "8", "--budget.amount", "1"),
+    ],
     "geeni": [
         *("--tasks", "cora", "--hidden", "8", "--members", "2", "--budget.amount", "10"),
         *("--epochs-per-step", "1", "--seeds", "0"),
@@ -99,6 +108,7 @@ PAPER_ARMS = {
     "irnn": ["noisy-digits-12/irnn-3", "noisy-digits-12/chrono-lstm"],
     "tarnn": ["noisy-digits-12/tarnn-convex", "noisy-digits-12/lru-4"],
     "fastrain": ["cora-2/fastrain"],
+    "disk": ["digits-resnet-4-8/kd", "digits-resnet-4-8/disk-separate", "digits-resnet-4-8/disk-paper"],
     "geeni": ["cora/geeni-learned", "cora/single", "cora/distilled"],
 }
 
@@ -113,5 +123,6 @@ RESUMED = {
     "irnn": "noisy-digits-12/irnn",
     "tarnn": "noisy-digits-12/tarnn-euler",
     "fastrain": "cora-8/fastrain-plateau",
+    "disk": "digits-mlp-4/disk-separate",
     "geeni": "cora/geeni-learned",
 }
