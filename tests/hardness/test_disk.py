@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from effjax.core.cost import count_compiles
 from effjax.hardness.disk import DiskProblem, disk, disk_init, disk_next, disk_step
 from effjax.hardness.disk_config import DiskConfig, disk_passes, disk_preset
-from effjax.hardness.disk_losses import TopLogits, disk_loss, top_logits
+from effjax.hardness.disk_losses import TopLogits, disk_help, disk_loss, top_logits
 from effjax.hardness.guides import FeatureGuide
 from effjax.optim.dual_ascent import cyclic_level
 from effjax.train.checkpoint import Checkpoints
@@ -172,6 +172,9 @@ def test_a_pair_is_the_students_step_and_a_guides_step():
     expected = 0.9 * disk_loss(logits, teacher(BATCH)[0], Y, GUIDE.apply(VARIABLES[1], X), k=2)
     expected += 0.1 * optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean()
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    # The guide's part sees those logits, and not what the student says after its step.
+    h = GUIDE.apply(VARIABLES[1], X, train=True, mutable=["batch_stats"])[0]
+    np.testing.assert_allclose(metrics["help"], disk_help(logits, teacher(BATCH)[0], Y, h), rtol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["pairs", "separate", "joint", "best"])
