@@ -252,11 +252,11 @@ def geeni_call():
 
 def disk_call():
     words = ("--tasks", "digits/mlp-4", "--teacher", "mlp-16", "--teacher-epochs", 1, "--shrink", 1, "--rounds", 3)
-    words += ("--train-rows", 100, "--test-rows", 40, "--batch-size", 20, "--budget.amount", 3)
+    words += ("--train-rows", 100, "--test-rows", 40, "--batch-size", 20, "--budget.amount", 3, "--arms", "disk-cached")
     study = resolve("disk:smoke", [str(word) for word in words])
-    task = study.groups()[0].load()
-    (disk_arm,) = (arm for arm in study.groups()[0].arms if arm.name == "disk-cached")
-    state = fit(disk_arm.build(task), 0).state
+    group = study.groups()[0]
+    task = group.load()
+    state = fit(group.arms[0].build(task), 0).state
 
     data = image_task("digits", MLP((4,), classes=10), train_rows=100, test_rows=40)
     kept = {name: task.train[name] for name in ("teacher_logits", "teacher_features")}  # of the trained teacher

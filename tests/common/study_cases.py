@@ -16,7 +16,7 @@ TINY = {
     "dcl": [
         *("--budget.amount", "60", "--batch-size", "16", "--tasks", "digits/mlp-16", "--noise-rows", "200"),
         *("--tail-rows", "300", "--settings", "noise", "tail", "--seeds", "0", "1"),
-        *("--arms", "erm", "fixed-1", "dcl-0.1", "marginal", "risk", "trimmed"),
+        *("--arms", "erm", "fixed-1", "dcl-0.1", "marginal", "risk"),
     ],
     "cola": [
         *("--budget.amount", "60", "--links", "2", "--arms", "lora", "cola-2", "resets", "--seeds", "0", "1"),
