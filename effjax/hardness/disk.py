@@ -194,7 +194,7 @@ def disk_step(
 
     Returns:
       The new state, and ``loss`` (the student's, or of a guide's step the guide's), ``help``, ``guide`` (its mean) and
-      ``multiplier``.
+      ``multiplier``, that of DCL, of the best guide, or the scheduled price.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown step.
@@ -209,7 +209,7 @@ def disk_step(
             state, logits, metrics = run.student(state, best=step == "best")
         if step in ("guide", "pairs"):
             state, found = run.guide(state, logits)
-            metrics = {**found, **metrics}
+            metrics = {**found, **({name: metrics[name] for name in ("loss", "guide")} if metrics else {})}
     return state._replace(count=state.count + 1), metrics
 
 
@@ -251,13 +251,13 @@ class _Step:
 
         def loss(params: PyTree) -> tuple[Array, Any]:
             logits, model = self._logits(params, state, True)
-            h = self._best(logits) if helped is None else helped
-            return self._student_loss(logits, jax.lax.stop_gradient(h)), (logits, model, h)
+            h, price = self._best(logits) if helped is None else (helped, self._price())
+            return self._student_loss(logits, jax.lax.stop_gradient(h)), (logits, model, h, price)
 
-        (value, (logits, model, h)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        (value, (logits, model, h, price)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates, opt = self.config.tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": value, "guide": row_mean(jax.nn.sigmoid(wide(h)), self.mask)}
+        metrics = self._metrics(value, self._spent(logits, h), h) | {"multiplier": price}
         return state._replace(params=params, model={**state.model, **model}, opt=opt), logits, metrics
 
     def guide(self, state: DiskState, logits: Array | None) -> tuple[DiskState, dict[str, Array]]:
@@ -311,8 +311,8 @@ class _Step:
         each = optax.softmax_cross_entropy_with_integer_labels(wide(logits), jnp.maximum(self.labels, 0))
         return self.config.label_weight * row_mean(each, known) + self.config.distil_weight * self._distilled(logits, h)
 
-    def _best(self, logits: Array) -> Array:
-        h, _ = best_guide(
+    def _best(self, logits: Array) -> tuple[Array, Array]:
+        return best_guide(
             jax.lax.stop_gradient(logits),
             self.top,
             self.labels,
@@ -322,17 +322,25 @@ class _Step:
             clamp=self.config.clamp,
             mask=self.mask,
         )
-        return h
+
+    def _spent(self, logits: Array, h: Array) -> Array:
+        config = self.config
+        price = {"target": config.target, "over": config.over, "clamp": config.clamp}
+        return disk_help(logits, self.top, self.labels, h, mask=self.mask, **price)
+
+    def _price(self) -> Array:
+        """Of help beyond the budget."""
+        if self.config.price is None:
+            return self.state.dual.multipliers["help"]
+        return self.config.at(self.config.price, self.state.epoch)
 
     def _guide_loss(self, logits: Array, h: Array) -> tuple[Array, Array]:
         """What help costs, and how much of it is spent."""
-        config = self.config
-        price = {"target": config.target, "over": config.over, "clamp": config.clamp}
-        spent = disk_help(logits, self.top, self.labels, h, mask=self.mask, **price)
+        config, spent = self.config, self._spent(logits, h)
         if config.price is None:
             value = dcl_lagrangian(self.state.dual, 0.0, {"help": spent - self.budget}, config.constraint)
         else:
-            value = config.at(config.price, self.state.epoch) * jax.nn.relu(spent - self.budget)
+            value = self._price() * jax.nn.relu(spent - self.budget)
         if config.normaliser == "none":
             return value, spent
         k = self.top.indices.shape[1]
@@ -348,7 +356,5 @@ class _Step:
         return state._replace(guide={**guide, "params": params}, guide_opt=guide_opt, dual=dual)
 
     def _metrics(self, value: Array, spent: Array, h: Array) -> dict[str, Array]:
-        found = {"loss": value, "help": spent, "guide": row_mean(jax.nn.sigmoid(wide(h)), self.mask)}
-        if self.config.price is None:
-            return {**found, "multiplier": self.state.dual.multipliers["help"]}
-        return {**found, "multiplier": self.config.at(self.config.price, self.state.epoch)}
+        guide = row_mean(jax.nn.sigmoid(wide(h)), self.mask)
+        return {"loss": value, "help": spent, "guide": guide, "multiplier": self._price()}

@@ -324,7 +324,7 @@ def _scaffolded(config: DiskStudy, cached: bool, fields: Mapping[str, Any], task
         loader=loader,
         evaluate=evaluate,
         trained=lambda state: (state.params, state.guide["params"]),
-        train_metrics=lambda means: {"train_loss": means["loss"], "mean_guide": means["guide"]},
+        train_metrics=lambda means: {"mean_guide": means["guide"], "mean_help": means["help"]},
     )
 
 
