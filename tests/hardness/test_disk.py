@@ -161,9 +161,10 @@ def test_a_step_of_one_network_leaves_the_other_as_it_is():
 
 
 def test_a_pair_is_the_students_step_and_a_guides_step():
-    before = begin()
-    both, metrics = take(before, "pairs")
-    alone, _ = take(before, "student")
+    config = DiskConfig(tx=optax.sgd(0.1), epochs=3, k=2)
+    before = begin(config)
+    both, metrics = take(before, "pairs", config)
+    alone, _ = take(before, "student", config)
     # To the last bit but for what XLA makes of two programs.
     pairs = zip(*map(jax.tree.leaves, ((both.params, both.model), (alone.params, alone.model))), strict=True)
     for a, b in pairs:
