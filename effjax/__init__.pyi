@@ -19,9 +19,11 @@ from .data.tokens import load_tokenizer as load_tokenizer
 from .finetune.cola import cola as cola
 from .graph.fastrain import fastrain as fastrain
 from .graph.geeni import geeni as geeni
+from .hardness.disk import disk as disk
 from .hardness.selective import selective as selective
 from .models.pretrained import load_pretrained as load_pretrained
 from .models.pretrained import save_pretrained as save_pretrained
+from .optim.dcl import dcl as dcl
 from .optim.samuel import samuel as samuel
 from .recipes.spec import Claim as Claim
 from .recurrent.fptt import fptt as fptt

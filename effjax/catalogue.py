@@ -65,6 +65,18 @@ METHODS: dict[str, Method] = {
             paper="Lu, Xia, Arora, Hazan 2022, arXiv:2203.01400",
         ),
         Method(
+            stem="dcl",
+            summary="distributionally constrained learning: stated levels instead of penalty weights",
+            modules=(
+                "effjax.optim.dcl",
+                "effjax.optim.dual_ascent",
+                "effjax.optim.constraints",
+                "effjax.optim.smoothness",
+            ),
+            kind="Optax transformation and pure functions",
+            paper="Kag 2023, thesis (Boston University); reconstructed from a description",
+        ),
+        Method(
             stem="cola",
             summary="Chain of LoRA: fine-tuning by adapters that are merged and restarted",
             modules=(
@@ -137,6 +149,19 @@ METHODS: dict[str, Method] = {
             paper="Nagarajan, Raghunathan 2023, TMLR (OpenReview 1IYJfwJtjQ)",
         ),
         Method(
+            stem="disk",
+            summary="selective distillation: a guide takes off a small student what it cannot learn",
+            modules=(
+                "effjax.hardness.disk",
+                "effjax.hardness.disk_config",
+                "effjax.hardness.disk_losses",
+                "effjax.hardness.guides",
+                "effjax.hardness.distillation",
+            ),
+            kind="pure functions and alternating steps",
+            paper="Kag, Acar, Gangrade, Saligrama 2023, ICLR (OpenReview N4K5ck-BTT)",
+        ),
+        Method(
             stem="geeni",
             summary="ensembles of graph networks that run as one, without the messages of doubtful nodes",
             modules=(
@@ -183,7 +208,7 @@ def methods(pattern: str = "*") -> list[Method]:
 
     Example:
       >>> [method.stem for method in methods("optim/*")]
-      ['samuel']
+      ['samuel', 'dcl']
     """
     found = [
         row

@@ -4,14 +4,11 @@ from .constraints import class_risk as class_risk
 from .constraints import consistency_kl as consistency_kl
 from .constraints import feature_moment as feature_moment
 from .constraints import guided_risk as guided_risk
-from .constraints import logit_slope as logit_slope
 from .constraints import marginal_kl as marginal_kl
 from .constraints import mean_prediction as mean_prediction
 from .constraints import optimal_guide as optimal_guide
 from .constraints import prediction_entropy as prediction_entropy
 from .constraints import reference_kl as reference_kl
-from .constraints import sharpness as sharpness
-from .constraints import squared_input_gradient as squared_input_gradient
 from .dcl import dcl_init as dcl_init
 from .dcl import dcl_lagrangian as dcl_lagrangian
 from .dcl import dcl_metrics as dcl_metrics
@@ -29,6 +26,9 @@ from .samuel import samuel_init as samuel_init
 from .samuel import samuel_probabilities as samuel_probabilities
 from .samuel import samuel_sync as samuel_sync
 from .samuel import samuel_value_and_grad as samuel_value_and_grad
+from .smoothness import logit_slope as logit_slope
+from .smoothness import sharpness as sharpness
+from .smoothness import squared_input_gradient as squared_input_gradient
 from .strongly_adaptive import strongly_adaptive_init as strongly_adaptive_init
 from .strongly_adaptive import strongly_adaptive_run as strongly_adaptive_run
 from .strongly_adaptive import strongly_adaptive_step as strongly_adaptive_step

@@ -1,11 +1,10 @@
-"""Statistics of a network's predictions that DCL can constrain: entropy, marginal, risks, consistency, smoothness.
+"""Statistics of a network's predictions that DCL can constrain: entropy, marginal, risks, consistency, moments.
 
 Every mean is over the rows that ``mask`` takes, of the whole batch. With sharded arrays under ``jit`` that is so by
 itself; inside ``shard_map`` or ``pmap`` name the devices' ``axis``, as a divergence of a mean is no mean of
 divergences. Logits may have any floating dtype; everything is computed in float32 or wider.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from effjax.core.errors import check_number, check_shape
+from effjax.core.rows import Axis, row_labels, row_mask, row_mean, row_sum, wide_logits
 from effjax.core.tree import wide
 
 __all__ = [
@@ -23,18 +23,13 @@ __all__ = [
     "consistency_kl",
     "feature_moment",
     "guided_risk",
-    "logit_slope",
     "marginal_kl",
     "mean_prediction",
     "optimal_guide",
     "prediction_entropy",
     "reference_kl",
-    "sharpness",
-    "squared_input_gradient",
 ]
 
-PyTree = Any
-Axis = str | tuple[str, ...] | None
 Logits = Shaped[Array | np.ndarray, "rows classes"]
 Rows = Shaped[Array | np.ndarray, "rows"]
 Mask = Bool[Array | np.ndarray, "rows"] | None
@@ -61,7 +56,7 @@ def prediction_entropy(logits: Logits, mask: Mask = None, *, axis: Axis = None) 
       0.693
     """
     log_p = _log_softmax("logits", logits, mask)
-    return _mean(-_expected(log_p, log_p), mask, axis)
+    return row_mean(-_expected(log_p, log_p), mask, axis)
 
 
 def mean_prediction(logits: Logits, mask: Mask = None, *, axis: Axis = None) -> Float[Array, "classes"]:
@@ -79,7 +74,7 @@ def mean_prediction(logits: Logits, mask: Mask = None, *, axis: Axis = None) -> 
       >>> mean_prediction(jnp.array([[0.0, 0.0], [0.0, 50.0]])).tolist()
       [0.25, 0.75]
     """
-    return _mean(jnp.exp(_log_softmax("logits", logits, mask)), mask, axis)
+    return row_mean(jnp.exp(_log_softmax("logits", logits, mask)), mask, axis)
 
 
 def marginal_kl(
@@ -151,7 +146,7 @@ def class_counts(
       >>> class_counts(jnp.array([0, 2, 2, -1]), 3).tolist()
       [1.0, 0.0, 2.0]
     """
-    return _sum(_members(labels, classes, mask, jnp.zeros((), float).dtype), axis)
+    return row_sum(_members(labels, classes, mask, jnp.zeros((), float).dtype), axis)
 
 
 def class_risk(
@@ -189,8 +184,8 @@ def class_risk(
     check_shape("losses", losses, jnp.shape(labels), "One loss for each label.")
     members = _members(labels, classes, mask, losses.dtype)
     # A row that counts nowhere may have a loss that is not finite.
-    sums = _sum(members * jnp.where(members > 0, losses[:, None], 0.0), axis)
-    counts = _sum(members, axis)
+    sums = row_sum(members * jnp.where(members > 0, losses[:, None], 0.0), axis)
+    counts = row_sum(members, axis)
     risks = sums / jnp.maximum(counts, 1.0)
     if not excess:
         return risks
@@ -229,7 +224,7 @@ def consistency_kl(
     log_p, log_q = _log_softmax("logits", logits, mask), _log_softmax("other", other, mask)
     if stop_first:
         log_p = jax.lax.stop_gradient(log_p)
-    return _mean(_expected(log_p, log_p - log_q), mask, axis)
+    return row_mean(_expected(log_p, log_p - log_q), mask, axis)
 
 
 def reference_kl(logits: Logits, reference: Logits, mask: Mask = None, *, axis: Axis = None) -> Float[Array, ""]:
@@ -256,7 +251,7 @@ def reference_kl(logits: Logits, reference: Logits, mask: Mask = None, *, axis: 
     check_shape("reference", reference, jnp.shape(logits), "One distribution for each row of logits.")
     log_p, reference = _log_softmax("logits", logits, mask), jax.lax.stop_gradient(wide(reference))
     log_r = jnp.log(jnp.where(reference > 0, reference, 1.0))
-    return _mean(jnp.where(reference > 0, reference * (log_r - log_p), 0.0).sum(-1), mask, axis)
+    return row_mean(jnp.where(reference > 0, reference * (log_r - log_p), 0.0).sum(-1), mask, axis)
 
 
 def guided_risk(
@@ -286,8 +281,8 @@ def guided_risk(
     check_shape("guide", guide, jnp.shape(losses), "One number for each loss.")
     losses, kept = wide(losses), 1.0 - jax.lax.stop_gradient(wide(guide))
     member = _weights(mask, losses)
-    total = _sum(member * kept * jnp.where(member > 0, losses, 0.0), axis)
-    weight = _sum(member * kept if renormalise else member, axis)
+    total = row_sum(member * kept * jnp.where(member > 0, losses, 0.0), axis)
+    weight = row_sum(member * kept if renormalise else member, axis)
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)
 
 
@@ -366,112 +361,11 @@ def feature_moment(
     return jnp.where(counts > 0, jnp.square(centres - means.astype(centres.dtype)).sum(1), 0.0)
 
 
-def sharpness(loss: Callable[[PyTree], Array], params: PyTree, radius: ArrayLike = 0.05) -> Float[Array, ""]:
-    r"""Rise of the loss along its gradient: the width of the loss surface.
-
-    .. math:: \ell(\theta + r\, g / \|g\|) - \ell(\theta), \qquad g = \nabla \ell(\theta)
-
-    It costs a forward and a backward pass more; a part of the batch will do. No gradient goes through the direction.
-
-    Args:
-      loss: ``params -> loss``, of a batch.
-      params: :math:`\theta`.
-      radius: r, above 0.
-
-    Returns:
-      A number; near 0 on a flat surface.
-
-    Raises:
-      ValueError: a radius out of range.
-
-    Example:
-      >>> round(float(sharpness(lambda w: (w**2).sum(), jnp.array([3.0, 4.0]), 1.0)), 3)
-      11.0
-    """
-    check_number("radius", radius, low=0, open_low=True)
-    value, grads = jax.value_and_grad(loss)(params)
-    squares = [jnp.sum(jnp.square(wide(leaf))) for leaf in jax.tree.leaves(grads)]
-    norm = jnp.sqrt(sum(squares, jnp.zeros((), float)))
-    scale = jax.lax.stop_gradient(radius / jnp.where(norm > 0, norm, 1.0))
-    move = lambda p, g: (wide(p) + scale * wide(jax.lax.stop_gradient(g))).astype(p.dtype)
-    return wide(loss(jax.tree.map(move, params, grads))) - wide(value)
-
-
-def squared_input_gradient(
-    losses: Callable[[Array], Array], inputs: Shaped[Array, "rows ..."], mask: Mask = None, *, axis: Axis = None
-) -> Float[Array, ""]:
-    r"""Mean squared gradient of the loss in the inputs: how steep the network is; ``<=`` L squared.
-
-    .. math:: \frac1n \sum_i \Bigl\| \frac{\partial \ell_i}{\partial x_i} \Bigr\|^2
-
-    Args:
-      losses: ``inputs -> [rows]``; a row's loss may depend on that row's input alone.
-      inputs: x, floating.
-      mask: rows that take part; None for all.
-      axis: mesh axes that the rows are spread over inside ``shard_map``.
-
-    Returns:
-      A number.
-
-    Raises:
-      ValueError: losses that are not one per row.
-
-    Example:
-      >>> float(squared_input_gradient(lambda x: 3.0 * x[:, 0], jnp.ones((2, 4))))
-      9.0
-    """
-
-    def total(inputs: Array) -> Array:
-        each = losses(inputs)
-        check_shape("losses(inputs)", each, jnp.shape(inputs)[:1], "One loss for each row.")
-        return jnp.sum(wide(each))
-
-    grads = wide(jax.grad(total)(inputs))
-    return _mean(jnp.sum(jnp.square(grads), axis=tuple(range(1, grads.ndim))), mask, axis)
-
-
-def logit_slope(
-    logits: Logits, other: Logits, distances: Rows, mask: Mask = None, *, axis: Axis = None
-) -> Float[Array, ""]:
-    r"""Mean squared slope of the logits between two views: the network's Lipschitz constant there; ``<=`` L squared.
-
-    .. math:: \frac1n \sum_i \frac{\|z_i - z'_i\|^2}{\|x_i - x'_i\|^2}
-
-    Args:
-      logits: z, of the first view.
-      other: z', of the second.
-      distances: :math:`\|x - x'\|`, one per row; a row of distance 0 does not take part.
-      mask: rows that take part; None for all.
-      axis: mesh axes that the rows are spread over inside ``shard_map``.
-
-    Returns:
-      A number.
-
-    Raises:
-      ValueError: shapes that do not fit.
-
-    Example:
-      >>> float(logit_slope(jnp.zeros((1, 2)), jnp.array([[0.0, 4.0]]), jnp.array([2.0])))
-      4.0
-    """
-    check_shape("other", other, jnp.shape(logits), "That of logits: the same rows.")
-    check_shape("distances", distances, jnp.shape(logits)[:1], "One for each row of logits.")
-    apart, squares = wide(distances) > 0, jnp.square(wide(distances))
-    slopes = jnp.square(wide(logits) - wide(other)).sum(-1) / jnp.where(apart, squares, 1.0)
-    return _mean(slopes, apart if mask is None else apart & mask, axis)
-
-
 # Means over rows
 
 
 def _log_softmax(argument: str, logits: Any, mask: Any) -> Array:
-    logits = wide(logits)
-    if logits.ndim != 2:
-        raise ValueError(
-            f"{argument} have shape {logits.shape}; expected [rows, classes]. Flatten other axes into rows."
-        )
-    # Before the softmax, whose gradient in a row that does not take part would be 0 times what the row holds.
-    return jax.nn.log_softmax(jnp.where(_row_mask(mask, logits.shape[0])[:, None], logits, 0.0))
+    return jax.nn.log_softmax(wide_logits(argument, logits, mask))
 
 
 def _expected(log_p: Array, values: Array) -> Array:
@@ -485,51 +379,24 @@ def _weights(mask: Any, like: Array) -> Array:
     """1 for rows that take part, 0 for others."""
     if like.ndim != 1:
         raise ValueError(f"losses have shape {like.shape}; expected [rows], one for each row.")
-    return _row_mask(mask, like.shape[0]).astype(like.dtype)
-
-
-def _row_mask(mask: Any, rows: int) -> Array:
-    if mask is None:
-        return jnp.ones(rows, bool)
-    check_shape("mask", mask, (rows,), "One bool for each row.")
-    if jnp.result_type(mask) != jnp.bool_:
-        raise TypeError(f"mask is {jnp.result_type(mask)}; give bools, True for rows that take part.")
-    return jnp.asarray(mask)
+    return row_mask(mask, like.shape[0]).astype(like.dtype)
 
 
 def _members(labels: Any, classes: int, mask: Any, dtype: Any) -> Float[Array, "rows classes"]:
     """1 where a row belongs to a class."""
     check_number("classes", classes, low=1, integer=True)
-    labels = jnp.asarray(labels)
-    if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
-            f"labels are {labels.dtype}{list(labels.shape)}; give integers [rows], one class for each row."
-        )
+    labels = row_labels(labels, jnp.shape(labels)[0])
     mine = labels[:, None] == jnp.arange(classes)[None, :]
-    return (mine & _row_mask(mask, labels.shape[0])[:, None]).astype(dtype)
-
-
-def _sum(rows: Array, axis: Axis) -> Array:
-    total = rows.sum(0)
-    return total if axis is None else jax.lax.psum(total, axis)
-
-
-def _mean(each: Array, mask: Any, axis: Axis) -> Array:
-    """The mean over rows that take part, of numbers or vectors; others may hold anything."""
-    member = _row_mask(mask, each.shape[0])
-    column = member.reshape(member.shape + (1,) * (each.ndim - 1))
-    total = _sum(jnp.where(column, each, 0.0), axis)
-    return total / jnp.maximum(_sum(member.astype(each.dtype), axis), 1.0)
+    return (mine & row_mask(mask, labels.shape[0])[:, None]).astype(dtype)
 
 
 def _distribution(argument: str, values: Any, classes: int) -> Array:
     check_shape(argument, values, (classes,), "One probability per class.")
-    found = wide(values)
-    if not isinstance(found, jax.core.Tracer):
-        least, total = float(found.min()), float(found.sum())
+    if not isinstance(values, jax.core.Tracer):
+        least, total = float(np.min(values)), float(np.sum(values))
         if not (least > 0 and abs(total - 1) < 1e-3):
             raise ValueError(
                 f"{argument} has the sum {total:.4g} and the least entry {least:.4g}; give positive probabilities that "
                 "add up to 1. Smooth a count of 0: (counts + 1) / (counts + 1).sum()."
             )
-    return found
+    return wide(values)

@@ -373,9 +373,9 @@ def _ascend(
     """The multipliers of one constraint after a move of all, and their optimizers' states."""
     slope = violation if config.price is None else violation - lam / config.price
     updates, moved = jax.vmap(config.dual.update)(-slope.reshape(-1), dual, lam.reshape(-1))
-    limit = jnp.inf if config.limit is None else config.limit
+    limit = wide(jnp.inf if config.limit is None else config.limit)
     low = -limit if constraint.op == "==" else 0.0
-    lam = jnp.clip(lam + updates.reshape(lam.shape).astype(lam.dtype), low, limit).astype(lam.dtype)
+    lam = jnp.clip(lam + jnp.asarray(updates).reshape(lam.shape), low, limit).astype(lam.dtype)
     return lam, optax.tree.cast_like(moved, dual)
 
 

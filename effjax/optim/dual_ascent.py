@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
@@ -105,8 +106,9 @@ class DclConfig:
         for name, constraint in self.constraints.items():
             if not isinstance(constraint, Constraint):
                 raise TypeError(f"constraints[{name!r}]={constraint!r} must be a Constraint, such as '<=' and a level.")
-        if self.limit is not None and not any(isinstance(x, jax.core.Tracer) for x in (self.start, self.limit)):
-            check_number("start", self.start, low=0, high=float(self.limit), hint="limit is the largest multiplier.")
+        if self.limit is not None and not isinstance(self.limit, jax.core.Tracer):
+            largest = float(np.asarray(self.limit))
+            check_number("start", self.start, low=0, high=largest, hint="limit is the largest multiplier.")
 
 
 def cyclic_level(start: float, end: float, period: int, decay: float = 1.0) -> Schedule:
@@ -209,5 +211,5 @@ def scale_by_nupi(kp: ArrayLike = 2.0, ki: ArrayLike = 1.0, nu: ArrayLike = 0.0)
 def _check_level(level: Any, shape: tuple[int, ...]) -> None:
     if jnp.shape(level) not in ((), shape):
         raise ValueError(f"level has shape {jnp.shape(level)}; give one number, or one for each element, {shape}.")
-    if not isinstance(level, jax.core.Tracer) and not bool(jnp.isfinite(jnp.asarray(level)).all()):
+    if not isinstance(level, jax.core.Tracer) and not np.isfinite(np.asarray(level)).all():
         raise ValueError(f"level={level!r} must be finite. Leave a constraint out to lift it.")

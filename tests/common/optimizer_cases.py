@@ -14,6 +14,8 @@ from effjax.finetune.chain import ColaConfig, cola_init
 from effjax.finetune.cola import cola
 from effjax.finetune.lora import LoraRule, lora_merge
 from effjax.optim.batch_size import scale_by_batch_size
+from effjax.optim.dcl import dcl, dcl_lagrangian
+from effjax.optim.dual_ascent import Constraint, DclConfig, scale_by_nupi
 from effjax.optim.one_gradient import samuel_one_gradient
 from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
 from effjax.recurrent.fptt import fptt, fptt_eval_params
@@ -30,7 +32,7 @@ class OptimizerCase(NamedTuple):
       make: ``(**keywords) -> transformation``.
       injected: a numeric keyword and its value, to be injected.
       start: parameters of one network -> those that the optimizer works on.
-      call: ``(loss, params) -> (grads, keywords of update)``.
+      call: ``(loss, params, state) -> (grads, keywords of update)``.
       after: ``(state, params) -> params``, after the updates were applied.
       evaluate: ``(state, params) -> parameters of one network``.
       learning_rate: whether ``optax.tree.get(state, 'learning_rate')`` finds one.
@@ -40,13 +42,16 @@ class OptimizerCase(NamedTuple):
     make: Callable[..., optax.GradientTransformationExtraArgs]
     injected: tuple[str, float]
     start: Callable[[PyTree], PyTree] = lambda params: params
-    call: Callable[[Loss, PyTree], tuple[PyTree, dict[str, Any]]] = lambda loss, params: (jax.grad(loss)(params), {})
+    call: Callable[[Loss, PyTree, PyTree], tuple[PyTree, dict[str, Any]]] = lambda loss, params, state: (
+        jax.grad(loss)(params),
+        {},
+    )
     after: Callable[[PyTree, PyTree], PyTree] = lambda state, params: params
     evaluate: Callable[[PyTree, PyTree], PyTree] = lambda state, params: params
     learning_rate: bool = True
 
 
-def _samuel_call(loss: Loss, params: PyTree) -> tuple[PyTree, dict[str, Any]]:
+def _samuel_call(loss: Loss, params: PyTree, state: PyTree) -> tuple[PyTree, dict[str, Any]]:
     losses, grads = samuel_value_and_grad(loss, loop="vmap")(params)
     return grads, {"value": losses}
 
@@ -69,7 +74,7 @@ def _one_gradient(base: Any, **keywords: Any) -> OptimizerCase:
         "samuel",
         lambda **overrides: samuel_one_gradient(base, (0.2, 0.1, 0.05), **{"every": 3, **keywords, **overrides}),
         ("eta_scale", 10.0),
-        call=lambda loss, params: (jax.grad(loss)(params), {"value_fn": loss}),
+        call=lambda loss, params, state: (jax.grad(loss)(params), {"value_fn": loss}),
     )
 
 
@@ -82,7 +87,7 @@ def _batch_sized(**keywords: Any) -> OptimizerCase:
             optax.scale_by_learning_rate(0.1),
         ),
         ("reference", 32.0),
-        call=lambda loss, params: (jax.grad(loss)(params), {"batch_size": 96}),
+        call=lambda loss, params, state: (jax.grad(loss)(params), {"batch_size": 96}),
         learning_rate=False,
     )
 
@@ -95,6 +100,24 @@ def _fptt(base: optax.GradientTransformation, **keywords: Any) -> OptimizerCase:
         evaluate=fptt_eval_params,
         learning_rate=False,
     )
+
+
+# Both are violated at the start and not at the end.
+_LIMITS = {"mean": Constraint(">=", 1.7), "rows": Constraint("<=", 1.0, (8,))}
+
+
+def _dcl_values(params: PyTree) -> dict[str, jax.Array]:
+    return {"mean": params["b"].mean(), "rows": params["w"].sum(1)}
+
+
+def _dcl(base: optax.GradientTransformation, **keywords: Any) -> OptimizerCase:
+    def call(loss: Loss, params: PyTree, state: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        config = DclConfig(_LIMITS, **keywords)
+        grads = jax.grad(lambda p: dcl_lagrangian(state, loss(p), _dcl_values(p), config))(params)
+        return grads, {"values": _dcl_values(params)}
+
+    make = lambda **overrides: optax.chain(dcl(DclConfig(_LIMITS, **{**keywords, **overrides})), base)
+    return OptimizerCase("dcl", make, ("limit", 20.0), call=call, learning_rate=False)
 
 
 _COLA = ColaConfig(LoraRule("kernel", rank=3, alpha=3.0), knots=(100,))
@@ -112,7 +135,7 @@ def _cola_network(base: PyTree, lora: PyTree) -> PyTree:
     return {"w": rows[:, :2], "b": rows[:, 2]}
 
 
-def _cola_call(loss: Loss, params: PyTree) -> tuple[PyTree, dict[str, Any]]:
+def _cola_call(loss: Loss, params: PyTree, state: PyTree) -> tuple[PyTree, dict[str, Any]]:
     grads = jax.grad(lambda lora: loss(_cola_network(params["base"], lora)))(params["lora"])
     return {"base": jax.tree.map(jnp.zeros_like, params["base"]), "lora": grads}, {}
 
@@ -129,6 +152,10 @@ CASES: dict[str, OptimizerCase] = {
     "scale-by-batch-size": _batch_sized(),
     "fptt": _fptt(optax.sgd(0.1, 0.5)),
     "fptt-adam-lmbda2": _fptt(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)), lmbda=2.0),
+    "dcl": _dcl(optax.sgd(0.1, 0.5)),
+    "dcl-nupi-adam": _dcl(
+        optax.adam(0.1), dual=optax.chain(scale_by_nupi(), optax.sgd(0.1)), penalty=0.5, every=2, price=50.0
+    ),
     "cola": OptimizerCase(
         "cola",
         lambda **overrides: cola(optax.adam(**{"learning_rate": 0.1, **overrides}), _COLA),
@@ -173,7 +200,7 @@ def stepper(
     """One step of the case's loop, ready for ``jit`` and ``scan``."""
 
     def step(params: PyTree, state: PyTree, **unknown: Any) -> tuple[PyTree, PyTree, PyTree]:
-        grads, keywords = case.call(loss, params)
+        grads, keywords = case.call(loss, params, state)
         updates, state = tx.update(grads, state, params, **keywords, **unknown)
         return case.after(state, optax.apply_updates(params, updates)), state, updates
 

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from small_graph import write_small_cora
 
@@ -21,6 +22,9 @@ from effjax.models.mlp import MLP
 from effjax.models.sequence import LSTMCell
 from effjax.models.sequence_network import SequenceNetwork, step_network
 from effjax.optim.batch_size import scale_by_batch_size
+from effjax.optim.constraints import consistency_kl
+from effjax.optim.dcl import dcl, dcl_lagrangian
+from effjax.optim.dual_ascent import Constraint, DclConfig
 from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
 from effjax.recurrent.fptt import fptt, fptt_eval_params, fptt_terminal_loss
 from effjax.recurrent.irnn import IncrementalRNN
@@ -61,6 +65,37 @@ def samuel_loop():
     for _ in range(20):
         params, opt = step(params, opt, next(stream))
     return samuel_eval_params(opt, params), program.params(state)["params"]
+
+
+def dcl_loop():
+    words = ("--tasks", "digits/mlp-16", "--noise-rows", 64, "--noise", 0.0, "--batch-size", 16, "--budget.amount", 6)
+    _, state = arm("dcl", "digits-mlp-16-noise/dcl-0.1", *words)
+
+    task = image_task("digits", MLP((16,), classes=10), train_rows=64)
+    config = DclConfig({"consistency": Constraint("<=", 0.1)}, dual=optax.chain(optax.ema(0.9), optax.sgd(0.05)))
+    tx = optax.chain(dcl(config), optax.adam(2e-3))
+    mean, std = task.details["mean"], task.details["std"]
+
+    def objective(params, opt, batch, key):
+        draw, dropout = jax.random.split(key)
+        images = batch["image"].astype(jnp.float32) / 255.0
+        both = jnp.concatenate([images, images + 0.25 * jax.random.normal(draw, images.shape)])
+        logits = task.module.apply({"params": params}, (both - mean) / std, train=True, rngs={"dropout": dropout})
+        values = {"consistency": consistency_kl(logits[:16], logits[16:])}
+        targets = jax.nn.one_hot(batch["label"], 10)
+        return dcl_lagrangian(opt, optax.softmax_cross_entropy(logits[:16], targets).mean(), values, config), values
+
+    @jax.jit
+    def step(params, opt, batch, key):
+        grads, values = jax.grad(objective, has_aux=True)(params, opt, batch, key)
+        updates, opt = tx.update(grads, opt, params, values=values)
+        return optax.apply_updates(params, updates), opt
+
+    params, drawn = task.init(KEY)["params"], jax.random.split(KEY)[1]
+    opt, stream = tx.init(params), batches(task.train, 16, seed=0)
+    for t in range(6):
+        params, opt = step(params, opt, next(stream), jax.random.fold_in(drawn, t))
+    return (params, opt), (state.params, state.opt)
 
 
 def cola_loop():
@@ -239,8 +274,48 @@ def selective_loop():
     return params, program.params(state)["params"]
 
 
+def disk_call():
+    words = ("--tasks", "digits/mlp-4", "--teacher", "mlp-16", "--teacher-epochs", 1, "--shrink", 1, "--rounds", 3)
+    words += ("--train-rows", 100, "--test-rows", 40, "--batch-size", 20, "--budget.amount", 3, "--arms", "disk-cached")
+    study = resolve("disk:smoke", [str(word) for word in words])
+    group = study.groups()[0]
+    task = group.load()
+    state = fit(group.arms[0].build(task), 0).state
+
+    data = image_task("digits", MLP((4,), classes=10), train_rows=100, test_rows=40)
+    kept = {name: task.train[name] for name in ("teacher_logits", "teacher_features")}  # of the trained teacher
+    top = effjax.hardness.top_logits(kept["teacher_logits"], data.train["label"], 3)
+    columns = {
+        **data.train,
+        "features": kept["teacher_features"],
+        **{k: np.asarray(v) for k, v in top._asdict().items()},
+    }
+    guide, (mean, std) = effjax.hardness.FeatureGuide(), (data.details[name] for name in ("mean", "std"))
+
+    def student(variables, batch, train, key):
+        inputs = (batch["image"].astype(jnp.float32) / 255.0 - mean) / std
+        return data.module.apply(variables, inputs, train=train, rngs={"dropout": key}), {}
+
+    problem = effjax.hardness.DiskProblem(
+        student=student,
+        teacher=lambda batch: (type(top)(*(batch[name] for name in top._fields)), batch["features"]),
+        guide=lambda variables, features, train: (guide.apply(variables, features), {}),
+    )
+    rest, draw = jax.random.split(KEY)
+    variables = guide.init(draw, jnp.zeros((1, 16)))
+    stream = batches(columns, 20, seed=0)
+    config = effjax.hardness.DiskConfig(
+        tx=optax.adam(3e-3), epochs=3, k=3, student_temperature=2.0, teacher_temperature=2.0, label_weight=1.0 - 0.9
+    )
+    found = effjax.disk(
+        rest, data.init(KEY), variables, problem, lambda number: [next(stream) for _ in range(5)], config=config
+    )
+    return (found.params, found.guide, found.dual), (state.params, state.guide, state.dual)
+
+
 CASES = {
     "samuel": samuel_loop,
+    "dcl": dcl_loop,
     "cola": cola_loop,
     "bucket_sampler": bucket_sampler_loop,
     "token_drop": token_drop_loop,
@@ -248,6 +323,7 @@ CASES = {
     "tarnn": tarnn_layer,
     "fptt": fptt_loop,
     "fastrain": fastrain_call,
+    "disk": disk_call,
     "geeni": geeni_call,
     "selective": selective_loop,
 }

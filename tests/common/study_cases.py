@@ -18,6 +18,11 @@ TINY = {
         *("--budget.amount", "60", "--grid", "0.1", "--seeds", "0", "1"),
         *("--arms", "sgd-*", "cosine-*", "schedule-free", "samuel", "uniform", "one-gradient"),
     ],
+    "dcl": [
+        *("--budget.amount", "60", "--batch-size", "16", "--tasks", "digits/mlp-16", "--noise-rows", "200"),
+        *("--tail-rows", "300", "--settings", "noise", "tail", "--seeds", "0", "1"),
+        *("--arms", "erm", "fixed-1", "dcl-0.1", "marginal", "risk"),
+    ],
     "cola": [
         *("--budget.amount", "60", "--links", "2", "--arms", "lora", "cola-2", "resets", "--seeds", "0", "1"),
     ],
@@ -50,6 +55,11 @@ TINY = {
         ),
         *("--epochs-per-step", "5", "--samples", "2", "--threshold", "0.3"),
     ],
+    "disk": [
+        *("--tasks", "digits/mlp-4", "--teacher", "mlp-16", "--teacher-epochs", "2", "--shrink", "1", "--rounds", "3"),
+        *("--train-rows", "120", "--test-rows", "60", "--batch-size", "20", "--budget.amount", "4"),
+        *("--seeds", "0", "1", "--arms", "ce", "kd", "support", "disk", "disk-separate", "disk-best"),
+    ],
     "geeni": [
         *("--arms", "single", "geeni-learned", "--hidden", "8", "--members", "2", "--modes", "full"),
         *("--fractions", "0.1", "--budget.amount", "60", "--seeds", "0", "1"),
@@ -65,6 +75,10 @@ PAPER = {
     "samuel": [
         *("--tasks", "fashion_mnist/cnn", "--batch-size", "4", "--budget.amount", "4"),
         *("--train-rows", "64", "--test-rows", "32", "--experts", "0.1", "0.01", "--loop", "unroll"),
+    ],
+    "dcl": [
+        *("--tasks", "fashion_mnist/resnet20", "--batch-size", "4", "--budget.amount", "4", "--budget.unit", "steps"),
+        *("--noise-rows", "64", "--test-rows", "32"),
     ],
     "cola": [
         *("--tasks", "sms_spam/stories260k", "--batch-size", "2", "--budget.amount", "4", "--budget.unit", "steps"),
@@ -82,6 +96,10 @@ PAPER = {
         *("--tasks", "cora", "--per-class", "2", "--seeds", "0", "--hidden", "8", "--epochs-per-step", "2"),
         *("--budget.amount", "4", "--budget.unit", "steps", "--calibration-epochs", "2", "--samples", "2"),
     ],
+    "disk": [
+        *("--tasks", "digits/resnet-4-8", "--teacher", "mlp-16", "--teacher-epochs", "1", "--rounds", "2"),
+        *("--train-rows", "64", "--test-rows", "32", "--batch-size", "8", "--budget.amount", "1"),
+    ],
     "geeni": [
         *("--tasks", "cora", "--hidden", "8", "--members", "2", "--budget.amount", "10"),
         *("--epochs-per-step", "1", "--seeds", "0"),
@@ -95,6 +113,7 @@ PAPER = {
 # One arm of each kind in the paper preset.
 PAPER_ARMS = {
     "samuel": ["fashion_mnist-cnn-offline/sgd-0.1", "fashion_mnist-cnn-offline/samuel"],
+    "dcl": ["fashion_mnist-resnet20-noise/erm", "fashion_mnist-resnet20-noise/dcl-0.1"],
     "cola": ["sms_spam-stories260k/cola-3", "sms_spam-stories260k/full"],
     "bucket_sampler": ["sms_spam-encoder-1x8/static-3e-05", "sms_spam-encoder-1x8/growing-4e-05"],
     "token_drop": ["sms_spam-encoder-1x8/buckets-3e-05", "sms_spam-encoder-1x8/token-drop-3e-05"],
@@ -102,6 +121,7 @@ PAPER_ARMS = {
     "irnn": ["noisy-digits-12/irnn-3", "noisy-digits-12/chrono-lstm"],
     "tarnn": ["noisy-digits-12/tarnn-convex", "noisy-digits-12/lru-4"],
     "fastrain": ["cora-2/fastrain"],
+    "disk": ["digits-resnet-4-8/kd", "digits-resnet-4-8/disk-separate", "digits-resnet-4-8/disk-paper"],
     "geeni": ["cora/geeni-learned", "cora/single", "cora/distilled"],
     "selective": ["fashion_mnist-resnet20/osp-30", "fashion_mnist-resnet20/osp-saddle", "fashion_mnist-resnet20/sat"],
 }
@@ -109,6 +129,7 @@ PAPER_ARMS = {
 # One arm of the tiny study whose run is cut in a phase and, where there are several, at a phase's border.
 RESUMED = {
     "samuel": "digits-mlp-64-shift/samuel",
+    "dcl": "digits-mlp-16-noise/dcl-0.1",
     "cola": "digits-mlp-64-64/cola-2",
     "bucket_sampler": "sms_spam-encoder-1x8/buckets",
     "token_drop": "sms_spam-encoder-1x8/token-drop",
@@ -116,6 +137,7 @@ RESUMED = {
     "irnn": "noisy-digits-12/irnn",
     "tarnn": "noisy-digits-12/tarnn-euler",
     "fastrain": "cora-8/fastrain-plateau",
+    "disk": "digits-mlp-4/disk-separate",
     "geeni": "cora/geeni-learned",
     "selective": "fashion_mnist-mlp-8/sat",
 }

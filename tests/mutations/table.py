@@ -55,6 +55,57 @@ MUTATIONS = (
         "(b + d)",
         ("optim/test_samuel_one_gradient.py",),
     ),
+    # dcl
+    Mutation(
+        "dcl-at-least",
+        "sign",
+        'return level - value if self.op == ">=" else value - level',
+        "return value - level",
+        ("optim/test_dcl.py",),
+    ),
+    Mutation(
+        "dcl-descends",
+        "sign",
+        "jax.vmap(config.dual.update)(-slope.reshape(-1)",
+        "jax.vmap(config.dual.update)(slope.reshape(-1)",
+        ("optim/test_dcl.py",),
+    ),
+    Mutation(
+        "dcl-absent-class",
+        "dropped mask",
+        "jnp.asarray(measured[name]) & due",
+        "jnp.broadcast_to(due, lam.shape)",
+        ("optim/test_dcl.py",),
+    ),
+    Mutation(
+        "marginal-per-device",
+        "dropped reduction",
+        "mean = mean_prediction(logits, mask, axis=axis)",
+        "mean = mean_prediction(logits, mask)",
+        ("optim/test_constraints.py",),
+    ),
+    # disk
+    Mutation(
+        "disk-label-twice",
+        "double count",
+        "extra = (labels[:, None] >= 0) & ~(top.indices == own).any(1, keepdims=True)",
+        "extra = labels[:, None] >= 0",
+        ("hardness/test_disk_losses.py",),
+    ),
+    Mutation(
+        "disk-no-row-wrong",
+        "division by zero",
+        "return total / jnp.maximum(rows.sum(), 1).astype(total.dtype)",
+        "return total / rows.sum().astype(total.dtype)",
+        ("hardness/test_disk_losses.py",),
+    ),
+    Mutation(
+        "disk-guide-after-update",
+        "order",
+        "state, found = run.guide(state, logits)",
+        "state, found = run.guide(state, None)",
+        ("hardness/test_disk.py", "common/test_public_calls.py"),
+    ),
     # cola
     Mutation(
         "cola-link-key",
