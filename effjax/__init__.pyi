@@ -1,6 +1,7 @@
 from . import data as data
 from . import finetune as finetune
 from . import graph as graph
+from . import hardness as hardness
 from . import models as models
 from . import optim as optim
 from . import recurrent as recurrent
@@ -18,6 +19,7 @@ from .data.tokens import load_tokenizer as load_tokenizer
 from .finetune.cola import cola as cola
 from .graph.fastrain import fastrain as fastrain
 from .graph.geeni import geeni as geeni
+from .hardness.hybrid import hybrid as hybrid
 from .models.pretrained import load_pretrained as load_pretrained
 from .models.pretrained import save_pretrained as save_pretrained
 from .optim.samuel import samuel as samuel

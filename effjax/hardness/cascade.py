@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from effjax.core.errors import check_choice
@@ -18,7 +19,7 @@ Rule = Literal["margin", "entropy", "max_probability"]
 RULES: tuple[Rule, ...] = ("margin", "entropy", "max_probability")
 
 
-def confidence_need(logits: Float[Array, "rows classes"], rule: Rule = "margin") -> Float[Array, "rows"]:
+def confidence_need(logits: Float[Array | np.ndarray, "rows classes"], rule: Rule = "margin") -> Float[Array, "rows"]:
     r"""How unsure a classifier is, from its logits alone: what a learned router has to beat.
 
     With :math:`p = \mathrm{softmax}(\mathrm{logits})` in decreasing order

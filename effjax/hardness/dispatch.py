@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -52,10 +53,10 @@ def dispatch_capacity(
     params: PyTree,
     inputs: PyTree,
     outputs: PyTree,
-    request: Bool[Array, "rows"],
+    request: Bool[Array | np.ndarray, "rows"],
     *,
     capacity: int,
-    score: Float[Array, "rows"] | None = None,
+    score: Float[Array | np.ndarray, "rows"] | None = None,
     mesh: Mesh | None = None,
     axis: str = "data",
 ) -> Dispatched:
@@ -118,7 +119,7 @@ def dispatch_buckets(
     params: PyTree,
     inputs: PyTree,
     outputs: PyTree,
-    request: Bool[Array, "rows"],
+    request: Bool[Array | np.ndarray, "rows"],
     *,
     buckets: Sequence[int],
     mesh: Mesh | None = None,
@@ -184,7 +185,7 @@ def dispatch_buckets(
 
 
 def dispatch_masked(
-    apply: Apply, params: PyTree, inputs: PyTree, outputs: PyTree, request: Bool[Array, "rows"]
+    apply: Apply, params: PyTree, inputs: PyTree, outputs: PyTree, request: Bool[Array | np.ndarray, "rows"]
 ) -> Dispatched:
     """Ask the expert about every row and keep the answers of those that ask: saves nothing, and is what others equal.
 
@@ -234,7 +235,7 @@ def expert_capacity(rows: int, share: float, *, deviations: float = 3.0, multipl
 
 
 def request_slots(
-    request: Bool[Array, "rows"], score: Float[Array, "rows"] | None = None, *, capacity: int
+    request: Bool[Array | np.ndarray, "rows"], score: Float[Array | np.ndarray, "rows"] | None = None, *, capacity: int
 ) -> Int[Array, "capacity"]:
     """The rows that get a place, in increasing order; empty places hold the number of rows. Traceable.
 
@@ -267,8 +268,8 @@ def serve_slots(
     params: PyTree,
     inputs: PyTree,
     outputs: PyTree,
-    request: Bool[Array, "rows"],
-    slots: Int[Array, "capacity"],
+    request: Bool[Array | np.ndarray, "rows"],
+    slots: Int[Array | np.ndarray, "capacity"],
 ) -> Dispatched:
     """Run the expert on gathered rows and put its answers in their places.
 

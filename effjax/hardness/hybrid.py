@@ -244,7 +244,7 @@ def hybrid(
         raise ValueError(f"rounds={config.rounds} trains base and expert: give train=(inputs, labels). Or rounds=0.")
     if expert_correct is not None and config.expert_tx is not None:
         raise ValueError("expert_correct is of an expert that stays as it is: leave it out, or expert_tx=None.")
-    labels = np.asarray(labels)
+    labels = _checked_labels(labels)
     init_key, order_key = jax.random.split(key)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(order_key)).ravel())
     order = rng.permutation(len(labels))
@@ -415,7 +415,7 @@ def hybrid_examples(
       ValueError: arrays of other lengths, labels that are no class of the logits, or an expert that is neither given
         nor known.
     """
-    labels = np.asarray(labels)
+    labels = _checked_labels(labels)
     rows = len(labels)
     for path, leaf in jax.tree_util.tree_leaves_with_path(inputs):
         if jnp.shape(leaf)[:1] != (rows,):
@@ -521,6 +521,13 @@ def _needs(networks: HybridNetworks, router: PyTree, logits: jax.Array, features
 
 def _need(networks: HybridNetworks, router: PyTree, examples: HybridExamples) -> np.ndarray:
     return np.asarray(_needs(networks, router, examples.logits, examples.features))
+
+
+def _checked_labels(labels: Any) -> np.ndarray:
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(f"labels are {labels.dtype}{list(labels.shape)}; integers [rows] are needed, -1 for unknown.")
+    return labels
 
 
 def _pair(found: Any) -> tuple[jax.Array, Any]:

@@ -1,9 +1,10 @@
 """Who should have answered: the oracle of hybrid models, and the losses of router, base and expert."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -16,8 +17,11 @@ Oracle = Literal["gain", "wrong", "disagree"]
 
 
 def query_oracle(
-    base: Int[Array, "rows"], expert: Int[Array, "rows"], labels: Int[Array, "rows"], kind: Oracle = "gain"
-) -> Bool[Array, "rows"]:
+    base: Int[Array | np.ndarray, "rows"],
+    expert: Int[Array | np.ndarray, "rows"],
+    labels: Int[Array | np.ndarray, "rows"],
+    kind: Oracle = "gain",
+) -> Bool[Array | np.ndarray, "rows"]:
     r"""Which rows to ask about, in hindsight.
 
     .. math:: o(x) = 1\{ b(x) \neq y \text{ and } g(x) = y \}
@@ -51,9 +55,9 @@ def query_oracle(
 
 
 def router_loss(
-    need: Float[Array, "rows"],
-    oracle: Bool[Array, "rows"] | Float[Array, "rows"],
-    weights: Float[Array, "rows"] | Bool[Array, "rows"] | None = None,
+    need: Float[Array | np.ndarray, "rows"],
+    oracle: Bool[Array | np.ndarray, "rows"] | Float[Array | np.ndarray, "rows"],
+    weights: Float[Array | np.ndarray, "rows"] | Bool[Array | np.ndarray, "rows"] | None = None,
 ) -> Float[Array, ""]:
     r"""Binary cross-entropy of the router.
 
@@ -78,11 +82,11 @@ def router_loss(
 
 
 def coverage_penalty(
-    need: Float[Array, "rows"],
+    need: Float[Array | np.ndarray, "rows"],
     coverage: float,
     *,
     form: Literal["squared", "linear", "released"] = "squared",
-    weights: Float[Array, "rows"] | Bool[Array, "rows"] | None = None,
+    weights: Float[Array | np.ndarray, "rows"] | Bool[Array | np.ndarray, "rows"] | None = None,
 ) -> Float[Array, ""]:
     r"""What a router pays for keeping too few rows.
 
@@ -117,7 +121,7 @@ def coverage_penalty(
 
 
 def hybrid_weights(
-    request: Bool[Array, "rows"] | Float[Array, "rows"],
+    request: Bool[Array | np.ndarray, "rows"] | Float[Array | np.ndarray, "rows"],
 ) -> tuple[Float[Array, "rows"], Float[Array, "rows"]]:
     r"""Weights of the rows in the losses of the base model and the expert.
 
@@ -135,14 +139,14 @@ def hybrid_weights(
       >>> [weights.tolist() for weights in hybrid_weights(jnp.array([True, False]))]
       [[1.0, 2.0], [2.0, 1.0]]
     """
-    r = jax.lax.stop_gradient(request.astype(jnp.promote_types(request.dtype, jnp.float32)))
+    r = jax.lax.stop_gradient(jnp.asarray(request, jnp.promote_types(request.dtype, jnp.float32)))
     return 2 - r, 1 + r
 
 
 def weighted_cross_entropy(
-    logits: Float[Array, "rows classes"],
-    labels: Int[Array, "rows"],
-    weights: Float[Array, "rows"],
+    logits: Float[Array | np.ndarray, "rows classes"],
+    labels: Int[Array | np.ndarray, "rows"],
+    weights: Float[Array | np.ndarray, "rows"],
     *,
     smoothing: float = 0.0,
 ) -> Float[Array, ""]:
@@ -177,7 +181,7 @@ def weighted_cross_entropy(
     return _mean(weights * optax.softmax_cross_entropy(logits, targets), known)
 
 
-def _mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+def _mean(values: Any, weights: Any) -> jax.Array:
     """The weighted mean; rows of weight 0 may hold anything."""
     if weights is None:
         return jnp.sum(values) / max(values.size, 1)

@@ -102,7 +102,7 @@ def query_threshold(need: Needs, coverage: float, *, known: Correct | None = Non
     return QueryThreshold(float(value), kept, len(values), tied)
 
 
-def keep_least(need: Float[Array, "rows"], coverage: float) -> Bool[Array, "rows"]:
+def keep_least(need: Float[Array | np.ndarray, "rows"], coverage: float) -> Bool[Array, "rows"]:
     r"""Exactly :math:`\lceil c n \rceil` rows of least need, of equals the first; traceable.
 
     Args:
@@ -202,7 +202,7 @@ def hybrid_score(keep: Correct, base_correct: Correct, expert_correct: Correct, 
 
 
 def hybrid_curve(
-    need: Float[Array, "rows"],
+    need: Float[Array | np.ndarray, "rows"],
     base_correct: Correct,
     expert_correct: Correct,
     coverages: Sequence[float],
@@ -238,7 +238,7 @@ def hybrid_curve(
 
 
 def track_coverage(
-    threshold: ArrayLike, request: Bool[Array, "rows"], coverage: float, *, rate: float = 0.05
+    threshold: ArrayLike, request: Bool[Array | np.ndarray, "rows"], coverage: float, *, rate: float = 0.05
 ) -> jax.Array:
     r"""A threshold that keeps to its budget of queries under shift; traceable, one step for each batch.
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice, check_number
@@ -16,7 +17,9 @@ __all__ = ["Router", "router_features", "router_need"]
 TOP = 10
 
 
-def router_features(logits: Float[Array, "rows classes"], *, top: int = TOP) -> Float[Array, "rows features"]:
+def router_features(
+    logits: Float[Array | np.ndarray, "rows classes"], *, top: int = TOP
+) -> Float[Array, "rows features"]:
     r"""What a router reads of the base model's logits.
 
     The entropy of :math:`p = \mathrm{softmax}(\mathrm{logits})`, then all differences of its k largest values in
@@ -47,7 +50,8 @@ def router_features(logits: Float[Array, "rows classes"], *, top: int = TOP) -> 
     entropy = -jnp.sum(p * jnp.where(logs == -jnp.inf, 0.0, logs), axis=1, keepdims=True)
     best = jax.lax.top_k(p, min(top, p.shape[1]))[0]
     differences = best[:, :, None] - best[:, None, :]
-    return jnp.concatenate([entropy, differences.reshape(len(p), -1)], axis=1)
+    flat = differences.reshape(len(p), best.shape[1] ** 2)
+    return jnp.concatenate([entropy, flat], axis=1)
 
 
 class NormLayers(nn.Module):
@@ -118,8 +122,8 @@ class Router(nn.Module):
     @nn.compact
     def __call__(
         self,
-        logits: Float[Array, "rows classes"],
-        features: Float[Array, "rows width"] | None = None,
+        logits: Float[Array | np.ndarray, "rows classes"],
+        features: Float[Array | np.ndarray, "rows width"] | None = None,
         *,
         train: bool = False,
     ) -> jax.Array:
@@ -154,7 +158,7 @@ def router_need(router: nn.Module) -> Callable[[Any, jax.Array, jax.Array | None
       (2,)
     """
 
-    def need(variables: Any, logits: jax.Array, features: jax.Array | None) -> jax.Array:
+    def need(variables: Any, logits: Any, features: Any) -> jax.Array:
         found: Any = router.apply(variables, logits, features)
         return as_need(found)
 
