@@ -227,7 +227,7 @@ def trained():
 
 
 def test_the_router_asks_where_the_base_is_wrong_and_the_expert_right(trained):
-    """The expert of the first pair errs where the base does, so that asking gains nothing; that of the second does not."""
+    """The expert of the first pair errs where the base does, so that asking gains nothing; not that of the second."""
     flipped = HybridNetworks(base_apply, lambda params, x, *, key=None: expert_apply(params, -x), Router((16,), (16,)))
     x = np.asarray(jax.random.normal(jax.random.key(2), (800, 2)))
     for networks, found in ((NETWORKS, trained), (flipped, hybrid(KEY, flipped, PARAMS, X, Y, config=CONFIG))):
