@@ -149,6 +149,23 @@ METHODS: dict[str, Method] = {
             kind="pure functions",
             paper="Nagarajan, Raghunathan 2022, DAC (10.1145/3489517.3530416); reconstructed from abstracts",
         ),
+        Method(
+            stem="hybrid",
+            summary="a small model that asks a large one only where that pays",
+            modules=(
+                "effjax.hardness.hybrid",
+                "effjax.hardness.router",
+                "effjax.hardness.hybrid_losses",
+                "effjax.hardness.query_threshold",
+                "effjax.hardness.cascade",
+                "effjax.hardness.dispatch",
+                "effjax.hardness.host_dispatch",
+                "effjax.hardness.query_queue",
+                "effjax.hardness.remote",
+            ),
+            kind="pure functions and static-shape routing",
+            paper="Kag, Fedorov, Gangrade, Whatmough, Saligrama 2023, ICLR (OpenReview jpR98ZdIm2q)",
+        ),
     )
 }
 

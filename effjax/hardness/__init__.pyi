@@ -14,6 +14,8 @@ from .hybrid import HybridExamples as HybridExamples
 from .hybrid import HybridModel as HybridModel
 from .hybrid import HybridNetworks as HybridNetworks
 from .hybrid import HybridState as HybridState
+from .hybrid import hybrid_batch as hybrid_batch
+from .hybrid import hybrid_data as hybrid_data
 from .hybrid import hybrid_examples as hybrid_examples
 from .hybrid import hybrid_init as hybrid_init
 from .hybrid import hybrid_next as hybrid_next

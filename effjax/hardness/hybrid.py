@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -31,6 +31,8 @@ __all__ = [
     "HybridNetworks",
     "HybridState",
     "hybrid",
+    "hybrid_batch",
+    "hybrid_data",
     "hybrid_examples",
     "hybrid_init",
     "hybrid_next",
@@ -97,8 +99,6 @@ class HybridConfig:
     """Optimizer of the base model."""
     expert_tx: optax.GradientTransformation | None = None
     """Optimizer of the expert; None leaves the expert as it is."""
-    calibration: Open = 0.25
-    """Share of the router's data on which the threshold is fitted instead."""
 
     def __post_init__(self):
         check_fields(self)
@@ -107,6 +107,11 @@ class HybridConfig:
                 f"constraint={self.constraint!r} holds a probability of asking to the coverage, which objective='gain' "
                 "does not give. Use 'none': the threshold sets the coverage."
             )
+
+    def steps(self, stage: Stage, rows: int) -> int:
+        """Steps of a stage that learns from so many rows."""
+        passes = self.epochs if stage == "router" else self.model_epochs
+        return passes * -(-rows // min(self.batch_size, rows))
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -119,8 +124,8 @@ class HybridState(NamedTuple):
     """What training changes.
 
     Attributes:
-      key: of dropout.
-      count: int32, steps taken.
+      key: raw, of dropout and of the order of the rows; another one in each stage.
+      count: int32, steps taken in the stage.
       params: of base, expert and router; the router's with all its collections.
       opt: states of their optimizers; None for an expert that stays.
       dual: float32, the multiplier of the coverage constraint.
@@ -161,7 +166,7 @@ class HybridExamples(NamedTuple):
 
 
 class HybridBatch(NamedTuple):
-    """A batch of a base or an expert stage.
+    """What base and expert stages learn from.
 
     Attributes:
       inputs: the batch axis leading.
@@ -195,8 +200,8 @@ def hybrid(
     inputs: PyTree,
     labels: Int[Array | np.ndarray, "rows"],
     *,
+    calibration: tuple[PyTree, Int[Array | np.ndarray, "others"]],
     config: HybridConfig | None = None,
-    expert_correct: Bool[Array | np.ndarray, "rows"] | None = None,
     train: tuple[PyTree, Int[Array | np.ndarray, "more"]] | None = None,
 ) -> HybridModel:
     r"""Train a router between a base model and an expert, and fit its threshold. The loop runs on the host.
@@ -207,22 +212,21 @@ def hybrid(
     expert with 1 + r, and the router on the oracle of the new models.
 
     Args:
-      key: of the router's parameters, the split and the order of the data.
+      key: of the router's parameters and the order of the data.
       networks: base, expert and router.
       params: of base and expert, trained already.
       inputs: an array or a tree of arrays, the batch axis leading: data that neither model was fitted on. On its own
         training data the expert is nearly always right and the base too good, and the oracle is wrong.
       labels: classes; -1 for unknown, which counts nowhere.
+      calibration: inputs and labels of other rows, on which the threshold is fitted.
       config: of training.
-      expert_correct: where the expert is right, if that is known already; the expert is then not run. For experts that
-        stay as they are.
       train: inputs and labels of the base and expert stages; needed where ``config.rounds`` is above 0.
 
     Returns:
       A ``HybridModel``; ``hybrid_stages`` makes of it what the dispatchers serve.
 
     Raises:
-      ValueError: arrays of other lengths, too few rows for the coverage, or a missing ``train``.
+      ValueError: arrays of other lengths, no rows, too few rows for the coverage, or a missing ``train``.
 
     Example:
       >>> x = jnp.linspace(-1, 1, 64)[:, None]
@@ -231,9 +235,10 @@ def hybrid(
       >>> sees = lambda params, x, *, key=None: jnp.stack([0 * x[:, 0], x[:, 0]], 1)
       >>> networks = HybridNetworks(blind, sees, Router((8,), (8,)))
       >>> config = HybridConfig(coverage=0.5, epochs=2)
-      >>> found = hybrid(jax.random.key(0), networks, (None, None), x, labels, config=config)
+      >>> odd, even = (x[1::2], labels[1::2]), (x[::2], labels[::2])
+      >>> found = hybrid(jax.random.key(0), networks, (None, None), *odd, calibration=even, config=config)
       >>> found.threshold.rows, found.threshold.coverage
-      (16, 0.5)
+      (32, 0.5)
 
     Kag, Fedorov, Gangrade, Whatmough, Saligrama, "Efficient Edge Inference by Selective Query", ICLR 2023. Their code
     trains everything in one loss on the training data, with the opposite sign of r and a penalty on raw logits; here
@@ -242,35 +247,84 @@ def hybrid(
     config = HybridConfig() if config is None else config
     if config.rounds and train is None:
         raise ValueError(f"rounds={config.rounds} trains base and expert: give train=(inputs, labels). Or rounds=0.")
-    if expert_correct is not None and config.expert_tx is not None:
-        raise ValueError("expert_correct is of an expert that stays as it is: leave it out, or expert_tx=None.")
-    labels = _checked_labels(labels)
-    init_key, order_key = jax.random.split(key)
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(order_key)).ravel())
-    order = rng.permutation(len(labels))
-    # At least one row on either side; the threshold says how many its coverage takes.
-    cut = len(labels) - max(1, round(config.calibration * len(labels))) if len(labels) > 1 else 0
-    fitted, calibrated = np.sort(order[:cut]), np.sort(order[cut:])
-    state = hybrid_init(init_key, networks, params, inputs, config=config)
-    right = None if expert_correct is None else np.asarray(expert_correct)
     look = functools.partial(hybrid_examples, networks=networks, batch_size=config.batch_size)
-    examples: Any = None
+    state = hybrid_init(key, networks, params, inputs, config=config)
     for stage in config.stages:
-        if stage == "router":
-            examples = look(state, inputs, labels, expert_correct=right)
-            right = examples.expert_correct if config.expert_tx is None else None
-            stream: Iterator[Any] = _router_batches(rng, _rows(examples, fitted), config)
-        else:
-            data: Any = train
-            nothing = np.zeros(len(data[1]), bool)  # the expert is not run for what nobody reads
-            stream = _model_batches(rng, look(state, *data, expert_correct=nothing), data, config)
-        for batch in stream:
-            state, _ = _step(state, batch, networks, config=config, stage=stage)
-        state = hybrid_next(state, _rows(examples, calibrated), networks, config=config, stage=stage)
-    held = _rows(examples, calibrated)
+        data = hybrid_data(state, networks, (inputs, labels), train, config=config, stage=stage)
+        for _ in range(config.steps(stage, _length(data))):
+            state, _ = _step(state, data, networks, config=config, stage=stage)
+        held = look(state, *calibration)
+        state = hybrid_next(state, held, networks, config=config, stage=stage)
     need = _need(networks, state.params.router, held)
     held = held._replace(request=~(need <= np.asarray(state.threshold)))
     return HybridModel(state, query_threshold(need, config.coverage, known=held.known), held)
+
+
+def hybrid_data(
+    state: HybridState,
+    networks: HybridNetworks,
+    held_out: tuple[PyTree, Any],
+    train: tuple[PyTree, Any] | None,
+    *,
+    config: HybridConfig,
+    stage: Stage = "router",
+) -> HybridExamples | HybridBatch:
+    """All that a stage learns from, by the models that it starts with; on the host.
+
+    Args:
+      state: when the stage begins.
+      networks: base, expert and router.
+      held_out: inputs and labels of the router's stages.
+      train: inputs and labels of the others.
+      config: of training.
+      stage: that begins.
+
+    Returns:
+      ``HybridExamples`` in a router stage, otherwise a ``HybridBatch`` of all rows.
+
+    Raises:
+      ValueError: no rows.
+    """
+    check_choice("stage", stage, ("router", "base", "expert"))
+    look = functools.partial(hybrid_examples, networks=networks, batch_size=config.batch_size)
+    if stage == "router":
+        found: Any = look(state, *held_out)
+    else:
+        if train is None:
+            raise ValueError(f"stage={stage!r} needs train=(inputs, labels).")
+        nothing = np.zeros(len(train[1]), bool)  # the expert is not run for what nobody reads
+        asks = look(state, *train, expert_correct=nothing).request
+        found = HybridBatch(train[0], np.asarray(train[1], np.int32), asks)
+    if not _length(found):
+        raise ValueError(f"stage={stage!r} has no rows to learn from. Give some.")
+    return jax.tree.map(jnp.asarray, found)
+
+
+def hybrid_batch(
+    state: HybridState, data: HybridExamples | HybridBatch, *, config: HybridConfig
+) -> HybridExamples | HybridBatch:
+    """The rows of one step, in an order drawn anew in each pass; traceable.
+
+    Args:
+      state: its key and count say which rows.
+      data: of ``hybrid_data``.
+      config: for ``batch_size``.
+
+    Returns:
+      ``batch_size`` rows, or all where there are fewer. The last batch of a pass is filled up with rows that do not
+      count.
+    """
+    rows = _length(data)
+    size = min(config.batch_size, rows)
+    passes = -(-rows // size)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), 1)
+    order = jax.random.permutation(jax.random.fold_in(key, state.count // passes), rows)
+    places = state.count % passes * size + jnp.arange(size)
+    meant = places < rows
+    batch = jax.tree.map(lambda leaf: leaf[order[places % rows]], data)
+    if isinstance(batch, HybridExamples):
+        return batch._replace(known=batch.known & meant)
+    return batch._replace(labels=jnp.where(meant, batch.labels, -1))
 
 
 def hybrid_init(
@@ -343,7 +397,7 @@ def hybrid_step(
     tx = getattr(config, f"{stage}_tx")
     if tx is None:
         raise ValueError("stage='expert' trains the expert, but expert_tx=None leaves it as it is. Give an optimizer.")
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), 0), state.count)
     weights = hybrid_weights(batch.request)[0 if stage == "base" else 1]
 
     def loss(params: PyTree) -> jax.Array:
@@ -381,6 +435,8 @@ def hybrid_next(
       The state that the next stage starts from.
     """
     check_choice("stage", stage, ("router", "base", "expert"))
+    next_key = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(state.key), 2))
+    state = state._replace(key=next_key, count=jnp.zeros_like(state.count))
     if stage != "router":
         return state
     need = _need(networks, state.params.router, examples)
@@ -496,8 +552,12 @@ def _router_step(
     return state, {"loss": value, "keep": keep, "dual": dual}
 
 
-# Nothing is donated: the models' parameters are the caller's.
-_step = jax.jit(hybrid_step, static_argnames=("networks", "config", "stage"))
+@functools.partial(jax.jit, static_argnames=("networks", "config", "stage"))
+def _step(
+    state: HybridState, data: Any, networks: HybridNetworks, *, config: HybridConfig, stage: Stage
+) -> tuple[HybridState, Mapping[str, jax.Array]]:
+    # Nothing is donated: the models' parameters are the caller's.
+    return hybrid_step(state, hybrid_batch(state, data, config=config), networks, config=config, stage=stage)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -534,32 +594,5 @@ def _pair(found: Any) -> tuple[jax.Array, Any]:
     return found if isinstance(found, tuple) else (found, None)
 
 
-def _rows(tree: Any, places: np.ndarray) -> Any:
-    return jax.tree.map(lambda leaf: leaf[places], tree)
-
-
-def _orders(rng: np.random.Generator, rows: int, size: int, epochs: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of each batch, and which are meant: the last batch of a pass is filled up."""
-    size = min(size, rows)
-    for _ in range(epochs if rows else 0):
-        order = rng.permutation(rows)
-        for start in range(0, rows, size):
-            own = order[start : start + size]
-            yield np.resize(own, size), np.arange(size) < len(own)
-
-
-def _router_batches(
-    rng: np.random.Generator, examples: HybridExamples, config: HybridConfig
-) -> Iterator[HybridExamples]:
-    for places, meant in _orders(rng, len(examples.known), config.batch_size, config.epochs):
-        batch = _rows(examples, places)
-        yield batch._replace(known=batch.known & meant)
-
-
-def _model_batches(
-    rng: np.random.Generator, examples: HybridExamples, train: tuple[PyTree, Any], config: HybridConfig
-) -> Iterator[HybridBatch]:
-    inputs, labels = train[0], np.asarray(train[1], np.int32)
-    for places, meant in _orders(rng, len(labels), config.batch_size, config.model_epochs):
-        part = jax.tree.map(lambda leaf, at=places: np.asarray(leaf)[at], inputs)
-        yield HybridBatch(part, np.where(meant, labels[places], -1), examples.request[places])
+def _length(data: HybridExamples | HybridBatch) -> int:
+    return len(data.request)

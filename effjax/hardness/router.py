@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice, check_number
@@ -60,6 +61,7 @@ class NormLayers(nn.Module):
     Args:
       widths: of the layers.
       norm: ``'layer'``, ``'batch'`` (statistics of the batch in training, running ones otherwise) or ``'none'``.
+      dtype: compute dtype; None for that of inputs and parameters together.
 
     Returns:
       When called with x [rows, features]: [rows, widths[-1]].
@@ -71,17 +73,18 @@ class NormLayers(nn.Module):
 
     widths: Sequence[int]
     norm: Literal["layer", "batch", "none"] = "layer"
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "rows features"], train: bool = False) -> jax.Array:
         check_choice("norm", self.norm, ("layer", "batch", "none"))
         for place, width in enumerate(self.widths):
-            x = nn.Dense(width, name=f"dense{place}")(x)
+            x = nn.Dense(width, dtype=self.dtype, name=f"dense{place}")(x)
             if self.norm == "layer":
-                x = nn.LayerNorm(name=f"norm{place}")(x)
+                x = nn.LayerNorm(dtype=self.dtype, name=f"norm{place}")(x)
             elif self.norm == "batch":
-                norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=f"norm{place}")
-                x = norm(x)
+                settings = {"momentum": 0.9, "epsilon": 1e-5, "dtype": self.dtype, "name": f"norm{place}"}
+                x = nn.BatchNorm(use_running_average=not train, **settings)(x)
             x = nn.relu(x)
         return x
 
@@ -98,7 +101,8 @@ class Router(nn.Module):
       feature_widths: layers of t.
       norm: ``'layer'``, which is the same for a batch of one; ``'batch'`` as in the paper's code; or ``'none'``.
       outputs: 1 for the need; 2 for the logits of "the base is right" and "the expert is right".
-      top: of ``router_features``.
+      top: of ``router_features``, which are float32 whatever the dtype.
+      dtype: compute dtype of the layers; None for that of features and parameters together.
 
     Returns:
       When called with ``logits`` [rows, classes] and ``features`` [rows, width] or None: need [rows], or [rows, 2] for
@@ -118,6 +122,7 @@ class Router(nn.Module):
     norm: Literal["layer", "batch", "none"] = "layer"
     outputs: int = 1
     top: int = TOP
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(
@@ -130,9 +135,10 @@ class Router(nn.Module):
         check_number("outputs", self.outputs, low=1, high=2, integer=True)
         seen = router_features(logits, top=self.top)
         if features is not None:
-            further = NormLayers(self.feature_widths, self.norm, name="t")(wide(features), train)
+            further = NormLayers(self.feature_widths, self.norm, self.dtype, name="t")(wide(features), train)
             seen = jnp.concatenate([seen, further], axis=1)
-        found = wide(nn.Dense(self.outputs, name="head")(NormLayers(self.widths, self.norm, name="h")(seen, train)))
+        seen = NormLayers(self.widths, self.norm, self.dtype, name="h")(seen, train)
+        found = wide(nn.Dense(self.outputs, dtype=self.dtype, name="head")(seen))
         return found[:, 0] if self.outputs == 1 else found
 
 

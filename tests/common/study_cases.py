@@ -49,6 +49,10 @@ TINY = {
         *("--arms", "single", "geeni-learned", "--hidden", "8", "--members", "2", "--modes", "full"),
         *("--fractions", "0.1", "--budget.amount", "60", "--seeds", "0", "1"),
     ],
+    "hybrid": [
+        *("--tasks", "digits/mlp-2/mlp-16", "--arms", "margin", "router", "alternating", "oracle"),
+        *("--budget.amount", "2", "--pair-steps", "40", "--coverage", "0.7", "--seeds", "0", "1"),
+    ],
 }
 
 # Words that let the paper preset take one step here: built-in data, few rows, a small batch.
@@ -77,6 +81,9 @@ PAPER = {
         *("--tasks", "cora", "--hidden", "8", "--members", "2", "--budget.amount", "10"),
         *("--epochs-per-step", "1", "--seeds", "0"),
     ],
+    "hybrid": [
+        *("--tasks", "digits/mlp-2/mlp-8", "--pair-steps", "2", "--budget.amount", "1", "--seeds", "0"),
+    ],
 }
 
 # One arm of each kind in the paper preset.
@@ -90,6 +97,7 @@ PAPER_ARMS = {
     "tarnn": ["noisy-digits-12/tarnn-convex", "noisy-digits-12/lru-4"],
     "fastrain": ["cora-2/fastrain"],
     "geeni": ["cora/geeni-learned", "cora/single", "cora/distilled"],
+    "hybrid": ["digits-mlp-2-mlp-8/margin", "digits-mlp-2-mlp-8/router-gain", "digits-mlp-2-mlp-8/alternating"],
 }
 
 # One arm of the tiny study whose run is cut in a phase and, where there are several, at a phase's border.
@@ -103,4 +111,5 @@ RESUMED = {
     "tarnn": "noisy-digits-12/tarnn-euler",
     "fastrain": "cora-8/fastrain-plateau",
     "geeni": "cora/geeni-learned",
+    "hybrid": "digits-mlp-2-mlp-16/alternating",
 }

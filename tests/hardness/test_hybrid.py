@@ -20,6 +20,8 @@ from effjax.hardness.hybrid import (
     HybridExamples,
     HybridNetworks,
     hybrid,
+    hybrid_batch,
+    hybrid_data,
     hybrid_examples,
     hybrid_init,
     hybrid_next,
@@ -217,20 +219,24 @@ def _label(x):
 NETWORKS = HybridNetworks(base_apply, expert_apply, Router((16,), (16,)))
 PARAMS = ({"kernel": jnp.array([[-1.0, 1.0], [0, 0], [0, 0], [0, 0]])}, {"scale": jnp.float32(3.0)})
 X = np.asarray(jax.random.normal(jax.random.key(1), (1200, 2)))
-Y = np.asarray(_label(X))
+Y = np.asarray(_label(X)).astype(np.int32)
+HELD, CALIBRATION = (X[:900], Y[:900]), (X[900:], Y[900:])
 CONFIG = HybridConfig(coverage=0.75, epochs=30, batch_size=128)
 
 
 @pytest.fixture(scope="module")
 def trained():
-    return hybrid(KEY, NETWORKS, PARAMS, X, Y, config=CONFIG)
+    return hybrid(KEY, NETWORKS, PARAMS, *HELD, calibration=CALIBRATION, config=CONFIG)
 
 
 def test_the_router_asks_where_the_base_is_wrong_and_the_expert_right(trained):
     """The expert of the first pair errs where the base does, so that asking gains nothing; not that of the second."""
     flipped = HybridNetworks(base_apply, lambda params, x, *, key=None: expert_apply(params, -x), Router((16,), (16,)))
     x = np.asarray(jax.random.normal(jax.random.key(2), (800, 2)))
-    for networks, found in ((NETWORKS, trained), (flipped, hybrid(KEY, flipped, PARAMS, X, Y, config=CONFIG))):
+    for networks, found in (
+        (NETWORKS, trained),
+        (flipped, hybrid(KEY, flipped, PARAMS, *HELD, calibration=CALIBRATION, config=CONFIG)),
+    ):
         held = hybrid_examples(found.state, x, np.asarray(_label(x)), networks)
         need = router_need(networks.router)(found.state.params.router, held.logits, held.features)
         curve = lambda need, held=held: hybrid_curve(need, held.base_correct, held.expert_correct, (0.75, 0.5))
@@ -250,17 +256,34 @@ def test_threshold_keeps_the_share_and_the_request_is_its_own(trained):
 
 
 def test_training_is_reproduced_by_its_parts_bit_for_bit(trained):
-    again = hybrid(KEY, NETWORKS, PARAMS, X, Y, config=CONFIG)
+    again = hybrid(KEY, NETWORKS, PARAMS, *HELD, calibration=CALIBRATION, config=CONFIG)
     jax.tree.map(np.testing.assert_array_equal, again, trained)
 
 
 def test_known_answers_of_the_expert_stand_in_for_it(trained):
     alone = NETWORKS._replace(expert=None)
     right = np.asarray(expert_apply(PARAMS[1], X)).argmax(-1) == Y
-    found = hybrid(KEY, alone, (PARAMS[0], None), X, Y, config=CONFIG, expert_correct=right)
-    jax.tree.map(np.testing.assert_array_equal, found.state.params.router, trained.state.params.router)
-    stages, params = hybrid_stages(alone, found.state)
+    state = hybrid_init(KEY, alone, (PARAMS[0], None), X, config=CONFIG)
+    found = hybrid_examples(state, X, Y, alone, expert_correct=right)
+    whole = hybrid_examples(trained.state, X, Y, NETWORKS)
+    np.testing.assert_array_equal(found.oracle, whole.oracle)
+    stages, params = hybrid_stages(alone, state)
     assert len(stages) == len(params) == 1
+
+
+def test_a_pass_takes_every_row_once_in_an_order_of_its_own():
+    config = HybridConfig(batch_size=25)
+    state, _, _ = state_and_batches(config)
+    data = jax.tree.map(jnp.asarray, HybridBatch(np.arange(60), np.arange(60, dtype=np.int32), np.zeros(60, bool)))
+    draw = jax.jit(functools.partial(hybrid_batch, config=config))
+    passes = []
+    for epoch in range(2):
+        batches = [draw(state._replace(count=jnp.int32(3 * epoch + place)), data) for place in range(3)]
+        seen = np.concatenate([batch.labels[batch.labels >= 0] for batch in batches])
+        assert sorted(seen.tolist()) == list(range(60))
+        assert [int((batch.labels >= 0).sum()) for batch in batches] == [25, 25, 10]
+        passes.append(seen.tolist())
+    assert passes[0] != passes[1]
 
 
 def test_what_is_served_is_what_was_fitted(trained):
@@ -326,11 +349,12 @@ def test_alternation_runs_every_stage_and_helps_the_base():
         coverage=0.75, epochs=3, rounds=2, model_epochs=3, base_tx=optax.sgd(0.5), expert_tx=optax.sgd(0.1)
     )
     assert config.stages == ("router", "base", "expert", "router", "base", "expert", "router")
-    found = hybrid(KEY, NETWORKS, PARAMS, X[:600], Y[:600], config=config, train=(X[600:], Y[600:]))
-    accuracy = lambda params: (np.asarray(base_apply(params, X[:600])[0]).argmax(-1) == Y[:600]).mean()
+    held, train = (X[:300], Y[:300]), (X[300:900], Y[300:900])
+    found = hybrid(KEY, NETWORKS, PARAMS, *held, calibration=CALIBRATION, config=config, train=train)
+    accuracy = lambda params: (np.asarray(base_apply(params, X[:300])[0]).argmax(-1) == Y[:300]).mean()
     assert accuracy(found.state.params.base) > accuracy(PARAMS[0]) + 0.2
     assert found.state.params.expert["scale"] != 3.0
-    assert found.state.count == (3 * 2) * 3 + (3 * 3) * 4
+    assert [config.steps(stage, rows) for stage, rows in (("router", 300), ("base", 600), ("expert", 20))] == [6, 9, 3]
     kept = config.__class__(coverage=0.75, epochs=1, rounds=1)
     assert kept.stages == ("router", "base", "router")
 
@@ -358,7 +382,7 @@ def test_penalty_and_gain_objectives():
     assert metrics["keep"] > 0.85
     gain = HybridConfig(coverage=0.75, objective="gain", epochs=30, batch_size=128)
     two = NETWORKS._replace(router=Router((16,), (16,), outputs=2))
-    found = hybrid(KEY, two, PARAMS, X, Y, config=gain)
+    found = hybrid(KEY, two, PARAMS, *HELD, calibration=CALIBRATION, config=gain)
     held = found.examples
     need = router_need(two.router)(found.state.params.router, held.logits, held.features)
     assert float(need.min()) >= -1
@@ -410,7 +434,8 @@ def test_nobody_asks_before_a_threshold_is_fitted():
 
 def test_router_without_features_and_of_few_classes():
     bare = HybridNetworks(lambda params, x, *, key=None: base_apply(params, x)[0], expert_apply, Router((4,)))
-    found = hybrid(KEY, bare, PARAMS, X[:100], Y[:100], config=HybridConfig(coverage=0.5, epochs=1))
+    few = X[:100], Y[:100]
+    found = hybrid(KEY, bare, PARAMS, *few, calibration=few, config=HybridConfig(coverage=0.5, epochs=1))
     assert found.examples.features is None
     assert "t" not in found.state.params.router["params"]
     assert router_features(jnp.zeros((2, 3))).shape == (2, 10)
@@ -422,16 +447,14 @@ BAD = [
     (lambda: HybridConfig(objective="gain", constraint="dual"), "constraint='dual' holds a probability"),
     (lambda: HybridConfig(epochs=0), "epochs=0"),
     (lambda: run(config=HybridConfig(rounds=1)), "rounds=1 trains base and expert: give train="),
-    (lambda: run(labels=Y[:, None]), r"labels are int64\[1200, 1\]; integers"),
-    (
-        lambda: run(x=X[:9], labels=Y[:9], config=HybridConfig(coverage=0.9)),
-        "too few for coverage=0.9. Give at least 10",
-    ),
+    (lambda: run(labels=Y[:, None]), r"labels are int32\[1200, 1\]; integers"),
+    (lambda: run(calibration=(X[:9], Y[:9]), config=HybridConfig(coverage=0.9, epochs=1)), "Give at least 10"),
     (lambda: run(labels=Y[:3]), r"inputs has shape \(1200, 2\), but there are 3 labels"),
     (lambda: run(labels=Y + 1), "labels go up to 2, but the base model has 2 classes"),
     (lambda: run(networks=NETWORKS._replace(expert=None)), "expert_correct=None, and networks.expert is None"),
-    (lambda: run(right=np.ones((1200, 1), bool)), r"expert_correct has shape \(1200, 1\)"),
-    (lambda: run(right=Y > 0, config=ALTERNATING, train=(X, Y)), "expert_correct is of an expert that stays"),
+    (lambda: run(x=X[:0], labels=Y[:0]), "stage='router' has no rows to learn from"),
+    (lambda: hybrid_data(start(), NETWORKS, HELD, None, config=CONFIG, stage="base"), "needs train="),
+    (lambda: examples_with(np.ones((64, 1), bool)), r"expert_correct has shape \(64, 1\)"),
     (lambda: run(config=HybridConfig(objective="gain")), r"needs Router\(outputs=2\)"),
     (lambda: run(networks=NETWORKS._replace(router=Router(outputs=2))), r"needs Router\(outputs=1\)"),
     (lambda: stage("teacher"), "stage='teacher' is not one of"),
@@ -452,8 +475,16 @@ BAD = [
 ]
 
 
-def run(*, networks=NETWORKS, x=X, labels=Y, config=CONFIG, right=None, train=None):
-    return hybrid(KEY, networks, PARAMS, x, labels, config=config, expert_correct=right, train=train)
+def run(*, networks=NETWORKS, x=X, labels=Y, calibration=CALIBRATION, config=CONFIG, train=None):
+    return hybrid(KEY, networks, PARAMS, x, labels, calibration=calibration, config=config, train=train)
+
+
+def start():
+    return state_and_batches(CONFIG)[0]
+
+
+def examples_with(right):
+    return hybrid_examples(start(), X[:64], Y[:64], NETWORKS, expert_correct=right)
 
 
 def stage(name):
