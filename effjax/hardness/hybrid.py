@@ -248,13 +248,14 @@ def hybrid(
     if config.rounds and train is None:
         raise ValueError(f"rounds={config.rounds} trains base and expert: give train=(inputs, labels). Or rounds=0.")
     look = functools.partial(hybrid_examples, networks=networks, batch_size=config.batch_size)
-    state = hybrid_init(key, networks, params, inputs, config=config)
+    state, held = hybrid_init(key, networks, params, inputs, config=config), None
     for stage in config.stages:
         data = hybrid_data(state, networks, (inputs, labels), train, config=config, stage=stage)
         for _ in range(config.steps(stage, _length(data))):
             state, _ = _step(state, data, networks, config=config, stage=stage)
         held = look(state, *calibration)
         state = hybrid_next(state, held, networks, config=config, stage=stage)
+    assert held is not None  # there is a stage
     need = _need(networks, state.params.router, held)
     held = held._replace(request=~(need <= np.asarray(state.threshold)))
     return HybridModel(state, query_threshold(need, config.coverage, known=held.known), held)
@@ -481,12 +482,12 @@ def hybrid_examples(
         raise ValueError("expert_correct=None, and networks.expert is None: give one of the two.")
     if expert_correct is not None:
         check_shape("expert_correct", expert_correct, (rows,), "One for each row.")
-    found = []
+    found, inputs = [], jax.tree.map(np.asarray, inputs)
     size = max(1, min(batch_size, rows))
     run_expert = expert_correct is None
     for start in range(0, max(rows, 1), size):  # without rows once, for the shapes
         places = np.minimum(np.arange(start, start + size), max(rows - 1, 0)) if rows else np.zeros(0, int)
-        part = jax.tree.map(lambda leaf, at=places: np.asarray(leaf)[at], inputs)
+        part = jax.tree.map(lambda leaf, at=places: leaf[at], inputs)
         seen = _look(networks, run_expert, state.params, state.threshold, part)
         found.append(jax.tree.map(lambda leaf, n=rows - start: np.asarray(leaf)[:n], seen))
     logits, features, base, expert, request = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)

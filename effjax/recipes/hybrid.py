@@ -43,9 +43,10 @@ from effjax.train.program import Loader, Phase, Program
 from effjax.train.trainer import check_options, supervised
 
 PyTree = Any
-MODALITY, METRIC = "image", Metric("accuracy", "max", "test accuracy at the coverage")
+MODALITY, OWN_MODEL = "image", "mlp-64"
+METRIC = Metric("accuracy", "max", "test accuracy at the coverage")
 Open = Annotated[float, Limits(low=0, high=1, open_low=True, open_high=True)]
-Need = Callable[[HybridState, HybridExamples], jax.Array]
+Need = Callable[[Any, HybridExamples], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,8 @@ class HybridStudy(StudyConfig):
     tasks: tuple[str, ...] = ("fashion_mnist/mlp-4/mlp-256",)
     """Data set, base model and expert: mlp-4 has one hidden layer of 4; cnn, resnet20, ...; on cifar10 the ResNets are
     pretrained, and what the router learns from is taken off the test images."""
-    expert: str | None = None
-    """Name of the expert for data of one's own; None for that of tasks."""
+    expert: str = "cnn"
+    """Name of the expert for data of one's own."""
     coverage: Open = 0.8
     """Share of the rows that the base model answers."""
     coverages: tuple[Open, ...] = (0.9, 0.8, 0.7, 0.5)
@@ -86,7 +87,7 @@ class HybridStudy(StudyConfig):
                 "the data. Give smaller ones."
             )
         for task in self.tasks:
-            if task.count("/") != 2:
+            if task.count("/") != (2 if self.own is None else 1):
                 raise ValueError(f"tasks={task!r} must be DATA/BASE/EXPERT, such as 'fashion_mnist/mlp-4/mlp-256'.")
 
     def method(self, rows: int, **changes: Any) -> HybridConfig:
@@ -94,8 +95,8 @@ class HybridStudy(StudyConfig):
         size = min(self.batch_size, rows)
         passes = -(-rows // size)
         steps = self.budget.steps(size, lambda epoch: passes)
-        fields = {"coverage": self.coverage, "batch_size": self.batch_size, "epochs": max(1, round(steps / passes))}
-        return HybridConfig(**(fields | changes))
+        fields: dict[str, Any] = {"coverage": self.coverage, "batch_size": self.batch_size}
+        return HybridConfig(**fields, epochs=max(1, round(steps / passes)), **changes)
 
 
 class Variant(NamedTuple):
@@ -120,6 +121,11 @@ class Variant(NamedTuple):
     features: bool = True
 
 
+# Running statistics of the base model stay as they are.
+_PARAMS_ALONE = optax.partition(
+    {"params": optax.adam(1e-4), "rest": optax.set_to_zero()},
+    lambda variables: {name: "params" if name == "params" else "rest" for name in variables},
+)
 VARIANTS: dict[str, Variant] = {
     "margin": Variant("margin", "baseline", "margin"),
     "max-probability": Variant("largest probability", "baseline", "max_probability"),
@@ -128,7 +134,7 @@ VARIANTS: dict[str, Variant] = {
     "router-gain": Variant(
         "learned router of who is right", "method", router={"outputs": 2}, options={"objective": "gain"}
     ),
-    "alternating": Variant("base and router by turns", "method", options={"rounds": 1}),
+    "alternating": Variant("base and router by turns", "method", options={"rounds": 1, "base_tx": _PARAMS_ALONE}),
     "router-logits": Variant("learned router, logits alone", "control", features=False),
     "router-seen": Variant("learned router, on the pair's own training data", "control", seen=True),
     "random": Variant("random rows", "control", "random"),
@@ -160,7 +166,7 @@ def groups(config: HybridStudy) -> list[Group]:
     """One group per task."""
     found = []
     for task in config.tasks:
-        data, base, expert = task.split("/")
+        data, base, expert = (*task.split("/"), config.expert)[:3]
         pretrained = _is_pretrained(config, data, base, expert)
         arms = [
             Arm(name, variant.role, functools.partial(program, config, variant), variant.label)
@@ -207,7 +213,7 @@ def _load(config: HybridStudy, name: str, base: str, expert: str) -> Pair:
     given = config.data(name, MODALITY)
     data = load(given) if isinstance(given, str) else given
     if config.own is not None:
-        base, expert = config.model(base), config.expert or expert
+        base = config.model(base)
     pretrained = _is_pretrained(config, name, base, expert)
     split = "test" if pretrained else "train"
     parts = _parts(config, data, split)

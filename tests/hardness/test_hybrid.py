@@ -429,7 +429,9 @@ def test_nobody_asks_before_a_threshold_is_fitted():
     assert not examples.request.any()
     fitted = hybrid_next(state, examples, NETWORKS, config=CONFIG)
     assert jnp.isfinite(fitted.threshold)
-    assert hybrid_next(state, examples, NETWORKS, config=CONFIG, stage="base") is state
+    other = hybrid_next(state, examples, NETWORKS, config=CONFIG, stage="base")
+    assert other.threshold == jnp.inf
+    assert (other.key != state.key).any()
 
 
 def test_router_without_features_and_of_few_classes():
