@@ -157,7 +157,7 @@ def dispatch_buckets(
       >>> dispatch_buckets(expert, 10.0, x, jnp.zeros((3, 1)), asks, buckets=(2,)).outputs.ravel().tolist()
       [10.0, 0.0, 30.0]
 
-    On CPUs XLA runs convolutions inside a branch on one thread: there ``HostDispatch`` is the faster way.
+    On CPUs XLA is slow at convolutions inside a branch: there ``HostDispatch`` is the way.
     """
     rungs = check_ladder(buckets, argument="buckets")
     rows = check_batch(inputs, outputs, request)

@@ -50,7 +50,7 @@ TINY = {
         *("--fractions", "0.1", "--budget.amount", "60", "--seeds", "0", "1"),
     ],
     "hybrid": [
-        *("--tasks", "digits/mlp-2/mlp-16", "--arms", "margin", "router", "alternating", "oracle"),
+        *("--tasks", "digits/mlp-8/mlp-16", "--arms", "margin", "router", "alternating", "oracle"),
         *("--budget.amount", "2", "--pair-steps", "40", "--coverage", "0.7", "--seeds", "0", "1"),
     ],
 }
@@ -82,7 +82,7 @@ PAPER = {
         *("--epochs-per-step", "1", "--seeds", "0"),
     ],
     "hybrid": [
-        *("--tasks", "digits/mlp-2/mlp-8", "--pair-steps", "2", "--budget.amount", "1", "--seeds", "0"),
+        *("--tasks", "digits/mlp-8/mlp-16", "--pair-steps", "2", "--budget.amount", "1", "--seeds", "0"),
     ],
 }
 
@@ -97,7 +97,7 @@ PAPER_ARMS = {
     "tarnn": ["noisy-digits-12/tarnn-convex", "noisy-digits-12/lru-4"],
     "fastrain": ["cora-2/fastrain"],
     "geeni": ["cora/geeni-learned", "cora/single", "cora/distilled"],
-    "hybrid": ["digits-mlp-2-mlp-8/margin", "digits-mlp-2-mlp-8/router-gain", "digits-mlp-2-mlp-8/alternating"],
+    "hybrid": ["digits-mlp-8-mlp-16/margin", "digits-mlp-8-mlp-16/router-gain", "digits-mlp-8-mlp-16/alternating"],
 }
 
 # One arm of the tiny study whose run is cut in a phase and, where there are several, at a phase's border.
@@ -111,5 +111,5 @@ RESUMED = {
     "tarnn": "noisy-digits-12/tarnn-euler",
     "fastrain": "cora-8/fastrain-plateau",
     "geeni": "cora/geeni-learned",
-    "hybrid": "digits-mlp-2-mlp-16/alternating",
+    "hybrid": "digits-mlp-8-mlp-16/alternating",
 }
