@@ -46,7 +46,7 @@ class HostDispatch:
       launches: how often each ``(stage, bucket)`` was run.
 
     Example:
-      >>> from effjax.hardness.cascade import Asking, with_query
+      >>> from effjax.hardness.cascades import Asking, with_query
       >>> grow = lambda params, x: params * x
       >>> serve = HostDispatch([with_query(grow), grow], buckets=(1, 2))
       >>> x = jnp.array([[0.125, 0.0], [0.5, 0.0], [3.0, 0.0]])

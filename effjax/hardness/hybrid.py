@@ -13,14 +13,14 @@ import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
 from effjax.core.errors import Count, Limits, Natural, NotNegative, Positive, check_choice, check_fields, check_shape
-from effjax.hardness.cascade import Asking, with_query
+from effjax.hardness.cascades import Asking, with_query
 from effjax.hardness.hybrid_losses import (
     coverage_penalty,
     hybrid_weights,
     router_loss,
     weighted_cross_entropy,
 )
-from effjax.hardness.query_threshold import QueryThreshold, query_threshold
+from effjax.hardness.query_rules import QueryThreshold, query_threshold
 from effjax.hardness.router import Router, as_need, router_need
 
 __all__ = [

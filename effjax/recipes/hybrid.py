@@ -15,7 +15,7 @@ import optax
 from effjax.core.errors import Count, Limits, Positive
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet, load
-from effjax.hardness.cascade import confidence_need
+from effjax.hardness.cascades import confidence_need
 from effjax.hardness.dispatch import dispatch_capacity, expert_capacity
 from effjax.hardness.hybrid import (
     HybridConfig,
@@ -30,7 +30,7 @@ from effjax.hardness.hybrid import (
     hybrid_next,
     hybrid_step,
 )
-from effjax.hardness.query_threshold import hybrid_curve, hybrid_score, query_threshold
+from effjax.hardness.query_rules import hybrid_curve, hybrid_score, query_threshold
 from effjax.hardness.router import Router, router_need
 from effjax.models.mlp import MLP
 from effjax.models.resnet import SIZES, pretrained_resnet

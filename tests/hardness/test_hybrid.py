@@ -11,7 +11,7 @@ import pytest
 
 import effjax
 from effjax.core.errors import NoEffectWarning
-from effjax.hardness.cascade import confidence_need
+from effjax.hardness.cascades import confidence_need
 from effjax.hardness.dispatch import dispatch_masked
 from effjax.hardness.host_dispatch import HostDispatch
 from effjax.hardness.hybrid import (
@@ -35,7 +35,7 @@ from effjax.hardness.hybrid_losses import (
     router_loss,
     weighted_cross_entropy,
 )
-from effjax.hardness.query_threshold import hybrid_curve
+from effjax.hardness.query_rules import hybrid_curve
 from effjax.hardness.router import Router, router_features, router_need
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "hybrid_models"

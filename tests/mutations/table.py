@@ -303,14 +303,14 @@ MUTATIONS = (
         "off by one",
         "value = np.sort(values)[place - 1]",
         "value = np.sort(values)[min(place, len(values) - 1)]",
-        ("hardness/test_query_threshold.py",),
+        ("hardness/test_query_rules.py",),
     ),
     Mutation(
         "dispatch-padding-asks",
         "wrong row",
         "taken = jnp.where(real, slots, jnp.argmin(request))",
         "taken = jnp.where(real, slots, jnp.argmax(request))",
-        ("hardness/test_cascade.py",),
+        ("hardness/test_cascades.py",),
     ),
     Mutation(
         "dispatch-mesh-takes-its-own-branch",

@@ -92,7 +92,9 @@ def with_query(apply: Apply, need: Rule | Callable[..., jax.Array] = "margin") -
         if jnp.shape(score) != jnp.shape(logits)[:1]:
             rows = jnp.shape(logits)[:1]
             raise ValueError(f"need has shape {jnp.shape(score)}; one number for each row, {rows}, is needed.")
-        return logits, ~(score <= asking.threshold)  # NaN asks: what the base says there is worth nothing
+        return jnp.asarray(logits), ~(
+            jnp.asarray(score) <= asking.threshold
+        )  # NaN asks: what the base says there is worth nothing
 
     return run
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from effjax.core.errors import NoEffectWarning
 from effjax.hardness.hybrid_losses import query_oracle
-from effjax.hardness.query_threshold import (
+from effjax.hardness.query_rules import (
     HybridCost,
     coverage_interval,
     hybrid_curve,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from effjax.core.cost import count_compiles
-from effjax.hardness.cascade import Asking, cascade, confidence_need, with_query
+from effjax.hardness.cascades import Asking, cascade, confidence_need, with_query
 from effjax.hardness.dispatch import dispatch_buckets, dispatch_capacity, dispatch_masked
 from effjax.hardness.host_dispatch import HostDispatch
 
