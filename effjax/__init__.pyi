@@ -20,6 +20,7 @@ from .finetune.cola import cola as cola
 from .graph.fastrain import fastrain as fastrain
 from .graph.geeni import geeni as geeni
 from .hardness.disk import disk as disk
+from .hardness.hybrid import hybrid as hybrid
 from .hardness.selective import selective as selective
 from .models.pretrained import load_pretrained as load_pretrained
 from .models.pretrained import save_pretrained as save_pretrained

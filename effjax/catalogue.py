@@ -190,6 +190,23 @@ METHODS: dict[str, Method] = {
             kind="rules, losses and measures as pure functions",
             paper="Gangrade, Kag, Saligrama 2021, AISTATS, arXiv:2010.07853",
         ),
+        Method(
+            stem="hybrid",
+            summary="a small model that asks a large one only where that pays",
+            modules=(
+                "effjax.hardness.hybrid",
+                "effjax.hardness.router",
+                "effjax.hardness.hybrid_losses",
+                "effjax.hardness.query_rules",
+                "effjax.hardness.cascades",
+                "effjax.hardness.dispatch",
+                "effjax.hardness.host_dispatch",
+                "effjax.hardness.query_queue",
+                "effjax.hardness.remote",
+            ),
+            kind="pure functions and static-shape routing",
+            paper="Kag, Fedorov, Gangrade, Whatmough, Saligrama 2023, ICLR (OpenReview jpR98ZdIm2q)",
+        ),
     )
 }
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
+from effjax.hardness.router import Router
 from effjax.models.bert import Bert, BertClassifier
 from effjax.models.cnn import CNN
 from effjax.models.decoder import Decoder
@@ -85,6 +86,12 @@ _bert = {
 }
 _small = {"stages": (1, 2), "widths": (8, 16), "classes": 5}
 
+
+def classified(batch: int) -> tuple[jax.Array, jax.Array]:
+    """Logits and features of a base model."""
+    return jax.random.normal(jax.random.key(7), (batch, 5)), jax.random.normal(jax.random.key(8), (batch, 6))
+
+
 CASES: dict[str, ModuleCase] = {
     "mlp": ModuleCase("mlp", lambda dtype: MLP((16, 8), classes=5, dtype=dtype), functools.partial(images, size=4)),
     "cnn": ModuleCase("cnn", lambda dtype: CNN((8, 16), classes=5, dtype=dtype), images),
@@ -126,6 +133,7 @@ CASES: dict[str, ModuleCase] = {
     "tarnn": ModuleCase(
         "tarnn", lambda dtype: nn.RNN(TARNNCell(4, length=5, dtype=dtype)), sequences, evaluate={}, train={}
     ),
+    "hybrid-router": ModuleCase("hybrid", lambda dtype: Router((8,), (4,), dtype=dtype), classified),
     "fastrnn": ModuleCase(
         "sequence", lambda dtype: Recurrent(FastRNNCell(4, dtype=dtype)), sequences, evaluate={}, train={}
     ),

@@ -4,6 +4,7 @@ To join: a function ``() -> (parameters of the loop, parameters of the arm)`` in
 the arm alone; what the loop needs is written out.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -313,6 +314,38 @@ def disk_call():
     return (found.params, found.guide, found.dual), (state.params, state.guide, state.dual)
 
 
+def hybrid_call():
+    words = ("--tasks", "digits/mlp-2/mlp-8", "--pair-steps", 5, "--batch-size", 128, "--budget.amount", 2)
+    _, state = arm("hybrid", "digits-mlp-2-mlp-8/router", *words)
+
+    data = effjax.load_data("digits")
+    columns = data.splits["train"]
+    rows = len(columns["label"])
+    held, others = round(0.35 * rows), round(0.1 * rows)
+    order = np.random.default_rng(0).permutation(rows)
+    parts = np.split(order, [rows - held - others, rows - others])
+    rest, learned, calibration = ({name: columns[name][np.sort(part)] for name in columns} for part in parts)
+    small, large = MLP((2,), classes=10), MLP((8,), classes=10)
+    scale = image_task(dataclasses.replace(data, splits={**data.splits, "train": rest}), small).details
+
+    def normalised(images):
+        return (images.astype(jnp.float32) / 255 - scale["mean"]) / scale["std"]
+
+    def base(variables, images, *, key=None):
+        logits, layers = small.apply(variables, normalised(images), train=False, capture=True)
+        return logits, layers["layer0"]
+
+    def expert(variables, images, *, key=None):
+        return large.apply(variables, normalised(images), train=False)
+
+    networks = effjax.hardness.HybridNetworks(base, expert)
+    config = effjax.hardness.HybridConfig(coverage=0.8, batch_size=128, epochs=2)
+    pair = state.params.base, state.params.expert  # the study trains them before its arms
+    images = lambda part: (part["image"], part["label"])
+    found = effjax.hybrid(KEY, networks, pair, *images(learned), calibration=images(calibration), config=config)
+    return (found.state.params.router, found.state.threshold), (state.params.router, state.threshold)
+
+
 CASES = {
     "samuel": samuel_loop,
     "dcl": dcl_loop,
@@ -326,4 +359,5 @@ CASES = {
     "disk": disk_call,
     "geeni": geeni_call,
     "selective": selective_loop,
+    "hybrid": hybrid_call,
 }

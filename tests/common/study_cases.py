@@ -68,6 +68,10 @@ TINY = {
         *(*_FEW_IMAGES, "--tasks", "fashion_mnist/mlp-8", "--budget.amount", "20", "--budget.unit", "steps"),
         *("--arms", "ce", "osp-30", "osp-saddle", "sat", "--seeds", "0", "1"),
     ],
+    "hybrid": [
+        *("--tasks", "digits/mlp-8/mlp-16", "--arms", "margin", "router", "alternating", "oracle"),
+        *("--budget.amount", "2", "--pair-steps", "40", "--coverage", "0.7", "--seeds", "0", "1"),
+    ],
 }
 
 # Words that let the paper preset take one step here: built-in data, few rows, a small batch.
@@ -108,6 +112,9 @@ PAPER = {
         *(*_FEW_IMAGES, "--tasks", "fashion_mnist/resnet20", "--pool", "2", "--batch-size", "4"),
         *("--budget.amount", "4", "--budget.unit", "steps"),
     ],
+    "hybrid": [
+        *("--tasks", "digits/mlp-8/mlp-16", "--pair-steps", "2", "--budget.amount", "1", "--seeds", "0"),
+    ],
 }
 
 # One arm of each kind in the paper preset.
@@ -124,6 +131,7 @@ PAPER_ARMS = {
     "disk": ["digits-resnet-4-8/kd", "digits-resnet-4-8/disk-separate", "digits-resnet-4-8/disk-paper"],
     "geeni": ["cora/geeni-learned", "cora/single", "cora/distilled"],
     "selective": ["fashion_mnist-resnet20/osp-30", "fashion_mnist-resnet20/osp-saddle", "fashion_mnist-resnet20/sat"],
+    "hybrid": ["digits-mlp-8-mlp-16/margin", "digits-mlp-8-mlp-16/router-gain", "digits-mlp-8-mlp-16/alternating"],
 }
 
 # One arm of the tiny study whose run is cut in a phase and, where there are several, at a phase's border.
@@ -140,4 +148,5 @@ RESUMED = {
     "disk": "digits-mlp-4/disk-separate",
     "geeni": "cora/geeni-learned",
     "selective": "fashion_mnist-mlp-8/sat",
+    "hybrid": "digits-mlp-8-mlp-16/alternating",
 }

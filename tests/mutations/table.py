@@ -391,6 +391,63 @@ MUTATIONS = (
         '"position_ids": tokens(at % plan.length),',
         ("data/test_packing.py",),
     ),
+    # hybrid
+    Mutation(
+        "hybrid-oracle-asks-where-both-are-wrong",
+        "dropped condition",
+        "return ~self.base_correct & self.expert_correct & self.known",
+        "return ~self.base_correct & self.known",
+        ("hardness/test_hybrid.py",),
+    ),
+    Mutation(
+        "hybrid-weights-swapped",
+        "sign",
+        "return 2 - r, 1 + r",
+        "return 1 + r, 2 - r",
+        ("hardness/test_hybrid.py",),
+    ),
+    Mutation(
+        "hybrid-threshold-one-row-off",
+        "off by one",
+        "value = np.sort(values)[place - 1]",
+        "value = np.sort(values)[min(place, len(values) - 1)]",
+        ("hardness/test_query_rules.py",),
+    ),
+    Mutation(
+        "dispatch-padding-asks",
+        "wrong row",
+        "taken = jnp.where(real, slots, jnp.argmin(request))",
+        "taken = jnp.where(real, slots, jnp.argmax(request))",
+        ("hardness/test_cascades.py",),
+    ),
+    Mutation(
+        "dispatch-mesh-takes-its-own-branch",
+        "dropped reduction",
+        "most = count if manual is None else jax.lax.pmax(count, manual)",
+        "most = count if manual is None else jax.lax.pmin(count, manual)",
+        ("hardness/test_dispatch.py",),
+    ),
+    Mutation(
+        "dispatch-nan-served",
+        "dropped check",
+        "good = jnp.where(bad, rows, slots)",
+        "good = slots",
+        ("hardness/test_dispatch.py",),
+    ),
+    Mutation(
+        "remote-late-answer-used",
+        "dropped check",
+        'if not call.done.is_set():\n            return "late"',
+        'if False:\n            return "late"',
+        ("hardness/test_remote.py",),
+    ),
+    Mutation(
+        "queue-out-of-order",
+        "order",
+        "while self._batches and not self._batches[0].open:",
+        "while self._batches and not self._batches[-1].open:",
+        ("hardness/test_remote.py",),
+    ),
     # study
     Mutation(
         "arm-of-another-config-taken-over",
