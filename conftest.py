@@ -71,7 +71,8 @@ def _strict_dtypes(request: pytest.FixtureRequest) -> Iterator[None]:
     Optax and Flax mix dtypes themselves: a count of steps and a rate, or narrow activations and wide statistics.
     """
     module = getattr(request.node, "module", None)
-    pure = str(request.node.path).startswith(_PURE) and not hasattr(module, "optax")
+    path = request.node.path
+    pure = str(path).startswith(_PURE) and not path.stem.endswith("_study") and not hasattr(module, "optax")
     strict = pure and not request.node.get_closest_marker("promotes")
     with jax.numpy_dtype_promotion("strict" if strict else "standard"):
         yield
