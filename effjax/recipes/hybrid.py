@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from effjax.core.errors import Count, Limits, Positive
+from effjax.core.products import aligned
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet, load
 from effjax.hardness.cascades import confidence_need
@@ -268,7 +269,9 @@ def _apply(task: Task, features: bool) -> Callable[..., Any]:
 
     def apply(variables: PyTree, images: Any, *, key: Any = None) -> Any:
         scale = 255.0 if jnp.issubdtype(images.dtype, jnp.integer) else 1.0
-        found, layers = task.module.apply(variables, (wide(images) / scale - mean) / std, train=False, capture=True)
+        x = wide(images) / scale
+        x = (x - aligned(mean, x)) / aligned(std, x)
+        found, layers = task.module.apply(variables, x, train=False, capture=True)
         # The last layer before the logits, whatever it is called.
         return (wide(found), wide(list(layers.values())[-1])) if features else wide(found)
 

@@ -43,8 +43,8 @@ def _network(name):
 
 
 def _layers(weights, x):
-    hidden = jax.nn.relu(x @ weights["a.weight"].T + weights["a.bias"])
-    return hidden, hidden @ weights["b.weight"].T + weights["b.bias"]
+    hidden = jax.nn.relu(x @ weights["a.weight"].T + weights["a.bias"][None])
+    return hidden, hidden @ weights["b.weight"].T + weights["b.bias"][None]
 
 
 def test_parity_of_the_alternation():
