@@ -29,8 +29,9 @@ from effjax.optim.constraints import (
 )
 from effjax.optim.dcl import DclState, dcl, dcl_lagrangian, dcl_metrics
 from effjax.optim.dual_ascent import Constraint, DclConfig, cyclic_level
-from effjax.recipes.images import class_measures, cross_entropies, logits_of, named_image_task, unit_images
+from effjax.recipes.images import class_measures, cross_entropies, logits_of, named_image_task
 from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig
+from effjax.tasks.image import unit_images
 from effjax.tasks.task import Metric, Task
 from effjax.train.grad import all_finite
 from effjax.train.loaders import column_loader

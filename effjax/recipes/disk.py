@@ -23,8 +23,9 @@ from effjax.hardness.disk_losses import TopLogits, disk_loss, top_logits
 from effjax.hardness.distillation import dist_loss, dkd_loss, kd_loss
 from effjax.hardness.guides import FeatureGuide
 from effjax.models.resnet import SIZES, pretrained_resnet
-from effjax.recipes.images import class_measures, cross_entropies, logits_of, named_image_task, unit_images
+from effjax.recipes.images import class_measures, cross_entropies, logits_of, named_image_task
 from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig
+from effjax.tasks.image import standardised, unit_images
 from effjax.tasks.task import Metric, Task
 from effjax.train.grad import all_finite
 from effjax.train.loaders import column_loader
@@ -158,11 +159,10 @@ def _taught(
     task: Task, variables: Mapping[str, Any], images: np.ndarray, size: int = 256
 ) -> tuple[dict[str, np.ndarray], Callable[[jax.Array], tuple[jax.Array, jax.Array]]]:
     """The teacher's logits and features of every training image, and the function that gives them of a batch."""
-    mean, std = task.details["mean"], task.details["std"]
     variables = jax.tree.map(jnp.asarray, dict(variables))
 
     def infer(batch: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, layers = task.module.apply(variables, (unit_images(batch) - mean) / std, capture=True)
+        logits, layers = task.module.apply(variables, standardised(unit_images(batch), task.details), capture=True)
         *_, features = layers.values()
         return logits, features.reshape(features.shape[0], -1)
 

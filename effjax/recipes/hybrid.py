@@ -13,7 +13,6 @@ import numpy as np
 import optax
 
 from effjax.core.errors import Count, Limits, Positive
-from effjax.core.products import aligned
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet, load
 from effjax.hardness.cascades import confidence_need
@@ -36,7 +35,7 @@ from effjax.hardness.router import Router, router_need
 from effjax.models.mlp import MLP
 from effjax.models.resnet import SIZES, pretrained_resnet
 from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig
-from effjax.tasks.image import image_task
+from effjax.tasks.image import image_task, standardised, unit_images
 from effjax.tasks.task import Metric, Task
 from effjax.train.loop import fit
 from effjax.train.options import TrainOptions
@@ -265,12 +264,8 @@ def _trained(config: HybridStudy, task: Task) -> PyTree:
 
 
 def _apply(task: Task, features: bool) -> Callable[..., Any]:
-    mean, std = task.details["mean"], task.details["std"]
-
     def apply(variables: PyTree, images: Any, *, key: Any = None) -> Any:
-        scale = 255.0 if jnp.issubdtype(images.dtype, jnp.integer) else 1.0
-        x = wide(images) / scale
-        x = (x - aligned(mean, x)) / aligned(std, x)
+        x = standardised(unit_images(images), task.details)
         found, layers = task.module.apply(variables, x, train=False, capture=True)
         # The last layer before the logits, whatever it is called.
         return (wide(found), wide(list(layers.values())[-1])) if features else wide(found)

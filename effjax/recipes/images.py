@@ -15,7 +15,7 @@ from effjax.core.tree import wide
 from effjax.data.sets import DataSet
 from effjax.models.mlp import MLP
 from effjax.models.resnet import BasicBlock, ResNet
-from effjax.tasks.image import image_task
+from effjax.tasks.image import image_task, standardised
 from effjax.tasks.task import Task
 
 PyTree = Any
@@ -44,19 +44,15 @@ def named_image_task(data: DataSet, model: str, train: Any, **options: Any) -> T
     return image_task(data, module, **options)._replace(name=f"{data.name}/{model}")
 
 
-def unit_images(images: Any) -> jax.Array:
-    """Images in [0, 1], float32."""
-    return wide(images) / (255.0 if jnp.issubdtype(images.dtype, jnp.integer) else 1.0)
-
-
 def logits_of(task: Task) -> Logits:
     """``(variables, images in [0, 1], train, key) -> (logits, changed collections)`` of an image task."""
-    mean, std = task.details["mean"], task.details["std"]
 
     def logits(variables, images, train, key):
         rngs = None if key is None else {"dropout": key}
         state = [name for name in variables if name != "params"] if train else []
-        found, changed = task.module.apply(variables, (images - mean) / std, train=train, rngs=rngs, mutable=state)
+        found, changed = task.module.apply(
+            variables, standardised(images, task.details), train=train, rngs=rngs, mutable=state
+        )
         return wide(found), changed
 
     return logits

@@ -27,7 +27,7 @@ from effjax.hardness.selective import selective
 from effjax.hardness.thresholds import calibration_examples
 from effjax.models.mlp import MLP
 from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig
-from effjax.tasks.image import image_task
+from effjax.tasks.image import image_task, standardised, unit_images
 from effjax.tasks.task import Metric, Task
 from effjax.train.loaders import column_loader
 from effjax.train.program import Loader, Phase, Program
@@ -218,9 +218,7 @@ def _outputs(
 ) -> tuple[jax.Array, PyTree]:
     """The network's outputs on a batch, and its collections afterwards."""
     images, held = batch["image"], {name: leaf for name, leaf in variables.items() if name != "selective"}
-    scale = 255.0 if jnp.issubdtype(images.dtype, jnp.integer) else 1.0
-    mean, std = (task.details[name][None, None, None, :] for name in ("mean", "std"))
-    inputs = (wide(images) / scale - mean) / std
+    inputs = standardised(unit_images(images), task.details)
     rngs = None if key is None else {"dropout": key}
     mutable = [name for name in held if name != "params"]
     logits, changed = task.module.apply(held, inputs, train=train, rngs=rngs, mutable=mutable)

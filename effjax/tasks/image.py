@@ -1,6 +1,7 @@
 """Image classification: data, normalisation, model, loss and evaluation as pure functions."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -90,9 +91,7 @@ def image_task(
     example = test["image"][:1]
 
     def inputs(images: Images) -> jax.Array:
-        scale = 255.0 if jnp.issubdtype(images.dtype, jnp.integer) else 1.0
-        x = wide(images) / scale
-        return (x - aligned(mean, x)) / aligned(std, x)
+        return standardised(unit_images(images), {"mean": mean, "std": std})
 
     def init(key: jax.Array) -> Variables:
         return module.init(key, inputs(example), train=False)
@@ -176,6 +175,16 @@ def _module(model: str | nn.Module, classes: int, dtype: str, remat: bool) -> nn
     check_choice("model", model, MODELS)
     fields = {"classes": classes, "dtype": jnp.dtype(dtype), "remat": remat}
     return resnet(model, **fields) if model in SIZES else {"mlp": MLP, "cnn": CNN}[model](**fields)
+
+
+def unit_images(images: Any) -> jax.Array:
+    """Images in [0, 1], float32; integers are divided by 255."""
+    return wide(images) / (255.0 if jnp.issubdtype(images.dtype, jnp.integer) else 1.0)
+
+
+def standardised(images: jax.Array, details: Mapping[str, Any]) -> jax.Array:
+    """Images in [0, 1] as an image task's network takes them, by the ``mean`` and ``std`` of its ``details``."""
+    return (images - aligned(details["mean"], images)) / aligned(details["std"], images)
 
 
 def _statistics(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
