@@ -85,7 +85,7 @@ def coverage_penalty(
     need: Float[Array | np.ndarray, "rows"],
     coverage: float,
     *,
-    form: Literal["squared", "linear", "released"] = "squared",
+    kind: Literal["squared", "linear", "released"] = "squared",
     weights: Float[Array | np.ndarray, "rows"] | Bool[Array | np.ndarray, "rows"] | None = None,
 ) -> Float[Array, ""]:
     r"""What a router pays for keeping too few rows.
@@ -97,7 +97,7 @@ def coverage_penalty(
     Args:
       need: logits of asking.
       coverage: c, the share of rows that the base model should answer, in (0, 1).
-      form: ``'released'`` is what the paper's code does: it holds the mean logit of keeping below c, which bounds no
+      kind: ``'released'`` is what the paper's code does: it holds the mean logit of keeping below c, which bounds no
         coverage; for comparison only.
       weights: 0 or False where a row does not count.
 
@@ -111,13 +111,13 @@ def coverage_penalty(
       >>> coverage_penalty(jnp.zeros(4), 0.7).round(4).item()
       0.03999999910593033
     """
-    check_choice("form", form, ("squared", "linear", "released"))
+    check_choice("kind", kind, ("squared", "linear", "released"))
     check_number("coverage", coverage, low=0, high=1, open_low=True, open_high=True)
     need = wide(need)
-    if form == "released":
+    if kind == "released":
         return jax.nn.relu(_mean(-need, weights) - coverage)
     short = jax.nn.relu(coverage - _mean(jax.nn.sigmoid(-need), weights))
-    return short**2 if form == "squared" else short
+    return short**2 if kind == "squared" else short
 
 
 def hybrid_weights(

@@ -121,7 +121,7 @@ def test_parity_of_the_losses():
         value, grad = jax.value_and_grad(router_loss)(need, asks)
         np.testing.assert_allclose(value, LOSS["loss_router_clf"], rtol=2e-6)
         np.testing.assert_allclose(-grad, LOSS["grad_router_clf_hybrid_gate"][:, 0], rtol=2e-6)
-        penalty = functools.partial(coverage_penalty, coverage=float(LOSS["cov"]), form="released")
+        penalty = functools.partial(coverage_penalty, coverage=float(LOSS["cov"]), kind="released")
         value, grad = jax.value_and_grad(penalty)(need)
         np.testing.assert_allclose(value, LOSS["loss_router_cov"], rtol=1e-9)
         np.testing.assert_allclose(-grad, LOSS["grad_router_cov_hybrid_gate"][:, 0], rtol=1e-9)
@@ -181,8 +181,8 @@ def test_rows_without_a_label_count_nowhere():
 )
 def test_penalties(form, wanted):
     need = jnp.full(6, jnp.log(3.0))  # kept with probability 1/4
-    assert coverage_penalty(need, 0.7, form=form) == pytest.approx(wanted, abs=1e-6)
-    enough = coverage_penalty(-need, 0.7, form=form)
+    assert coverage_penalty(need, 0.7, kind=form) == pytest.approx(wanted, abs=1e-6)
+    enough = coverage_penalty(-need, 0.7, kind=form)
     assert enough == pytest.approx(np.log(3) - 0.7 if form == "released" else 0.0, abs=1e-6)
 
 
