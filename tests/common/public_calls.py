@@ -75,7 +75,7 @@ def dcl_loop():
     task = image_task("digits", MLP((16,), classes=10), train_rows=64)
     config = DclConfig({"consistency": Constraint("<=", 0.1)}, dual=optax.chain(optax.ema(0.9), optax.sgd(0.05)))
     tx = optax.chain(dcl(config), optax.adam(2e-3))
-    mean, std = task.details["mean"], task.details["std"]
+    mean, std = (task.details[name][None, None, None, :] for name in ("mean", "std"))
 
     def objective(params, opt, batch, key):
         draw, dropout = jax.random.split(key)
@@ -291,7 +291,8 @@ def disk_call():
         "features": kept["teacher_features"],
         **{k: np.asarray(v) for k, v in top._asdict().items()},
     }
-    guide, (mean, std) = effjax.hardness.FeatureGuide(), (data.details[name] for name in ("mean", "std"))
+    guide = effjax.hardness.FeatureGuide()
+    mean, std = (data.details[name][None, None, None, :] for name in ("mean", "std"))
 
     def student(variables, batch, train, key):
         inputs = (batch["image"].astype(jnp.float32) / 255.0 - mean) / std
@@ -326,10 +327,11 @@ def hybrid_call():
     parts = np.split(order, [rows - held - others, rows - others])
     rest, learned, calibration = ({name: columns[name][np.sort(part)] for name in columns} for part in parts)
     small, large = MLP((2,), classes=10), MLP((8,), classes=10)
-    scale = image_task(dataclasses.replace(data, splits={**data.splits, "train": rest}), small).details
+    found = image_task(dataclasses.replace(data, splits={**data.splits, "train": rest}), small).details
+    mean, std = (found[name][None, None, None, :] for name in ("mean", "std"))
 
     def normalised(images):
-        return (images.astype(jnp.float32) / 255 - scale["mean"]) / scale["std"]
+        return (images.astype(jnp.float32) / 255 - mean) / std
 
     def base(variables, images, *, key=None):
         logits, layers = small.apply(variables, normalised(images), train=False, capture=True)
