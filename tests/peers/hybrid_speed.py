@@ -60,7 +60,7 @@ def images(pair: str) -> tuple[Any, Any]:
 
     rng = np.random.default_rng(0)
     if pair == "mlp":
-        return rng.normal(size=(2048, 32, 32, 3)).astype(np.float32), rng.integers(0, CLASSES, 2048)
+        return rng.normal(size=(8192, 32, 32, 3)).astype(np.float32), rng.integers(0, CLASSES, 8192)
     test = load("cifar10").splits["test"]
     order = rng.permutation(len(test["label"]))
     scaled = (np.asarray(test["image"], np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
@@ -336,6 +336,10 @@ def benchmark(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         x, labels = images(name)
         found = fitted(PAIRS[name](), x, labels, options.shares)
         half = len(x) // 2
+        if options.batches * options.batch_size > half:
+            raise SystemExit(
+                f"--batches {options.batches} of {options.batch_size} rows are more than the {half} of {name}."
+            )
         starts = range(half, half + options.batches * options.batch_size, options.batch_size)
         batches = [x[start : start + options.batch_size] for start in starts]
         for share in options.shares:
