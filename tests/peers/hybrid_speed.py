@@ -209,7 +209,7 @@ def arms_of(pair: Pair, share: float, threshold: float, batches: Sequence[Any], 
     rows = len(batches[0])
     asking, expert_params = Asking(pair.params[0], np.float32(threshold)), pair.params[1]
     first = with_query(pair.base)
-    ladder = [size for size in (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512) if size < rows]
+    ladder = [size for size in (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024) if size < rows]
     around = [size for size in ladder if 0.7 * share * rows <= size <= 1.6 * share * rows]  # each costs a compilation
     device = [jax.device_put(batch) for batch in batches]
 
