@@ -106,7 +106,7 @@ def cascade(
     *,
     dispatch: Callable[..., Dispatched] | Sequence[Callable[..., Dispatched]],
 ) -> Dispatched:
-    r"""Models from the cheapest to the dearest, each asked about the rows that the one before could not settle.
+    r"""Models in order of cost, each asked about the rows that the one before could not settle.
 
     .. math:: y(x) = g_j(x), \qquad j = \min \{ k : \mathrm{need}_k(x) \le t_k \text{ or } k = K \}
 

@@ -35,15 +35,15 @@ class WeightRule(NamedTuple):
             check_concrete("loss_clip", rule.loss_clip, low=0.0, open_low=True)
         return rule
 
-    def births(self, size: int) -> Float[Array, "rates experts"]:
+    def initial(self, size: int) -> Float[Array, "rates experts"]:
         """Log-weights of a new segment: a row starts at the logarithm of its meta rate."""
         return jnp.repeat(jnp.log(jnp.asarray(self.meta_rates, float))[:, None], size, axis=1)
 
-    def rebirths(self, log_weights: Float[Array, "rates experts"], odds: Any) -> Float[Array, "rates experts"]:
+    def restarts(self, log_weights: Float[Array, "rates experts"], odds: Any) -> Float[Array, "rates experts"]:
         """Log-weights after a sync: each row's own, relative to its best and at most ``log odds`` below it."""
         best = log_weights.max(axis=1, keepdims=True)
         behind = jnp.where(jnp.isfinite(log_weights), log_weights - best, -jnp.inf)
-        return self.births(log_weights.shape[1]) + jnp.maximum(behind, -jnp.log(wide(odds))).astype(log_weights.dtype)
+        return self.initial(log_weights.shape[1]) + jnp.maximum(behind, -jnp.log(wide(odds))).astype(log_weights.dtype)
 
     def logits(self, log_weights: Float[Array, "rates experts"], losses: Float[Array, "experts"]) -> Array:
         """Unnormalised log-probabilities, without the experts whose loss is not finite while another's is."""

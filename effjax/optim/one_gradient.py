@@ -152,7 +152,7 @@ def samuel_one_gradient(
             count=jnp.zeros((), jnp.int32),
             evaluations=jnp.zeros((), jnp.int32),
             key=raw_key(seed),
-            log_weights=rule.births(len(rates)),
+            log_weights=rule.initial(len(rates)),
             learning_rate=jnp.asarray(np.sort(rates)[(len(rates) - 1) // 2], float),
             spread=jnp.zeros((), float),
             displacement=jax.tree.map(jnp.zeros_like, params),
@@ -172,7 +172,7 @@ def samuel_one_gradient(
 
         candidates = jnp.asarray(rates, state.learning_rate.dtype)
         losses = jax.lax.map(score, candidates)
-        faded = discount * (state.log_weights - rule.births(len(rates))) + rule.births(len(rates))
+        faded = discount * (state.log_weights - rule.initial(len(rates))) + rule.initial(len(rates))
         best = jnp.arange(len(rates)) == jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
         log_weights, spread = rule.update(jnp.asarray(faded), state.spread, state.evaluations, losses, best)
         log_weights = jnp.maximum(log_weights, log_weights.max() - _FLOOR).astype(state.log_weights.dtype)

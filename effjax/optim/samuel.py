@@ -165,7 +165,7 @@ def samuel(
         return SamuelState(
             count=jnp.zeros((), jnp.int32),
             key=raw_key(seed),
-            log_weights=rule.births(size),
+            log_weights=rule.initial(size),
             current_expert=first,
             learning_rate=experts.rate(first),
             synced=jnp.zeros((), bool),
@@ -199,7 +199,7 @@ def samuel(
         def sync() -> tuple[PyTree, PyTree, Array, Array]:
             moves, target, chosen = _gather(updates, params, drawn, logits, average=select == "average")
             copied = spread_out(take(inner, chosen), inner) if inner_state == "copy" else experts.init(target)
-            return moves, copied, rule.rebirths(log_weights, prior_odds), chosen
+            return moves, copied, rule.restarts(log_weights, prior_odds), chosen
 
         ending = due(state.count) | last
         updates, inner, log_weights, current = jax.lax.cond(ending, sync, lambda: (updates, inner, log_weights, drawn))
