@@ -30,9 +30,9 @@ MUTATIONS = (
     Mutation(
         "samuel-bias-correction",
         "off by one",
-        "(1 - self.spread_decay ** (count + 1.0))",
-        "(1 - self.spread_decay ** (count + 2.0))",
-        ("optim/test_samuel.py", "optim/test_samuel_one_gradient.py"),
+        "(count.astype(spread.dtype) + 1.0)",
+        "(count.astype(spread.dtype) + 2.0)",
+        ("optim/test_samuel.py", "optim/test_one_gradient.py"),
     ),
     Mutation(
         "samuel-sync-keeps-moments",
