@@ -28,8 +28,11 @@ def place(mutation: Mutation, package: Path) -> Path:
     """The one file that holds the mutation's old text.
 
     Raises:
-      ValueError: none does, or it occurs more than once.
+      ValueError: none does, it occurs more than once, or a test file of the mutation is not there.
     """
+    gone = [name for name in mutation.tests if not (ROOT / "tests" / name).exists()]
+    if gone:
+        raise ValueError(f"{mutation.name}: tests/{gone[0]} is not there. Update tests/mutations/table.py.")
     counts = {path: path.read_text().count(mutation.old) for path in sorted(package.rglob("*.py"))}
     found = {path.relative_to(package).as_posix(): count for path, count in counts.items() if count}
     if list(found.values()) != [1]:

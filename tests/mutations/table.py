@@ -53,7 +53,7 @@ MUTATIONS = (
         "dropped reset",
         "jnp.where(due, d, b + d)",
         "(b + d)",
-        ("optim/test_samuel_one_gradient.py",),
+        ("optim/test_one_gradient.py",),
     ),
     # dcl
     Mutation(
@@ -209,7 +209,7 @@ MUTATIONS = (
         "skipped mask",
         "new = (confidence > threshold) & ~mask",
         "new = confidence > threshold",
-        ("graph/test_stages.py", "graph/test_self_training.py", "graph/test_fastrain.py"),
+        ("graph/test_stages.py", "graph/test_pseudolabels.py", "graph/test_fastrain.py"),
     ),
     Mutation(
         "same-edges-in-every-step",
