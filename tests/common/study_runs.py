@@ -1,18 +1,14 @@
 """Studies in processes of their own, which inherit the settings and the store of programs of ``conftest.py``."""
 
-import subprocess
-import sys
-
-_COMPARE = [sys.executable, "-m", "effjax.cli", "compare"]
+from commands import Command
 
 
-def start(*words):
+def start(*words, **options):
     """``effjax compare`` with these words."""
-    pipe = subprocess.PIPE
-    return subprocess.Popen([*_COMPARE, *map(str, words)], stdout=pipe, stderr=pipe, text=True)
+    return Command("compare", *words, **options)
 
 
-def finish(process, timeout=300):
+def finish(command, timeout=300):
     """Exit status, output and errors."""
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err
+    out, err = command.communicate(timeout=timeout)
+    return command.returncode, out, err

@@ -22,8 +22,7 @@ def test_killed_at_random_moments_it_continues_to_the_same_results(tmp_path):
     kills, finished_before = 0, set()
     for _ in range(2):  # a second kill shows that finished arms are not redone
         process = start(*words, "--out", tmp_path / "cut")
-        while process.poll() is None and not list((tmp_path / "cut" / ".work").glob("arms/*/*/*")):
-            time.sleep(0.02)
+        process.wait_for(lambda: list((tmp_path / "cut" / ".work").glob("arms/*/*/*")))
         time.sleep(rng.uniform(0.0, 2.0))
         if process.poll() is not None:
             break
@@ -46,8 +45,7 @@ def test_killed_at_random_moments_it_continues_to_the_same_results(tmp_path):
 def test_sigterm_exits_with_the_resume_code_and_another_config_is_refused(tmp_path):
     words = ["samuel:smoke", *SMALL, "--out", tmp_path / "out"]
     process = start(*words, "--budget.amount", "200000")
-    while process.poll() is None and not list((tmp_path / "out" / ".work").glob("arms/*/*/*/checkpoints")):
-        time.sleep(0.05)
+    process.wait_for(lambda: list((tmp_path / "out" / ".work").glob("arms/*/*/*/checkpoints")))
     time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)

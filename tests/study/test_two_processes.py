@@ -1,14 +1,11 @@
 """``effjax compare`` over two processes: the results of one, and SIGTERM to one stops both."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
-import time
 
 import pytest
+from commands import Command
 
 WORDS = ["samuel:smoke", "--settings", "shift", "--grid", "0.1", "--arms", "sgd-*", "samuel", "--seeds", "0"]
 
@@ -18,24 +15,14 @@ def start(out, steps, processes=2, devices=1):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = ["compare", *WORDS, "--budget.amount", steps, "--train.mesh.data", "-1", "--out", out]
-    shared = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    shared = {"JAX_NUM_CPU_DEVICES": str(devices)}
     if processes > 1:
         shared |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
-    pipe = subprocess.PIPE
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "effjax.cli", *map(str, words)],
-            stdout=pipe,
-            stderr=pipe,
-            text=True,
-            env={**os.environ, **shared, "JAX_PROCESS_ID": str(index)},
-        )
-        for index in range(processes)
-    ]
+    return [Command(*words, environment={**shared, "JAX_PROCESS_ID": str(index)}) for index in range(processes)]
 
 
 def finish(processes):
-    done = [process.communicate(timeout=300) for process in processes]
+    done = [process.communicate() for process in processes]
     return [process.returncode for process in processes], done
 
 
@@ -58,8 +45,7 @@ def test_two_processes_find_what_one_process_with_two_devices_finds(tmp_path):
 def test_sigterm_to_one_of_two_stops_both_and_both_continue(tmp_path):
     out = tmp_path / "out"
     processes = start(out, 20000)
-    while not list(out.glob(".work/arms/*/*/*/log.jsonl")) and processes[0].poll() is None:
-        time.sleep(0.05)
+    processes[0].wait_for(lambda: list(out.glob(".work/arms/*/*/*/log.jsonl")))
     processes[1].send_signal(signal.SIGTERM)
     codes, said = finish(processes)
     assert codes == [75, 75], said

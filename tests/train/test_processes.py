@@ -1,14 +1,12 @@
 """Two processes on one machine: one global batch order, SIGTERM to one stops both, a resumed run is bitwise equal."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from commands import Command
 
 CODE = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -43,22 +41,8 @@ def pair(*words):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", CODE, *map(str, words)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "JAX_PLATFORMS": "cpu",
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(index),
-            },
-        )
-        for index in range(2)
-    ]
+    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "1"}
+    return [Command(*words, target=CODE, environment={**shared, "JAX_PROCESS_ID": str(index)}) for index in range(2)]
 
 
 def finish(processes):
@@ -71,8 +55,7 @@ def test_sigterm_to_one_stops_both_and_the_rerun_is_bitwise_equal(tmp_path):
     codes, whole = finish(pair(120, 0, tmp_path / "whole"))
     assert codes == [0, 0], whole
     processes = pair(120, 0.1, tmp_path / "cut")
-    while not (tmp_path / "cut" / "log.jsonl").exists() and processes[0].poll() is None:
-        time.sleep(0.05)
+    processes[0].wait_for((tmp_path / "cut" / "log.jsonl").exists)
     time.sleep(2)
     processes[1].send_signal(signal.SIGTERM)
     codes, cut = finish(processes)

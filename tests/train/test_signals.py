@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+from commands import Command
 from toy import toy
 
 from effjax.train.loop import fit
@@ -111,12 +110,12 @@ with end_on_sigterm("stopped"):
     [("C", 3, "released\n"), ("swallowing", 3, "released\n"), ("stuck", 15, "released\n"), ("saving", 9, "saved\n")],
 )
 def test_a_command_ends_with_75_whatever_it_does(what, most, printed):
-    command = subprocess.Popen([sys.executable, "-c", ENDING, what], stdout=subprocess.PIPE, text=True)
-    assert command.stdout.readline() == "ready\n"
+    command = Command(what, target=ENDING)
+    command.wait_for(lambda: command.said()[0] == "ready\n")
     time.sleep(0.3)
     begun = time.monotonic()
     command.send_signal(signal.SIGTERM)
     out, _ = command.communicate(timeout=60)
     assert command.returncode == 75
-    assert out == printed
+    assert out == "ready\n" + printed
     assert time.monotonic() - begun < most
