@@ -7,7 +7,6 @@ started by ``subprocess``.
 import atexit
 import multiprocessing
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -40,12 +39,6 @@ class Command:
         self._process = _FORKED.Process(target=_become, args=given, daemon=True)
         self._process.start()
         self.pid: int = self._process.pid
-        self.hit_at: float | None = None
-
-    def listening(self) -> bool:
-        """Whether SIGTERM has a handler, which it has from the command's first line on."""
-        fields = dict(line.split(":\t") for line in Path(f"/proc/{self.pid}/status").read_text().splitlines())
-        return bool(int(fields.get("SigCgt", "0"), 16) >> (signal.SIGTERM - 1) & 1)
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -55,7 +48,6 @@ class Command:
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
-        self.hit_at = time.monotonic()
         if self.poll() is None:
             os.kill(self.pid, number)
 

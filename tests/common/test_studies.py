@@ -63,17 +63,21 @@ def test_a_step_of_every_arm_keeps_the_shapes_of_its_state(stem):
         last = next((place for place in range(first + 1, len(words)) if words[place].startswith("--")), len(words))
         words[first + 1 : last] = ["*"]
     group = resolve(f"{stem}:smoke", words).groups()[0]
-    kinds = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     task = group.load()
     for arm in group.arms:
-        program = arm.build(task)
-        phase, before = program.phases[0], jax.eval_shape(program.init, jax.random.key(0))
-        aux = phase.aux(program.init(jax.random.key(0))) if phase.aux else None
-        batch = next(program.loader.open(0)) if program.has_batches else None
-        after, metrics = jax.eval_shape(phase.step, before, batch, aux)
-        assert kinds(after) == kinds(before), arm.name
-        assert metrics["loss"].shape == (), arm.name
+        check_shapes(arm.build(task), arm.name)
     assert len(group.arms) > 2
+
+
+def check_shapes(program, name):
+    """The state keeps its shapes and dtypes, by tracing alone."""
+    kinds = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    phase, before = program.phases[0], jax.eval_shape(program.init, jax.random.key(0))
+    aux = phase.aux(program.init(jax.random.key(0))) if phase.aux else None
+    batch = next(program.loader.open(0)) if program.has_batches else None
+    after, metrics = jax.eval_shape(phase.step, before, batch, aux)
+    assert kinds(after) == kinds(before), name
+    assert metrics["loss"].shape == (), name
 
 
 @pytest.mark.study
@@ -171,7 +175,16 @@ def test_a_run_that_is_cut_continues_bit_for_bit(stem, tmp_path):
 
 @pytest.mark.study
 @pytest.mark.parametrize("stem", STEMS)
-def test_a_paper_preset_builds_and_takes_a_step(stem):
+def test_a_paper_preset_builds(stem):
+    study = resolve(f"{stem}:paper", PAPER[stem])
+    for name in PAPER_ARMS[stem]:
+        check_shapes(study.build(name), name)
+
+
+# Compiling networks of full size takes most of the time.
+@pytest.mark.nightly
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_paper_preset_takes_a_step(stem):
     study = resolve(f"{stem}:paper", PAPER[stem])
     for name in PAPER_ARMS[stem]:
         program = study.build(name)

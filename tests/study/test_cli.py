@@ -10,7 +10,7 @@ import pytest
 
 from effjax.cli import main
 
-ARMS = ["--arms", "sgd-*", "cosine-*", "samuel", "uniform", "one-gradient"]
+ARMS = ["--arms", "sgd-*", "samuel"]
 TINY = ["--settings", "shift", "--budget.amount", "20", "--grid", "0.1", *ARMS, "--train.log-steps", "5"]
 
 pytestmark = pytest.mark.study

@@ -73,8 +73,12 @@ def stop_once_found(folder: Path, pattern: str):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+# How the others become tasks is tested with tasks; what follows is the same code.
+KINDS = [pytest.param(kind, marks=[pytest.mark.nightly] * (kind != "nnx")) for kind in NETWORKS]
+
+
 @pytest.mark.study
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_three_arms_on_a_network_of_ones_own_stopped_and_continued(kind, tmp_path):
     mine, cut = task(NETWORKS[kind](), points(), name=f"mine-{kind}"), tmp_path / "cut"
     whole = compared(mine, tmp_path / "whole")
