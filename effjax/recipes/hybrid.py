@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from effjax.core.errors import Count, Limits, Positive
+from effjax.core.macs import count_macs
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet, load
 from effjax.hardness.cascades import confidence_need
@@ -30,21 +31,28 @@ from effjax.hardness.hybrid import (
     hybrid_next,
     hybrid_step,
 )
-from effjax.hardness.query_rules import hybrid_curve, hybrid_score, query_threshold
+from effjax.hardness.query_rules import HybridCost, hybrid_curve, hybrid_score, query_threshold
 from effjax.hardness.router import Router, router_need
 from effjax.models.mlp import MLP
 from effjax.models.resnet import SIZES, pretrained_resnet
-from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig
+from effjax.recipes.spec import Arm, Claim, CurveText, Group, Role, StudyConfig
 from effjax.tasks.image import image_task, standardised, unit_images
 from effjax.tasks.task import Metric, Task
 from effjax.train.loop import fit
 from effjax.train.options import TrainOptions
-from effjax.train.program import Loader, Phase, Program
+from effjax.train.program import Curve, Loader, Phase, Program
 from effjax.train.trainer import check_options, supervised
 
 PyTree = Any
 MODALITY, OWN_MODEL = "image", "mlp-64"
 METRIC = Metric("accuracy", "max", "test accuracy at the coverage")
+CURVES = {
+    "accuracy_coverage": CurveText("Accuracy and coverage", "coverage (share that the base model answers)", "accuracy"),
+    "accuracy_cost": CurveText(
+        "Accuracy and cost", "mean multiply-adds per row, router included (expert alone = 1)", "accuracy"
+    ),
+}
+GRID = np.linspace(0.0, 1.0, 21)
 Open = Annotated[float, Limits(low=0, high=1, open_low=True, open_high=True)]
 Need = Callable[[Any, HybridExamples], jax.Array]
 
@@ -174,7 +182,7 @@ def groups(config: HybridStudy) -> list[Group]:
             if not (variant.seen and pretrained)  # their training data are not all here
         ]
         name = task.replace("/", "-")
-        found.append(Group(name, METRIC, functools.partial(_load, config, data, base, expert), arms))
+        found.append(Group(name, METRIC, functools.partial(_load, config, data, base, expert), arms, curves=CURVES))
     return found
 
 
@@ -319,7 +327,9 @@ def program(study: HybridStudy, variant: Variant, pair: Pair) -> Program:
 
     def evaluate(state: HybridState) -> dict[str, Any]:
         examples = seen(state, "test")
-        return _metrics(study, need(state, examples), state.threshold, examples)
+        needs = need(state, examples)
+        cost = _macs(pair, networks, state, learned=variant.rule is None)
+        return _metrics(study, needs, state.threshold, examples) | _curves(needs, examples, cost)
 
     def infer(variables: PyTree, images: Any) -> jax.Array:
         state = variables["params"]
@@ -356,7 +366,7 @@ class _State(NamedTuple):
     key: Any
 
 
-def _with_features(found: Any) -> tuple[jax.Array, Any]:
+def _with_features(found: Any) -> tuple[Any, Any]:
     return found if isinstance(found, tuple) else (found, None)
 
 
@@ -407,3 +417,29 @@ def _metrics(study: HybridStudy, need: Any, threshold: Any, examples: HybridExam
         "expert": float(right[1][known].mean()),
         "oracle_share": float(np.asarray(examples.oracle)[known].mean()),
     }
+
+
+def _macs(pair: Pair, networks: HybridNetworks, state: HybridState, *, learned: bool) -> HybridCost | None:
+    """Multiply-adds of one row in units of the expert's; a rule counts as none. None where they cannot be counted."""
+    row, params = pair.test[0][:1], state.params
+    logits, features = _with_features(jax.eval_shape(networks.base, params.base, row))
+    base = count_macs(networks.base, params.base, row).most
+    expert = count_macs(pair.expert, params.expert, row).most
+    router = count_macs(router_need(networks.router), params.router, logits, features).most if learned else 0
+    if not expert or base is None or router is None:
+        return None
+    return HybridCost(base / expert, 1.0, router / expert)
+
+
+def _curves(need: Any, examples: HybridExamples, cost: HybridCost | None) -> dict[str, Curve]:
+    """Accuracy against coverage and against cost; the models alone, without a router, are points."""
+    known = np.asarray(examples.known)
+    right = np.asarray(examples.base_correct), np.asarray(examples.expert_correct)
+    accuracy = np.asarray(hybrid_curve(jnp.asarray(need), *right, GRID.tolist(), known=known).accuracy)
+    base, expert = (float(some[known].mean()) for some in right)
+    ends = {"base alone": (1.0, base), "expert alone": (0.0, expert)}
+    found = {"accuracy_coverage": Curve(GRID, accuracy, ends)}
+    if cost is not None:
+        ends = {"base alone": (cost.base, base), "expert alone": (1.0, expert)}
+        found["accuracy_cost"] = Curve(cost.average(GRID)[::-1], accuracy[::-1], ends)
+    return found

@@ -22,20 +22,32 @@ from effjax.hardness.abstention_losses import gamblers_loss, sat_init, sat_loss,
 from effjax.hardness.confidence import confidence_score, prediction_errors
 from effjax.hardness.osp import osp_loss, osp_terms
 from effjax.hardness.osp_saddle import OspSaddle, OspSaddleConfig, osp_saddle_init, osp_saddle_step
-from effjax.hardness.risk_coverage import augrc, aurc, coverage_at_joint_error, excess_aurc
+from effjax.hardness.risk_coverage import (
+    augrc,
+    aurc,
+    coverage_at_joint_error,
+    excess_aurc,
+    selective_risk_at_coverage,
+)
 from effjax.hardness.selective import selective
 from effjax.hardness.thresholds import calibration_examples
 from effjax.models.mlp import MLP
-from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig
+from effjax.recipes.spec import Arm, Claim, CurveText, Group, Role, StudyConfig
 from effjax.tasks.image import image_task, standardised, unit_images
 from effjax.tasks.task import Metric, Task
 from effjax.train.loaders import column_loader
-from effjax.train.program import Loader, Phase, Program
+from effjax.train.program import Curve, Loader, Phase, Program
 from effjax.train.trainer import TrainState, check_options, supervised
 
 PyTree = Any
 MODALITY, METRIC = "image", Metric("aurc", "min", "test AURC")
 EVAL_BATCH = 256
+_AXES = ("coverage (share that is answered)", "selective risk (wrong share of the answered)")
+CURVES = {
+    "risk_coverage": CurveText("Ranked by the largest probability", *_AXES),
+    "own_risk_coverage": CurveText("Ranked by the arm's own selector", *_AXES),
+}
+COVERAGES = np.linspace(0.05, 1.0, 20)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +136,13 @@ def claims(config: SelectiveStudy) -> dict[str, tuple[Claim, ...]]:
 def groups(config: SelectiveStudy) -> list[Group]:
     """Every task."""
     return [
-        Group(name.replace("/", "-"), METRIC, functools.partial(_load, config, name), list(_arms(config)))
+        Group(
+            name.replace("/", "-"),
+            METRIC,
+            functools.partial(_load, config, name),
+            list(_arms(config)),
+            curves=CURVES,
+        )
         for name in config.tasks
     ]
 
@@ -376,7 +394,7 @@ def _judged(
     classes = _classes(task)
     outputs = jax.jit(lambda variables, images: task.infer(_network(variables), images))
 
-    def evaluate(state: PyTree) -> dict[str, float]:
+    def evaluate(state: PyTree) -> dict[str, Any]:
         variables = program.params(state)
         test = _all_outputs(outputs, variables, task.test["image"])
         held = _all_outputs(outputs, variables, shared.calibration["image"])
@@ -386,8 +404,10 @@ def _judged(
         )
         if own is not None:
             errors, where = prediction_errors(test[:, :classes], task.test["label"])
-            found["aurc_own"] = aurc(own(jnp.asarray(test)), errors, where=where)
-        return {name: float(value) for name, value in found.items()}
+            selector = own(jnp.asarray(test))
+            found |= {"aurc_own": _ranking(selector, errors, where, targets=())["aurc"]}
+            found |= {"own_risk_coverage": _risk_coverage(selector, errors, where)}
+        return found
 
     plain = shared.task._replace(infer=lambda variables, images: task.infer(_network(variables), images)[:, :classes])
     return program._replace(task=plain, evaluate=evaluate)
@@ -408,11 +428,29 @@ def _measures(config: SelectiveStudy, logits: np.ndarray, labels: np.ndarray) ->
     """What the ranking of the test images is worth."""
     errors, where = prediction_errors(logits, labels)
     confidence = confidence_score(logits)
-    found = {"accuracy": 1 - errors.mean(), "aurc": aurc(confidence, errors, where=where)}
-    found |= {"eaurc": excess_aurc(confidence, errors, where=where), "augrc": augrc(confidence, errors, where=where)}
-    for target in config.joint_errors:
-        found[f"coverage_{target:g}"] = coverage_at_joint_error(confidence, errors, target, where=where)
-    return found
+    found = _ranking(confidence, errors, where, targets=tuple(map(float, config.joint_errors)))
+    accuracy = 1 - (errors & where).sum() / where.sum()  # of known labels
+    return {"accuracy": accuracy, **found, "risk_coverage": _risk_coverage(confidence, errors, where)}
+
+
+@functools.partial(jax.jit, static_argnames="targets")
+def _ranking(
+    confidence: jax.Array, errors: jax.Array, where: jax.Array, *, targets: tuple[float, ...]
+) -> dict[str, jax.Array]:
+    measures = {"aurc": aurc, "eaurc": excess_aurc, "augrc": augrc}
+    found = {name: measure(confidence, errors, where=where) for name, measure in measures.items()}
+    at = lambda target: coverage_at_joint_error(confidence, errors, target, where=where)
+    return found | {f"coverage_{target:g}": at(target) for target in targets}
+
+
+@jax.jit
+def _risks(confidence: jax.Array, errors: jax.Array, where: jax.Array) -> jax.Array:
+    risk = lambda coverage: selective_risk_at_coverage(confidence, errors, coverage, where=where)
+    return jax.vmap(risk)(jnp.asarray(COVERAGES, jnp.float32))
+
+
+def _risk_coverage(confidence: jax.Array, errors: jax.Array, where: jax.Array) -> Curve:
+    return Curve(COVERAGES, jax.device_get(_risks(confidence, errors, where)))
 
 
 def _certified(config: SelectiveStudy, held: tuple[Any, Any], test: tuple[Any, Any]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from effjax.data.sets import DataSet
-from effjax.recipes.hybrid import HybridStudy, _load, _parts, groups
+from effjax.recipes.hybrid import VARIANTS, HybridStudy, _load, _parts, groups, program
 from effjax.recipes.spec import OwnData
 from effjax.train.options import Budget
 
@@ -65,3 +66,26 @@ def test_own_data_bring_the_base_and_the_expert_is_a_field(tmp_path):
 def test_bad_configs_are_named(fields, text):
     with pytest.raises(ValueError, match=text):
         dataclasses.replace(STUDY, **fields)
+
+
+def test_curves_begin_and_end_at_the_models_alone_and_the_router_is_paid_for():
+    pair = _load(STUDY, "digits", "mlp-2", "mlp-4")
+    found = {}
+    for name in ("margin", "router"):
+        made = program(STUDY, VARIANTS[name], pair)
+        state = made.init(jax.random.key(0))
+        metrics, found[name] = made.measured(state)
+        by_coverage, by_cost = found[name]["accuracy_coverage"], found[name]["accuracy_cost"]
+        np.testing.assert_allclose(by_coverage.y[[0, -1]], [metrics["expert"], metrics["base"]], rtol=1e-6)
+        assert by_coverage.points == {"base alone": (1.0, metrics["base"]), "expert alone": (0.0, metrics["expert"])}
+        at = {round(c, 2): y for c, y in zip(by_coverage.x, by_coverage.y, strict=True)}
+        assert [at[c] for c in (0.9, 0.8, 0.7, 0.5)] == pytest.approx(
+            [metrics[f"accuracy_{c}"] for c in (90, 80, 70, 50)]
+        )
+        np.testing.assert_array_equal(by_cost.y, by_coverage.y[::-1])
+    # 64 pixels, 2 or 4 units, 10 classes; and every weight of the router's layers once.
+    base, expert = 64 * 2 + 2 * 10, 64 * 4 + 4 * 10
+    assert found["margin"]["accuracy_cost"].points["base alone"][0] == pytest.approx(base / expert)
+    np.testing.assert_allclose(found["margin"]["accuracy_cost"].x, base / expert + np.linspace(0, 1, 21))
+    weights = sum(leaf.size for leaf in jax.tree.leaves(state.params.router) if leaf.ndim == 2)
+    np.testing.assert_allclose(found["router"]["accuracy_cost"].x, (base + weights) / expert + np.linspace(0, 1, 21))
