@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-import re
+import math
+import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from effjax.core.errors import Count, Limits, Positive
+from effjax.core.errors import Count, Limits, NoEffectWarning, Positive
 from effjax.core.macs import count_macs
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet, load
@@ -33,10 +34,10 @@ from effjax.hardness.hybrid import (
 )
 from effjax.hardness.query_rules import HybridCost, hybrid_curve, hybrid_score, query_threshold
 from effjax.hardness.router import Router, router_need
-from effjax.models.mlp import MLP
 from effjax.models.resnet import SIZES, pretrained_resnet
+from effjax.recipes.images import check_model, named_image_task
 from effjax.recipes.spec import Arm, Claim, CurveText, Group, Role, StudyConfig
-from effjax.tasks.image import image_task, standardised, unit_images
+from effjax.tasks.image import standardised, unit_images
 from effjax.tasks.task import Metric, Task
 from effjax.train.loop import fit
 from effjax.train.options import TrainOptions
@@ -94,6 +95,8 @@ class HybridStudy(StudyConfig):
                 f"router_share={self.router_share} and calibration_share={self.calibration_share} leave nothing of "
                 "the data. Give smaller ones."
             )
+        if self.own is not None:
+            check_model("expert", self.expert)
         for task in self.tasks:
             if task.count("/") != (2 if self.own is None else 1):
                 raise ValueError(f"tasks={task!r} must be DATA/BASE/EXPERT, such as 'fashion_mnist/mlp-4/mlp-256'.")
@@ -226,18 +229,36 @@ def _load(config: HybridStudy, name: str, base: str, expert: str) -> Pair:
     split = "test" if pretrained else "train"
     parts = _parts(config, data, split)
     rest, held, calibration = parts
+    known, least = (
+        int((calibration["label"] >= 0).sum()),
+        math.ceil(1 / min(config.coverage, 1 - config.coverage) - 1e-9),
+    )
+    if known < least:
+        raise ValueError(
+            f"calibration_share={config.calibration_share} leaves {known} rows for the threshold, and "
+            f"coverage={config.coverage} needs {least}. Give a larger share, or more rows."
+        )
     splits = {**data.splits, split: rest}
-    small, large = (image_task(dataclasses.replace(data, splits=splits), _module(m, data)) for m in (base, expert))
+    parted = dataclasses.replace(data, splits=splits)
+    small, large = (named_image_task(parted, model, config.train) for model in (base, expert))
     if pretrained:
         params = tuple(pretrained_resnet(model)[1] for model in (base, expert))
     else:
         params = tuple(_trained(config, task) for task in (small, large))
+    applied, row = (_apply(small, True), _apply(large, False)), np.asarray(small.test["image"][:1])
+    spent = [count_macs(apply, held, row).most or 0 for apply, held in zip(applied, params, strict=True)]
+    if spent[1] <= spent[0]:
+        warnings.warn(
+            f"expert={expert!r} takes {spent[1]:,} multiply-adds and the base model {base!r} {spent[0]:,}: not asking "
+            "it saves nothing. Give a larger expert, or a smaller base model.",
+            NoEffectWarning,
+            stacklevel=2,
+        )
     pair = lambda columns: (np.asarray(columns["image"]), np.asarray(columns["label"], np.int32))
     source = f"{small.source} A router learns from {len(held['label'])} rows that the networks have not seen."
     return Pair(
         small._replace(name=f"{data.name}/{base}/{expert}", source=source),
-        _apply(small, True),
-        _apply(large, False),
+        *applied,
         (params[0], params[1]),
         None if pretrained else pair(small.train),
         pair(held),
@@ -256,12 +277,6 @@ def _parts(config: HybridStudy, data: DataSet, split: str) -> list[dict[str, np.
     if not len(cuts[0]):
         raise ValueError(f"{data.name}: {rows} rows are too few to be split into three. Give more.")
     return [{name: column[np.sort(cut)] for name, column in columns.items()} for cut in cuts]
-
-
-def _module(name: str, data: DataSet) -> Any:
-    """A module for ``mlp-64``, or the name of a model that ``image_task`` knows."""
-    widths = re.fullmatch(r"mlp((?:-\d+)+)", name)
-    return MLP(tuple(map(int, widths[1][1:].split("-"))), classes=len(data.classes)) if widths else name
 
 
 def _trained(config: HybridStudy, task: Task) -> PyTree:

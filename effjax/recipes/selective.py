@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-import re
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -32,6 +32,8 @@ from effjax.hardness.risk_coverage import (
 from effjax.hardness.selective import selective
 from effjax.hardness.thresholds import calibration_examples
 from effjax.models.mlp import MLP
+from effjax.models.resnet import pretrained_resnet
+from effjax.recipes.images import named_image_task
 from effjax.recipes.spec import Arm, Claim, CurveText, Group, Role, StudyConfig
 from effjax.tasks.image import image_task, standardised, unit_images
 from effjax.tasks.task import Metric, Task
@@ -40,13 +42,15 @@ from effjax.train.program import Curve, Loader, Phase, Program
 from effjax.train.trainer import TrainState, check_options, supervised
 
 PyTree = Any
-MODALITY, METRIC = "image", Metric("aurc", "min", "test AURC")
+MODALITY, OWN_PRESET = "image", "own"
+METRIC = Metric("aurc", "min", "test AURC")
 EVAL_BATCH = 256
 _AXES = ("coverage (share that is answered)", "selective risk (wrong share of the answered)")
 CURVES = {
     "risk_coverage": CurveText("Ranked by the largest probability", *_AXES),
     "own_risk_coverage": CurveText("Ranked by the arm's own selector", *_AXES),
 }
+PRETRAINED, LINEAR = "pretrained-", "linear"
 COVERAGES = np.linspace(0.05, 1.0, 20)
 
 
@@ -55,13 +59,15 @@ class SelectiveStudy(StudyConfig):
     """Config of the selective study."""
 
     tasks: tuple[str, ...] = ("fashion_mnist/mlp-64",)
-    """Data set and model: fashion_mnist/mlp-64 (one hidden layer of 64), cifar10/resnet20, ..."""
+    """Data set and model: fashion_mnist/mlp-64 (one hidden layer of 64), cifar10/resnet20, ...; pretrained-resnet20
+    trains a linear layer on the features of that network, and holds out test images, as it has seen the others."""
     pool: Count = 2
     """Pixels along each side that are averaged to one."""
     train_rows: Count | None = None
     """Images trained on; all that are not held out when None."""
-    calibration_rows: Count = 4000
-    """Training images held out for the thresholds; no arm trains on them."""
+    calibration_rows: Count | None = 4000
+    """Training images (with pretrained networks test images) held out for the thresholds; no arm trains on them. A
+    fifth of them when None."""
     test_rows: Count | None = None
     """Test images used; all when None."""
     batch_size: Count = 128
@@ -97,13 +103,25 @@ class SelectiveStudy(StudyConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.calibration_rows is not None:
+            self.check_calibration(self.calibration_rows)
+
+    def check_calibration(self, rows: int) -> None:
+        """Refuse to hold out fewer rows than the least joint error needs."""
+        needs = {error: self.needed(error) for error in self.joint_errors}
         least = min(self.joint_errors)
-        needed = calibration_examples(least, delta=self.delta, measure="joint_error")
-        if self.calibration_rows < needed:
-            raise ValueError(
-                f"calibration_rows={self.calibration_rows} cannot certify joint_errors of {least:g} with "
-                f"delta={self.delta:g}: {needed} are needed at least."
-            )
+        if rows >= needs[least]:
+            return
+        within = [f"{error:g}" for error, needed in sorted(needs.items()) if needed <= rows]
+        other = f"{' '.join(within)}" if within else f"{math.ceil(100 * (1 - self.delta ** (1 / rows))) / 100:g}"
+        raise ValueError(
+            f"calibration_rows={rows} cannot certify joint_errors of {least:g} with delta={self.delta:g}: "
+            f"{needs[least]} are needed at least. Hold out more, or give joint_errors={other}."
+        )
+
+    def needed(self, error: float) -> int:
+        """The least rows that a joint error needs."""
+        return calibration_examples(error, delta=self.delta, measure="joint_error")
 
 
 def claims(config: SelectiveStudy) -> dict[str, tuple[Claim, ...]]:
@@ -186,35 +204,61 @@ class _Shared(NamedTuple):
 
 def _load(config: SelectiveStudy, name: str) -> _Shared:
     data, _, model = name.partition("/")
+    network = model.removeprefix(PRETRAINED) if config.own is None and model.startswith(PRETRAINED) else None
+    # The training images are what pretrained networks have seen: thresholds need others.
+    split = "test" if network else "train"
     data, model = config.data(data, MODALITY), config.model(model)
     data = load(data) if isinstance(data, str) else data
-    data = dataclasses.replace(
-        data, splits={split: _pooled(data.splits[split], config.pool) for split in ("train", "test")}
-    )
-    columns = data.splits["train"]
-    rows = len(columns["label"])
-    if config.calibration_rows >= rows:
+    if network and (config.pool > 1 or data.name != "cifar10"):
         raise ValueError(
-            f"calibration_rows={config.calibration_rows} leaves none of the {rows} training images to train on. Hold "
-            "out fewer."
+            f"tasks={name!r} with pool={config.pool}: the pretrained networks take the images of cifar10 with pool=1."
         )
-    held = fixed_rows("calibration_rows", config.calibration_rows, rows)
-    rest = np.setdiff1d(np.arange(rows), held)
-    rest = rest[fixed_rows("train_rows", config.train_rows, len(rest))]
-    part = lambda chosen: {column: np.asarray(values)[chosen] for column, values in columns.items()}
-    data = dataclasses.replace(data, splits={**data.splits, "train": part(rest)})
+    parts = {part: _pooled(data.splits[part], config.pool) for part in ("train", "test")}
+    rows = len(parts[split]["label"])
+    count = max(1, round(rows / 5)) if config.calibration_rows is None else config.calibration_rows
+    if count >= rows:
+        of = "training images to train on" if split == "train" else "test images to report on"
+        raise ValueError(f"calibration_rows={count} leaves none of the {rows} {of}. Hold out fewer.")
+    config.check_calibration(count)
+    held = fixed_rows("calibration_rows", count, rows)
+    parts["held"] = _rows(parts[split], held)
+    parts[split] = _rows(parts[split], np.setdiff1d(np.arange(rows), held))
+    parts["train"] = _rows(parts["train"], fixed_rows("train_rows", config.train_rows, len(parts["train"]["label"])))
+    if network:
+        features = _features(data, network)
+        parts = {part: {**columns, "image": features(columns["image"])} for part, columns in parts.items()}
+        data, model = dataclasses.replace(data, name=f"{data.name} by {network}"), LINEAR
+    calibration = parts.pop("held")
+    data = dataclasses.replace(data, splits={**data.splits, **parts})
     wider = functools.cache(functools.partial(_task, config, data, model))
-    return _Shared(wider(0), wider, part(held))
+    return _Shared(wider(0), wider, calibration)
 
 
-def _task(config: SelectiveStudy, data: DataSet, model: Any, more: int) -> Task:
+def _rows(columns: Mapping[str, Any], chosen: np.ndarray) -> dict[str, np.ndarray]:
+    return {column: np.asarray(values)[chosen] for column, values in columns.items()}
+
+
+def _features(data: DataSet, network: str) -> Callable[[np.ndarray], np.ndarray]:
+    """``images -> [rows, 1, 1, features]``, as a pretrained network's last layer has them."""
+    module, variables = pretrained_resnet(network)
+    details = image_task(data, network, test_rows=1, train_rows=1).details
+
+    @jax.jit
+    def last(images: jax.Array) -> jax.Array:
+        x = standardised(unit_images(images), details)
+        return list(module.apply(variables, x, train=False, capture=True)[1].values())[-1]
+
+    return lambda images: _in_batches(last, images)[:, None, None, :]
+
+
+def _task(config: SelectiveStudy, data: DataSet, model: str, more: int) -> Task:
     wide_data = dataclasses.replace(data, classes=(*data.classes, *(f"output {i}" for i in range(more))))
-    made: dict[str, Any] = {"dtype": config.train.dtype, "remat": config.train.remat}
-    if isinstance(model, str) and (width := re.fullmatch(r"mlp-(\d+)", model)):
-        dtype = jnp.dtype(config.train.dtype)
-        model = MLP((int(width[1]),), classes=len(wide_data.classes), dtype=dtype, remat=config.train.remat)
-        made = {}
-    task = image_task(wide_data, model, test_rows=config.test_rows, eval_batch=EVAL_BATCH, **made)
+    options = {"test_rows": config.test_rows, "eval_batch": EVAL_BATCH}
+    if model == LINEAR:
+        module = MLP((), classes=len(wide_data.classes), dtype=jnp.dtype(config.train.dtype))
+        task = image_task(wide_data, module, **options)
+    else:
+        task = named_image_task(wide_data, model, config.train, **options)
     train = {**task.train, "index": np.arange(len(task.train["label"]), dtype=np.int32)}
     return task._replace(metric=METRIC, train=train, classes=len(data.classes))
 
@@ -396,8 +440,8 @@ def _judged(
 
     def evaluate(state: PyTree) -> dict[str, Any]:
         variables = program.params(state)
-        test = _all_outputs(outputs, variables, task.test["image"])
-        held = _all_outputs(outputs, variables, shared.calibration["image"])
+        of = functools.partial(outputs, variables)
+        test, held = _in_batches(of, task.test["image"]), _in_batches(of, shared.calibration["image"])
         found = _measures(config, test[:, :classes], task.test["label"])
         found |= _certified(
             config, (held[:, :classes], shared.calibration["label"]), (test[:, :classes], task.test["label"])
@@ -417,10 +461,9 @@ def _network(variables: PyTree) -> PyTree:
     return {name: leaf for name, leaf in variables.items() if name != "selective"}
 
 
-def _all_outputs(outputs: Callable[..., jax.Array], variables: PyTree, images: np.ndarray) -> np.ndarray:
-    parts = [
-        outputs(variables, pad_to(images[at : at + EVAL_BATCH], EVAL_BATCH)) for at in range(0, len(images), EVAL_BATCH)
-    ]
+def _in_batches(function: Callable[[Any], jax.Array], images: np.ndarray) -> np.ndarray:
+    starts = range(0, len(images), EVAL_BATCH)
+    parts = [function(pad_to(images[at : at + EVAL_BATCH], EVAL_BATCH)) for at in starts]
     return np.concatenate(jax.device_get(parts))[: len(images)]
 
 

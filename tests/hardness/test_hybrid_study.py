@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from effjax.core.errors import NoEffectWarning
 from effjax.data.sets import DataSet
 from effjax.recipes.hybrid import VARIANTS, HybridStudy, _load, _parts, groups, program
 from effjax.recipes.spec import OwnData
@@ -51,6 +52,39 @@ def test_own_data_bring_the_base_and_the_expert_is_a_field(tmp_path):
     pair = group.load()
     assert pair.task.name.endswith("/mlp-3/mlp-5")
     assert pair.params[1]["params"]["layer0"]["Dense_0"]["kernel"].shape == (36, 5)
+
+
+def own(path, **fields):
+    return dataclasses.replace(STUDY, own=OwnData(path=str(path), model="mlp-3"), tasks=("own/mlp-3",), **fields)
+
+
+def npz(path, rows, classes=3):
+    rng = np.random.default_rng(0)
+    np.savez(path, image=rng.integers(0, 255, (rows, 6, 6, 1), np.uint8), label=np.arange(rows) % classes)
+    return path
+
+
+def test_own_data_with_too_few_rows_for_the_threshold_say_how_many(tmp_path):
+    (group,) = groups(own(npz(tmp_path / "few.npz", 30), expert="mlp-5", coverage=0.8))
+    with pytest.raises(ValueError, match=r"calibration_share=0\.1 leaves 2 rows .* coverage=0\.8 needs 5"):
+        group.load()
+    (group,) = groups(own(npz(tmp_path / "few.npz", 30), expert="mlp-5", coverage=0.8, calibration_share=0.2))
+    assert len(group.load().calibration[1]) == 5
+
+
+def test_models_of_own_data_are_named_as_they_were_given(tmp_path):
+    path = npz(tmp_path / "own.npz", 100, 2)
+    with pytest.raises(ValueError, match=r"expert='big' is not one of 'mlp', .* widths, as mlp-64"):
+        own(path, expert="big")
+    study = dataclasses.replace(own(path, expert="mlp-5"), own=OwnData(path=str(path), model="small"))
+    with pytest.raises(ValueError, match="model='small' is not one of"):
+        groups(study)[0].load()
+
+
+def test_an_expert_cheaper_than_the_base_model_is_told(tmp_path):
+    (group,) = groups(own(npz(tmp_path / "own.npz", 100, 2), expert="mlp-2"))
+    with pytest.warns(NoEffectWarning, match=r"expert='mlp-2' takes 76 multiply-adds and the base model 'mlp-3' 114"):
+        assert group.load().params[1]["params"]["head"]["kernel"].shape == (2, 2)
 
 
 @pytest.mark.parametrize(

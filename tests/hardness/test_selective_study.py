@@ -1,13 +1,19 @@
-"""The selective study: its curves."""
+"""The selective study: its curves, own data, and pretrained networks."""
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effjax.data.sets import DataSet
+from effjax.models.resnet import ResNet
+from effjax.recipes import selective as recipe
 from effjax.recipes.selective import CURVES, SelectiveStudy, groups
-from effjax.tasks.image import standardised, unit_images
+from effjax.recipes.spec import OwnData
+from effjax.study.resolve import resolve
+from effjax.tasks.image import image_task, standardised, unit_images
 from effjax.train.options import Budget
 
 STUDY = SelectiveStudy(
@@ -59,3 +65,93 @@ def test_the_saddle_and_every_other_arm_give_the_first_curve(shared):
     made = {arm.name: arm.build(loaded) for arm in every.arms if arm.name in ("osp-saddle", "ce")}
     for name, one in made.items():
         assert list(one.measured(jax.jit(one.init)(jax.random.key(0)))[1]) == ["risk_coverage"], name
+
+
+def own(path, *words):
+    """As ``effjax compare selective --data PATH`` has it."""
+    return resolve("selective", ["--seeds", "0", *words], OwnData(path=str(path)))
+
+
+def images(rows, classes=2, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 255, (rows, 7, 5, 1), np.uint8), np.arange(rows) % classes
+
+
+def npz(folder, rows, classes=2):
+    path = folder / "own.npz"
+    image, label = images(rows, classes)
+    np.savez(path, image=image, label=label)
+    return path
+
+
+def test_a_fifth_of_own_training_rows_is_held_out(tmp_path):
+    study = own(npz(tmp_path, 500))
+    assert study.preset == "own"
+    shared = study.groups()[0].load()
+    assert len(shared.calibration["label"]) == 80
+    assert (len(shared.task.train["label"]), len(shared.task.test["label"])) == (320, 100)
+    assert shared.task.train["image"].shape[1:] == (7, 5, 1)
+
+
+@pytest.mark.parametrize("rows", [200, 30])
+def test_too_few_rows_for_a_joint_error_say_what_could_be_certified(tmp_path, rows):
+    path = npz(tmp_path, rows)
+    with pytest.raises(ValueError, match=r"cannot certify joint_errors of 0\.05 .*: 59 are needed") as refused:
+        own(path).groups()[0].load()
+    advice = str(refused.value).partition("or give joint_errors=")[2].rstrip(".").split()
+    assert own(path, "--joint-errors", *advice).groups()[0].load().task.classes == 2
+
+
+def test_a_preset_for_other_data_forgets_its_numbers_of_rows(tmp_path):
+    study = resolve("selective:cpu", [], OwnData(path=str(npz(tmp_path, 500))))
+    assert (study.config.calibration_rows, study.config.train_rows) == (None, None)
+    with pytest.raises(ValueError, match=r"pool=2 does not divide images of 7 x 5\. Use 1"):
+        study.groups()[0].load()
+
+
+def test_a_class_that_the_test_images_lack_is_no_matter(tmp_path):
+    (x, y), (x_test, y_test) = images(300, 3), images(60, 2, seed=1)
+    np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    group = own(tmp_path / "own.npz", "--arms", "ce").groups()[0]
+    made = group.arms[0].build(group.load())
+    metrics, curves = made.measured(jax.jit(made.init)(jax.random.key(0)))
+    assert made.task.classes == 3
+    assert np.isfinite([*metrics.values(), *curves["risk_coverage"].y]).all()
+
+
+def test_an_unknown_model_is_named(tmp_path):
+    study = resolve("selective", [], OwnData(path=str(npz(tmp_path, 500)), model="small"))
+    with pytest.raises(ValueError, match=r"model='small' is not one of 'mlp', .* widths, as mlp-64"):
+        study.groups()[0].load()
+
+
+def test_pretrained_networks_give_features_and_thresholds_come_from_test_images(monkeypatch):
+    rng = np.random.default_rng(0)
+    draw = lambda rows: {
+        "image": rng.integers(0, 255, (rows, 32, 32, 3), np.uint8),
+        "label": np.arange(rows) % 10,
+    }
+    data = DataSet("cifar10", {"train": draw(40), "test": draw(80)}, tuple("abcdefghij"), "x", "made up", "image")
+    module = ResNet(stages=(1, 1), widths=(4, 8))
+    variables = jax.jit(lambda key: module.init(key, jnp.zeros((1, 32, 32, 3)), train=False))(jax.random.key(0))
+    monkeypatch.setattr(recipe, "load", lambda name: data)
+    monkeypatch.setattr(recipe, "pretrained_resnet", lambda name: (module, variables))
+    study = dataclasses.replace(
+        STUDY, tasks=("cifar10/pretrained-resnet20",), calibration_rows=30, train_rows=16, joint_errors=(0.2,)
+    )
+    shared = groups(study)[0].load()
+    sizes = [len(columns["label"]) for columns in (shared.task.train, shared.calibration, shared.task.test)]
+    assert sizes == [16, 30, 50]
+    assert shared.task.train["image"].shape[1:] == (1, 1, 8)
+    # The network's own last layer makes its logits of them.
+    head = jax.tree.map(np.asarray, variables["params"]["head"])
+    features = shared.task.test["image"][:, 0, 0]
+    left = np.setdiff1d(np.arange(80), recipe.fixed_rows("calibration_rows", 30, 80))
+    inputs = standardised(unit_images(data.splits["test"]["image"][left]), image_task(data, "mlp").details)
+    logits = jax.jit(lambda x: module.apply(variables, x, train=False))(inputs)
+    np.testing.assert_allclose(features @ head["kernel"] + head["bias"], logits, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(shared.task.test["label"], data.splits["test"]["label"][left])
+    with pytest.raises(ValueError, match="leaves none of the 80 test images to report on"):
+        groups(dataclasses.replace(study, calibration_rows=80))[0].load()
+    with pytest.raises(ValueError, match="take the images of cifar10 with pool=1"):
+        groups(dataclasses.replace(study, pool=2))[0].load()
