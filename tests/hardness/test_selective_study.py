@@ -155,3 +155,14 @@ def test_pretrained_networks_give_features_and_thresholds_come_from_test_images(
         groups(dataclasses.replace(study, calibration_rows=80))[0].load()
     with pytest.raises(ValueError, match="take the images of cifar10 with pool=1"):
         groups(dataclasses.replace(study, pool=2))[0].load()
+
+
+def test_rows_without_a_label_count_in_no_measure():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(60, 4)).astype(np.float32), rng.integers(0, 4, 60)
+    hidden = np.where(np.arange(60) % 3 == 0, -1, labels)
+    found = recipe._measures(STUDY, logits, hidden)
+    wanted = recipe._measures(STUDY, logits[hidden >= 0], hidden[hidden >= 0])
+    np.testing.assert_allclose(found.pop("risk_coverage").y, wanted.pop("risk_coverage").y, rtol=1e-6)
+    assert {k: float(v) for k, v in found.items()} == pytest.approx({k: float(v) for k, v in wanted.items()})
+    assert float(found["accuracy"]) == pytest.approx((logits.argmax(1) == labels)[hidden >= 0].mean())
