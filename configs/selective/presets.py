@@ -27,6 +27,18 @@ own = SelectiveStudy(
 """effjax compare selective --data photos/ (= selective:own). Your images as they are, three seeds, every arm; a fifth
 of the training images is held out for thresholds at joint errors of 5, 10 and 20 %. Without --data: 8 x 8 digits."""
 
+online = SelectiveStudy(
+    budget=Budget(8, "epochs"),
+    seeds=(0, 1, 2),
+    train_rows=6000,
+    stream_rounds=3000,
+    arms=("ce", "osp-1", "osp-10", "osp-30"),
+)
+"""effjax compare selective:online. Two CPU cores, about a minute. As cpu, and then 3,000 test images are played as a
+stream: the learner chooses among 20 thresholds of the arm's network and sees a label only where it abstains. Expect
+fewer mistakes and more abstentions the less it tolerates, and few abstentions beyond the best threshold in hindsight.
+"""
+
 cifar10 = SelectiveStudy(
     tasks=("cifar10/pretrained-resnet20",),
     pool=1,

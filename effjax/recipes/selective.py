@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from effjax.core.errors import Count, Fraction, NoEffectWarning, NotNegative, Positive, Share
+from effjax.core.errors import Count, Fraction, NoEffectWarning, NotNegative, Positive, Rate, Share
 from effjax.core.shapes import pad_to
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet, load
@@ -35,6 +35,7 @@ from effjax.models.mlp import MLP
 from effjax.models.resnet import pretrained_resnet
 from effjax.recipes.images import named_image_task
 from effjax.recipes.spec import Arm, Claim, CurveText, Group, Role, StudyConfig
+from effjax.recipes.streams import STREAM_CURVES, check_rounds, stream_measures
 from effjax.tasks.image import image_task, standardised, unit_images
 from effjax.tasks.task import Metric, Task
 from effjax.train.loaders import column_loader
@@ -100,9 +101,15 @@ class SelectiveStudy(StudyConfig):
     """Joint errors at which coverages are reported."""
     delta: Share = 0.05
     """Most probability that a certified threshold exceeds its target."""
+    stream_rounds: Count | None = None
+    """Test images that the online learner plays, seeing labels only where it abstains; no stream when None."""
+    tolerances: tuple[Rate, ...] = (0.0, 0.005, 0.01, 0.02, 0.05)
+    """Rates of observed mistakes that the online learner tolerates in a threshold, ascending."""
 
     def __post_init__(self):
         super().__post_init__()
+        if list(self.tolerances) != sorted(set(self.tolerances)) or len(self.tolerances) < 2:
+            raise ValueError(f"tolerances={self.tolerances} must be two or more rates in ascending order.")
         if self.calibration_rows is not None:
             self.check_calibration(self.calibration_rows)
 
@@ -159,7 +166,7 @@ def groups(config: SelectiveStudy) -> list[Group]:
             METRIC,
             functools.partial(_load, config, name),
             list(_arms(config)),
-            curves=CURVES,
+            curves=CURVES if config.stream_rounds is None else CURVES | STREAM_CURVES,
         )
         for name in config.tasks
     ]
@@ -231,6 +238,7 @@ def _load(config: SelectiveStudy, name: str) -> _Shared:
     calibration = parts.pop("held")
     data = dataclasses.replace(data, splits={**data.splits, **parts})
     wider = functools.cache(functools.partial(_task, config, data, model))
+    check_rounds(config.stream_rounds or 0, wider(0).test["label"])
     return _Shared(wider(0), wider, calibration)
 
 
@@ -446,6 +454,8 @@ def _judged(
         found |= _certified(
             config, (held[:, :classes], shared.calibration["label"]), (test[:, :classes], task.test["label"])
         )
+        if config.stream_rounds is not None:
+            found |= stream_measures(test[:, :classes], task.test["label"], config.stream_rounds, config.tolerances)
         if own is not None:
             errors, where = prediction_errors(test[:, :classes], task.test["label"])
             selector = own(jnp.asarray(test))

@@ -11,7 +11,6 @@ from effjax.recipes.spec import CurveText
 from effjax.study.axes import COLOURS, plain_axis
 from effjax.train.program import Curve
 
-COLUMNS = 3  # panels in one row
 NUMBERED = 14  # curves of a panel that get their arm's number
 
 
@@ -123,13 +122,17 @@ def about_curves(results: Mapping[str, Any], group: str) -> Iterator[str]:
 
 def panel_rows(texts: Mapping[str, Any]) -> int:
     """Rows of panels."""
-    return math.ceil(len(texts) / COLUMNS)
+    return math.ceil(len(texts) / _columns(texts)) if texts else 0
+
+
+def _columns(texts: Mapping[str, Any]) -> int:
+    """Panels in a row: three, but four panels are two rows of two."""
+    return 2 if len(texts) == 4 else min(len(texts), 3)
 
 
 def curve_panels(part: Any, texts: Mapping[str, Any], arms: Mapping[str, Any], numbers: Mapping[str, int]) -> None:
     """Draw one panel for each curve into a subfigure."""
-    columns = min(len(texts), COLUMNS)
-    panels = part.subplots(panel_rows(texts), columns, squeeze=False).ravel()
+    panels = part.subplots(panel_rows(texts), _columns(texts), squeeze=False).ravel()
     for panel, (name, text) in zip(panels, texts.items(), strict=False):
         lines = {arm: arms[arm]["curves"][name] for arm in numbers if name in _own_curves(arms[arm])}
         _panel(panel, text, lines, arms, numbers)

@@ -12,6 +12,7 @@ from effjax.models.resnet import ResNet
 from effjax.recipes import selective as recipe
 from effjax.recipes.selective import CURVES, SelectiveStudy, groups
 from effjax.recipes.spec import OwnData
+from effjax.recipes.streams import stream_measures
 from effjax.study.resolve import resolve
 from effjax.tasks.image import image_task, standardised, unit_images
 from effjax.train.options import Budget
@@ -166,3 +167,32 @@ def test_rows_without_a_label_count_in_no_measure():
     np.testing.assert_allclose(found.pop("risk_coverage").y, wanted.pop("risk_coverage").y, rtol=1e-6)
     assert {k: float(v) for k, v in found.items()} == pytest.approx({k: float(v) for k, v in wanted.items()})
     assert float(found["accuracy"]) == pytest.approx((logits.argmax(1) == labels)[hidden >= 0].mean())
+
+
+def test_a_stream_is_played_by_thresholds_of_the_network():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 700)
+    logits = (rng.exponential(2.0, (700, 1)) * np.eye(4)[labels] + rng.normal(size=(700, 4))).astype(np.float32)
+    found = stream_measures(logits, labels, 600, (0.0, 0.3))
+    mistakes, abstentions = (np.asarray(found[f"stream_{name}"].y) for name in ("mistakes", "abstentions"))
+    excess = np.asarray(found["stream_excess"].y)
+    # One learner answers less and errs less; the other tolerates every threshold and plays the lowest ones.
+    wrong = 1000 * (logits.argmax(1) != labels).mean()
+    assert mistakes[0] < 0.5 * mistakes[1] < mistakes[1] < wrong
+    assert abstentions[0] > 1.5 * abstentions[1]
+    assert (mistakes + abstentions <= 1000).all()
+    # The regret to the best threshold is within the bound of a learner that one threshold would suffice.
+    assert np.nanmax(np.abs(excess)) <= 1000 * 3 * np.sqrt(600 * np.log(20)) / 600
+    assert 0 < found["stream_rivals"] <= 1
+    hidden = np.append(labels, [-1] * 9)
+    again = stream_measures(np.append(logits, logits[:9], 0), hidden, 600, (0.0, 0.3))
+    np.testing.assert_array_equal(again["stream_mistakes"].y, mistakes)
+
+
+def test_a_stream_longer_than_the_test_images_is_refused_before_training():
+    with pytest.raises(ValueError, match="stream_rounds=100000, but 360 test images have a label"):
+        groups(dataclasses.replace(STUDY, stream_rounds=100_000))[0].load()
+    for tolerances in ((0.1,), (0.1, 0.0), (0.0, 0.0)):
+        with pytest.raises(ValueError, match="must be two or more rates in ascending order"):
+            dataclasses.replace(STUDY, tolerances=tolerances)
+    assert set(groups(dataclasses.replace(STUDY, stream_rounds=10))[0].curves) > set(CURVES)

@@ -405,6 +405,13 @@ MUTATIONS = (
         "accuracy = 1 - errors.sum() / errors.size",
         ("hardness/test_selective_study.py",),
     ),
+    Mutation(
+        "stream-plays-unknown-labels",
+        "skipped mask",
+        "known = np.flatnonzero(np.asarray(labels) >= 0)",
+        "known = np.arange(len(labels))",
+        ("hardness/test_selective_study.py",),
+    ),
     # curves of studies
     Mutation(
         "curve-of-the-first-seed",

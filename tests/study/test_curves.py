@@ -179,7 +179,7 @@ def test_a_curve_that_no_group_names_has_its_own_name_and_a_name_without_curve_n
 def test_more_panels_than_one_row_holds():
     found = drawn(("a", "b"))
     line = found["arms"]["g/a"]["curves"]["risk"]
-    names = [f"c{i}" for i in range(4)]
+    names = [f"c{i}" for i in range(5)]
     found["arms"]["g/a"]["curves"] = dict.fromkeys(names, line)
     found["curves"]["g"] = {name: CurveText(name, "x", "y")._asdict() for name in names}
     found["arms"]["g/b"].pop("curves")
