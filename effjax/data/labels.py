@@ -30,7 +30,8 @@ def read_labels(table: Table, name: str, classes: Sequence[str] | None = None) -
       classes: the names of the training rows' classes, in order; others are refused.
 
     Raises:
-      ValueError: values are missing, are numbers with a fraction, lie beyond int32, or are of one class only.
+      ValueError: values are missing, are numbers with a fraction, lie beyond int32, are -1 beside 0, 1,
+        2, ..., or are of one class only.
     """
     where = f"label={name!r} of {table.where}"
     column = table.columns[name]
@@ -67,10 +68,9 @@ def read_labels(table: Table, name: str, classes: Sequence[str] | None = None) -
 def _class_values(where: str, column: Column) -> list[str]:
     """Every label as the name of its class."""
     if isinstance(column, np.ndarray) and column.ndim != 1:
-        raise ValueError(
-            f"{where}: has shape {column.shape}; expected one label per row. One-hot labels become numbers by "
-            "argmax(1); labels per token or per step are not read."
-        )
+        one_hot = "One-hot labels become numbers by argmax(1); labels per token or per step are not read."
+        way = "Give its column 0." if column.shape[1:] == (1,) else one_hot
+        raise ValueError(f"{where}: has shape {column.shape}; expected one label per row. {way}")
     if isinstance(column, np.ndarray) and column.dtype.kind == "b":
         return [str(value).lower() for value in column.tolist()]
     if isinstance(column, list) and (
@@ -99,7 +99,15 @@ def _class_values(where: str, column: Column) -> list[str]:
             f"{where}: runs from {found.min()} to {found.max()}, beyond int32. Numbers of that size are ids or "
             "hashes; write classes as texts or as 0, 1, ..."
         )
-    return [str(value) for value in found.astype(np.int64).tolist()]
+    whole = found.astype(np.int64)
+    # -1, 0, 1 may be three classes, as -1, 1 may be two.
+    classes = np.unique(whole)
+    if len(classes) > 3 and np.array_equal(classes, np.arange(-1, len(classes) - 1)):
+        raise ValueError(
+            f"{where}: {rows_text(np.flatnonzero(whole == -1).tolist())} with -1, which beside the classes 0 to "
+            f"{classes[-1]} means unknown. Remove them; if -1 is a class, give the classes names."
+        )
+    return [str(value) for value in whole.tolist()]
 
 
 def name_of(where: str) -> str:

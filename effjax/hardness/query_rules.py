@@ -120,7 +120,8 @@ def keep_least(need: Float[Array | np.ndarray, "rows"], coverage: float) -> Bool
     rows = need.shape[0]
     count = math.ceil(coverage * rows - 1e-9)
     order = jnp.argsort(need, stable=True)
-    return jnp.zeros(rows, bool).at[order[:count]].set(True)
+    # The count is a number, not a shape: every coverage runs one program.
+    return jnp.zeros(rows, bool).at[order].set(jnp.arange(rows) < count)
 
 
 def coverage_interval(kept: int, rows: int, *, confidence: float = 0.95) -> tuple[float, float]:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-import re
+import math
+import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from effjax.core.errors import Count, Limits, Positive
+from effjax.core.errors import Count, Limits, NoEffectWarning, Positive
+from effjax.core.macs import count_macs
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet, load
 from effjax.hardness.cascades import confidence_need
@@ -30,21 +32,28 @@ from effjax.hardness.hybrid import (
     hybrid_next,
     hybrid_step,
 )
-from effjax.hardness.query_rules import hybrid_curve, hybrid_score, query_threshold
+from effjax.hardness.query_rules import HybridCost, hybrid_curve, hybrid_score, query_threshold
 from effjax.hardness.router import Router, router_need
-from effjax.models.mlp import MLP
 from effjax.models.resnet import SIZES, pretrained_resnet
-from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig
-from effjax.tasks.image import image_task, standardised, unit_images
+from effjax.recipes.images import check_model, named_image_task
+from effjax.recipes.spec import Arm, Claim, CurveText, Group, Role, StudyConfig
+from effjax.tasks.image import standardised, unit_images
 from effjax.tasks.task import Metric, Task
 from effjax.train.loop import fit
 from effjax.train.options import TrainOptions
-from effjax.train.program import Loader, Phase, Program
+from effjax.train.program import Curve, Loader, Phase, Program
 from effjax.train.trainer import check_options, supervised
 
 PyTree = Any
 MODALITY, OWN_MODEL = "image", "mlp-64"
 METRIC = Metric("accuracy", "max", "test accuracy at the coverage")
+CURVES = {
+    "accuracy_coverage": CurveText("Accuracy and coverage", "coverage (share that the base model answers)", "accuracy"),
+    "accuracy_cost": CurveText(
+        "Accuracy and cost", "mean multiply-adds per row, router included (expert alone = 1)", "accuracy"
+    ),
+}
+GRID = np.linspace(0.0, 1.0, 21)
 Open = Annotated[float, Limits(low=0, high=1, open_low=True, open_high=True)]
 Need = Callable[[Any, HybridExamples], jax.Array]
 
@@ -86,6 +95,8 @@ class HybridStudy(StudyConfig):
                 f"router_share={self.router_share} and calibration_share={self.calibration_share} leave nothing of "
                 "the data. Give smaller ones."
             )
+        if self.own is not None:
+            check_model("expert", self.expert)
         for task in self.tasks:
             if task.count("/") != (2 if self.own is None else 1):
                 raise ValueError(f"tasks={task!r} must be DATA/BASE/EXPERT, such as 'fashion_mnist/mlp-4/mlp-256'.")
@@ -174,7 +185,7 @@ def groups(config: HybridStudy) -> list[Group]:
             if not (variant.seen and pretrained)  # their training data are not all here
         ]
         name = task.replace("/", "-")
-        found.append(Group(name, METRIC, functools.partial(_load, config, data, base, expert), arms))
+        found.append(Group(name, METRIC, functools.partial(_load, config, data, base, expert), arms, curves=CURVES))
     return found
 
 
@@ -218,18 +229,36 @@ def _load(config: HybridStudy, name: str, base: str, expert: str) -> Pair:
     split = "test" if pretrained else "train"
     parts = _parts(config, data, split)
     rest, held, calibration = parts
+    known, least = (
+        int((calibration["label"] >= 0).sum()),
+        math.ceil(1 / min(config.coverage, 1 - config.coverage) - 1e-9),
+    )
+    if known < least:
+        raise ValueError(
+            f"calibration_share={config.calibration_share} leaves {known} rows for the threshold, and "
+            f"coverage={config.coverage} needs {least}. Give a larger share, or more rows."
+        )
     splits = {**data.splits, split: rest}
-    small, large = (image_task(dataclasses.replace(data, splits=splits), _module(m, data)) for m in (base, expert))
+    parted = dataclasses.replace(data, splits=splits)
+    small, large = (named_image_task(parted, model, config.train) for model in (base, expert))
     if pretrained:
         params = tuple(pretrained_resnet(model)[1] for model in (base, expert))
     else:
         params = tuple(_trained(config, task) for task in (small, large))
+    applied, row = (_apply(small, True), _apply(large, False)), np.asarray(small.test["image"][:1])
+    spent = [count_macs(apply, held, row).most or 0 for apply, held in zip(applied, params, strict=True)]
+    if spent[1] <= spent[0]:
+        warnings.warn(
+            f"expert={expert!r} takes {spent[1]:,} multiply-adds and the base model {base!r} {spent[0]:,}: not asking "
+            "it saves nothing. Give a larger expert, or a smaller base model.",
+            NoEffectWarning,
+            stacklevel=2,
+        )
     pair = lambda columns: (np.asarray(columns["image"]), np.asarray(columns["label"], np.int32))
     source = f"{small.source} A router learns from {len(held['label'])} rows that the networks have not seen."
     return Pair(
         small._replace(name=f"{data.name}/{base}/{expert}", source=source),
-        _apply(small, True),
-        _apply(large, False),
+        *applied,
         (params[0], params[1]),
         None if pretrained else pair(small.train),
         pair(held),
@@ -248,12 +277,6 @@ def _parts(config: HybridStudy, data: DataSet, split: str) -> list[dict[str, np.
     if not len(cuts[0]):
         raise ValueError(f"{data.name}: {rows} rows are too few to be split into three. Give more.")
     return [{name: column[np.sort(cut)] for name, column in columns.items()} for cut in cuts]
-
-
-def _module(name: str, data: DataSet) -> Any:
-    """A module for ``mlp-64``, or the name of a model that ``image_task`` knows."""
-    widths = re.fullmatch(r"mlp((?:-\d+)+)", name)
-    return MLP(tuple(map(int, widths[1][1:].split("-"))), classes=len(data.classes)) if widths else name
 
 
 def _trained(config: HybridStudy, task: Task) -> PyTree:
@@ -319,7 +342,9 @@ def program(study: HybridStudy, variant: Variant, pair: Pair) -> Program:
 
     def evaluate(state: HybridState) -> dict[str, Any]:
         examples = seen(state, "test")
-        return _metrics(study, need(state, examples), state.threshold, examples)
+        needs = need(state, examples)
+        cost = _macs(pair, networks, state, learned=variant.rule is None)
+        return _metrics(study, needs, state.threshold, examples) | _curves(needs, examples, cost)
 
     def infer(variables: PyTree, images: Any) -> jax.Array:
         state = variables["params"]
@@ -356,7 +381,7 @@ class _State(NamedTuple):
     key: Any
 
 
-def _with_features(found: Any) -> tuple[jax.Array, Any]:
+def _with_features(found: Any) -> tuple[Any, Any]:
     return found if isinstance(found, tuple) else (found, None)
 
 
@@ -407,3 +432,29 @@ def _metrics(study: HybridStudy, need: Any, threshold: Any, examples: HybridExam
         "expert": float(right[1][known].mean()),
         "oracle_share": float(np.asarray(examples.oracle)[known].mean()),
     }
+
+
+def _macs(pair: Pair, networks: HybridNetworks, state: HybridState, *, learned: bool) -> HybridCost | None:
+    """Multiply-adds of one row in units of the expert's; a rule counts as none. None where they cannot be counted."""
+    row, params = pair.test[0][:1], state.params
+    logits, features = _with_features(jax.eval_shape(networks.base, params.base, row))
+    base = count_macs(networks.base, params.base, row).most
+    expert = count_macs(pair.expert, params.expert, row).most
+    router = count_macs(router_need(networks.router), params.router, logits, features).most if learned else 0
+    if not expert or base is None or router is None:
+        return None
+    return HybridCost(base / expert, 1.0, router / expert)
+
+
+def _curves(need: Any, examples: HybridExamples, cost: HybridCost | None) -> dict[str, Curve]:
+    """Accuracy against coverage and against cost; the models alone, without a router, are points."""
+    known = np.asarray(examples.known)
+    right = np.asarray(examples.base_correct), np.asarray(examples.expert_correct)
+    accuracy = np.asarray(hybrid_curve(jnp.asarray(need), *right, GRID.tolist(), known=known).accuracy)
+    base, expert = (float(some[known].mean()) for some in right)
+    ends = {"base alone": (1.0, base), "expert alone": (0.0, expert)}
+    found = {"accuracy_coverage": Curve(GRID, accuracy, ends)}
+    if cost is not None:
+        ends = {"base alone": (cost.base, base), "expert alone": (1.0, expert)}
+        found["accuracy_cost"] = Curve(cost.average(GRID)[::-1], accuracy[::-1], ends)
+    return found

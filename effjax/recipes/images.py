@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from effjax.core.errors import near
 from effjax.core.shapes import pad_to
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet
 from effjax.models.mlp import MLP
 from effjax.models.resnet import BasicBlock, ResNet
-from effjax.tasks.image import image_task, standardised
+from effjax.tasks.image import MODELS, image_task, standardised
 from effjax.tasks.task import Task
 
 PyTree = Any
@@ -31,8 +32,8 @@ def named_image_task(data: DataSet, model: str, train: Any, **options: Any) -> T
       train: ``TrainOptions``, for the dtype and remat.
       **options: of ``image_task``.
     """
-    kind, *widths = model.split("-")
-    if not (kind in ("mlp", "resnet") and widths and all(re.fullmatch(r"[1-9]\d*", width) for width in widths)):
+    kind, *widths = check_model("model", model).split("-")
+    if not widths:
         return image_task(data, model, dtype=train.dtype, remat=train.remat, **options)
     sizes = tuple(map(int, widths))
     fields: dict[str, Any] = {"classes": len(data.classes), "dtype": jnp.dtype(train.dtype), "remat": train.remat}
@@ -42,6 +43,21 @@ def named_image_task(data: DataSet, model: str, train: Any, **options: Any) -> T
         block = functools.partial(BasicBlock, shortcut="project")
         module = ResNet(stages=(1,) * len(sizes), widths=sizes, block=block, **fields)
     return image_task(data, module, **options)._replace(name=f"{data.name}/{model}")
+
+
+def check_model(argument: str, name: str) -> str:
+    """Return the name of a model of images if there is one, or widths such as ``mlp-64``; else raise ``ValueError``.
+
+    Example:
+      >>> check_model("expert", "mlp-64-32")
+      'mlp-64-32'
+    """
+    if name in MODELS or re.fullmatch(r"(mlp|resnet)(-[1-9]\d*)+", name):
+        return name
+    listed = ", ".join(map(repr, MODELS))
+    raise ValueError(
+        f"{argument}={name!r} is not one of {listed}, nor has it widths, as mlp-64 or resnet-8-16.{near(name, MODELS)}"
+    )
 
 
 def logits_of(task: Task) -> Logits:

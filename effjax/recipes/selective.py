@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-import re
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from effjax.core.errors import Count, Fraction, NoEffectWarning, NotNegative, Positive, Share
+from effjax.core.errors import Count, Fraction, NoEffectWarning, NotNegative, Positive, Rate, Share
 from effjax.core.shapes import pad_to
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet, load
@@ -22,20 +22,37 @@ from effjax.hardness.abstention_losses import gamblers_loss, sat_init, sat_loss,
 from effjax.hardness.confidence import confidence_score, prediction_errors
 from effjax.hardness.osp import osp_loss, osp_terms
 from effjax.hardness.osp_saddle import OspSaddle, OspSaddleConfig, osp_saddle_init, osp_saddle_step
-from effjax.hardness.risk_coverage import augrc, aurc, coverage_at_joint_error, excess_aurc
+from effjax.hardness.risk_coverage import (
+    augrc,
+    aurc,
+    coverage_at_joint_error,
+    excess_aurc,
+    selective_risk_at_coverage,
+)
 from effjax.hardness.selective import selective
 from effjax.hardness.thresholds import calibration_examples
 from effjax.models.mlp import MLP
-from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig
+from effjax.models.resnet import pretrained_resnet
+from effjax.recipes.images import named_image_task
+from effjax.recipes.spec import Arm, Claim, CurveText, Group, Role, StudyConfig
+from effjax.recipes.streams import STREAM_CURVES, check_rounds, stream_measures
 from effjax.tasks.image import image_task, standardised, unit_images
 from effjax.tasks.task import Metric, Task
 from effjax.train.loaders import column_loader
-from effjax.train.program import Loader, Phase, Program
+from effjax.train.program import Curve, Loader, Phase, Program
 from effjax.train.trainer import TrainState, check_options, supervised
 
 PyTree = Any
-MODALITY, METRIC = "image", Metric("aurc", "min", "test AURC")
+MODALITY, OWN_PRESET = "image", "own"
+METRIC = Metric("aurc", "min", "test AURC")
 EVAL_BATCH = 256
+_AXES = ("coverage (share that is answered)", "selective risk (wrong share of the answered)")
+CURVES = {
+    "risk_coverage": CurveText("Ranked by the largest probability", *_AXES),
+    "own_risk_coverage": CurveText("Ranked by the arm's own selector", *_AXES),
+}
+PRETRAINED, LINEAR = "pretrained-", "linear"
+COVERAGES = np.linspace(0.05, 1.0, 20)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,13 +60,15 @@ class SelectiveStudy(StudyConfig):
     """Config of the selective study."""
 
     tasks: tuple[str, ...] = ("fashion_mnist/mlp-64",)
-    """Data set and model: fashion_mnist/mlp-64 (one hidden layer of 64), cifar10/resnet20, ..."""
+    """Data set and model: fashion_mnist/mlp-64 (one hidden layer of 64), cifar10/resnet20, ...; pretrained-resnet20
+    trains a linear layer on the features of that network, and holds out test images, as it has seen the others."""
     pool: Count = 2
     """Pixels along each side that are averaged to one."""
     train_rows: Count | None = None
     """Images trained on; all that are not held out when None."""
-    calibration_rows: Count = 4000
-    """Training images held out for the thresholds; no arm trains on them."""
+    calibration_rows: Count | None = 4000
+    """Training images (with pretrained networks test images) held out for the thresholds; no arm trains on them. A
+    fifth of them when None."""
     test_rows: Count | None = None
     """Test images used; all when None."""
     batch_size: Count = 128
@@ -82,16 +101,34 @@ class SelectiveStudy(StudyConfig):
     """Joint errors at which coverages are reported."""
     delta: Share = 0.05
     """Most probability that a certified threshold exceeds its target."""
+    stream_rounds: Count | None = None
+    """Test images that the online learner plays, seeing labels only where it abstains; no stream when None."""
+    tolerances: tuple[Rate, ...] = (0.0, 0.005, 0.01, 0.02, 0.05)
+    """Rates of observed mistakes that the online learner tolerates in a threshold, ascending."""
 
     def __post_init__(self):
         super().__post_init__()
+        if list(self.tolerances) != sorted(set(self.tolerances)) or len(self.tolerances) < 2:
+            raise ValueError(f"tolerances={self.tolerances} must be two or more rates in ascending order.")
+        if self.calibration_rows is not None:
+            self.check_calibration(self.calibration_rows)
+
+    def check_calibration(self, rows: int) -> None:
+        """Refuse to hold out fewer rows than the least joint error needs."""
+        needs = {error: self.needed(error) for error in self.joint_errors}
         least = min(self.joint_errors)
-        needed = calibration_examples(least, delta=self.delta, measure="joint_error")
-        if self.calibration_rows < needed:
-            raise ValueError(
-                f"calibration_rows={self.calibration_rows} cannot certify joint_errors of {least:g} with "
-                f"delta={self.delta:g}: {needed} are needed at least."
-            )
+        if rows >= needs[least]:
+            return
+        within = [f"{error:g}" for error, needed in sorted(needs.items()) if needed <= rows]
+        other = f"{' '.join(within)}" if within else f"{math.ceil(100 * (1 - self.delta ** (1 / rows))) / 100:g}"
+        raise ValueError(
+            f"calibration_rows={rows} cannot certify joint_errors of {least:g} with delta={self.delta:g}: "
+            f"{needs[least]} are needed at least. Hold out more, or give joint_errors={other}."
+        )
+
+    def needed(self, error: float) -> int:
+        """The least rows that a joint error needs."""
+        return calibration_examples(error, delta=self.delta, measure="joint_error")
 
 
 def claims(config: SelectiveStudy) -> dict[str, tuple[Claim, ...]]:
@@ -124,7 +161,13 @@ def claims(config: SelectiveStudy) -> dict[str, tuple[Claim, ...]]:
 def groups(config: SelectiveStudy) -> list[Group]:
     """Every task."""
     return [
-        Group(name.replace("/", "-"), METRIC, functools.partial(_load, config, name), list(_arms(config)))
+        Group(
+            name.replace("/", "-"),
+            METRIC,
+            functools.partial(_load, config, name),
+            list(_arms(config)),
+            curves=CURVES if config.stream_rounds is None else CURVES | STREAM_CURVES,
+        )
         for name in config.tasks
     ]
 
@@ -168,35 +211,62 @@ class _Shared(NamedTuple):
 
 def _load(config: SelectiveStudy, name: str) -> _Shared:
     data, _, model = name.partition("/")
+    network = model.removeprefix(PRETRAINED) if config.own is None and model.startswith(PRETRAINED) else None
+    # The training images are what pretrained networks have seen: thresholds need others.
+    split = "test" if network else "train"
     data, model = config.data(data, MODALITY), config.model(model)
     data = load(data) if isinstance(data, str) else data
-    data = dataclasses.replace(
-        data, splits={split: _pooled(data.splits[split], config.pool) for split in ("train", "test")}
-    )
-    columns = data.splits["train"]
-    rows = len(columns["label"])
-    if config.calibration_rows >= rows:
+    if network and (config.pool > 1 or data.name != "cifar10"):
         raise ValueError(
-            f"calibration_rows={config.calibration_rows} leaves none of the {rows} training images to train on. Hold "
-            "out fewer."
+            f"tasks={name!r} with pool={config.pool}: the pretrained networks take the images of cifar10 with pool=1."
         )
-    held = fixed_rows("calibration_rows", config.calibration_rows, rows)
-    rest = np.setdiff1d(np.arange(rows), held)
-    rest = rest[fixed_rows("train_rows", config.train_rows, len(rest))]
-    part = lambda chosen: {column: np.asarray(values)[chosen] for column, values in columns.items()}
-    data = dataclasses.replace(data, splits={**data.splits, "train": part(rest)})
+    parts = {part: _pooled(data.splits[part], config.pool) for part in ("train", "test")}
+    rows = len(parts[split]["label"])
+    count = max(1, round(rows / 5)) if config.calibration_rows is None else config.calibration_rows
+    if count >= rows:
+        of = "training images to train on" if split == "train" else "test images to report on"
+        raise ValueError(f"calibration_rows={count} leaves none of the {rows} {of}. Hold out fewer.")
+    config.check_calibration(count)
+    held = fixed_rows("calibration_rows", count, rows)
+    parts["held"] = _rows(parts[split], held)
+    parts[split] = _rows(parts[split], np.setdiff1d(np.arange(rows), held))
+    parts["train"] = _rows(parts["train"], fixed_rows("train_rows", config.train_rows, len(parts["train"]["label"])))
+    if network:
+        features = _features(data, network)
+        parts = {part: {**columns, "image": features(columns["image"])} for part, columns in parts.items()}
+        data, model = dataclasses.replace(data, name=f"{data.name} by {network}"), LINEAR
+    calibration = parts.pop("held")
+    data = dataclasses.replace(data, splits={**data.splits, **parts})
     wider = functools.cache(functools.partial(_task, config, data, model))
-    return _Shared(wider(0), wider, part(held))
+    check_rounds(config.stream_rounds or 0, wider(0).test["label"])
+    return _Shared(wider(0), wider, calibration)
 
 
-def _task(config: SelectiveStudy, data: DataSet, model: Any, more: int) -> Task:
+def _rows(columns: Mapping[str, Any], chosen: np.ndarray) -> dict[str, np.ndarray]:
+    return {column: np.asarray(values)[chosen] for column, values in columns.items()}
+
+
+def _features(data: DataSet, network: str) -> Callable[[np.ndarray], np.ndarray]:
+    """``images -> [rows, 1, 1, features]``, as a pretrained network's last layer has them."""
+    module, variables = pretrained_resnet(network)
+    details = image_task(data, network, test_rows=1, train_rows=1).details
+
+    @jax.jit
+    def last(images: jax.Array) -> jax.Array:
+        x = standardised(unit_images(images), details)
+        return list(module.apply(variables, x, train=False, capture=True)[1].values())[-1]
+
+    return lambda images: _in_batches(last, images)[:, None, None, :]
+
+
+def _task(config: SelectiveStudy, data: DataSet, model: str, more: int) -> Task:
     wide_data = dataclasses.replace(data, classes=(*data.classes, *(f"output {i}" for i in range(more))))
-    made: dict[str, Any] = {"dtype": config.train.dtype, "remat": config.train.remat}
-    if isinstance(model, str) and (width := re.fullmatch(r"mlp-(\d+)", model)):
-        dtype = jnp.dtype(config.train.dtype)
-        model = MLP((int(width[1]),), classes=len(wide_data.classes), dtype=dtype, remat=config.train.remat)
-        made = {}
-    task = image_task(wide_data, model, test_rows=config.test_rows, eval_batch=EVAL_BATCH, **made)
+    options = {"test_rows": config.test_rows, "eval_batch": EVAL_BATCH}
+    if model == LINEAR:
+        module = MLP((), classes=len(wide_data.classes), dtype=jnp.dtype(config.train.dtype))
+        task = image_task(wide_data, module, **options)
+    else:
+        task = named_image_task(wide_data, model, config.train, **options)
     train = {**task.train, "index": np.arange(len(task.train["label"]), dtype=np.int32)}
     return task._replace(metric=METRIC, train=train, classes=len(data.classes))
 
@@ -376,18 +446,22 @@ def _judged(
     classes = _classes(task)
     outputs = jax.jit(lambda variables, images: task.infer(_network(variables), images))
 
-    def evaluate(state: PyTree) -> dict[str, float]:
+    def evaluate(state: PyTree) -> dict[str, Any]:
         variables = program.params(state)
-        test = _all_outputs(outputs, variables, task.test["image"])
-        held = _all_outputs(outputs, variables, shared.calibration["image"])
+        of = functools.partial(outputs, variables)
+        test, held = _in_batches(of, task.test["image"]), _in_batches(of, shared.calibration["image"])
         found = _measures(config, test[:, :classes], task.test["label"])
         found |= _certified(
             config, (held[:, :classes], shared.calibration["label"]), (test[:, :classes], task.test["label"])
         )
+        if config.stream_rounds is not None:
+            found |= stream_measures(test[:, :classes], task.test["label"], config.stream_rounds, config.tolerances)
         if own is not None:
             errors, where = prediction_errors(test[:, :classes], task.test["label"])
-            found["aurc_own"] = aurc(own(jnp.asarray(test)), errors, where=where)
-        return {name: float(value) for name, value in found.items()}
+            selector = own(jnp.asarray(test))
+            found |= {"aurc_own": _ranking(selector, errors, where, targets=())["aurc"]}
+            found |= {"own_risk_coverage": _risk_coverage(selector, errors, where)}
+        return found
 
     plain = shared.task._replace(infer=lambda variables, images: task.infer(_network(variables), images)[:, :classes])
     return program._replace(task=plain, evaluate=evaluate)
@@ -397,10 +471,9 @@ def _network(variables: PyTree) -> PyTree:
     return {name: leaf for name, leaf in variables.items() if name != "selective"}
 
 
-def _all_outputs(outputs: Callable[..., jax.Array], variables: PyTree, images: np.ndarray) -> np.ndarray:
-    parts = [
-        outputs(variables, pad_to(images[at : at + EVAL_BATCH], EVAL_BATCH)) for at in range(0, len(images), EVAL_BATCH)
-    ]
+def _in_batches(function: Callable[[Any], jax.Array], images: np.ndarray) -> np.ndarray:
+    starts = range(0, len(images), EVAL_BATCH)
+    parts = [function(pad_to(images[at : at + EVAL_BATCH], EVAL_BATCH)) for at in starts]
     return np.concatenate(jax.device_get(parts))[: len(images)]
 
 
@@ -408,11 +481,29 @@ def _measures(config: SelectiveStudy, logits: np.ndarray, labels: np.ndarray) ->
     """What the ranking of the test images is worth."""
     errors, where = prediction_errors(logits, labels)
     confidence = confidence_score(logits)
-    found = {"accuracy": 1 - errors.mean(), "aurc": aurc(confidence, errors, where=where)}
-    found |= {"eaurc": excess_aurc(confidence, errors, where=where), "augrc": augrc(confidence, errors, where=where)}
-    for target in config.joint_errors:
-        found[f"coverage_{target:g}"] = coverage_at_joint_error(confidence, errors, target, where=where)
-    return found
+    found = _ranking(confidence, errors, where, targets=tuple(map(float, config.joint_errors)))
+    accuracy = 1 - (errors & where).sum() / where.sum()  # of known labels
+    return {"accuracy": accuracy, **found, "risk_coverage": _risk_coverage(confidence, errors, where)}
+
+
+@functools.partial(jax.jit, static_argnames="targets")
+def _ranking(
+    confidence: jax.Array, errors: jax.Array, where: jax.Array, *, targets: tuple[float, ...]
+) -> dict[str, jax.Array]:
+    measures = {"aurc": aurc, "eaurc": excess_aurc, "augrc": augrc}
+    found = {name: measure(confidence, errors, where=where) for name, measure in measures.items()}
+    at = lambda target: coverage_at_joint_error(confidence, errors, target, where=where)
+    return found | {f"coverage_{target:g}": at(target) for target in targets}
+
+
+@jax.jit
+def _risks(confidence: jax.Array, errors: jax.Array, where: jax.Array) -> jax.Array:
+    risk = lambda coverage: selective_risk_at_coverage(confidence, errors, coverage, where=where)
+    return jax.vmap(risk)(jnp.asarray(COVERAGES, jnp.float32))
+
+
+def _risk_coverage(confidence: jax.Array, errors: jax.Array, where: jax.Array) -> Curve:
+    return Curve(COVERAGES, jax.device_get(_risks(confidence, errors, where)))
 
 
 def _certified(config: SelectiveStudy, held: tuple[Any, Any], test: tuple[Any, Any]) -> dict[str, Any]:

@@ -50,6 +50,20 @@ class Sweep(NamedTuple):
         return fnmatch.fnmatchcase(name, self.members)
 
 
+class CurveText(NamedTuple):
+    """What a curve of ``Program.evaluate`` shows: the words of its panel in the picture and of the report.
+
+    Attributes:
+      title: of the panel.
+      x: label of the axis.
+      y: label of the axis.
+    """
+
+    title: str
+    x: str
+    y: str
+
+
 class Group(NamedTuple):
     """Arms that are compared with each other: one table, one panel of the plot.
 
@@ -60,6 +74,7 @@ class Group(NamedTuple):
         once for all arms.
       arms: in the order of the report.
       sweeps: by name.
+      curves: that arms may give, by name; one panel of the plot each.
     """
 
     name: str
@@ -67,6 +82,7 @@ class Group(NamedTuple):
     load: Callable[[], Any]
     arms: Sequence[Arm]
     sweeps: Mapping[str, Sweep] = MappingProxyType({})
+    curves: Mapping[str, CurveText] = MappingProxyType({})
 
 
 class Claim(NamedTuple):

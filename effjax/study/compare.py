@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import time
 import zlib
@@ -15,6 +16,7 @@ import jax
 from effjax.recipes.spec import Claim
 from effjax.study.books import NUMBER, read_json_checked
 from effjax.study.claims import decide, was_trained
+from effjax.study.curves import curve_json, curve_texts
 from effjax.study.lock import FolderLock
 from effjax.study.metering import measure
 from effjax.study.own import own_study
@@ -289,10 +291,16 @@ class _Comparison:
         kinds = {"status": str, "metrics": dict, "train_s": NUMBER, "evaluate_s": NUMBER, "compiles": int}
         way_out = f"Delete {path.parent} to train this seed again."
         run = read_json_checked(path, {**kinds, "identity": dict}, way_out)
+        if "curves" in run:
+            read_json_checked(path, {"curves": dict}, way_out)
+            shape = {curve: {"x": list, "y": list} for curve in run["curves"]}
+            read_json_checked(path, {"curves": shape}, way_out)
         difference = describe_difference(run.pop("identity"), self._arm_identity(name, seed))
         if difference:
             raise ValueError(f"{path} is of another run:\n{difference}\n{way_out}")
-        return run
+        # NaN is written as null.
+        metrics = {metric: math.nan if found is None else found for metric, found in run["metrics"].items()}
+        return {**run, "metrics": metrics}
 
     def _arm_identity(self, name: str, seed: int) -> dict[str, Any]:
         return {"arm": name, "seed": seed, **self._identity()}
@@ -323,16 +331,16 @@ class _Comparison:
             if evaluation not in self.evaluated:  # arms share it, and its compilation is no cost of the first of them
                 program.judged(result.state)
                 self.evaluated.add(evaluation)
-            run = self._judge(program, result)
+            run = self._judge(name, program, result)
         run["compiles"] = prepared.compiles
         if self.first:
             write_json(folder / "done.json", {**run, "identity": self._arm_identity(name, seed)})
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return run
 
-    def _judge(self, program: Program, result: FitResult) -> dict[str, Any]:
+    def _judge(self, name: str, program: Program, result: FitResult) -> dict[str, Any]:
         start = time.perf_counter()
-        metrics = program.judged(result.state)
+        metrics, curves = program.measured(result.state)
         run: dict[str, Any] = {
             "status": "ok",
             "metrics": {**result.train, **metrics},
@@ -342,6 +350,8 @@ class _Comparison:
             "skipped": result.skipped,
             "fingerprint": fingerprint(program.params(result.state)),
         }
+        if curves:
+            run["curves"] = {found: curve_json(name, found, curve) for found, curve in curves.items()}
         if self.study.config.train.evaluate_steps:
             run["curve"] = _curve(result, {"step": result.steps, "train_s": result.train_s, **metrics})
         return run
@@ -359,7 +369,7 @@ class _Comparison:
             names = self._names(group)
             for name, arm in zip(names, group.arms, strict=True):
                 about = {"group": group.name, "label": arm.label or arm.name, "role": arm.role}
-                arms[name] = arm_result(runs[name], costs[name]) | about
+                arms[name] = arm_result(runs[name], costs[name], name) | about
             for sweep_name, sweep in group.sweeps.items():
                 members = [name for name in names if sweep.matches(name.removeprefix(f"{group.name}/"))]
                 best = sweep_result(members, arms, group.metric.name, group.metric.goal)
@@ -367,6 +377,9 @@ class _Comparison:
                 arms[f"{group.name}/{sweep_name}"] = best | about
             idle += idle_arms({name: [run.get("fingerprint") for run in runs[name]] for name in names})
         metrics = study.metrics
+        in_group = lambda group: {name: arm for name, arm in arms.items() if arm["group"] == group.name}
+        texts = {group.name: curve_texts(group.curves, in_group(group)) for group in self.groups}
+        texts = {group: found for group, found in texts.items() if found}
         return {
             "schema": SCHEMA,
             "study": study.stem,
@@ -376,6 +389,7 @@ class _Comparison:
             "config": study.config_dict,
             "groups": metrics,
             "arms": arms,
+            **({"curves": texts} if texts else {}),
             "claims": decide(study.claims, arms, metrics, timed=False),
             "cost_claims": decide(study.claims, arms, metrics, timed=True),
             "idle": idle,

@@ -150,7 +150,7 @@ def with_own(config: Any, recipe: Any, own: OwnData, stem: str = "this study") -
 
 def with_all_rows(config: Any) -> StudyConfig:
     """A preset without its numbers of rows, which were chosen for its own data."""
-    names = [name for name in ("train_rows", "test_rows") if hasattr(config, name)]
+    names = [name for name in ("train_rows", "test_rows", "calibration_rows") if hasattr(config, name)]
     return dataclasses.replace(config, **dict.fromkeys(names))
 
 

@@ -1,4 +1,4 @@
-"""report.png: per group quality against total seconds, training seconds and memory; the arms' names; the curves."""
+"""report.png: per group quality against total seconds, training seconds and memory; the arms' names; losses; curves."""
 
 import io
 import math
@@ -8,22 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from effjax.study.advice import chosen, members, ranked, spread
+from effjax.study.axes import COLOURS, plain_axis
 from effjax.study.claims import value
+from effjax.study.curves import curve_panels, curves_in, panel_rows
 from effjax.study.frontier import pareto
 from effjax.train.logging import write_bytes
 
-COLOURS = {
-    "method": "#c0392b",
-    "baseline": "#566164",
-    "alternative": "#2471a3",
-    "control": "#a57c00",
-    "sweep": "#1e8449",
-}
 MARKERS = {"method": "D", "baseline": "o", "alternative": "s", "control": "^", "sweep": "P"}
 NUMBER_HEIGHT, MARK = 13, 5  # pixels
 NEAR = 8  # pixels within which points share one label
 LISTED = 14  # names per column
 QUALITY = 4.2  # inches, the height of the panels of quality
+PANEL = 3.8  # inches, of a row of curves
 FAR = 3.0  # medians of the distances from the best, beyond which an arm lies outside the frame
 
 
@@ -71,7 +67,8 @@ def figure(results: Mapping[str, Any], curves: Mapping[str, Any]):
 
     groups = {group: members(results, group) for group in results["groups"]}
     groups = {group: arms for group, arms in groups.items() if arms}
-    heights = [_height(arms, curves) for arms in groups.values()]
+    texts = {group: curves_in(results, group) for group in groups}
+    heights = [_height(arms, curves, texts[group]) for group, arms in groups.items()]
     whole = Shown(figsize=(13.5, sum(heights) + 0.5), layout="constrained")
     FigureCanvasAgg(whole)
     trained = any(map(_trained, groups.values()))
@@ -80,24 +77,31 @@ def figure(results: Mapping[str, Any], curves: Mapping[str, Any]):
     parts = whole.subfigures(len(groups), 1, squeeze=False, height_ratios=heights, hspace=0.03)
     labels: list[tuple[Any, Labels]] = []
     for (part,), (group, arms) in zip(parts, groups.items(), strict=True):
-        labels += _group(part, group, arms, results["groups"][group], curves)
+        labels += _group(part, group, arms, results["groups"][group], curves, texts[group])
     whole.draw_without_rendering()  # now the points have their places
     for panel, numbers in labels:
         _number(panel, numbers)
     return whole
 
 
-def _height(arms: Mapping[str, Any], curves: Mapping[str, Any]) -> float:
+def _height(arms: Mapping[str, Any], curves: Mapping[str, Any], texts: Mapping[str, Any]) -> float:
     if not _trained(arms):
         return 1.0 + 0.36 * len(arms)
-    return QUALITY + (3.4 if _curves_of(arms, curves) else 0.3 + 0.2 * _tall(len(arms), 3))
+    return QUALITY + PANEL * panel_rows(texts) + _list_height(arms, curves)
+
+
+def _list_height(arms: Mapping[str, Any], curves: Mapping[str, Any]) -> float:
+    """Of the arms' names, with the training curves beside them if there are any."""
+    return 3.4 if _curves_of(arms, curves) else 0.3 + 0.2 * _tall(len(arms), 3)
 
 
 def _trained(arms: Mapping[str, Any]) -> bool:
     return any(arm["metrics"] for arm in arms.values())
 
 
-def _group(part, group: str, arms, metric: Mapping[str, str], curves: Mapping[str, Any]) -> list[tuple[Any, Labels]]:
+def _group(
+    part, group: str, arms, metric: Mapping[str, str], curves: Mapping[str, Any], texts: Mapping[str, Any]
+) -> list[tuple[Any, Labels]]:
     """Draw a group; return the panels whose points get numbers, with these."""
     if not _trained(arms):
         _cost_only(part.subplots(1, 2), group, arms)
@@ -106,7 +110,10 @@ def _group(part, group: str, arms, metric: Mapping[str, str], curves: Mapping[st
     numbers = {name: index + 1 for index, name in enumerate(order)}
     costs = [cost for cost in COSTS if any(_finite(arm["cost"].get(cost.name)) for arm in arms.values())]
     lines = _curves_of(arms, curves)
-    rows = part.subfigures(2, 1, height_ratios=[QUALITY, _height(arms, curves) - QUALITY])
+    heights = [QUALITY, _list_height(arms, curves), *([PANEL * panel_rows(texts)] if texts else [])]
+    rows = part.subfigures(len(heights), 1, height_ratios=heights)
+    if texts:
+        curve_panels(rows[2], texts, arms, numbers)
     frame = _Frame({name: value(arms[name], metric["name"]) for name in order}, arms, metric)
     note = f"   (worse than the frame: {ranges([numbers[name] for name in frame.outside])})" if frame.outside else ""
     rows[0].suptitle(f"{group}{note}", fontsize=12)
@@ -219,45 +226,6 @@ def _scale_x(panel, spent: Sequence[float], *, log: bool) -> None:
     else:
         margin = (high - low) or abs(high) or 1.0
         panel.set_xlim(low - 0.06 * margin, high + 0.1 * margin)
-
-
-def plain_ticks(low: float, high: float) -> list[float]:
-    """Ticks of a logarithmic axis: 1, 2, 5 and their multiples by ten, more of them on a short axis, fewer on a long.
-
-    Example:
-      >>> plain_ticks(0.4, 12)
-      [0.5, 1.0, 2.0, 5.0, 10.0]
-    """
-    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)):
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [float(f"{step * 10.0**power:.6g}") for power in powers for step in steps]
-        found = [tick for tick in found if low <= tick <= high]
-        if len(found) >= 4:
-            return found
-    return found
-
-
-def plain(tick: float) -> str:
-    """A tick's label without exponents.
-
-    Example:
-      >>> plain(0.05), plain(2.0), plain(20000.0)
-      ('0.05', '2', '20,000')
-    """
-    return f"{tick:,.10f}".rstrip("0").rstrip(".")
-
-
-def plain_axis(axis, low: float, high: float, *, log: bool) -> None:
-    """Give an axis tick labels without exponents and offsets."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
-
-    if log:
-        axis.set_major_locator(FixedLocator(plain_ticks(low, high)))
-        axis.set_minor_locator(NullLocator())
-        axis.set_minor_formatter(NullFormatter())
-    else:
-        axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(FuncFormatter(lambda tick, _: plain(tick)))
 
 
 def ranges(numbers: Sequence[int]) -> str:

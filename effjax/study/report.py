@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from effjax.core.files import read_json
 from effjax.study.advice import clocks, level, members, number, ranked, short, spread, take
 from effjax.study.claims import value
+from effjax.study.curves import about_curves
 from effjax.study.frontier import pareto
 from effjax.study.plots import draw, picture
 from effjax.train.logging import write_text
@@ -150,6 +151,7 @@ def blocks(results: Mapping[str, Any]) -> Iterator[Block]:
             yield Heading(group)
             yield group_table(arms, metric)
             yield from _notes(arms, metric)
+            yield from about_curves(results, group)
     yield _LEGEND
     yield Heading("What to take")
     for group in results["groups"]:

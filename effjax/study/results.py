@@ -16,6 +16,7 @@ import jax
 import effjax
 from effjax.core.cost import hardware
 from effjax.study.claims import value
+from effjax.study.curves import mean_curves
 
 SCHEMA = 2
 
@@ -47,19 +48,20 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "std": std, "values": list(values)}
 
 
-def arm_result(runs: Sequence[Mapping[str, Any]], cost: Mapping[str, Any]) -> dict[str, Any]:
+def arm_result(runs: Sequence[Mapping[str, Any]], cost: Mapping[str, Any], name: str = "") -> dict[str, Any]:
     """One entry of ``arms`` from the runs of its seeds.
 
     Args:
       runs: per seed ``{"status", "metrics", "train_s", "compiles"}``, with ``"curve"`` where there were
-        evaluations during training; empty when only cost was measured.
+        evaluations during training, and ``"curves"`` where an evaluation gives them; empty when only cost was measured.
       cost: what the cost meter measured once for the arm.
+      name: of the arm, for messages.
     """
     diverged = [run for run in runs if run["status"] == "diverged"]
-    names = sorted({name for run in runs for name in run["metrics"]})
-    metrics = {name: summary([run["metrics"].get(name, math.nan) for run in runs]) for name in names}
-    merged: dict[str, Any] = {name: cost.get(name) for name in COST_FIELDS}
-    merged |= {name: cost[name] for name in OPTIONAL_COST_FIELDS if name in cost}
+    names = sorted({metric for run in runs for metric in run["metrics"]})
+    metrics = {metric: summary([run["metrics"].get(metric, math.nan) for run in runs]) for metric in names}
+    merged: dict[str, Any] = {field: cost.get(field) for field in COST_FIELDS}
+    merged |= {field: cost[field] for field in OPTIONAL_COST_FIELDS if field in cost}
     if runs:
         merged["train_s"] = statistics.fmean(run["train_s"] for run in runs)
         merged["evaluate_s"] = statistics.fmean(run["evaluate_s"] for run in runs)
@@ -73,6 +75,9 @@ def arm_result(runs: Sequence[Mapping[str, Any]], cost: Mapping[str, Any]) -> di
     }
     curves = [run.get("curve") for run in runs]
     result |= {"curve": curves} if any(curves) else {}
+    # A seed that diverged has no evaluation.
+    averaged = mean_curves(name, [run.get("curves", {}) for run in runs if run["status"] != "diverged"])
+    result |= {"curves": averaged} if averaged else {}
     return result | ({"why": diverged[0]["why"]} if diverged and "why" in diverged[0] else {})
 
 

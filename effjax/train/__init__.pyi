@@ -5,6 +5,7 @@ from .loop import fit as fit
 from .options import Budget as Budget
 from .options import MeshOptions as MeshOptions
 from .options import TrainOptions as TrainOptions
+from .program import Curve as Curve
 from .program import Loader as Loader
 from .program import Phase as Phase
 from .program import Program as Program

@@ -1,14 +1,16 @@
 """The protocol between a method and everything that runs it: a Program is data, not a subclass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from effjax.data.pipeline import ResumableIterator
 from effjax.tasks.task import Task
 
-__all__ = ["Loader", "Phase", "Program"]
+__all__ = ["Curve", "Loader", "Phase", "Program"]
 
 PyTree = Any
 State = PyTree
@@ -76,6 +78,23 @@ class Phase(NamedTuple):
     period: int = 1
 
 
+class Curve(NamedTuple):
+    """What an evaluation may give beside numbers: one quantity against another.
+
+    Attributes:
+      x: [points], increasing and the same for every seed of an arm, so that seeds can be averaged.
+      y: [points].
+      points: single places by name, ``(x, y)``, such as what a model does alone.
+
+    Example:
+      ``Curve(coverages, errors, points={"all answered": (1.0, error)})``
+    """
+
+    x: Sequence[float] | np.ndarray | jax.Array
+    y: Sequence[float] | np.ndarray | jax.Array
+    points: Mapping[str, tuple[float, float]] = MappingProxyType({})
+
+
 class Program(NamedTuple):
     """One trainable thing as pure functions. The loop, the checkpoint, the cost meter and the report know no more.
 
@@ -87,7 +106,8 @@ class Program(NamedTuple):
       phases: one after another.
       params: ``state -> variables`` for the task's ``infer`` and ``evaluate``, and for export.
       loader: of the batches; None as ``Loader(None, 1)``.
-      evaluate: ``state -> {name: number}``; None for the task's, of ``params(state)``.
+      evaluate: ``state -> {name: number or Curve}``; None for the task's, of ``params(state)``. Curves are reported of
+        the last evaluation, and a study's group says what they are.
       sharding: ``(regex, axis names)`` rules over the state's paths, first match wins; the rest is
         replicated. Used only on a mesh of several devices.
       trained: ``state -> tree`` of what the optimizer moves, where that is not all of ``params``.
@@ -101,7 +121,7 @@ class Program(NamedTuple):
     phases: tuple[Phase, ...]
     params: Callable[[State], PyTree]
     loader: Loader | None = None
-    evaluate: Callable[[State], Mapping[str, float]] | None = None
+    evaluate: Callable[[State], Mapping[str, Any]] | None = None
     sharding: Rules = ()
     trained: Callable[[State], PyTree] | None = None
     export: Callable[..., None] | None = None
@@ -147,8 +167,13 @@ class Program(NamedTuple):
 
     def judged(self, state: State) -> dict[str, float]:
         """The metrics of a state on the held-out data."""
+        return self.measured(state)[0]
+
+    def measured(self, state: State) -> tuple[dict[str, float], dict[str, Curve]]:
+        """The metrics of a state on the held-out data, and its curves."""
         found = self.task.evaluate(self.params(state)) if self.evaluate is None else self.evaluate(state)
-        return {name: float(value) for name, value in found.items()}
+        curves = {name: value for name, value in found.items() if isinstance(value, Curve)}
+        return {name: float(value) for name, value in found.items() if name not in curves}, curves
 
     def within(self, steps: int) -> "Program":
         """The program whose open-ended phases share ``steps`` steps equally."""

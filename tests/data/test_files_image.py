@@ -278,3 +278,21 @@ def test_a_saved_data_set_of_pictures(tmp_path):
         assert data.classes == ("cat", "dog")
         for columns in data.splits.values():
             np.testing.assert_array_equal(columns["image"][:, 0, 0, 0] % 2, columns["label"])
+
+
+def test_labels_of_one_column_too_many_say_which(tmp_path):
+    np.savez(tmp_path / "a.npz", image=np.zeros((12, 4, 4), np.uint8), label=np.zeros((12, 1), int))
+    with pytest.raises(ValueError, match=r"has shape \(12, 1\); expected one label per row\. Give its column 0\."):
+        image_data(tmp_path / "a.npz")
+
+
+def test_minus_one_beside_three_classes_or_more_is_no_class(tmp_path):
+    save = lambda labels: np.savez(tmp_path / "a.npz", image=np.zeros((12, 4, 4), np.uint8), label=labels)
+    save(np.arange(12) % 4 - 1)
+    with pytest.raises(
+        ValueError, match=r"3 rows \(0, 4, 8; .*\) with -1, which beside the classes 0 to 2 means unknown"
+    ):
+        image_data(tmp_path / "a.npz")
+    for classes in ((-1, 1), (-1, 0, 1), (-2, -1, 0, 1)):
+        save(np.resize(classes, 12))
+        assert image_data(tmp_path / "a.npz").classes == tuple(map(str, classes))

@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from effjax.core.errors import NoEffectWarning
 from effjax.data.sets import DataSet
-from effjax.recipes.hybrid import HybridStudy, _load, _parts, groups
+from effjax.recipes.hybrid import VARIANTS, HybridStudy, _load, _parts, groups, program
 from effjax.recipes.spec import OwnData
 from effjax.train.options import Budget
 
@@ -52,6 +54,39 @@ def test_own_data_bring_the_base_and_the_expert_is_a_field(tmp_path):
     assert pair.params[1]["params"]["layer0"]["Dense_0"]["kernel"].shape == (36, 5)
 
 
+def own(path, **fields):
+    return dataclasses.replace(STUDY, own=OwnData(path=str(path), model="mlp-3"), tasks=("own/mlp-3",), **fields)
+
+
+def npz(path, rows, classes=3):
+    rng = np.random.default_rng(0)
+    np.savez(path, image=rng.integers(0, 255, (rows, 6, 6, 1), np.uint8), label=np.arange(rows) % classes)
+    return path
+
+
+def test_own_data_with_too_few_rows_for_the_threshold_say_how_many(tmp_path):
+    (group,) = groups(own(npz(tmp_path / "few.npz", 30), expert="mlp-5", coverage=0.8))
+    with pytest.raises(ValueError, match=r"calibration_share=0\.1 leaves 2 rows .* coverage=0\.8 needs 5"):
+        group.load()
+    (group,) = groups(own(npz(tmp_path / "few.npz", 30), expert="mlp-5", coverage=0.8, calibration_share=0.2))
+    assert len(group.load().calibration[1]) == 5
+
+
+def test_models_of_own_data_are_named_as_they_were_given(tmp_path):
+    path = npz(tmp_path / "own.npz", 100, 2)
+    with pytest.raises(ValueError, match=r"expert='big' is not one of 'mlp', .* widths, as mlp-64"):
+        own(path, expert="big")
+    study = dataclasses.replace(own(path, expert="mlp-5"), own=OwnData(path=str(path), model="small"))
+    with pytest.raises(ValueError, match="model='small' is not one of"):
+        groups(study)[0].load()
+
+
+def test_an_expert_cheaper_than_the_base_model_is_told(tmp_path):
+    (group,) = groups(own(npz(tmp_path / "own.npz", 100, 2), expert="mlp-2"))
+    with pytest.warns(NoEffectWarning, match=r"expert='mlp-2' takes 76 multiply-adds and the base model 'mlp-3' 114"):
+        assert group.load().params[1]["params"]["head"]["kernel"].shape == (2, 2)
+
+
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
@@ -65,3 +100,26 @@ def test_own_data_bring_the_base_and_the_expert_is_a_field(tmp_path):
 def test_bad_configs_are_named(fields, text):
     with pytest.raises(ValueError, match=text):
         dataclasses.replace(STUDY, **fields)
+
+
+def test_curves_begin_and_end_at_the_models_alone_and_the_router_is_paid_for():
+    pair = _load(STUDY, "digits", "mlp-2", "mlp-4")
+    found = {}
+    for name in ("margin", "router"):
+        made = program(STUDY, VARIANTS[name], pair)
+        state = made.init(jax.random.key(0))
+        metrics, found[name] = made.measured(state)
+        by_coverage, by_cost = found[name]["accuracy_coverage"], found[name]["accuracy_cost"]
+        np.testing.assert_allclose(by_coverage.y[[0, -1]], [metrics["expert"], metrics["base"]], rtol=1e-6)
+        assert by_coverage.points == {"base alone": (1.0, metrics["base"]), "expert alone": (0.0, metrics["expert"])}
+        at = {round(c, 2): y for c, y in zip(by_coverage.x, by_coverage.y, strict=True)}
+        assert [at[c] for c in (0.9, 0.8, 0.7, 0.5)] == pytest.approx(
+            [metrics[f"accuracy_{c}"] for c in (90, 80, 70, 50)]
+        )
+        np.testing.assert_array_equal(by_cost.y, by_coverage.y[::-1])
+    # 64 pixels, 2 or 4 units, 10 classes; and every weight of the router's layers once.
+    base, expert = 64 * 2 + 2 * 10, 64 * 4 + 4 * 10
+    assert found["margin"]["accuracy_cost"].points["base alone"][0] == pytest.approx(base / expert)
+    np.testing.assert_allclose(found["margin"]["accuracy_cost"].x, base / expert + np.linspace(0, 1, 21))
+    weights = sum(leaf.size for leaf in jax.tree.leaves(state.params.router) if leaf.ndim == 2)
+    np.testing.assert_allclose(found["router"]["accuracy_cost"].x, (base + weights) / expert + np.linspace(0, 1, 21))

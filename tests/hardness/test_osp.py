@@ -133,6 +133,31 @@ def test_terms_as_by_hand(weights):
     np.testing.assert_allclose(LOSS(Z, labels, mu, weights=weights), (cover + mu * exclude).sum(), rtol=2e-5)
 
 
+@pytest.mark.parametrize("mu", range(3))
+@pytest.mark.parametrize("case", range(2))
+def test_parity_with_the_released_loss(mu, case):
+    """Theirs adds 0.1 to every count, and no multiplier weighs the false positives."""
+    with np.load(REFERENCE / "osp_release_loss.npz") as file:
+        ref = {name.removeprefix(f"mu{mu}_case{case}_"): file[name] for name in file}
+    inside = np.bincount(ref["targets"], minlength=10).astype(np.float32)
+    outside, alpha, price = len(ref["targets"]) - inside, float(ref["alpha"]), float(ref["mus"][mu])
+    assert inside.min() == 0  # a class that is absent from the batch
+
+    def released(logits, aux, multipliers, levels):
+        terms = osp_terms(logits, ref["targets"])
+        parts = terms.cover * inside / (inside + 0.1) + terms.exclude * outside / (outside + 0.1)
+        multipliers, levels = jax.nn.relu(multipliers), jax.nn.relu(levels)
+        found = parts.sum() - (multipliers * levels).sum() + price * levels.sum()
+        other = optax.softmax_cross_entropy_with_integer_labels(aux, ref["targets"]).mean()
+        return alpha * found + (1 - alpha) * other
+
+    given = [jnp.asarray(ref[name]) for name in ("logits", "aux_logits", "lambdas", "epsilons")]
+    value, grads = jax.value_and_grad(released, (0, 1, 2, 3))(*given)
+    np.testing.assert_allclose(value, ref["loss"], rtol=2e-6)
+    for grad, name in zip(grads, ("logits", "aux_logits", "lambdas", "epsilons"), strict=True):
+        np.testing.assert_allclose(grad, ref[f"grad_{name}"], rtol=2e-5, atol=1e-5)
+
+
 def test_two_classes_have_one_term_each():
     cover, _ = by_hand(Z[:, :2], Y % 2)
     for mu in (0.0, 10.0):

@@ -391,6 +391,56 @@ MUTATIONS = (
         '"position_ids": tokens(at % plan.length),',
         ("data/test_packing.py",),
     ),
+    Mutation(
+        "pretrained-thresholds-from-seen-images",
+        "leak",
+        'split = "test" if network else "train"',
+        'split = "train"',
+        ("hardness/test_selective_study.py",),
+    ),
+    Mutation(
+        "accuracy-counts-unknown-labels",
+        "skipped mask",
+        "accuracy = 1 - (errors & where).sum() / where.sum()",
+        "accuracy = 1 - errors.sum() / errors.size",
+        ("hardness/test_selective_study.py",),
+    ),
+    Mutation(
+        "stream-plays-unknown-labels",
+        "skipped mask",
+        "known = np.flatnonzero(np.asarray(labels) >= 0)",
+        "known = np.arange(len(labels))",
+        ("hardness/test_selective_study.py",),
+    ),
+    # curves of studies
+    Mutation(
+        "curve-of-the-first-seed",
+        "dropped mean",
+        '"mean": [statistics.fmean(column) for column in columns],',
+        '"mean": [column[0] for column in columns],',
+        ("study/test_curves.py",),
+    ),
+    Mutation(
+        "grids-of-seeds-unchecked",
+        "dropped check",
+        'if len(curves) < len(runs) or any(curve["x"] != x for curve in curves):',
+        "if len(curves) < len(runs):",
+        ("study/test_curves.py",),
+    ),
+    Mutation(
+        "finished-arm-forgets-its-curves",
+        "dropped state",
+        'run["curves"] = {found: curve_json(name, found, curve) for found, curve in curves.items()}',
+        "pass",
+        ("study/test_curves.py",),
+    ),
+    Mutation(
+        "router-for-nothing",
+        "dropped term",
+        "return HybridCost(base / expert, 1.0, router / expert)",
+        "return HybridCost(base / expert, 1.0)",
+        ("hardness/test_hybrid_study.py",),
+    ),
     # hybrid
     Mutation(
         "hybrid-oracle-asks-where-both-are-wrong",

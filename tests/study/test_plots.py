@@ -5,7 +5,8 @@ import math
 import pytest
 from made import arm, results
 
-from effjax.study.plots import draw, figure, plain, plain_ticks, ranges
+from effjax.study.axes import plain, plain_ticks
+from effjax.study.plots import draw, figure, ranges
 
 CURVES = {"g/a": {str(seed): {"step": [0, 50, 100], "loss": [2.0, 0.5, 0.1]} for seed in (0, 1)}}
 
