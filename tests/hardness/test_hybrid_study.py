@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from effjax.data.sets import DataSet
-from effjax.recipes.hybrid import HybridStudy, _load, _parts, groups
+from effjax.recipes.hybrid import HybridStudy, _load, groups
+from effjax.recipes.pairs import parts_of
 from effjax.recipes.spec import OwnData
 from effjax.train.options import Budget
 
@@ -15,15 +15,14 @@ STUDY = HybridStudy(budget=Budget(1, "epochs"), tasks=("digits/mlp-2/mlp-4",), p
 
 def test_no_row_is_in_two_parts():
     columns = {"image": np.arange(100).reshape(100, 1, 1, 1), "label": np.arange(100) % 10}
-    data = DataSet("rows", {"train": columns, "test": columns}, tuple("abcdefghij"), "CC0", "made up", "image")
-    parts = [part["image"].ravel().tolist() for part in _parts(STUDY, data, "train")]
+    parts = [part["image"].ravel().tolist() for part in parts_of(STUDY, "rows", columns)]
     assert [len(part) for part in parts] == [55, 35, 10]
     assert sorted(row for part in parts for row in part) == list(range(100))
-    assert [part["image"].ravel().tolist() for part in _parts(STUDY, data, "train")] == parts
+    assert [part["image"].ravel().tolist() for part in parts_of(STUDY, "rows", columns)] == parts
 
 
 def test_pair_is_judged_on_rows_that_nobody_learned_from():
-    pair = _load(STUDY, "digits", "mlp-2", "mlp-4")
+    pair = _load(STUDY, "digits", "mlp-2", "mlp-4").pair
     pixels = [{row.tobytes() for row in part[0]} for part in (pair.train, pair.held, pair.calibration)]
     assert len(pair.train[1]) + len(pair.held[1]) + len(pair.calibration[1]) == 1437
     assert len(pixels[0] | pixels[1] | pixels[2]) == sum(map(len, pixels))
@@ -47,7 +46,7 @@ def test_own_data_bring_the_base_and_the_expert_is_a_field(tmp_path):
     study = dataclasses.replace(STUDY, own=own, tasks=("own/mlp-3",), expert="mlp-5", coverage=0.5)
     (group,) = groups(study)
     assert group.name == "own-mlp-3"
-    pair = group.load()
+    pair = group.load().pair
     assert pair.task.name.endswith("/mlp-3/mlp-5")
     assert pair.params[1]["params"]["layer0"]["Dense_0"]["kernel"].shape == (36, 5)
 
