@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from effjax.recipes import pairs
 from effjax.recipes.hybrid import HybridStudy, _load, groups
 from effjax.recipes.pairs import parts_of
 from effjax.recipes.spec import OwnData
@@ -51,6 +53,47 @@ def test_own_data_bring_the_base_and_the_expert_is_a_field(tmp_path):
     assert pair.params[1]["params"]["layer0"]["Dense_0"]["kernel"].shape == (36, 5)
 
 
+def test_texts_are_read_by_each_network_with_its_own_tokens(tmp_path):
+    path = tmp_path / "reviews.csv"
+    words = ("dull", "great")
+    path.write_text("review,verdict\n" + "\n".join(f"film {row} is {words[row % 2]},{row % 2}" for row in range(80)))
+    own = OwnData(path=str(path), model="encoder-1x8", columns=(("text", "review"), ("label", "verdict")))
+    fields = {"own": own, "tasks": ("reviews/encoder-1x8",), "expert": "encoder-1x16", "max_length": 12}
+    study = dataclasses.replace(STUDY, **fields)
+    (group,) = groups(study)
+    pair = group.load().pair
+    assert pair.task.name.endswith("/encoder-1x8/encoder-1x16")
+    inputs, labels = pair.test
+    assert sorted(inputs) == ["base", "expert"]
+    assert inputs["base"]["input_ids"].shape == (len(labels), 12)
+    logits, features = pair.base(pair.params[0], inputs)
+    assert (logits.shape, features.shape) == ((len(labels), 2), (len(labels), 8))
+    head = pair.params[0]["params"]["head"]
+    np.testing.assert_allclose(logits, features @ head["kernel"] + head["bias"][None, :], rtol=1e-5, atol=1e-6)
+    assert pair.expert(pair.params[1], inputs).shape == (len(labels), 2)
+    texts = [{row.tobytes() for row in part[0]["base"]["input_ids"]} for part in (pair.held, pair.calibration)]
+    assert not texts[0] & texts[1]
+
+
+def test_scores_and_sets_of_other_kinds_are_refused():
+    with pytest.raises(ValueError, match="of modality 'graph'; pairs are of image or text"):
+        _load(STUDY, "graphs/cora", "mlp-2", "mlp-4")
+
+
+def test_the_networks_run_once_on_a_set_whoever_asks(monkeypatch):
+    loaded = _load(STUDY, "digits", "mlp-2", "mlp-4")
+    calls = []
+    run = pairs.hybrid_examples
+    monkeypatch.setattr(pairs, "hybrid_examples", lambda *a, **k: (calls.append(len(a[2])), run(*a, **k))[1])
+    arms = {arm.name: arm.build(loaded) for arm in groups(STUDY)[0].arms}
+    for name in ("margin", "router", "router-logits"):
+        state = arms[name].init(jax.random.key(0))
+        if name != "margin":
+            assert (arms[name].phases[0].aux(state).features is None) == (name == "router-logits")
+        assert 0 < arms[name].evaluate(state)["accuracy"] < 1
+    assert calls == [len(loaded.pair.test[1]), len(loaded.pair.held[1])]
+
+
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
@@ -59,6 +102,7 @@ def test_own_data_bring_the_base_and_the_expert_is_a_field(tmp_path):
         ({"coverage": 1.0}, "coverage=1.0"),
         ({"coverages": (0.5, 0.0)}, r"coverages\[1\]=0.0"),
         ({"pair_steps": 0}, "pair_steps=0"),
+        ({"max_length": 2}, "max_length=2"),
     ],
 )
 def test_bad_configs_are_named(fields, text):
