@@ -53,7 +53,11 @@ def test_own_data_bring_the_base_and_the_expert_is_a_field(tmp_path):
     assert pair.params[1]["params"]["layer0"]["Dense_0"]["kernel"].shape == (36, 5)
 
 
-def test_texts_are_read_by_each_network_with_its_own_tokens(tmp_path):
+def test_texts_are_read_by_each_network_with_its_own_tokens(tmp_path, monkeypatch):
+    trained = pairs._trained_on_texts
+    fresh = lambda task: task.init(jax.random.key(0))  # of the two only one is trained: it takes long to compile
+    both = lambda config, task: trained(config, task) if task.name.endswith("1x8") else fresh(task)
+    monkeypatch.setattr(pairs, "_trained_on_texts", both)
     path = tmp_path / "reviews.csv"
     words = ("dull", "great")
     path.write_text("review,verdict\n" + "\n".join(f"film {row} is {words[row % 2]},{row % 2}" for row in range(80)))
