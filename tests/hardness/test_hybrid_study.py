@@ -55,7 +55,9 @@ def test_own_data_bring_the_base_and_the_expert_is_a_field(tmp_path):
 
 def test_texts_are_read_by_each_network_with_its_own_tokens(tmp_path, monkeypatch):
     trained = pairs._trained_on_texts
-    fresh = lambda task: task.init(jax.random.key(0))  # of the two only one is trained: it takes long to compile
+    fresh = lambda task: jax.jit(task.init)(
+        jax.random.key(0)
+    )  # of the two only one is trained: it takes long to compile
     both = lambda config, task: trained(config, task) if task.name.endswith("1x8") else fresh(task)
     monkeypatch.setattr(pairs, "_trained_on_texts", both)
     path = tmp_path / "reviews.csv"
@@ -70,11 +72,11 @@ def test_texts_are_read_by_each_network_with_its_own_tokens(tmp_path, monkeypatc
     inputs, labels = pair.test
     assert sorted(inputs) == ["base", "expert"]
     assert inputs["base"]["input_ids"].shape == (len(labels), 12)
-    logits, features = pair.base(pair.params[0], inputs)
+    logits, features = jax.jit(pair.base)(pair.params[0], inputs)
     assert (logits.shape, features.shape) == ((len(labels), 2), (len(labels), 8))
     head = pair.params[0]["params"]["head"]
     np.testing.assert_allclose(logits, features @ head["kernel"] + head["bias"][None, :], rtol=1e-5, atol=1e-6)
-    assert pair.expert(pair.params[1], inputs).shape == (len(labels), 2)
+    assert jax.eval_shape(pair.expert, pair.params[1], inputs).shape == (len(labels), 2)
     texts = [{row.tobytes() for row in part[0]["base"]["input_ids"]} for part in (pair.held, pair.calibration)]
     assert not texts[0] & texts[1]
 
@@ -96,6 +98,17 @@ def test_the_networks_run_once_on_a_set_whoever_asks(monkeypatch):
             assert (arms[name].phases[0].aux(state).features is None) == (name == "router-logits")
         assert 0 < arms[name].evaluate(state)["accuracy"] < 1
     assert calls == [len(loaded.pair.test[1]), len(loaded.pair.held[1])]
+
+
+def test_a_base_that_was_trained_again_is_asked_again():
+    loaded = _load(STUDY, "digits", "mlp-2", "mlp-4")
+    arms = {arm.name: arm.build(loaded) for arm in groups(STUDY)[0].arms}
+    for name, again in (("router", False), ("alternating", True)):
+        state = arms[name].init(jax.random.key(0))
+        base = jax.tree.map(jax.numpy.zeros_like, state.params.base)  # now it calls every digit a zero
+        found = arms[name].evaluate(state._replace(params=state.params._replace(base=base)))
+        assert (found["base"] == np.mean(loaded.pair.test[1] == 0)) == again
+        assert found["expert"] == loaded.seen("test").expert_correct.mean()
 
 
 @pytest.mark.parametrize(
