@@ -55,9 +55,7 @@ def test_own_data_bring_the_base_and_the_expert_is_a_field(tmp_path):
 
 def test_texts_are_read_by_each_network_with_its_own_tokens(tmp_path, monkeypatch):
     trained = pairs._trained_on_texts
-    fresh = lambda task: jax.jit(task.init)(
-        jax.random.key(0)
-    )  # of the two only one is trained: it takes long to compile
+    fresh = lambda task: jax.jit(task.init)(jax.random.key(0))  # only one of the two is trained, to save time
     both = lambda config, task: trained(config, task) if task.name.endswith("1x8") else fresh(task)
     monkeypatch.setattr(pairs, "_trained_on_texts", both)
     path = tmp_path / "reviews.csv"
