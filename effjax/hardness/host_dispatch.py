@@ -2,7 +2,7 @@
 
 import collections
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +41,8 @@ class HostDispatch:
       stages: ``(params, inputs) -> (outputs, request)``, of ``with_query``; the last one ``(params, inputs) ->
         outputs``. Traceable. Where a later model's answer is NaN the row keeps the answer that it had.
       buckets: increasing sizes; the batch is added, sizes above it are left out.
+      compiler_options: of XLA for the programs of the later stages, as of ``jax.jit``. With JAX 0.10 on CPUs
+        ``{"xla_cpu_experimental_ynn_fusion_type": ""}`` halves the time of matrix products of some 32 rows.
 
     Attributes:
       launches: how often each ``(stage, bucket)`` was run.
@@ -55,7 +57,13 @@ class HostDispatch:
       ([True, False, False], [1.0, 0.5, 3.0], {(1, 1): 1})
     """
 
-    def __init__(self, stages: Sequence[Stage], *, buckets: Sequence[int]):
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        *,
+        buckets: Sequence[int],
+        compiler_options: Mapping[str, Any] | None = None,
+    ):
         if len(stages) < 2:
             raise ValueError(f"stages hold {len(stages)}: give two models or more, the cheapest first.")
         self.buckets = check_ladder(buckets, argument="buckets")
@@ -64,9 +72,10 @@ class HostDispatch:
         self._forms: dict[Any, tuple[Any, ...]] = {}
         self._first = jax.jit(functools.partial(_first, stages[0]), static_argnums=0)
         last = len(stages) - 1
+        # The answers so far give their memory to the next ones.
+        how: dict[str, Any] = {"static_argnums": 0, "donate_argnums": 3, "compiler_options": compiler_options}
         self._later = [
-            # The answers so far give their memory to the next ones.
-            jax.jit(functools.partial(_later, stage, place, place == last), static_argnums=0, donate_argnums=3)
+            jax.jit(functools.partial(_later, stage, place, place == last), **how)
             for place, stage in enumerate(stages[1:], start=1)
         ]
 

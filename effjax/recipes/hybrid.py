@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import math
-import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
@@ -13,10 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from effjax.core.errors import Count, Limits, NoEffectWarning, Positive
+from effjax.core.errors import Count, Limits, Positive
 from effjax.core.macs import count_macs
-from effjax.core.tree import wide
-from effjax.data.sets import DataSet, load
 from effjax.hardness.cascades import confidence_need
 from effjax.hardness.dispatch import dispatch_capacity, expert_capacity
 from effjax.hardness.hybrid import (
@@ -34,18 +30,17 @@ from effjax.hardness.hybrid import (
 )
 from effjax.hardness.query_rules import HybridCost, hybrid_curve, hybrid_score, query_threshold
 from effjax.hardness.router import Router, router_need
-from effjax.models.resnet import SIZES, pretrained_resnet
-from effjax.recipes.images import check_model, named_image_task
+from effjax.recipes.pairs import Pair, is_pretrained, load_pair, seen_by
 from effjax.recipes.spec import Arm, Claim, CurveText, Group, Role, StudyConfig
-from effjax.tasks.image import standardised, unit_images
-from effjax.tasks.task import Metric, Task
-from effjax.train.loop import fit
+from effjax.tasks.task import Metric
 from effjax.train.options import TrainOptions
 from effjax.train.program import Curve, Loader, Phase, Program
-from effjax.train.trainer import check_options, supervised
+from effjax.train.trainer import check_options
 
 PyTree = Any
-MODALITY, OWN_MODEL = "image", "mlp-64"
+MODALITY = ("image", "text")
+OWN_MODEL = {"image": "mlp-64", "text": "encoder-1x32"}
+_OWN_EXPERT = {"image": "cnn", "text": "minilm"}
 METRIC = Metric("accuracy", "max", "test accuracy at the coverage")
 CURVES = {
     "accuracy_coverage": CurveText("Accuracy and coverage", "coverage (share that the base model answers)", "accuracy"),
@@ -63,10 +58,11 @@ class HybridStudy(StudyConfig):
     """Config of the study of hybrid models. The budget is that of a router; the pair of networks is trained before."""
 
     tasks: tuple[str, ...] = ("fashion_mnist/mlp-4/mlp-256",)
-    """Data set, base model and expert: mlp-4 has one hidden layer of 4; cnn, resnet20, ...; on cifar10 the ResNets are
-    pretrained, and what the router learns from is taken off the test images."""
-    expert: str = "cnn"
-    """Name of the expert for data of one's own."""
+    """Data set, base model and expert. Images: mlp-4 has one hidden layer of 4; cnn, resnet20, ...; on cifar10 the
+    ResNets are pretrained, and what the router learns from is taken off the test images. Texts: encoder-1x32 has one
+    layer of width 32; minilm, ... are pretrained and fine-tuned."""
+    expert: str | None = None
+    """Name of the expert for data of one's own; None for cnn on images and minilm on texts."""
     coverage: Open = 0.8
     """Share of the rows that the base model answers."""
     coverages: tuple[Open, ...] = (0.9, 0.8, 0.7, 0.5)
@@ -81,6 +77,12 @@ class HybridStudy(StudyConfig):
     """Their initial learning rate, which falls linearly to 0."""
     pair_batch: Count = 64
     """Examples of one of these steps."""
+    tune_steps: Count = 100
+    """Steps in which a pretrained encoder of texts is fine-tuned."""
+    tune_rate: Positive = 2e-4
+    """Their initial learning rate, which falls linearly to 0."""
+    max_length: Annotated[int, Limits(low=3)] = 64
+    """Tokens of a text; longer ones are truncated."""
     batch_size: Count = 256
     """Examples of one step of a router."""
     rounds: Count = 1
@@ -95,10 +97,8 @@ class HybridStudy(StudyConfig):
                 f"router_share={self.router_share} and calibration_share={self.calibration_share} leave nothing of "
                 "the data. Give smaller ones."
             )
-        if self.own is not None:
-            check_model("expert", self.expert)
         for task in self.tasks:
-            if task.count("/") != (2 if self.own is None else 1):
+            if len(list(filter(None, task.split("/")))) < (3 if self.own is None else 2):
                 raise ValueError(f"tasks={task!r} must be DATA/BASE/EXPERT, such as 'fashion_mnist/mlp-4/mlp-256'.")
 
     def method(self, rows: int, **changes: Any) -> HybridConfig:
@@ -177,8 +177,8 @@ def groups(config: HybridStudy) -> list[Group]:
     """One group per task."""
     found = []
     for task in config.tasks:
-        data, base, expert = (*task.split("/"), config.expert)[:3]
-        pretrained = _is_pretrained(config, data, base, expert)
+        data, base, expert = _named(config, task)
+        pretrained = config.own is None and is_pretrained(data, base, str(expert))
         arms = [
             Arm(name, variant.role, functools.partial(program, config, variant), variant.label)
             for name, variant in VARIANTS.items()
@@ -189,148 +189,78 @@ def groups(config: HybridStudy) -> list[Group]:
     return found
 
 
-# The pair
+def _named(config: HybridStudy, task: str) -> tuple[str, str, str | None]:
+    if config.own is None:
+        data, base, expert = task.rsplit("/", 2)
+        return data, base, expert
+    data, base = task.rsplit("/", 1)
+    return data, base, config.expert
 
 
-class Pair(NamedTuple):
-    """What the arms of a group share: two trained networks, and rows that they have not seen.
+class Loaded(NamedTuple):
+    """What the arms of a group share.
 
     Attributes:
-      task: of the base model.
-      base: ``(variables, images) -> (logits, features)``.
-      expert: ``(variables, images) -> logits``.
-      params: their variables.
-      train: rows that they were trained on; None where those are not here.
-      held: rows for routers.
-      calibration: rows for thresholds.
-      test: rows to report on.
+      pair: the networks and the rows.
+      seen: what the networks, as they were given, say of the rows of a set; computed once for all arms and seeds.
     """
 
-    task: Task
-    base: Callable[..., Any]
-    expert: Callable[..., Any]
-    params: tuple[PyTree, PyTree]
-    train: tuple[np.ndarray, np.ndarray] | None
-    held: tuple[np.ndarray, np.ndarray]
-    calibration: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
+    pair: Pair
+    seen: Callable[[str], HybridExamples]
 
 
-def _is_pretrained(config: HybridStudy, data: str, base: str, expert: str) -> bool:
-    return config.own is None and data == "cifar10" and base in SIZES and expert in SIZES
-
-
-def _load(config: HybridStudy, name: str, base: str, expert: str) -> Pair:
+def _load(config: HybridStudy, name: str, base: str, expert: str | None) -> Loaded:
     given = config.data(name, MODALITY)
-    data = load(given) if isinstance(given, str) else given
     if config.own is not None:
         base = config.model(base)
-    pretrained = _is_pretrained(config, name, base, expert)
-    split = "test" if pretrained else "train"
-    parts = _parts(config, data, split)
-    rest, held, calibration = parts
-    known, least = (
-        int((calibration["label"] >= 0).sum()),
-        math.ceil(1 / min(config.coverage, 1 - config.coverage) - 1e-9),
-    )
-    if known < least:
-        raise ValueError(
-            f"calibration_share={config.calibration_share} leaves {known} rows for the threshold, and "
-            f"coverage={config.coverage} needs {least}. Give a larger share, or more rows."
-        )
-    splits = {**data.splits, split: rest}
-    parted = dataclasses.replace(data, splits=splits)
-    small, large = (named_image_task(parted, model, config.train) for model in (base, expert))
-    if pretrained:
-        params = tuple(pretrained_resnet(model)[1] for model in (base, expert))
-    else:
-        params = tuple(_trained(config, task) for task in (small, large))
-    applied, row = (_apply(small, True), _apply(large, False)), np.asarray(small.test["image"][:1])
-    spent = [count_macs(apply, held, row).most or 0 for apply, held in zip(applied, params, strict=True)]
-    if spent[1] <= spent[0]:
-        warnings.warn(
-            f"expert={expert!r} takes {spent[1]:,} multiply-adds and the base model {base!r} {spent[0]:,}: not asking "
-            "it saves nothing. Give a larger expert, or a smaller base model.",
-            NoEffectWarning,
-            stacklevel=2,
-        )
-    pair = lambda columns: (np.asarray(columns["image"]), np.asarray(columns["label"], np.int32))
-    source = f"{small.source} A router learns from {len(held['label'])} rows that the networks have not seen."
-    return Pair(
-        small._replace(name=f"{data.name}/{base}/{expert}", source=source),
-        *applied,
-        (params[0], params[1]),
-        None if pretrained else pair(small.train),
-        pair(held),
-        pair(calibration),
-        pair(small.test),
-    )
-
-
-def _parts(config: HybridStudy, data: DataSet, split: str) -> list[dict[str, np.ndarray]]:
-    """The rows that are left, those of routers and those of thresholds, by one fixed draw."""
-    columns = {name: np.asarray(data.splits[split][name]) for name in ("image", "label")}
-    rows = len(columns["label"])
-    order = np.random.default_rng(0).permutation(rows)
-    held, calibrated = (max(1, round(rows * share)) for share in (config.router_share, config.calibration_share))
-    cuts = np.split(order, [rows - held - calibrated, rows - calibrated])
-    if not len(cuts[0]):
-        raise ValueError(f"{data.name}: {rows} rows are too few to be split into three. Give more.")
-    return [{name: column[np.sort(cut)] for name, column in columns.items()} for cut in cuts]
-
-
-def _trained(config: HybridStudy, task: Task) -> PyTree:
-    rate = optax.linear_schedule(config.pair_rate, 0.0, config.pair_steps)
-    size = min(config.pair_batch, len(task.train["label"]))
-    made = supervised(task, optax.adam(rate), steps=config.pair_steps, batch_size=size)
-    return jax.tree.map(jnp.asarray, fit(made, seed=0).state.variables)
-
-
-def _apply(task: Task, features: bool) -> Callable[..., Any]:
-    def apply(variables: PyTree, images: Any, *, key: Any = None) -> Any:
-        x = standardised(unit_images(images), task.details)
-        found, layers = task.module.apply(variables, x, train=False, capture=True)
-        # The last layer before the logits, whatever it is called.
-        return (wide(found), wide(list(layers.values())[-1])) if features else wide(found)
-
-    return apply
+        expert = expert or _OWN_EXPERT[given.modality]
+    pair = load_pair(config, given, base, str(expert))
+    return Loaded(pair, seen_by(pair))
 
 
 # The arms
 
 
-def program(study: HybridStudy, variant: Variant, pair: Pair) -> Program:
+def program(study: HybridStudy, variant: Variant, loaded: Loaded) -> Program:
     """``effjax.hybrid`` in phases; an arm without a router has one step that does nothing, and its threshold."""
+    pair = loaded.pair
     base = pair.base if variant.features else (lambda variables, x, *, key=None: pair.base(variables, x)[0])
     router = Router(**variant.router)
     networks = HybridNetworks(base, pair.expert, router)
     changes = dict(variant.options)
     if "rounds" in changes:
         changes["rounds"] = study.rounds
-    held = pair.train if variant.seen and pair.train is not None else pair.held
+    learned = "train" if variant.seen else "held"
+    held = pair.rows(learned)
     config = study.method(len(held[1]), **changes)
     need = _learned(router) if variant.rule is None else _RULE_OF[variant.rule]
-    look = functools.partial(hybrid_examples, networks=networks)
-    known: dict[str, HybridExamples] = {}
 
-    def seen(state: HybridState, name: str) -> HybridExamples:
-        """The examples of a set; computed once where the networks stay as they are."""
-        rows = getattr(pair, name)
-        if config.rounds:
-            return look(state, *rows)
-        if name not in known:
-            known[name] = look(state, *rows)
-        return known[name]
+    def seen(state: HybridState, name: str, stages: tuple[Stage, ...] = config.stages) -> HybridExamples:
+        """The examples of a set after some stages: the base model runs again where one of them trained it."""
+        found = loaded.seen(name)
+        if "base" in stages:
+            right = found.expert_correct
+            return hybrid_examples(state, *pair.rows(name), networks, expert_correct=right)
+        return found if variant.features else found._replace(features=None)
 
-    def phase(stage: Stage) -> Phase:
-        data = held if stage == "router" or pair.train is None else pair.train
+    def phase(place: int) -> Phase:
+        stage, before = config.stages[place], config.stages[:place]
+        data = held if stage == "router" else pair.rows("train")
+
+        def aux(state: HybridState) -> Any:
+            if stage == "router":
+                return jax.tree.map(jnp.asarray, seen(state, learned, before))
+            return hybrid_data(state, networks, held, data, config=config, stage=stage)
+
         return Phase(
             step=lambda state, batch, aux: hybrid_step(
                 state, hybrid_batch(state, aux, config=config), networks, config=config, stage=stage
             ),
             steps=config.steps(stage, len(data[1])),
-            leave=lambda state: hybrid_next(state, seen(state, "calibration"), networks, config=config, stage=stage),
-            aux=lambda state: hybrid_data(state, networks, held, pair.train or held, config=config, stage=stage),
+            leave=lambda state: hybrid_next(
+                state, seen(state, "calibration", (*before, stage)), networks, config=config, stage=stage
+            ),
+            aux=aux,
         )
 
     def fit_rule(state: HybridState) -> HybridState:
@@ -346,20 +276,19 @@ def program(study: HybridStudy, variant: Variant, pair: Pair) -> Program:
         cost = _macs(pair, networks, state, learned=variant.rule is None)
         return _metrics(study, needs, state.threshold, examples) | _curves(needs, examples, cost)
 
-    def infer(variables: PyTree, images: Any) -> jax.Array:
+    def infer(variables: PyTree, inputs: PyTree) -> jax.Array:
         state = variables["params"]
-        logits, features = _with_features(base(state["base"], images))
+        logits, features = _with_features(base(state["base"], inputs))
         scores = need(_State(_Parts(state["router"]), None), _examples(logits, features))
-        rows = images.shape[0]
-        capacity = expert_capacity(rows, 1 - config.coverage, deviations=0.0, multiple=1)
+        capacity = expert_capacity(len(logits), 1 - config.coverage, deviations=0.0, multiple=1)
         request = ~(scores <= state["threshold"])
-        return dispatch_capacity(pair.expert, state["expert"], images, logits, request, capacity=capacity).outputs
+        return dispatch_capacity(pair.expert, state["expert"], inputs, logits, request, capacity=capacity).outputs
 
     check_options(study.train, pair.task, accumulate=False, remat=False, dtype=False)
     return Program(
-        task=pair.task._replace(infer=infer, example_inputs=pair.test[0][:256]),
+        task=pair.task._replace(infer=infer, example_inputs=jax.tree.map(lambda leaf: leaf[:64], pair.test[0])),
         init=lambda key: hybrid_init(key, networks, pair.params, pair.test[0], config=config),
-        phases=(idle,) if variant.rule else tuple(phase(stage) for stage in config.stages),
+        phases=(idle,) if variant.rule else tuple(map(phase, range(len(config.stages)))),
         params=lambda state: {
             "params": {**state.params._asdict(), "threshold": state.threshold},
         },
@@ -436,7 +365,7 @@ def _metrics(study: HybridStudy, need: Any, threshold: Any, examples: HybridExam
 
 def _macs(pair: Pair, networks: HybridNetworks, state: HybridState, *, learned: bool) -> HybridCost | None:
     """Multiply-adds of one row in units of the expert's; a rule counts as none. None where they cannot be counted."""
-    row, params = pair.test[0][:1], state.params
+    row, params = jax.tree.map(lambda leaf: leaf[:1], pair.test[0]), state.params
     logits, features = _with_features(jax.eval_shape(networks.base, params.base, row))
     base = count_macs(networks.base, params.base, row).most
     expert = count_macs(pair.expert, params.expert, row).most

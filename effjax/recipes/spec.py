@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 from effjax.core.errors import Limits, check_fields, near
-from effjax.data.files import Modality, read_data
+from effjax.data.files import Modality, fitting_modality, read_data
 from effjax.tasks.task import Metric
 from effjax.train.options import Budget, TrainOptions
 from effjax.train.program import Program
@@ -163,11 +163,12 @@ class StudyConfig:
     own: OwnData | None = None
     """Data of one's own in place of the study's; set by --data."""
 
-    def data(self, name: str, modality: Modality) -> Any:
+    def data(self, name: str, modality: Modality | Sequence[Modality]) -> Any:
         """What a maker of tasks takes as its data: the name of a set, or the user's own data."""
         if self.own is None:
             return name
-        return read_data(modality, self.own.path, **dict(self.own.columns))
+        columns = dict(self.own.columns)
+        return read_data(fitting_modality(modality, columns), self.own.path, **columns)
 
     def model(self, name: str) -> str:
         """What a maker of tasks takes as its model."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from effjax.core.errors import near
-from effjax.data.files import READERS
+from effjax.data.files import READERS, fitting_modality
 from effjax.recipes.spec import OwnData, StudyConfig
 
 _WITH_MODEL = ("text", "image")
@@ -131,6 +131,7 @@ def with_own(config: Any, recipe: Any, own: OwnData, stem: str = "this study") -
     modality = getattr(recipe, "MODALITY", None)
     if modality is None:
         raise ValueError(f"--data {own.path}: {stem} takes no data of your own.")
+    modality = fitting_modality(modality, dict(own.columns))
     legal = [flag(name) for name in _keywords(modality)]
     for name, _ in own.columns:
         if flag(name) not in legal:
@@ -142,6 +143,7 @@ def with_own(config: Any, recipe: Any, own: OwnData, stem: str = "this study") -
     name = re.sub(r"[^A-Za-z0-9_.]+", "-", Path(own.path.removeprefix("hf:")).stem).strip("-.") or "data"
     if modality in _WITH_MODEL:
         default = getattr(recipe, "OWN_MODEL", config.tasks[0].rpartition("/")[2])
+        default = default if isinstance(default, str) else default[modality]
         name += f"/{Path(own.model).name if own.model else default}"
     elif own.model is not None:
         raise ValueError(f"--model {own.model}: the arms of {stem}, on {modality} data, bring their own networks.")
@@ -170,12 +172,12 @@ def check_unchanged(config: StudyConfig, recipe: Any, sources: Sequence[str], ou
         )
 
 
-def as_flags(message: str, modality: str | None = None, fields: Sequence[str] = ()) -> str:
+def as_flags(message: str, modality: str | Sequence[str] | None = None, fields: Sequence[str] = ()) -> str:
     """An error's text with the options as they are typed in place of keywords.
 
     Args:
       message: the text.
-      modality: of the data, whose reader has the keywords; None for those of all readers.
+      modality: of the data, whose reader has the keywords, or several; None for those of all readers.
       fields: of the study's config.
 
     Example:
@@ -184,9 +186,11 @@ def as_flags(message: str, modality: str | None = None, fields: Sequence[str] = 
       >>> as_flags("Give size=(8, 9), scale16=True or quotes=False; leave_out=['a', 'b c'].")
       "Give --size 8 9, --scale16 or --no-quotes; --leave-out a 'b c'."
     """
-    flags = {name: flag(name) for name in (_keywords(modality) if modality in READERS else keywords())} | _OTHERS
+    kinds = (modality,) if isinstance(modality, str) else tuple(modality or READERS)
+    flags = {name: flag(name) for kind in kinds for name in _keywords(kind)} | _OTHERS
     flags |= {field: f"--{field.replace('_', '-')}" for field in fields}
-    flags |= {"source": "--model"} if modality in _WITH_MODEL else {}  # how loaders of models call it
+    if modality and set(kinds) & set(_WITH_MODEL):
+        flags["source"] = "--model"  # how loaders of models call it
     pattern = rf"(?<![\w.-])({'|'.join(flags)})=({_VALUE})?"
     return re.sub(pattern, lambda match: _typed(flags[match[1]], match[2]), message)
 

@@ -232,7 +232,7 @@ def _study_of(path: Path) -> tuple[str, dict[str, Any]]:
     return f"{stem}:{preset}", table
 
 
-def words_of(target: str) -> tuple[str | None, tuple[str, ...]]:
+def words_of(target: str) -> tuple[str | Sequence[str] | None, tuple[str, ...]]:
     """The kind of data of one's own that a study takes, and the fields of its config; none where it is not known."""
     stem = target.partition(":")[0]
     if stem not in effjax.METHODS:
@@ -246,7 +246,9 @@ def studies() -> str:
     lines = []
     for stem in effjax.METHODS:
         recipe = importlib.import_module(f"effjax.recipes.{stem}")
-        takes = f"--data: {recipe.MODALITY}" if hasattr(recipe, "MODALITY") else ""
+        kinds = getattr(recipe, "MODALITY", ())
+        kinds = (kinds,) if isinstance(kinds, str) else kinds
+        takes = f"--data: {' or '.join(kinds)}" if kinds else ""
         takes += f" (preset {recipe.OWN_PRESET})" if hasattr(recipe, "OWN_PRESET") else ""
         lines.append(f"  {stem:<16} {' '.join(presets(stem)):<50} {takes}".rstrip())
     return "\n".join(lines)

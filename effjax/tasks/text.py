@@ -277,6 +277,21 @@ def train_and_test(dataset: DataSet) -> tuple[Mapping[str, Any], Mapping[str, An
     )
 
 
+def text_columns(dataset: DataSet, columns: Columns, tokenizer: Tokenizer, *, max_length: int) -> Columns:
+    """Further rows of a data set, as the columns of a text task.
+
+    Args:
+      dataset: whose columns, target and classes they have.
+      columns: of the rows.
+      tokenizer: of the task.
+      max_length: tokens of a sequence, special ones included; longer texts are truncated.
+    """
+    target = _target(dataset)
+    classes = len(dataset.classes) if target == "label" else 1
+    texts = _texts(dataset.name, "further", columns, _form(dataset), target, classes, None)
+    return _tokens(texts, tokenizer, max_length)
+
+
 def _texts(
     name: str,
     split: str,

@@ -160,6 +160,13 @@ def test_host_dispatch_of_one_row_none_and_of_mixed_dtypes():
         assert half([Asking(KERNEL, threshold), KERNEL], X).outputs.dtype == jnp.float32
 
 
+def test_compiler_options_reach_the_programs_of_later_stages():
+    stages, params = ladder_of_models()
+    odd = HostDispatch(stages, buckets=(4,), compiler_options={"no_such_option_of_xla": "1"})
+    with pytest.raises(Exception, match="no_such_option_of_xla"):
+        odd([params[0]._replace(threshold=-2.0), *params[1:]], X)
+
+
 def test_host_dispatch_keeps_answers_where_the_expert_gives_nan():
     broken = lambda params, x: (x @ params).at[0].set(jnp.nan)
     found = HostDispatch([with_query(expert), broken], buckets=(ROWS,))([Asking(KERNEL, -2.0), KERNEL], X)

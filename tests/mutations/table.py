@@ -443,6 +443,20 @@ MUTATIONS = (
     ),
     # hybrid
     Mutation(
+        "hybrid-base-trained-again-not-asked-again",
+        "stale values",
+        'if "base" in stages:',
+        "if not stages:",
+        ("hardness/test_hybrid_study.py",),
+    ),
+    Mutation(
+        "hybrid-router-of-texts-reads-logits-twice",
+        "wrong variable",
+        "return wide(logits), wide(read[-1])",
+        "return wide(logits), wide(logits)",
+        ("hardness/test_hybrid_study.py",),
+    ),
+    Mutation(
         "hybrid-oracle-asks-where-both-are-wrong",
         "dropped condition",
         "return ~self.base_correct & self.expert_correct & self.known",

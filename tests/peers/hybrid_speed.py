@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 METRIC = {"name": "images_per_s", "goal": "max", "label": "images per second"}
 CLASSES, SIZE = 10, 3072
+# Of XLA's two libraries of matrix products on CPUs the one that is faster on few rows, and slower on many.
+EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # name: (label, role)
 ARMS = {
@@ -28,7 +30,9 @@ ARMS = {
     "masked": ("base and expert on all rows, masked", "baseline"),
     "capacity": ("fixed capacity", "method"),
     "buckets": ("buckets in the program", "method"),
+    "buckets-eigen": ("buckets in the program, products by Eigen", "method"),
     "host": ("bucket chosen by the host", "method"),
+    "host-eigen": ("bucket chosen by the host, products by Eigen", "method"),
     "stream": ("bucket chosen by the host, a batch ahead", "method"),
     "queue": ("queue over batches", "method"),
     "torch-expert": ("PyTorch, always the expert", "baseline"),
@@ -213,15 +217,18 @@ def arms_of(pair: Pair, share: float, threshold: float, batches: Sequence[Any], 
     around = [size for size in ladder if 0.7 * share * rows <= size <= 1.6 * share * rows]  # each costs a compilation
     device = [jax.device_put(batch) for batch in batches]
 
-    def inside(dispatch: Callable[..., Any]) -> Callable[[], Any]:
+    def inside(dispatch: Callable[..., Any], **options: Any) -> Callable[[], Any]:
         def answer(asking: Any, params: Any, x: Any) -> Any:
             outputs, request = first(asking, x)
             return dispatch(pair.expert, params, x, outputs, request)
 
-        run = jax.jit(answer)
+        run = jax.jit(answer, **options)
         return lambda: [run(asking, expert_params, x).outputs for x in device]
 
-    host = HostDispatch([first, pair.expert], buckets=ladder)
+    host, host_eigen = (
+        HostDispatch([first, pair.expert], buckets=ladder, compiler_options=options) for options in (None, EIGEN)
+    )
+    in_program = functools.partial(dispatch_buckets, buckets=around)
     both = [asking, expert_params]
     whole, begin = jax.jit(pair.expert), jax.jit(first)
 
@@ -239,8 +246,10 @@ def arms_of(pair: Pair, share: float, threshold: float, batches: Sequence[Any], 
         "expert": lambda: lambda: [whole(expert_params, x) for x in device],
         "masked": lambda: inside(dispatch_masked),
         "capacity": lambda: inside(functools.partial(dispatch_capacity, capacity=expert_capacity(rows, share))),
-        "buckets": lambda: inside(functools.partial(dispatch_buckets, buckets=around)),
+        "buckets": lambda: inside(in_program),
+        "buckets-eigen": lambda: inside(in_program, compiler_options=EIGEN),
         "host": lambda: lambda: [host(both, x).outputs for x in device],
+        "host-eigen": lambda: lambda: [host_eigen(both, x).outputs for x in device],
         "stream": lambda: lambda: [found.outputs for found in host.stream(both, device)],
         "queue": lambda: queued,
         "torch-expert": lambda: torch_arm(pair, threshold, batches, always=True),
@@ -308,10 +317,11 @@ def measure(
         cost = dict.fromkeys(COST_FIELDS) | {"step_ms": timed.median_ms / len(batches)}
         about = {"group": group, "label": label, "role": role}
         arms[f"{group}/{arm}"] = {"status": "ok", "metrics": metrics, "cost": cost, "inference": {}, **about}
+    bars = (0.3, 0.2) if name == "mlp" and share <= 0.1 else (1.0,)
     for arm, over, bound in (
-        ("host", "masked", 0.3 if name == "mlp" and share <= 0.1 else 1.0),
+        *((arm, "masked", bar) for arm in ("buckets", "host", "buckets-eigen", "host-eigen") for bar in bars),
         ("host", "expert", 1.0),
-        ("host", "torch", 1.0),
+        *((arm, "torch", 1.0) for arm in ("host", "host-eigen")),
     ):
         if arm in timings and over in timings:
             ratio = paired_ratio(timings[arm], timings[over])
@@ -333,7 +343,7 @@ def benchmark(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     arms: dict[str, Any] = {}
     claims: list[Mapping[str, Any]] = []
     for name in options.pairs:
-        x, labels = images(name)
+        x, labels = (column[: options.rows] for column in images(name))
         found = fitted(PAIRS[name](), x, labels, options.shares)
         half = len(x) // 2
         if options.batches * options.batch_size > half:
@@ -369,6 +379,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=("*", *ARMS), default=["*"])
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--batches", type=int, default=2, help="answered in one round")
+    parser.add_argument("--rows", type=int, help="images used, half for thresholds; all if left out")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(words)
