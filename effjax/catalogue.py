@@ -82,6 +82,8 @@ METHODS: dict[str, Method] = {
             modules=(
                 "effjax.finetune.cola",
                 "effjax.finetune.chain",
+                "effjax.finetune.chain_config",
+                "effjax.finetune.chain_links",
                 "effjax.finetune.restart",
                 "effjax.finetune.slope_knot",
                 "effjax.finetune.lora",

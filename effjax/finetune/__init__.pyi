@@ -1,14 +1,14 @@
-from .chain import ColaConfig as ColaConfig
 from .chain import cola_adapters as cola_adapters
-from .chain import cola_export as cola_export
 from .chain import cola_extend as cola_extend
 from .chain import cola_gradients as cola_gradients
 from .chain import cola_init as cola_init
-from .chain import cola_links as cola_links
 from .chain import cola_merge as cola_merge
 from .chain import cola_next as cola_next
 from .chain import cola_params as cola_params
 from .chain import cola_value_and_grad as cola_value_and_grad
+from .chain_config import ColaConfig as ColaConfig
+from .chain_links import cola_export as cola_export
+from .chain_links import cola_links as cola_links
 from .cola import cola_state as cola_state
 from .lora import LoraConfig as LoraConfig
 from .lora import LoraRule as LoraRule

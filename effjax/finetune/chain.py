@@ -4,45 +4,39 @@ A run is ``cola_init``, then in every step ``cola_value_and_grad`` and the optim
 knot, ``cola_next``. ``effjax.finetune.cola`` is the same as one Optax transformation.
 """
 
-import dataclasses
 import functools
-import itertools
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float
 
-from effjax.core.errors import NoEffectWarning, check_choice, check_number
+from effjax.core.errors import NoEffectWarning
 from effjax.core.tree import leaves_at, unread, wide, with_leaves
+from effjax.finetune.chain_config import ColaConfig, ColaState
+from effjax.finetune.chain_links import active_part, beside, folded, link_scales, write_link
 from effjax.finetune.lora import (
     Lora,
-    LoraConfig,
-    LoraRule,
     check_floating,
     lora_delta,
     lora_init,
     lora_merge,
     lora_params,
-    lora_scales,
     out_first,
 )
-from effjax.finetune.restart import SCHEDULES, cola_reset
+from effjax.finetune.restart import cola_reset
 
 __all__ = [
-    "ColaConfig",
     "cola_adapters",
-    "cola_export",
     "cola_extend",
     "cola_gradients",
     "cola_init",
-    "cola_links",
     "cola_merge",
     "cola_next",
     "cola_params",
@@ -52,155 +46,6 @@ __all__ = [
 PyTree = Any
 Kernels = Mapping[str, jax.Array]
 Reset = Callable[[jax.Array, optax.GradientTransformation, PyTree, Lora], PyTree]
-
-_MERGES = ("master", "lazy", "plain")
-
-
-@dataclasses.dataclass(frozen=True)
-class ColaConfig:
-    """A chain of adapters; hashable, so it may be a static argument.
-
-    Attributes:
-      lora: the adapters of one link; patterns or rules stand for a ``LoraConfig`` of them.
-      knots: steps, counted from 0, at whose start a knot is tied; so many updates are done by then. Increasing.
-      links: most links of a chain whose knots are decided while it trains; else one more than ``knots``.
-      ranks: rank of every link, never growing, in place of the rules' one rank, which is the first of them. Shapes
-        stay, the entries beyond a link's rank are zero, and so are their gradients. It saves next to no compute.
-      alphas: alpha of every link, in place of the rules'. A link counts with the factor alpha / rank.
-      schedule: ``'global'``: one learning-rate schedule over the whole chain; ``'per_link'``: it restarts at knots.
-      merge: what a knot does to the kernels. ``'master'``: adds to them; those narrower than float32 have a float32
-        copy, so that no change is lost for good, though the network sees it rounded. ``'lazy'``: nothing; past links
-        stay beside the kernels as one wider adapter. That is exact whatever the base's dtype, and costs adapters of the
-        summed rank. ``'plain'``: adds and rounds; in bfloat16 this loses changes below its resolution for good.
-      reinit: the new ``a``: ``'random'``, or the leading directions of a ``'gradient'`` sample.
-      keep_links: remember the links of a merged chain, so that it can be exported as one adapter.
-
-    Raises:
-      ValueError: knots out of order, ranks that grow, a combination that cannot work.
-
-    Warns:
-      NoEffectWarning: a chain of one link, which is LoRA.
-
-    Example:
-      >>> config = ColaConfig("(query|value)/kernel", knots=(200, 400))
-      >>> config.most_links, config.ties(199), config.ties(200)
-      (3, True, False)
-    """
-
-    lora: LoraConfig | LoraRule | str | Sequence[LoraRule | str]
-    knots: Sequence[int] = ()
-    _: dataclasses.KW_ONLY
-    links: int | None = None
-    ranks: Sequence[int] | None = None
-    alphas: Sequence[float] | None = None
-    schedule: str = "global"
-    merge: str = "master"
-    reinit: str = "random"
-    keep_links: bool = False
-
-    def __post_init__(self) -> None:
-        lora = self.lora if isinstance(self.lora, LoraConfig) else LoraConfig(self.lora)
-        object.__setattr__(self, "lora", lora)
-        for name in ("knots", "ranks", "alphas"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_choice("schedule", self.schedule, SCHEDULES)
-        check_choice("merge", self.merge, _MERGES)
-        check_choice("reinit", self.reinit, ("random", "gradient"))
-        self._check_knots()
-        self._check_ranks()
-        if self.merge == "lazy" and lora.dropout:
-            raise ValueError(
-                f"merge='lazy' with dropout={lora.dropout}: the links of the past would be dropped out too, and the "
-                "knots would change the network. Use merge='master', or dropout=0."
-            )
-
-    def _check_knots(self) -> None:
-        for i, knot in enumerate(self.knots):
-            check_number(f"knots[{i}]", knot, low=1, integer=True, hint="At step 0 there is nothing to tie.")
-        if any(before >= after for before, after in itertools.pairwise(self.knots)):
-            raise ValueError(f"knots={self.knots} must increase. Sort them and drop what occurs twice.")
-        if self.links is not None:
-            check_number("links", self.links, low=1, integer=True)
-            if self.knots:
-                raise ValueError(
-                    f"links={self.links} is for chains whose knots are decided while they train; "
-                    f"knots={self.knots} make {len(self.knots) + 1} links. Give one of the two."
-                )
-        if self.most_links == 1:
-            warnings.warn(
-                "a chain without knots is LoRA. Give knots=(step, ...), or links=n where they are decided in training.",
-                NoEffectWarning,
-                stacklevel=4,
-            )
-
-    def _check_ranks(self) -> None:
-        for name in ("ranks", "alphas"):
-            values = getattr(self, name)
-            if values is not None and len(values) != self.most_links:
-                raise ValueError(f"{name}={values} needs one entry for each of the {self.most_links} links.")
-        for i, alpha in enumerate(self.alphas or ()):
-            check_number(f"alphas[{i}]", alpha, low=0.0, open_low=True)
-        if self.ranks is None:
-            return
-        for i, rank in enumerate(self.ranks):
-            check_number(f"ranks[{i}]", rank, low=1, integer=True)
-        if any(before < after for before, after in itertools.pairwise(self.ranks)):
-            raise ValueError(f"ranks={self.ranks} grow. Ranks step down: the shapes hold the first one. Reverse them.")
-        others = {rule.rank for rule in self.lora_config.each_rule} - {self.ranks[0]}
-        if others:
-            raise ValueError(
-                f"ranks={self.ranks} begin with {self.ranks[0]}, but rules have rank {sorted(others)}. "
-                f"Give every rule rank={self.ranks[0]}."
-            )
-
-    @property
-    def lora_config(self) -> LoraConfig:
-        """The adapters of one link."""
-        return self.lora if isinstance(self.lora, LoraConfig) else LoraConfig(self.lora)
-
-    @property
-    def most_links(self) -> int:
-        """Links of the whole chain."""
-        return len(self.knots) + 1 if self.links is None else self.links
-
-    def ties(self, step: int, every: int = 1) -> bool:
-        """Whether a link ends with this step's update, the value of ``tie`` in ``effjax.cola``.
-
-        Args:
-          step: from 0; with accumulation, that of the micro-batch.
-          every: micro-batches in one update (``every_k_schedule`` of ``optax.MultiSteps``); knots count updates.
-
-        Returns:
-          True in the last micro-batch before a knot.
-
-        Example:
-          >>> config = ColaConfig("kernel", knots=(2,))
-          >>> [config.ties(step, every=2) for step in range(5)]
-          [False, False, False, True, False]
-        """
-        updates, rest = divmod(int(step) + 1, every)
-        return rest == 0 and updates in self.knots
-
-
-class ColaState(NamedTuple):
-    """A network under a chain of adapters: all that a checkpoint needs besides the optimizer's state.
-
-    Attributes:
-      base: the model's parameters.
-      lora: the trainable adapters of the present link.
-      link: int32, its index from 0.
-      key: raw PRNG key of the draws.
-      past: the links of the past side by side, scales folded into ``b``; only with lazy knots or ``keep_links``.
-      master: float32 kernels by path, of those targets that are narrower; None if none.
-    """
-
-    base: PyTree
-    lora: Lora
-    link: Int[Array, ""]
-    key: UInt[Array, "words"]
-    past: Lora | None
-    master: dict[str, Float[Array, "..."]] | None
 
 
 def cola_init(key: jax.Array, params: PyTree, config: ColaConfig, gradients: Kernels | None = None) -> ColaState:
@@ -286,10 +131,10 @@ def cola_adapters(state: ColaState, config: ColaConfig) -> tuple[Lora, dict[str,
       >>> cola_adapters(state, config)[0]["kernel"]["a"].shape
       (16, 16)
     """
-    lora, scales = _active(state.lora, state.link, config), _scales(state.lora, state.link, config)
+    lora, scales = active_part(state.lora, state.link, config), link_scales(state.lora, state.link, config)
     if config.merge != "lazy" or state.past is None:
         return lora, scales
-    joined = {path: _beside(state.past[path], _folded(lora[path], scales[path])) for path in lora}
+    joined = {path: beside(state.past[path], folded(lora[path], scales[path])) for path in lora}
     return joined, dict.fromkeys(lora, 1.0)
 
 
@@ -416,11 +261,11 @@ def cola_extend(state: ColaState, config: ColaConfig, gradients: Kernels | None 
     """
     _check_room(state, config)
     hold = state.link >= config.most_links - 1
-    lora, scales = _active(state.lora, state.link, config), _scales(state.lora, state.link, config)
+    lora, scales = active_part(state.lora, state.link, config), link_scales(state.lora, state.link, config)
     link = state.link + jnp.where(hold, 0, 1).astype(state.link.dtype)
     past, base, master = state.past, state.base, state.master
     if past is not None:
-        written = {path: _written(past[path], _folded(lora[path], scales[path]), state.link) for path in past}
+        written = {path: write_link(past[path], folded(lora[path], scales[path]), state.link) for path in past}
         past = optax.tree.where(hold, past, written)
     if config.merge != "lazy":
         deltas = {path: lora_delta(adapter, jnp.where(hold, 0.0, scales[path])) for path, adapter in lora.items()}
@@ -531,68 +376,6 @@ def cola_gradients(loss: Callable[..., Float[Array, ""]], state: ColaState, conf
     return jax.grad(lambda kernels: loss(with_leaves(merged, kernels), *args))(leaves_at(merged, state.lora))
 
 
-def cola_links(state: ColaState, config: ColaConfig) -> tuple[Lora, ...]:
-    """The links of the chain that the state remembers, first to present, scales folded into ``b``.
-
-    All of them with lazy knots or ``keep_links``; else the present one only, so collect it before every knot.
-
-    Args:
-      state: of the chain, outside ``jit``.
-      config: the chain.
-
-    Returns:
-      Adapters of the links' own ranks and scale 1.
-
-    Example:
-      >>> config = ColaConfig(LoraRule("kernel", rank=4), knots=(10,), ranks=(4, 2), keep_links=True)
-      >>> state = cola_extend(cola_init(jax.random.key(0), {"kernel": jnp.ones((16, 8))}, config), config)
-      >>> [link["kernel"]["a"].shape for link in cola_links(state, config)]
-      [(16, 4), (16, 2)]
-    """
-    link = int(state.link)
-    scales = _scales(state.lora, state.link, config)
-    present = {path: _folded(adapter, scales[path]) for path, adapter in state.lora.items()}
-
-    def cut(lora: Lora, k: int, start: int) -> Lora:
-        def one(path: str) -> dict[str, jax.Array]:
-            width = state.lora[path]["a"].shape[-1]
-            rows = slice(start * width, start * width + (width if config.ranks is None else config.ranks[k]))
-            return {"a": lora[path]["a"][..., rows], "b": lora[path]["b"][..., rows, :]}
-
-        return {path: one(path) for path in lora}
-
-    before = () if state.past is None else tuple(cut(state.past, k, k) for k in range(link))
-    return (*before, cut(present, link, 0))
-
-
-def cola_export(links: Sequence[Lora]) -> Lora:
-    r"""A whole chain as ONE adapter of the summed rank and scale 1, exactly.
-
-    .. math:: a = [a_1, \dots, a_K], \qquad b = [s_1 b_1; \dots; s_K b_K], \qquad a b = \sum_k s_k a_k b_k
-
-    Args:
-      links: of ``cola_links``.
-
-    Returns:
-      Adapters for ``lora_params``, ``lora_merge`` or a PEFT folder, to be used with the base of before the chain and
-      scale 1 (alpha equal to the rank).
-
-    Raises:
-      ValueError: no links, or links of different kernels.
-
-    Example:
-      >>> link = {"kernel": {"a": jnp.ones((16, 4)), "b": jnp.ones((4, 8))}}
-      >>> cola_export([link, link])["kernel"]["b"].shape
-      (8, 8)
-    """
-    if not links or any(set(link) != set(links[0]) for link in links):
-        raise ValueError(
-            f"links: {len(links)} of them, with kernels {[sorted(link)[:3] for link in links]}; at least one is "
-            "needed, all of the same kernels. Pass those of cola_links(state, config)."
-        )
-    return functools.reduce(lambda left, right: {path: _beside(left[path], right[path]) for path in left}, links)
-
-
 # Losses that were looked at, with the chains they were looked at with: once is enough, in a loop without jit too.
 _looked_at: weakref.WeakKeyDictionary[Callable[..., Any], set[ColaConfig]] = weakref.WeakKeyDictionary()
 
@@ -630,7 +413,7 @@ def _fresh(state: ColaState, link: Array, config: ColaConfig, gradients: Kernels
         drawn = _informed(drawn, gradients)
     # The sum takes over the sharding of the old adapters, on explicit meshes too.
     fresh = jax.tree.map(lambda old, new: jnp.zeros_like(old) + new.astype(old.dtype), state.lora, drawn)
-    return _active(fresh, link, config)
+    return active_part(fresh, link, config)
 
 
 def _link_key(key: Array, link: Array) -> Array:
@@ -653,52 +436,3 @@ def _informed(lora: Lora, gradients: Kernels) -> Lora:
         return {"a": (length * directions).reshape(a.shape).astype(a.dtype), "b": b}
 
     return {path: informed(path, adapter) for path, adapter in lora.items()}
-
-
-def _scales(lora: Lora, link: Array, config: ColaConfig) -> dict[str, Any]:
-    scales = lora_scales(lora, config.lora_config)
-    if config.ranks is None and config.alphas is None:
-        return scales
-    root = math.sqrt if config.lora_config.rslora else float
-
-    def table(path: str) -> list[float]:
-        width = lora[path]["a"].shape[-1]
-        ranks = config.ranks or (width,) * config.most_links
-        alphas = config.alphas or (scales[path] * root(width),) * config.most_links
-        return [alpha / root(rank) for alpha, rank in zip(alphas, ranks, strict=True)]
-
-    return {path: jnp.asarray(table(path), float)[link] for path in lora}
-
-
-def _active(lora: Lora, link: Array, config: ColaConfig) -> Lora:
-    """Zero beyond the link's rank: there the gradients vanish as well."""
-    if config.ranks is None:
-        return lora
-    rank = jnp.asarray(config.ranks, jnp.int32)[link]
-
-    def mask(adapter: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        used = jnp.arange(adapter["a"].shape[-1]) < rank
-        a, b = adapter["a"], adapter["b"]
-        return {"a": jnp.where(used, a, jnp.zeros_like(a)), "b": jnp.where(used[:, None], b, jnp.zeros_like(b))}
-
-    return {path: mask(adapter) for path, adapter in lora.items()}
-
-
-def _folded(adapter: Mapping[str, jax.Array], scale: Any) -> dict[str, jax.Array]:
-    b = adapter["b"]
-    return {"a": adapter["a"], "b": (b * scale).astype(b.dtype)}
-
-
-def _beside(left: Mapping[str, jax.Array], right: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    return {
-        "a": jnp.concatenate([left["a"], right["a"]], axis=-1),
-        "b": jnp.concatenate([left["b"], right["b"]], axis=-2),
-    }
-
-
-def _written(past: Mapping[str, jax.Array], adapter: Mapping[str, jax.Array], link: Array) -> dict[str, jax.Array]:
-    start = link * adapter["a"].shape[-1]
-    return {
-        name: jax.lax.dynamic_update_slice_in_dim(past[name], adapter[name], start, axis=axis)
-        for name, axis in (("a", adapter["a"].ndim - 1), ("b", adapter["b"].ndim - 2))
-    }

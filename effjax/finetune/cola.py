@@ -10,14 +10,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from effjax.core.tree import leaves_at, only_node, wide, with_leaves
-from effjax.finetune.chain import (
-    ColaConfig,
-    ColaState,
-    Kernels,
-    Reset,
-    chain_memory,
-    extend_and_reset,
-)
+from effjax.finetune.chain import Kernels, Reset, chain_memory, extend_and_reset
+from effjax.finetune.chain_config import ColaConfig, ColaState
 from effjax.finetune.lora import Lora, check_fit
 
 __all__ = ["cola", "cola_state"]

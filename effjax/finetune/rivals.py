@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import path_name, wide
-from effjax.finetune.chain import ColaConfig, ColaState, cola_extend
+from effjax.finetune.chain import cola_extend
+from effjax.finetune.chain_config import ColaConfig, ColaState
 from effjax.finetune.lora import Lora, Scales, check_floating, lora_delta, lora_scales, out_first, scale_of
 from effjax.finetune.restart import cola_reset
 

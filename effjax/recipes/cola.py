@@ -12,7 +12,8 @@ import optax
 from effjax.core.errors import Count, Limits, Positive, Rate
 from effjax.data.ragged import Ragged, padded_columns
 from effjax.data.sets import load
-from effjax.finetune.chain import ColaConfig, cola_next
+from effjax.finetune.chain import cola_next
+from effjax.finetune.chain_config import ColaConfig
 from effjax.finetune.lora import LoraConfig, LoraRule
 from effjax.finetune.restart import cola_reset
 from effjax.finetune.rivals import plora_next, rac_lora, relora_reset, relora_schedule

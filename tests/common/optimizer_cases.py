@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from effjax.finetune.chain import ColaConfig, cola_init
+from effjax.finetune.chain import cola_init
+from effjax.finetune.chain_config import ColaConfig
 from effjax.finetune.cola import cola
 from effjax.finetune.lora import LoraRule, lora_merge
 from effjax.optim.batch_size import scale_by_batch_size

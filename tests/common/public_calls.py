@@ -17,7 +17,8 @@ import effjax
 from effjax.data.bucket_sampler import BucketSampler
 from effjax.data.pipeline import batches
 from effjax.data.sequences import sequence_data
-from effjax.finetune.chain import ColaConfig, cola_init, cola_merge, cola_next, cola_value_and_grad
+from effjax.finetune.chain import cola_init, cola_merge, cola_next, cola_value_and_grad
+from effjax.finetune.chain_config import ColaConfig
 from effjax.finetune.lora import LoraRule, lora_apply
 from effjax.models.mlp import MLP
 from effjax.models.sequence import LSTMCell

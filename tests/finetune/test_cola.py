@@ -17,18 +17,17 @@ from effjax.core.cost import Executables, count_compiles, count_params
 from effjax.core.errors import NoEffectWarning
 from effjax.core.tree import leaf_paths
 from effjax.finetune.chain import (
-    ColaConfig,
     cola_adapters,
-    cola_export,
     cola_extend,
     cola_gradients,
     cola_init,
-    cola_links,
     cola_merge,
     cola_next,
     cola_params,
     cola_value_and_grad,
 )
+from effjax.finetune.chain_config import ColaConfig
+from effjax.finetune.chain_links import cola_export, cola_links
 from effjax.finetune.cola import cola, cola_state
 from effjax.finetune.lora import (
     LoraConfig,

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from effjax.finetune.chain import ColaConfig, cola_extend, cola_init
+from effjax.finetune.chain import cola_extend, cola_init
+from effjax.finetune.chain_config import ColaConfig
 from effjax.finetune.cola import cola, cola_state
 from effjax.finetune.lora import LoraRule, lora_merge
 from effjax.finetune.rivals import plora_unload, rac_lora, rac_precondition, relora_reset, relora_schedule
