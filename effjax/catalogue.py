@@ -134,7 +134,12 @@ METHODS: dict[str, Method] = {
         Method(
             stem="fptt",
             summary="forward propagation through time: updates in every part of a sequence",
-            modules=("effjax.recurrent.fptt", "effjax.recurrent.through_time", "effjax.recurrent.ltc_spiking"),
+            modules=(
+                "effjax.recurrent.fptt",
+                "effjax.recurrent.through_time",
+                "effjax.recurrent.sequence_problem",
+                "effjax.recurrent.ltc_spiking",
+            ),
             kind="Optax transformation and training steps",
             paper="Kag, Saligrama 2021, ICML (PMLR 139:5189-5200)",
         ),

@@ -15,10 +15,10 @@ from .irnn import IncrementalRNN as IncrementalRNN
 from .irnn import IncrementalRNNCell as IncrementalRNNCell
 from .ltc_spiking import LTCSpikingCell as LTCSpikingCell
 from .ltc_spiking import LeakyReadoutCell as LeakyReadoutCell
+from .sequence_problem import SequencePart as SequencePart
+from .sequence_problem import SequenceProblem as SequenceProblem
 from .tarnn import TARNN as TARNN
 from .tarnn import TARNNCell as TARNNCell
-from .through_time import SequencePart as SequencePart
-from .through_time import SequenceProblem as SequenceProblem
 from .through_time import bptt_step as bptt_step
 from .through_time import fptt_online as fptt_online
 from .through_time import fptt_step as fptt_step

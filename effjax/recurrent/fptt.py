@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.core.errors import check_choice, check_number, check_shape
 from effjax.core.tree import only_node, wide
-from effjax.recurrent.through_time import SequencePart
+from effjax.recurrent.sequence_problem import SequencePart
 
 __all__ = [
     "fptt",

@@ -12,7 +12,7 @@ from effjax.core.cells import Cell, Params
 from effjax.data.sequences import Kind, SequenceData, sequence_data
 from effjax.models.sequence_network import SequenceNetwork, StepNetwork, step_network
 from effjax.recurrent.fptt import fptt_terminal_loss
-from effjax.recurrent.through_time import SequencePart
+from effjax.recurrent.sequence_problem import SequencePart
 from effjax.tasks.sequence import inputs_and_lengths, sequence_loss, sequence_task, task_of_functions
 from effjax.tasks.task import Task
 

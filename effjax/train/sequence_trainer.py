@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from effjax.recurrent.through_time import SequenceProblem, Train
+from effjax.recurrent.sequence_problem import SequenceProblem
+from effjax.recurrent.through_time import Train
 from effjax.tasks.sequence import asked_targets, inputs_and_lengths, network_inputs
 from effjax.tasks.sequence_networks import part_loss
 from effjax.tasks.task import Task

@@ -30,8 +30,9 @@ from effjax.optim.dual_ascent import Constraint, DclConfig
 from effjax.optim.samuel import samuel, samuel_eval_params, samuel_init, samuel_sync, samuel_value_and_grad
 from effjax.recurrent.fptt import fptt, fptt_eval_params, fptt_terminal_loss
 from effjax.recurrent.irnn import IncrementalRNN
+from effjax.recurrent.sequence_problem import SequenceProblem
 from effjax.recurrent.tarnn import TARNN
-from effjax.recurrent.through_time import SequenceProblem, fptt_step
+from effjax.recurrent.through_time import fptt_step
 from effjax.study.resolve import resolve
 from effjax.tasks.image import image_task
 from effjax.tasks.sequence import sequence_task

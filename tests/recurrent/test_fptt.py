@@ -25,7 +25,8 @@ from effjax.recurrent.fptt import (
     qbar_sums,
 )
 from effjax.recurrent.ltc_spiking import LeakyReadoutCell, LTCSpikingCell, surrogate_spike
-from effjax.recurrent.through_time import SequencePart, SequenceProblem, bptt_step, fptt_online, fptt_step, tbptt_step
+from effjax.recurrent.sequence_problem import SequencePart, SequenceProblem
+from effjax.recurrent.through_time import bptt_step, fptt_online, fptt_step, tbptt_step
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "fptt"
 

@@ -17,7 +17,8 @@ from effjax.models.sequence_network import step_network
 from effjax.recipes.fptt import CELLS, FpttStudy, claims, groups
 from effjax.recipes.spec import Budget, choose_arms
 from effjax.recurrent.fptt import fptt, fptt_epoch_end, fptt_terminal_loss
-from effjax.recurrent.through_time import SequenceProblem, fptt_step
+from effjax.recurrent.sequence_problem import SequenceProblem
+from effjax.recurrent.through_time import fptt_step
 from effjax.study.claims import decide
 from effjax.tasks.sequence import sequence_loss
 from effjax.train.loop import fit

@@ -11,7 +11,8 @@ import pytest
 
 from effjax.recurrent.fptt import fptt
 from effjax.recurrent.ltc_spiking import LeakyReadoutCell, LTCSpikingCell
-from effjax.recurrent.through_time import SequenceProblem, fptt_step
+from effjax.recurrent.sequence_problem import SequenceProblem
+from effjax.recurrent.through_time import fptt_step
 
 B, T, D, H, C = 6, 12, 3, 16, 2
 NEURONS, READOUT = LTCSpikingCell(H), LeakyReadoutCell(C)

@@ -17,8 +17,9 @@ from effjax.recurrent.dual import DualODE
 from effjax.recurrent.fixed_point import EquilibriumRNN
 from effjax.recurrent.irnn import IncrementalRNN, IncrementalRNNCell
 from effjax.recurrent.ltc_spiking import LTCSpikingCell
+from effjax.recurrent.sequence_problem import SequenceProblem
 from effjax.recurrent.tarnn import TARNN, TARNNCell
-from effjax.recurrent.through_time import SequenceProblem, bptt_step, fptt_online, fptt_step, tbptt_step
+from effjax.recurrent.through_time import bptt_step, fptt_online, fptt_step, tbptt_step
 
 KEY = jax.random.key(0, impl="rbg")
 LENGTHS = np.array([6, 2, 4])
