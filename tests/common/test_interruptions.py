@@ -15,7 +15,7 @@ SMALL = ["--settings", "shift", "--grid", "0.1", "--arms", "sgd-*", "samuel", "-
 def test_killed_at_random_moments_it_continues_to_the_same_results(tmp_path):
     """One study: the kill concerns the loop, the checkpoints and the folder, whatever is trained."""
     words = ["samuel:smoke", *SMALL, "--budget.amount", "80"]
-    words += ["--train.checkpoint-seconds", "0.01", "--train.log-steps", "10"]
+    words += ["--train.checkpoint-seconds", "0.1", "--train.log-steps", "10"]
     code, _, err = finish(start(*words, "--out", tmp_path / "whole"))
     assert code == 0, err
     rng = random.Random()

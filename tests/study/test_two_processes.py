@@ -33,9 +33,9 @@ def metrics(out):
 
 @pytest.mark.study
 def test_two_processes_find_what_one_process_with_two_devices_finds(tmp_path):
-    codes, said = finish(start(tmp_path / "one", 60, processes=1, devices=2))
+    codes, said = finish(start(tmp_path / "one", 20, processes=1, devices=2))
     assert codes == [0], said
-    codes, said = finish(start(tmp_path / "two", 60))
+    codes, said = finish(start(tmp_path / "two", 20))
     assert codes == [0, 0], said
     assert metrics(tmp_path / "two") == metrics(tmp_path / "one")
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
