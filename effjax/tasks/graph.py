@@ -1,5 +1,6 @@
 """Node classification on one graph: data, matrices, loss, and splits that nothing can leak through."""
 
+import functools
 import os
 from typing import Any, Literal, NamedTuple
 
@@ -281,6 +282,11 @@ def draw_split(
 def _rank_in_class(key: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
     """Place of every node in a random order of its class; beyond all nodes for those without one."""
     labels = jnp.asarray(check_array("labels", labels, (None,), "integers", "One class for each node, -1 for none."))
+    return _ranked(key, labels, classes)
+
+
+@functools.partial(jax.jit, static_argnames="classes")
+def _ranked(key: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
     order = jax.random.permutation(key, labels.shape[0])
     member = (labels[order][:, None] == jnp.arange(classes)[None]).astype(jnp.int32)
     before = jnp.cumsum(member, axis=0) - member
