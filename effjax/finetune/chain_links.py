@@ -34,7 +34,11 @@ def cola_links(state: ColaState, config: ColaConfig) -> tuple[Lora, ...]:
       >>> [link["kernel"]["a"].shape for link in cola_links(state, config)]
       [(16, 4), (16, 2)]
     """
-    link = int(state.link)
+    return _each_link(state, int(state.link), config)
+
+
+@functools.partial(jax.jit, static_argnames=("link", "config"))
+def _each_link(state: ColaState, link: int, config: ColaConfig) -> tuple[Lora, ...]:
     scales = link_scales(state.lora, state.link, config)
     present = {path: folded(adapter, scales[path]) for path, adapter in state.lora.items()}
 

@@ -45,7 +45,7 @@ def filled(module, seed=1):
     """Variables of a module, all random, without compiling its initialisation."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(module.init, KEY, X)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.4, leaf.shape), jnp.float32), shapes)
+    return jax.tree.map(lambda leaf: jnp.asarray(np.float32(rng.normal(0, 0.4, leaf.shape))), shapes)
 
 
 def assert_close(left, right, atol=1e-12):
@@ -114,10 +114,11 @@ def test_parity(name):
 def test_linear_scan_parity():
     data = group("linear_scan/")
     with jax.enable_x64(True):
-        a, u = (jnp.asarray(data[name].swapaxes(0, 1)) for name in "au")
-        assert_close(linear_scan(a, u), data["outputs"].swapaxes(0, 1))
-        whole, half = linear_scan(a, u), linear_scan(a[:3], u[:3])
-        assert_close(linear_scan(a[3:], u[3:], half[-1]), whole[3:])
+        a, u = (data[name].swapaxes(0, 1) for name in "au")
+        scan = jax.jit(linear_scan)
+        whole, half = scan(a, u), scan(a[:3], u[:3])
+        assert_close(whole, data["outputs"].swapaxes(0, 1))
+        assert_close(scan(a[3:], u[3:], np.asarray(half)[-1]), np.asarray(whole)[3:])
 
 
 @pytest.mark.parametrize("dtype", [float, complex])
@@ -126,13 +127,15 @@ def test_linear_scan_in_both_forms(dtype):
     draw = lambda *shape: rng.normal(size=shape) + (1j * rng.normal(size=shape) if dtype is complex else 0)
     with jax.enable_x64(True):
         # Decays are the same for all rows, and one of them is 0.
-        a, u, weights = jnp.asarray(draw(7, 1, 4)).at[3, 0, 2].set(0), jnp.asarray(draw(7, 3, 4)), draw(7, 3, 4)
+        a, u, weights = draw(7, 1, 4), draw(7, 3, 4), draw(7, 3, 4)
+        a[3, 0, 2] = 0
 
-        def states_and_gradients(form):
+        def states_and_gradients(form, a, u):
             loss = lambda a, u: jnp.sum((weights * form(a, u)).real)
             return form(a, u), jax.grad(loss, (0, 1))(a, u)
 
-        jax.tree.map(assert_close, states_and_gradients(_sequential), states_and_gradients(_associative))
+        both = jax.jit(lambda a, u: [states_and_gradients(form, a, u) for form in (_sequential, _associative)])
+        jax.tree.map(assert_close, *both(a, u))
 
 
 def test_fastrnn_with_gates_of_every_time_step():
@@ -147,7 +150,7 @@ def test_fastrnn_with_gates_of_every_time_step():
     layer = Recurrent(cell)
     variables = {"params": {"cell": params}}
     assert_close(jax.jit(layer.apply)(variables, X), np.stack(states, 1), 1e-6)
-    carry = (jnp.asarray(states[3], jnp.float32), jnp.full(4, 4))
+    carry = (states[3].astype(np.float32), np.full(4, 4, np.int32))
     assert_close(jax.jit(layer.apply)(variables, X[:, 4:], carry), np.stack(states[4:], 1), 1e-6)
     beyond = np.asarray(jax.jit(nn.RNN(cell).apply)(variables, np.tile(X, (1, 2, 1))))
     np.testing.assert_array_equal(np.isfinite(beyond).all((0, 2)), np.arange(20) < 12)
@@ -155,13 +158,15 @@ def test_fastrnn_with_gates_of_every_time_step():
 
 def test_lstm_equals_flax():
     cell, theirs = LSTMCell(5), nn.OptimizedLSTMCell(5)
-    params = jax.jit(cell.init)(KEY, cell.initialize_carry(KEY, (4, 3)), X[:, 0])["params"]
+    params = jax.jit(lambda x: cell.init(KEY, cell.initialize_carry(KEY, (4, 3)), x))(X[:, 0])["params"]
     parts = {name: np.split(np.asarray(leaf), 4, -1) for name, leaf in params.items()}
     flax = {f"i{gate}": {"kernel": kernel} for gate, kernel in zip("ifgo", parts["W"], strict=True)}
     for gate, kernel, bias in zip("ifgo", parts["U"], parts["b"], strict=True):
         flax[f"h{gate}"] = {"kernel": kernel, "bias": bias}
     carry = tuple(np.random.default_rng(1).normal(size=(2, 4, 5)).astype(np.float32))
-    ours, expected = cell.apply({"params": params}, carry, X[:, 0]), theirs.apply({"params": flax}, carry, X[:, 0])
+    ours, expected = (
+        jax.jit(one.apply)({"params": own}, carry, X[:, 0]) for one, own in ((cell, params), (theirs, flax))
+    )
     jax.tree.map(functools.partial(assert_close, atol=1e-6), ours, expected)
     for block in parts["U"]:
         assert_close(block @ block.T, np.eye(5), 1e-5)
@@ -174,13 +179,15 @@ def test_gru_and_plain_rnn_equal_flax():
     flax = {f"i{gate}": {"kernel": w, "bias": b} for gate, w, b in zip("rzn", parts["W"], parts["b"], strict=True)}
     flax |= {f"h{gate}": {"kernel": kernel} for gate, kernel in zip("rzn", parts["U"], strict=True)}
     flax["hn"]["bias"] = params["c"]
-    ours, expected = (c.apply({"params": p}, h, X[:, 0])[1] for c, p in ((GRUCell(5), params), (nn.GRUCell(5), flax)))
+    ours, expected = (
+        jax.jit(c.apply)({"params": p}, h, X[:, 0])[1] for c, p in ((GRUCell(5), params), (nn.GRUCell(5), flax))
+    )
     assert_close(ours, expected, 1e-6)
     params = filled(nn.RNN(RNNCell(5)))["params"]["cell"]
     flax = {"i": {"kernel": params["W"], "bias": params["b"]}, "h": {"kernel": params["U"]}}
     assert_close(
-        RNNCell(5).apply({"params": params}, h, X[:, 0])[1],
-        nn.SimpleCell(5).apply({"params": flax}, h, X[:, 0])[1],
+        jax.jit(RNNCell(5).apply)({"params": params}, h, X[:, 0])[1],
+        jax.jit(nn.SimpleCell(5).apply)({"params": flax}, h, X[:, 0])[1],
         1e-6,
     )
 
@@ -192,18 +199,20 @@ def test_chrono_biases_cover_the_times():
     assert 98 <= times.max() <= 99.001
     np.testing.assert_allclose(times.mean(), 50, rtol=0.02)
     cell = LSTMCell(6, chrono_length=50)
-    i, f, g, o = np.split(jax.jit(cell.init)(KEY, cell.initialize_carry(KEY, (1, 3)), X[:1, 0])["params"]["b"], 4)
+    start = jax.jit(lambda x: cell.init(KEY, cell.initialize_carry(KEY, (1, 3)), x))
+    i, f, g, o = np.split(start(X[:1, 0])["params"]["b"], 4)
     np.testing.assert_array_equal(i, -f)
     assert (f >= 0).all()
     assert f.std() > 0
     assert not np.any([g, o])
-    one, *_ = np.split(jax.jit(MinGRU(6, chrono_length=50).init)(KEY, X)["params"]["b"], 2)
+    one, *_ = np.split(np.asarray(jax.jit(MinGRU(6, chrono_length=50).init)(KEY, X)["params"]["b"]), 2)
     assert (one <= 0).all()
     assert one.std() > 0
 
 
 def test_lru_starts_on_the_ring():
     params = jax.jit(LRU(2, state=4000, r_min=0.5, r_max=0.9, max_phase=1.0).init)(KEY, X[:, :2])["params"]
+    params = jax.tree.map(np.asarray, params)
     modulus = np.exp(-np.exp(params["nu"]))
     assert modulus.min() >= 0.5 - 1e-6
     assert modulus.max() <= 0.9 + 1e-6
@@ -218,13 +227,24 @@ def test_parallel_layer_equals_cell_in_nn_rnn(layer, cell):
     options = {"state": 7} if layer is LRU else {"chrono_length": 9}
     rnn = nn.RNN(cell(5, **options), return_carry=True)
     variables = filled(rnn)
-    carry, states = jax.jit(rnn.apply)(variables, X)
-    inner = {"params": variables["params"]["cell"]}
-    assert_close(jax.jit(layer(5, **options).apply)(inner, X), states, 1e-5)
-    half, _ = jax.jit(rnn.apply)(variables, X[:, :4])
-    assert_close(jax.jit(layer(5, **options).apply)(inner, X[:, 4:], half), states[:, 4:], 1e-5)
     whole = {LRU: lru, MinGRU: min_gru}[layer]
-    assert_close(whole(inner["params"], X.swapaxes(0, 1))[0], carry, 1e-5)
+
+    @jax.jit
+    def run(variables, x):
+        inner = {"params": variables["params"]["cell"]}
+        half, _ = rnn.apply(variables, x[:, :4])
+        apply = layer(5, **options).apply
+        return (
+            rnn.apply(variables, x),
+            apply(inner, x),
+            apply(inner, x[:, 4:], half),
+            whole(inner["params"], jnp.swapaxes(x, 0, 1))[0],
+        )
+
+    (carry, states), found, rest, last = jax.tree.map(np.asarray, run(variables, X))
+    assert_close(found, states, 1e-5)
+    assert_close(rest, states[:, 4:], 1e-5)
+    assert_close(last, carry, 1e-5)
 
 
 def test_parallel_layers_have_no_loop_on_accelerators(monkeypatch):
@@ -257,14 +277,16 @@ CELLS = {
 @pytest.mark.parametrize("name", CELLS)
 def test_carry_of_another_size_is_refused(name):
     cell = CELLS[name]
-    carry = cell.initialize_carry(KEY, (4, 3))
+    zeros = lambda leaf: np.zeros(leaf.shape, leaf.dtype)
+    first = lambda shape: jax.tree.map(zeros, jax.eval_shape(lambda: cell.initialize_carry(KEY, shape)))
+    carry = first((4, 3))
     variables = jax.eval_shape(cell.init, KEY, carry, X[:, 0])
     step = lambda carry: jax.eval_shape(cell.apply, variables, carry, X[:, 0])
     same, _ = step(carry)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), same) == jax.tree.map(lambda a: (a.shape, a.dtype), carry)
     for other in ((3, 3), (1, 3)):
         with pytest.raises(ValueError, match=r"carry.*has shape.*another batch size"):
-            step(cell.initialize_carry(KEY, other))
+            step(first(other))
     with pytest.raises(ValueError, match=r"carry.*has shape.*another width"):
         step(jax.tree.map(lambda leaf: leaf[..., :4], carry))
 
@@ -280,8 +302,8 @@ def test_recurrent_equals_nn_rnn_and_hoists_the_inputs(name):
     cell = CELLS[name]
     variables = filled(nn.RNN(cell))
     layer = Recurrent(cell, chunk=4, unroll=2)
-    states = jax.jit(layer.apply)(variables, X)
-    assert_close(states, jax.jit(nn.RNN(cell).apply)(variables, X), 1e-5)
+    both = jax.jit(lambda variables, x: (layer.apply(variables, x), nn.RNN(cell).apply(variables, x)))
+    assert_close(*both(variables, X), 1e-5)
     assert jax.tree.structure(jax.eval_shape(layer.init, KEY, X)) == jax.tree.structure(variables)
     assert products_in_loop(Recurrent(cell), variables) < products_in_loop(nn.RNN(cell), variables)
 
@@ -289,8 +311,9 @@ def test_recurrent_equals_nn_rnn_and_hoists_the_inputs(name):
 def test_recurrent_carries_on_and_refuses_other_cells():
     layer = Recurrent(GRUCell(5))
     variables = filled(layer)
-    states = layer.apply(variables, X)
-    assert_close(layer.apply(variables, X[:, 4:], states[:, 3]), states[:, 4:], 1e-6)
+    apply = jax.jit(layer.apply)
+    states = np.asarray(apply(variables, X))
+    assert_close(apply(variables, X[:, 4:], states[:, 3]), states[:, 4:], 1e-6)
     with pytest.raises(TypeError, match=r"cell=GRUCell cannot be taken apart. Use nn.RNN"):
         Recurrent(nn.GRUCell(5)).init(KEY, X)
 
@@ -298,14 +321,26 @@ def test_recurrent_carries_on_and_refuses_other_cells():
 BAD = {
     "chrono": (lambda: chrono_bias(KEY, 4, 2), r"length=2 must be an integer in \[3"),
     "scan": (lambda: linear_scan(jnp.ones(3), jnp.ones(4)), r"a holds 3 time steps and u 4"),
-    "ring": (lambda: LRU(5, r_min=0.9, r_max=0.8).init(KEY, X), r"r_max=0.8 must be a number in \(0.9"),
+    "ring": (lambda: jax.eval_shape(LRU(5, r_min=0.9, r_max=0.8).init, KEY, X), r"r_max=0.8 must be a number in \(0.9"),
     "h0": (lambda: min_gru({"W": jnp.ones((3, 4)), "b": jnp.ones(4)}, X, jnp.ones((10, 3))), r"\(10, 2\)"),
-    "dt": (lambda: nn.RNN(CoRNNCell(5, dt=0.0)).init(KEY, X), r"dt=0.0 must be a number in \(0"),
-    "steps": (lambda: Recurrent(FastRNNCell(5, length=9)).init(KEY, X), r"length=9, but the sequence has 10 steps"),
-    "irnn's steps": (lambda: Recurrent(IncrementalRNNCell(5, length=9)).init(KEY, X), r"length=9.* has 10 steps"),
-    "tarnn's steps": (lambda: Recurrent(TARNNCell(5, length=9)).init(KEY, X), r"length=9.* has 10 steps"),
-    "length": (lambda: nn.RNN(FastRNNCell(5, length=0)).init(KEY, X), r"length=0 must be an integer in \[1"),
-    "epsilon": (lambda: nn.RNN(AntisymmetricRNNCell(5, epsilon=-1.0)).init(KEY, X), r"epsilon=-1.0"),
+    "dt": (lambda: jax.eval_shape(nn.RNN(CoRNNCell(5, dt=0.0)).init, KEY, X), r"dt=0.0 must be a number in \(0"),
+    "steps": (
+        lambda: jax.eval_shape(Recurrent(FastRNNCell(5, length=9)).init, KEY, X),
+        r"length=9, but the sequence has 10 steps",
+    ),
+    "irnn's steps": (
+        lambda: jax.eval_shape(Recurrent(IncrementalRNNCell(5, length=9)).init, KEY, X),
+        r"length=9.* has 10 steps",
+    ),
+    "tarnn's steps": (
+        lambda: jax.eval_shape(Recurrent(TARNNCell(5, length=9)).init, KEY, X),
+        r"length=9.* has 10 steps",
+    ),
+    "length": (
+        lambda: jax.eval_shape(nn.RNN(FastRNNCell(5, length=0)).init, KEY, X),
+        r"length=0 must be an integer in \[1",
+    ),
+    "epsilon": (lambda: jax.eval_shape(nn.RNN(AntisymmetricRNNCell(5, epsilon=-1.0)).init, KEY, X), r"epsilon=-1.0"),
 }
 
 
@@ -317,8 +352,10 @@ def test_bad_input(case):
 
 
 def test_lstm_as_a_pure_function():
-    params, cell = {"W": jnp.zeros((3, 8)), "U": jnp.zeros((2, 8)), "b": jnp.zeros(8)}, LSTMCell(2)
-    (c, h), y = cell.advance(params, (jnp.ones((1, 2)), jnp.zeros((1, 2))), cell.project(params, jnp.ones((1, 3))))
+    cell, zeros = LSTMCell(2), lambda *shape: np.zeros(shape, np.float32)
+    params, carry = {"W": zeros(3, 8), "U": zeros(2, 8), "b": zeros(8)}, (zeros(1, 2) + 1, zeros(1, 2))
+    step = jax.jit(lambda params, carry, x: cell.advance(params, carry, cell.project(params, x)))
+    (c, h), y = step(params, carry, zeros(1, 3) + 1)
     assert_close(c, 0.5, 1e-6)
     assert_close(h, 0.5 * np.tanh(0.5), 1e-6)
     np.testing.assert_array_equal(h, y)
@@ -339,4 +376,4 @@ def test_lstm_as_a_pure_function():
 )
 def test_one_series_is_no_batch(layer):
     with pytest.raises(ValueError, match=r"x has shape \(20, 3\); expected \[batch, time, features\].*x\[None\]"):
-        jax.eval_shape(layer.init, KEY, jnp.ones((20, 3)))
+        jax.eval_shape(layer.init, KEY, np.ones((20, 3), np.float32))

@@ -23,8 +23,8 @@ def test_adapters_train_through_the_ordinary_trainer(plain):
     config = LoraConfig(LoraRule("kernel", rank=2, alpha=4.0))
     task = lora_task(plain, config)
     start, _ = jax.random.split(KEY)
-    base = plain.init(start)["params"]
-    variables = task.init(KEY)
+    base = jax.jit(plain.init)(start)["params"]
+    variables = jax.jit(task.init)(KEY)
     for a, b in zip(jax.tree.leaves(variables["frozen"]), jax.tree.leaves(base), strict=True):
         np.testing.assert_array_equal(a, b)
     assert set(variables["params"]) == {"lora"}
@@ -41,14 +41,14 @@ def test_adapters_train_through_the_ordinary_trainer(plain):
 
 
 def test_what_is_no_body_is_the_head(plain):
-    names = sorted(plain.init(KEY)["params"])
+    names = sorted(jax.jit(plain.init)(KEY)["params"])
     task = adapted_task(
         plain._replace(details={"body": names[0]}),
         lambda key, params: (params, {}),
         lambda frozen, trained: frozen,
     )
-    variables = task.init(KEY)
+    variables = jax.jit(task.init)(KEY)
     assert set(variables["frozen"]) == {names[0]}
     assert sorted(variables["params"]["head"]) == names[1:]
-    whole = plain.init(jax.random.split(KEY)[0])
+    whole = jax.jit(plain.init)(jax.random.split(KEY)[0])
     assert task.evaluate(variables) == pytest.approx(plain.evaluate(whole), rel=1e-6)
