@@ -97,7 +97,7 @@ def serve_ensemble(
     return ServedEnsemble(
         jnp.moveaxis(members.kernel_0, 0, 1).reshape(width, count * hidden),
         members.bias_0.reshape(-1),
-        jnp.asarray(blocks.reshape(count * hidden, count * classes)),
+        jax.device_put(blocks.reshape(count * hidden, count * classes)),
         members.bias_1,
         seen,
         adjacency,
