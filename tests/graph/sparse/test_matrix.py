@@ -119,7 +119,7 @@ def test_messages_and_their_gradients():
     np.testing.assert_array_equal(pulled, summed.astype(np.float32)[rows])
     summed = np.zeros((7, 2, 3))
     np.add.at(summed, columns, e)
-    np.testing.assert_allclose(column_sums(pattern, e), summed, atol=1e-5)
+    np.testing.assert_allclose(column_sums(pattern, jax.device_put(e)), summed, atol=1e-5)
     x = rng.normal(size=(7, 2, 3)).astype(np.float32)
     taken, pulled = both(functools.partial(take_columns, pattern), x, e)
     np.testing.assert_array_equal(taken, x[columns])
