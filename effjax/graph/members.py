@@ -320,7 +320,7 @@ def ensemble_probabilities(
 
 @functools.partial(jax.jit, inline=True)
 def _mean_softmax(logits: jax.Array) -> jax.Array:
-    return jnp.mean(jax.nn.softmax(wide(logits)), axis=0)
+    return jnp.mean(_softmax(logits), axis=0)
 
 
 def member_probabilities(logits: Float[Array, "members nodes classes"]) -> Float[Array, "members nodes classes"]:
@@ -330,6 +330,11 @@ def member_probabilities(logits: Float[Array, "members nodes classes"]) -> Float
       >>> member_probabilities(jnp.zeros((1, 1, 2))).tolist()
       [[[0.5, 0.5]]]
     """
+    return _softmax(logits)
+
+
+@functools.partial(jax.jit, inline=True)
+def _softmax(logits: jax.Array) -> jax.Array:
     return jax.nn.softmax(wide(logits))
 
 

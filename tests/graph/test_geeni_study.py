@@ -24,7 +24,7 @@ from effjax.train.options import TrainOptions
 pytestmark = pytest.mark.study
 
 NODES, CLASSES = 150, 3
-EVERY = TrainOptions(checkpoint_steps=1, read_lag=1)
+EVERY = TrainOptions(checkpoint_steps=2, read_lag=1)
 SMALL = {
     "hidden": 8,
     "members": 2,
