@@ -94,8 +94,10 @@ def serve_ensemble(
     seen, propagated = features, False
     if not isinstance(features, SparseMatrix) and (precompute is True or (precompute == "auto" and not own)):
         seen, propagated = spmm(adjacency, features), True
+    kernel_0, bias_0 = _side_by_side(members)
     return ServedEnsemble(
-        *_side_by_side(members),
+        kernel_0,
+        bias_0,
         jax.device_put(blocks.reshape(count * hidden, count * classes)),
         members.bias_1,
         seen,
