@@ -7,7 +7,8 @@ the classes' mean features, which know no edges.
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,16 @@ from jaxtyping import Array, Bool, Float, Int
 from effjax.core.errors import check_number
 from effjax.graph.problems import GeeniProblem, check_geeni_shapes
 from effjax.graph.sparse.checks import check_array
-from effjax.graph.sparse.matrix import SparseMatrix, check_matrix, matmul, row_sums, spmm, take_columns, take_rows
+from effjax.graph.sparse.matrix import (
+    SparseMatrix,
+    SparsePattern,
+    check_matrix,
+    matmul,
+    row_sums,
+    spmm,
+    take_columns,
+    take_rows,
+)
 from effjax.graph.sparse.propagation import label_propagation
 
 __all__ = ["active_nodes", "error_auc", "error_scores", "held_out_correctness", "learned_correctness"]
@@ -61,6 +71,11 @@ def error_scores(probabilities: Float[Array, "members nodes classes"]) -> ErrorS
       ([0], [0.5], 0.1)
     """
     check_array("probabilities", probabilities, (None, None, None), "floating", "Of every member.")
+    return _scores(probabilities)
+
+
+@functools.partial(jax.jit, inline=True)
+def _scores(probabilities: jax.Array) -> ErrorScores:
     mean = jnp.mean(probabilities, axis=0)
     label = jnp.argmax(mean, axis=1).astype(jnp.int32)
     votes = jnp.mean((jnp.argmax(probabilities, axis=2).astype(jnp.int32) == label[None]).astype(mean.dtype), axis=0)
@@ -96,11 +111,16 @@ def neighbour_agreement(
     pattern = check_matrix("matrix", matrix, square=True).pattern
     if probabilities is not None:
         check_array("probabilities", probabilities, (pattern.shape[0], None), "floating")
-    neighbour = (pattern.valid & (pattern.rows != pattern.columns)).astype(matrix.values.dtype)
+    return _agreement(pattern, matrix.values.dtype, label, probabilities)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _agreement(pattern: SparsePattern, dtype: Any, label: jax.Array, probabilities: jax.Array | None) -> jax.Array:
+    neighbour = (pattern.valid & (pattern.rows != pattern.columns)).astype(dtype)
     if probabilities is None:
-        found = (take_rows(pattern, label) == take_columns(pattern, label)).astype(matrix.values.dtype)
+        found = (take_rows(pattern, label) == take_columns(pattern, label)).astype(dtype)
     else:
-        found = probabilities[pattern.columns, take_rows(pattern, label)].astype(matrix.values.dtype)
+        found = probabilities[pattern.columns, take_rows(pattern, label)].astype(dtype)
     count = row_sums(pattern, neighbour)
     return row_sums(pattern, neighbour * found) / jnp.maximum(count, 1)
 
@@ -152,9 +172,14 @@ def active_nodes(
     check_number("fraction", fraction, low=0, high=1)
     check_array("correctness", correctness, (None,), "floating")
     check_array("known", known, correctness.shape, "bool")
+    return _active(correctness, fraction * correctness.shape[0] + 1e-6, known)
+
+
+@functools.partial(jax.jit, inline=True)
+def _active(correctness: jax.Array, count: float | jax.Array, known: jax.Array) -> jax.Array:
     order = jnp.argsort(correctness, stable=True)
     rank = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))
-    return (rank >= jnp.floor(fraction * order.shape[0] + 1e-6).astype(rank.dtype)) | known
+    return (rank >= jnp.floor(count).astype(rank.dtype)) | known
 
 
 def error_auc(
@@ -181,6 +206,11 @@ def error_auc(
     check_array("correctness", correctness, (None,), "floating")
     for name, array in (("wrong", wrong), ("mask", mask)):
         check_array(name, array, correctness.shape, "bool")
+    return _auc(correctness, wrong, mask)
+
+
+@functools.partial(jax.jit, inline=True)
+def _auc(correctness: jax.Array, wrong: jax.Array, mask: jax.Array) -> jax.Array:
     order = jnp.argsort(correctness)
     ordered = correctness[order]
     right, bad = (mask & ~wrong)[order].astype(ordered.dtype), (mask & wrong)[order].astype(ordered.dtype)

@@ -278,7 +278,7 @@ def fastrain(
     for _ in range(config.stages):
         graph = fastrain_graph(state, problem, config)
         for _ in range(config.steps):
-            state, _ = _train(state, graph, apply, config)
+            state, _ = _train(state, graph, apply, _step_config(config))
             if config.plateau is not None and state.over:
                 break
         state = fastrain_next(state, init, apply, problem, config)
@@ -614,6 +614,17 @@ def _labelled(
 
 
 # The one call
+
+
+def _step_config(config: FastrainConfig) -> FastrainConfig:
+    """What a step reads of a config; configs that agree in it share its executable."""
+    read = {name: getattr(config, name) for name in ("epochs_per_step", "exact_drop", "pool", "plateau", "tx")}
+    return FastrainConfig(
+        **read,
+        epochs=config.epochs_per_step,
+        depth="plan" if config.depth == "plan" else "shallow",  # one network, whatever its depth
+        keep_rate=1.0 if config.keep_rate == 1.0 else "plan",  # the rate itself is in the state
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)

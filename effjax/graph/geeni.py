@@ -278,13 +278,18 @@ def geeni_init(key: jax.Array, problem: GeeniProblem, *, config: GeeniConfig) ->
       ValueError: arrays of the wrong shape, or no ``alike`` edges for denoised members.
     """
     _check_shapes(problem, config)
-    tx, (nodes, width) = _optimizer(config), problem.features.shape
-    members = init_members(jax.random.fold_in(key, 1), config.members, width, config.width, problem.classes)
+    return _initial(key, problem.features.shape, problem.classes, config)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def _initial(key: jax.Array, shape: tuple[int, int], classes: int, config: GeeniConfig) -> GeeniState:
+    tx, (nodes, width) = _optimizer(config), shape
+    members = init_members(jax.random.fold_in(key, 1), config.members, width, config.width, classes)
     students, students_opt, targets, isolation = None, None, None, None
     if config.students:
-        students = init_members(_epochs_key(key), config.students, width, config.student_width, problem.classes)
+        students = init_members(_epochs_key(key), config.students, width, config.student_width, classes)
         students_opt = tx.init(students)
-        targets = jnp.zeros((nodes, problem.classes))
+        targets = jnp.zeros((nodes, classes))
     if config.isolate:
         isolation = Isolation(jnp.zeros(nodes), jnp.ones(nodes), jnp.zeros((), jnp.int32))
     return GeeniState(
@@ -305,13 +310,18 @@ def geeni_views(state: GeeniState, problem: GeeniProblem, *, config: GeeniConfig
     The first member sees everything.
     """
     matrix, weights = member_graphs(problem, config)
+    return _views(state.key, matrix, weights, state.members.kernel_0.shape[1], config)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), inline=True)
+def _views(key: jax.Array, matrix: SparseMatrix, weights: jax.Array, width: int, config: GeeniConfig) -> GeeniViews:
     pattern = matrix.pattern
     if config.members > 1 and config.edge_keep_rate < 1:
-        subsets = jax.random.fold_in(state.key, 2)
+        subsets = jax.random.fold_in(key, 2)
         draw = lambda k: random_edges(jax.random.fold_in(subsets, k), pattern, config.edge_keep_rate)
         kept = jnp.stack([pattern.valid] + [draw(k) for k in range(1, config.members)])
         matrix = gcn_normalize(SparseMatrix(pattern, aligned(weights, kept) * kept.astype(weights.dtype)))
-    return GeeniViews(matrix, _features_kept(state, config))
+    return GeeniViews(matrix, _features_kept(key, width, config))
 
 
 def geeni_step(
@@ -376,7 +386,7 @@ def geeni_next(state: GeeniState, problem: GeeniProblem, *, config: GeeniConfig,
     """
     check_choice("stage", stage, config.stages)
     if stage != config.stages[-1]:
-        ensemble = mask_features(state.members, _features_kept(state, config))
+        ensemble = _seeing(state, config)
         return state._replace(targets=_targets(ensemble, problem))
     if config.isolate is None:
         return state
@@ -411,7 +421,7 @@ def served_members(state: GeeniState, *, config: GeeniConfig) -> GcnMembers:
     """The networks that are served: the students, or the members with the features that they do not see masked."""
     if config.students:
         return held("students", state.students)
-    return mask_features(state.members, _features_kept(state, config))
+    return _seeing(state, config)
 
 
 def held(name: str, part: T | None) -> T:
@@ -595,9 +605,15 @@ def _epochs_key(key: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, 3)
 
 
-def _features_kept(state: GeeniState, config: GeeniConfig) -> jax.Array:
-    subsets = jax.random.fold_in(state.key, 2)
-    shape = (config.members, state.members.kernel_0.shape[1])
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _seeing(state: GeeniState, config: GeeniConfig) -> GcnMembers:
+    """The members without the features that they do not see."""
+    width = state.members.kernel_0.shape[1]
+    return mask_features(state.members, _features_kept(state.key, width, config))
+
+
+def _features_kept(key: jax.Array, width: int, config: GeeniConfig) -> jax.Array:
+    subsets, shape = jax.random.fold_in(key, 2), (config.members, width)
     return jax.random.bernoulli(jax.random.fold_in(subsets, 0), config.feature_keep_rate, shape).at[0].set(True)
 
 

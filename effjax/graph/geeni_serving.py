@@ -82,7 +82,7 @@ def serve_ensemble(
     check_choice("precompute", precompute, (True, False, "auto"))
     if precompute is True and isinstance(features, SparseMatrix):
         raise ValueError("precompute=True with sparse features would make them dense. Use False or features.todense().")
-    count, width, hidden = members.kernel_0.shape
+    count, hidden = members.size, members.kernel_0.shape[-1]
     classes = members.kernel_1.shape[-1]
     check_graphs("adjacency", adjacency, members)
     check_features(features, members, adjacency)
@@ -94,15 +94,23 @@ def serve_ensemble(
     seen, propagated = features, False
     if not isinstance(features, SparseMatrix) and (precompute is True or (precompute == "auto" and not own)):
         seen, propagated = spmm(adjacency, features), True
+    kernel_0, bias_0 = _side_by_side(members)
     return ServedEnsemble(
-        jnp.moveaxis(members.kernel_0, 0, 1).reshape(width, count * hidden),
-        members.bias_0.reshape(-1),
-        jnp.asarray(blocks.reshape(count * hidden, count * classes)),
+        kernel_0,
+        bias_0,
+        jax.device_put(blocks.reshape(count * hidden, count * classes)),
         members.bias_1,
         seen,
         adjacency,
         propagated,
     )
+
+
+@jax.jit
+def _side_by_side(members: GcnMembers) -> tuple[jax.Array, jax.Array]:
+    """The first layers of all members as one."""
+    count, width, hidden = members.kernel_0.shape
+    return jnp.moveaxis(members.kernel_0, 0, 1).reshape(width, count * hidden), members.bias_0.reshape(-1)
 
 
 @functools.partial(jax.jit, static_argnums=1)

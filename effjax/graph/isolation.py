@@ -4,6 +4,7 @@ A reconstruction of Nagarajan, Raghunathan (DAC 2022) from its abstracts. What c
 ``isolate``; ``isolated_values`` on the unchanged pattern computes the same and saves nothing.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -69,13 +70,18 @@ def isolated_values(
     """
     check_choice("mode", mode, MODES)
     pattern, values = check_matrix("matrix", matrix, square=True, stacked=True)
-    check_array("active", active, (matrix.shape[1],), "bool or floating", "True for nodes that send messages.")
+    active = check_array("active", active, (matrix.shape[1],), "bool or floating", "True for nodes that send messages.")
     if weights is not None:
         check_array("weights", weights, values.shape, "numbers")
+    return _isolated(mode, pattern, values, active, weights)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _isolated(mode: Mode, pattern: SparsePattern, values: jax.Array, active: jax.Array, weights: jax.Array | None):
     if values.ndim == 2:
-        one = lambda values, weights: isolated_values(SparseMatrix(pattern, values), active, mode=mode, weights=weights)
+        one = lambda values, weights: _isolated(mode, pattern, values, active, weights)
         return jax.vmap(one, in_axes=(0, None if weights is None else 0))(values, weights)
-    active = jnp.asarray(active).astype(values.dtype)
+    active = active.astype(values.dtype)
     factor = jnp.where(pattern.rows == pattern.columns, 1, take_columns(pattern, active))
     kept = values * factor
     if mode == "none":
@@ -167,7 +173,7 @@ def isolate_to_ladder(
     found = select_entries(matrix._replace(values=rows[0]), kept, capacity=capacity)
     if isolated.ndim == 1:
         return found
-    return found._replace(values=jnp.pad(rows[:, kept], ((0, 0), (0, capacity - kept.sum()))))
+    return found._replace(values=jax.device_put(np.pad(rows[:, kept], ((0, 0), (0, capacity - kept.sum())))))
 
 
 def active_entries(pattern: SparsePattern, active: Bool[Array | np.ndarray, "nodes"]) -> Bool[np.ndarray, "entries"]:
@@ -196,6 +202,11 @@ def random_edges(key: jax.Array, pattern: SparsePattern, keep_rate: float | jax.
       [True, False, False, True]
     """
     check_number("keep_rate", keep_rate, low=0, high=1)
+    return _drawn_edges(key, pattern, keep_rate)
+
+
+@functools.partial(jax.jit, inline=True)
+def _drawn_edges(key: jax.Array, pattern: SparsePattern, keep_rate: float | jax.Array) -> jax.Array:
     draw = jax.random.uniform(key, (pattern.nnz,))
     # In a symmetric pattern entry e of the transpose stands where entry e does.
     first = jnp.minimum(jnp.arange(pattern.nnz), pattern.t_order)
@@ -280,7 +291,7 @@ def alike_edges(
     if len(features.shape) != 2 or features.shape[0] != pattern.shape[0]:
         raise ValueError(f"features has shape {features.shape}; [{pattern.shape[0]}, F] is needed.")
     features = features.todense() if isinstance(features, SparseMatrix) else features
-    return jnp.asarray(edge_jaccard(pattern, np.asarray(features) != 0) >= threshold)
+    return jax.device_put(edge_jaccard(pattern, np.asarray(features) != 0) >= threshold)
 
 
 def top_entries(matrix: SparseMatrix, capacity: int) -> SparseMatrix:

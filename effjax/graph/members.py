@@ -77,6 +77,11 @@ def init_members(key: jax.Array, count: int, inputs: int, hidden: int, classes: 
     """
     for name, number in (("count", count), ("inputs", inputs), ("hidden", hidden), ("classes", classes)):
         check_number(name, number, low=1, integer=True)
+    return _drawn_members(key, count, inputs, hidden, classes)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), inline=True)
+def _drawn_members(key: jax.Array, count: int, inputs: int, hidden: int, classes: int) -> GcnMembers:
     draw = jax.nn.initializers.glorot_uniform()
 
     def one(key: jax.Array) -> GcnMembers:
@@ -120,6 +125,11 @@ def prune_width(members: GcnMembers, width: int) -> GcnMembers:
       (2, 3, 2)
     """
     check_number("width", width, low=1, high=members.kernel_0.shape[-1], integer=True)
+    return _pruned(members, width)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _pruned(members: GcnMembers, width: int) -> GcnMembers:
     strength = jnp.linalg.norm(members.kernel_0, axis=1) * jnp.linalg.norm(members.kernel_1, axis=2)
     units = jnp.sort(jax.lax.top_k(strength, width)[1], axis=1)
     return GcnMembers(
@@ -151,6 +161,11 @@ def fold_members(members: GcnMembers) -> GcnMembers:
       >>> folded.kernel_0.shape, folded.kernel_1.shape
       ((1, 3, 64), (1, 64, 2))
     """
+    return _folded(members)
+
+
+@functools.partial(jax.jit, inline=True)
+def _folded(members: GcnMembers) -> GcnMembers:
     count, width, hidden = members.kernel_0.shape
     return GcnMembers(
         jnp.moveaxis(members.kernel_0, 0, 1).reshape(1, width, count * hidden),
@@ -205,15 +220,19 @@ def ensemble_logits(
     """
     check_choice("loop", loop, LOOPS)
     check_number("dropout", dropout, low=0, high=1, open_high=True)
-    keys = None
-    if dropout:
-        if key is None:
-            raise ValueError(f"dropout={dropout} needs a key. Pass one, or leave dropout out when evaluating.")
-        keys = jax.random.split(key, members.size)
+    if dropout and key is None:
+        raise ValueError(f"dropout={dropout} needs a key. Pass one, or leave dropout out when evaluating.")
     last = adjacency if last is None else last
     for name, matrix in (("adjacency", adjacency), ("last", last)):
         check_graphs(name, matrix, members)
     check_features(features, members, adjacency)
+    return _logits((loop, propagated, dropout), members, features, adjacency, last, key)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _logits(how, members, features, adjacency, last, key):
+    loop, propagated, dropout = how
+    keys = jax.random.split(key, members.size) if dropout else None
     if loop == "columns":
         return _columns(members, features, adjacency, last, propagated, dropout, keys)
     own = tuple(matrix.values if matrix.values.ndim == 2 else None for matrix in (adjacency, last))
@@ -296,7 +315,12 @@ def ensemble_probabilities(
       >>> ensemble_probabilities(jnp.zeros((3, 1, 2))).tolist()
       [[0.5, 0.5]]
     """
-    return jnp.mean(member_probabilities(logits), axis=0)
+    return _mean_softmax(logits)
+
+
+@functools.partial(jax.jit, inline=True)
+def _mean_softmax(logits: jax.Array) -> jax.Array:
+    return jnp.mean(_softmax(logits), axis=0)
 
 
 def member_probabilities(logits: Float[Array, "members nodes classes"]) -> Float[Array, "members nodes classes"]:
@@ -306,6 +330,11 @@ def member_probabilities(logits: Float[Array, "members nodes classes"]) -> Float
       >>> member_probabilities(jnp.zeros((1, 1, 2))).tolist()
       [[[0.5, 0.5]]]
     """
+    return _softmax(logits)
+
+
+@functools.partial(jax.jit, inline=True)
+def _softmax(logits: jax.Array) -> jax.Array:
     return jax.nn.softmax(wide(logits))
 
 

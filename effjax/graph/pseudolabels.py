@@ -1,5 +1,6 @@
 """Self-training of node classifiers: the plain loop that FASTRAIN accelerates, its rivals' selections, and guards."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,12 +84,22 @@ def self_training(
     params = train(labels, mask, 0)
     for stage in range(1, stages):
         probabilities = predict(params)
-        predictions = probabilities.argmax(-1)
-        new = select(probabilities.max(-1), predictions, mask)
-        labels = jnp.where(new, predictions, labels).astype(labels.dtype)
-        mask, added = mask | new, jnp.where(new, stage, added)
+        confidence, predictions = _said(probabilities)
+        new = select(confidence, predictions, mask)
+        labels, mask, added = _grown(labels, mask, added, new, predictions, stage)
         params = train(labels, mask, stage)
     return SelfTrained(params, labels, mask, added)
+
+
+@jax.jit
+def _said(probabilities: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return probabilities.max(-1), probabilities.argmax(-1)
+
+
+@jax.jit
+def _grown(labels, mask, added, new, predictions, stage) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Labels, where they are and since when, with those of the new nodes."""
+    return jnp.where(new, predictions, labels).astype(labels.dtype), mask | new, jnp.where(new, stage, added)
 
 
 def most_confident(
@@ -126,6 +137,13 @@ def most_confident(
     check_array("candidates", candidates, (None,), "bool")
     check_array("confidence", confidence, candidates.shape, "floating")
     check_array("predictions", predictions, candidates.shape, "integers")
+    return _most_confident(candidates, confidence, predictions, classes, count)
+
+
+@functools.partial(jax.jit, static_argnums=3, inline=True)
+def _most_confident(
+    candidates: jax.Array, confidence: jax.Array, predictions: jax.Array, classes: int, count: int | jax.Array
+) -> jax.Array:
     group = jnp.where(candidates, predictions, classes)
     order = jnp.lexsort((-confidence, group))
     sizes = jnp.bincount(group, length=classes + 1)

@@ -190,7 +190,7 @@ def edge_pool(rng: np.random.Generator, matrix: SparseMatrix, keep_rate: float, 
         mask = np.zeros(matrix.nnz, bool)
         mask[rng.permutation(nnz)[:kept]] = True
         subsets.append(_subset(host, mask))
-    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *subsets)
+    return jax.tree.map(lambda *leaves: jax.device_put(np.stack(leaves)), *subsets)
 
 
 def pick_subset(key: jax.Array, pool: SparseMatrix) -> SparseMatrix:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from effjax.graph.error_nodes import (
+    Detector,
     active_nodes,
     error_auc,
     error_scores,
@@ -43,13 +44,13 @@ def world():
     train[split[:15]], checked[split[15:60]] = True, True
     folds = rng.integers(0, FOLDS, NODES)
     return {
-        "scores": error_scores(jax.nn.softmax(jnp.asarray(logits, jnp.float32))),
-        "features": jnp.asarray(features, jnp.float32),
+        "scores": scored(softmax(logits)),
+        "features": jax.device_put(features.astype(np.float32)),
         "matrix": gcn_adjacency(columns, rows, NODES),
-        "labels": jnp.asarray(labels, jnp.int32),
-        "train": jnp.asarray(train),
-        "checked": jnp.asarray(checked),
-        "folds": jnp.asarray(folds, jnp.int32),
+        "labels": jax.device_put(labels.astype(np.int32)),
+        "train": jax.device_put(train),
+        "checked": jax.device_put(checked),
+        "folds": jax.device_put(folds.astype(np.int32)),
     }
 
 
@@ -57,6 +58,14 @@ def taken(data):
     """The arguments of a detector."""
     parts = (data[name] for name in ("features", "matrix", "labels", "train", "checked"))
     return data["scores"], GeeniProblem(*parts, CLASSES), data["folds"]
+
+
+scored = jax.jit(error_scores)
+
+
+def softmax(logits):
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return (powers / powers.sum(-1, keepdims=True)).astype(np.float32)
 
 
 learned = jax.jit(lambda data: learned_correctness(*taken(data), fold_count=FOLDS))
@@ -86,22 +95,22 @@ def test_parity_with_the_reference():
 
 
 def test_identical_members_agree_and_scores_are_bounded():
-    one = jax.nn.softmax(jnp.asarray(np.random.default_rng(0).normal(size=(1, 50, 4)), jnp.float32))
-    scores = error_scores(jnp.repeat(one, 5, axis=0))
+    one = softmax(np.random.default_rng(0).normal(size=(1, 50, 4)))
+    scores = jax.tree.map(np.asarray, scored(np.repeat(one, 5, axis=0)))
     assert (scores.vote_share == 1).all()
     np.testing.assert_allclose(scores.mutual_information, 0, atol=1e-6)
-    several = jax.nn.softmax(jnp.asarray(np.random.default_rng(1).normal(size=(5, 50, 4)), jnp.float32))
-    scores = error_scores(several)
+    several = softmax(np.random.default_rng(1).normal(size=(5, 50, 4)))
+    scores = jax.tree.map(np.asarray, scored(several))
     assert (scores.score > -1).all()
     assert (scores.score <= 1).all()
     assert (scores.mutual_information >= -1e-6).all()
-    certain = error_scores(jnp.eye(3)[None, :, :])
+    certain = scored(np.eye(3, dtype=np.float32)[None])
     assert certain.entropy.tolist() == [0, 0, 0]  # and not NaN
 
 
 def test_the_order_of_members_does_not_matter_and_nodes_may_be_renumbered():
-    p = jax.nn.softmax(jnp.asarray(np.random.default_rng(1).normal(size=(5, 50, 4)), jnp.float32))
-    scores, shuffled = error_scores(p), error_scores(p[jnp.array([3, 0, 4, 1, 2])])
+    p = softmax(np.random.default_rng(1).normal(size=(5, 50, 4)))
+    scores, shuffled = scored(p), scored(p[[3, 0, 4, 1, 2]])
     for left, right in zip(scores, shuffled, strict=True):
         np.testing.assert_allclose(left, right, atol=1e-6)
     data, order = world(), np.random.default_rng(2).permutation(NODES)
@@ -109,16 +118,16 @@ def test_the_order_of_members_does_not_matter_and_nodes_may_be_renumbered():
     place = np.argsort(order)
     off = rows != columns
     moved = {
-        "scores": jax.tree.map(lambda leaf: leaf[order], data["scores"]),
+        "scores": jax.tree.map(lambda leaf: np.asarray(leaf)[order], data["scores"]),
         "matrix": gcn_adjacency(place[columns[off]], place[rows[off]], NODES),
-        **{name: data[name][order] for name in ("features", "labels", "train", "checked", "folds")},
+        **{name: np.asarray(data[name])[order] for name in ("features", "labels", "train", "checked", "folds")},
     }
-    np.testing.assert_allclose(learned(moved), learned(data)[order], atol=1e-4)
+    np.testing.assert_allclose(learned(moved), np.asarray(learned(data))[order], atol=1e-4)
 
 
 def test_active_nodes():
-    correctness = jnp.array([0.3, 0.1, 0.1, 0.9, 0.2])
-    known = jnp.array([False, True, False, False, False])
+    correctness = jax.device_put(np.array([0.3, 0.1, 0.1, 0.9, 0.2], np.float32))
+    known = jax.device_put(np.array([False, True, False, False, False]))
     assert active_nodes(correctness, 0.6, known).tolist() == [True, True, False, True, False]
     assert active_nodes(correctness, 0.0, known).all()
     assert active_nodes(correctness, 1.0, known).tolist() == known.tolist()
@@ -136,60 +145,64 @@ def test_auc_is_the_share_of_ordered_pairs():
 
 def test_fit_detector_is_at_the_optimum():
     rng = np.random.default_rng(0)
-    inputs, mask = jnp.asarray(rng.normal(size=(80, 3)), jnp.float32), jnp.asarray(rng.random(80) < 0.8)
-    right = jnp.asarray(rng.random(80) < jax.nn.sigmoid(inputs[:, 0] - inputs[:, 1]))
-    detector = fit_detector(inputs, right, mask, ridge=2.0)
+    inputs, mask = rng.normal(size=(80, 3)).astype(np.float32), rng.random(80) < 0.8
+    right = rng.random(80) < 1 / (1 + np.exp(inputs[:, 1] - inputs[:, 0]))
+    fit = jax.jit(fit_detector, static_argnames="ridge")
+    detector = fit(inputs, right, mask, ridge=2.0)
 
     def objective(weights, bias):
         z = (inputs - detector.mean) / detector.scale @ weights + bias
         losses = jnp.logaddexp(0, jnp.where(right, -z, z))
         return jnp.sum(jnp.where(mask, losses, 0)) + 1.0 * jnp.sum(weights**2) + 0.5e-2 * bias**2
 
-    for slope in jax.grad(objective, argnums=(0, 1))(detector.weights, detector.bias):
+    for slope in jax.jit(jax.grad(objective, argnums=(0, 1)))(detector.weights, detector.bias):
         np.testing.assert_allclose(slope, 0, atol=1e-3)
-    other = fit_detector(inputs, right ^ ~mask, mask, ridge=2.0)  # outside the mask nothing is read
+    other = fit(inputs, right ^ ~mask, mask, ridge=2.0)  # outside the mask nothing is read
     np.testing.assert_array_equal(other.weights, detector.weights)
-    assert bool((fit_detector(inputs, jnp.ones(80, bool), mask)(inputs) > 0.9).all())  # one class only: still finite
+    always = jax.jit(Detector.__call__)(fit(inputs, np.ones(80, bool), mask), inputs)
+    assert (np.asarray(always) > 0.9).all()  # one class only: still finite
 
 
 def test_views_see_only_known_labels_and_their_own_side():
     data = world()
     known = data["train"]
-    hidden = jnp.where(known, data["labels"], 7)
-    edges = label_view(data["matrix"], data["labels"], known, CLASSES)
-    np.testing.assert_array_equal(edges, label_view(data["matrix"], hidden, known, CLASSES))
-    features = feature_view(data["features"], data["labels"], known, CLASSES)
-    np.testing.assert_array_equal(features, feature_view(data["features"], hidden, known, CLASSES))
-    assert (features.argmax(1) == data["labels"]).mean() > 0.95
-    assert (edges.argmax(1) == data["labels"]).mean() > 0.8
+    hidden, labels = np.where(known, data["labels"], np.int32(7)), np.asarray(data["labels"])
+    by_edges, by_features = (jax.jit(view, static_argnums=3) for view in (label_view, feature_view))
+    edges = np.asarray(by_edges(data["matrix"], labels, known, CLASSES))
+    np.testing.assert_array_equal(edges, by_edges(data["matrix"], hidden, known, CLASSES))
+    features = np.asarray(by_features(data["features"], labels, known, CLASSES))
+    np.testing.assert_array_equal(features, by_features(data["features"], hidden, known, CLASSES))
+    assert (features.argmax(1) == labels).mean() > 0.95
+    assert (edges.argmax(1) == labels).mean() > 0.8
     rows, columns = np.nonzero(np.asarray(data["features"]))
     values = np.asarray(data["features"])[rows, columns]
     sparse = sparse_matrix(rows, columns, values, data["features"].shape)
-    np.testing.assert_allclose(feature_view(sparse, data["labels"], known, CLASSES), features, atol=1e-6)
+    np.testing.assert_allclose(by_features(sparse, labels, known, CLASSES), features, atol=1e-6)
 
 
 def test_the_detector_finds_the_errors_that_all_members_share():
     data = world()
-    wrong = data["scores"].label != data["labels"]
-    test = ~(data["train"] | data["checked"])
-    alone = float(error_auc(data["scores"].score, wrong, test))
-    found = float(error_auc(learned(data), wrong, test))
+    wrong = np.asarray(data["scores"].label) != np.asarray(data["labels"])
+    test = ~(np.asarray(data["train"]) | np.asarray(data["checked"]))
+    auc = jax.jit(error_auc)
+    alone = float(auc(data["scores"].score, wrong, test))
+    found = float(auc(learned(data), wrong, test))
     assert alone < 0.7
     assert found > 0.95
-    near = float(error_auc(spread_errors(data["matrix"], wrong, data["checked"]), wrong, test))
+    near = float(auc(jax.jit(spread_errors)(data["matrix"], wrong, data["checked"]), wrong, test))
     assert near > 0.8
 
 
 def test_no_label_leaks():
     data = world()
-    test = ~(data["train"] | data["checked"])
-    hidden = data | {"labels": jnp.where(test, -1, data["labels"])}
+    train, checked, folds, labels = (np.asarray(data[name]) for name in ("train", "checked", "folds", "labels"))
+    hidden = data | {"labels": np.where(train | checked, labels, np.int32(-1))}
     np.testing.assert_array_equal(learned(hidden), learned(data))
     np.testing.assert_array_equal(held_out(hidden), held_out(data))
-    first = held_out(data)
+    first = np.asarray(held_out(data))
     for fold in range(FOLDS):  # what judges a fold does not depend on its labels
-        mine = data["checked"] & (data["folds"] == fold)
-        other = held_out(data | {"labels": jnp.where(mine, (data["labels"] + 1) % CLASSES, data["labels"])})
+        mine = checked & (folds == fold)
+        other = np.asarray(held_out(data | {"labels": np.where(mine, (labels + 1) % CLASSES, labels)}))
         np.testing.assert_array_equal(other[fold], first[fold])
         assert (other[(fold + 1) % FOLDS] != first[(fold + 1) % FOLDS]).any()
 

@@ -70,13 +70,14 @@ def test_parity_with_the_reference(mode):
 def test_masked_compacted_and_dense_are_one(mode):
     matrix, errors = graph(), some(1)
     members = init_members(jax.random.key(0), 2, 5, 4, 3)
-    x = jnp.asarray(np.random.default_rng(2).normal(size=(NODES, 5)), jnp.float32)
+    x = jax.device_put(np.random.default_rng(2).normal(size=(NODES, 5)).astype(np.float32))
     small = isolate(matrix, ~errors, mode=mode)
     padded = isolate(matrix, ~errors, mode=mode, capacity=matrix.nnz)
     masked = matrix._replace(values=isolated_values(matrix, ~errors, mode=mode))
     dense = np.asarray(masked.todense())
-    hidden = np.maximum(dense @ (x @ members.kernel_0) + members.bias_0[:, None], 0)
-    expected = dense @ (hidden @ members.kernel_1) + members.bias_1[:, None]
+    kernel_0, bias_0, kernel_1, bias_1 = map(np.asarray, members)
+    hidden = np.maximum(dense @ (np.asarray(x) @ kernel_0) + bias_0[:, None], 0)
+    expected = dense @ (hidden @ kernel_1) + bias_1[:, None]
     for form in (small, padded, masked):
         np.testing.assert_allclose(ensemble_logits(members, x, form), expected, rtol=0, atol=1e-5)
     sent = np.asarray(matrix.pattern.rows) != np.asarray(matrix.pattern.columns)
@@ -96,10 +97,10 @@ def test_only_nodes_near_an_error_node_change():
     matrix, errors = graph(), np.zeros(NODES, bool)
     errors[0] = True
     members = init_members(jax.random.key(0), 3, 5, 4, 3)
-    x = jnp.asarray(np.random.default_rng(2).normal(size=(NODES, 5)), jnp.float32)
+    x = jax.device_put(np.random.default_rng(2).normal(size=(NODES, 5)).astype(np.float32))
     run = jax.jit(ensemble_logits)
     before, after = run(members, x, matrix), run(members, x, isolate(matrix, ~errors, mode="none"))
-    changed = np.any(np.asarray(before != after), axis=(0, 2))
+    changed = np.any(np.asarray(before) != np.asarray(after), axis=(0, 2))
     near = affected(matrix, errors, 2)
     assert not changed[~near].any()
     assert changed.any()
@@ -122,27 +123,25 @@ def test_row_sums_and_degrees():
 def test_weights_and_graphs_of_several_members():
     matrix, errors = graph(), some(5)
     pattern = matrix.pattern
-    keep = random_edges(jax.random.key(0), pattern, 0.5).astype(jnp.float32)
-    own = gcn_normalize(SparseMatrix(pattern, keep))
-    both = SparseMatrix(pattern, jnp.stack([matrix.values, own.values]))
-    weights = jnp.stack([jnp.ones(pattern.nnz), keep])
+    keep = np.asarray(random_edges(jax.random.key(0), pattern, 0.5)).astype(np.float32)
+    own = gcn_normalize(SparseMatrix(pattern, jax.device_put(keep)))
+    both = SparseMatrix(pattern, jax.device_put(np.stack([matrix.values, own.values])))
+    weights = jax.device_put(np.stack([np.ones(pattern.nnz, np.float32), keep]))
     for mode in MODES:
-        found = isolated_values(both, ~errors, mode=mode, weights=weights)
+        found = np.asarray(isolated_values(both, ~errors, mode=mode, weights=weights))
         np.testing.assert_allclose(found[0], isolated_values(matrix, ~errors, mode=mode), atol=1e-6)
-        small = select_entries(own, np.asarray(keep) > 0)
-        np.testing.assert_allclose(
-            found[1][np.asarray(keep) > 0], isolated_values(small, ~errors, mode=mode), atol=1e-6
-        )
+        small = select_entries(own, keep > 0)
+        np.testing.assert_allclose(found[1][keep > 0], isolated_values(small, ~errors, mode=mode), atol=1e-6)
 
 
 def test_soft_isolation_lies_between_and_is_differentiable():
     matrix, errors = graph(), some(6)
-    soft = lambda p: isolated_values(matrix, jnp.where(errors, p, 1.0), mode="rowscale")
+    soft = jax.jit(lambda p: isolated_values(matrix, jnp.where(errors, p, 1.0), mode="rowscale"))
     np.testing.assert_allclose(soft(0.0), isolated_values(matrix, ~errors, mode="rowscale"), atol=1e-7)
     np.testing.assert_allclose(soft(1.0), matrix.values, atol=1e-7)
-    slope = jax.grad(lambda p: jnp.sum(jnp.square(soft(p))))(0.5)
+    slope = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(soft(p)))))(0.5)
     step = 1e-2
-    total = lambda p: float(jnp.sum(jnp.square(soft(p))))
+    total = lambda p: np.sum(np.square(np.asarray(soft(p), np.float64)))
     assert slope == pytest.approx((total(0.5 + step) - total(0.5 - step)) / (2 * step), rel=1e-2)
 
 
@@ -162,7 +161,7 @@ def test_padding_is_inert():
 def test_random_edges_go_in_both_directions():
     matrix = graph()
     keep = np.asarray(random_edges(jax.random.key(1), matrix.pattern, 0.5))
-    dense = np.asarray(SparseMatrix(matrix.pattern, jnp.asarray(keep, jnp.float32)).todense())
+    dense = np.asarray(SparseMatrix(matrix.pattern, jax.device_put(keep.astype(np.float32))).todense())
     np.testing.assert_array_equal(dense, dense.T)
     assert dense.diagonal().all()
     off = np.asarray(matrix.pattern.rows) != np.asarray(matrix.pattern.columns)
@@ -202,10 +201,10 @@ def test_top_entries_are_the_compacted_matrix_inside_jit(surplus):
         keep = np.ones(expected.nnz, bool)
         keep[np.argsort(-np.asarray(expected.values), kind="stable")[capacity:]] = False
         expected = select_entries(expected, keep)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(NODES, 3)), jnp.float32)
-    np.testing.assert_allclose(found @ x, expected @ x, atol=1e-6)
-    pull = lambda matrix: jax.grad(lambda x: jnp.sum(jnp.square(matrix @ x)))(x)
-    np.testing.assert_allclose(pull(found), pull(expected), atol=1e-5)
+    x = np.random.default_rng(0).normal(size=(NODES, 3)).astype(np.float32)
+    both = jax.jit(lambda matrix, x: (matrix @ x, jax.grad(lambda x: jnp.sum(jnp.square(matrix @ x)))(x)))
+    for one, other, atol in zip(both(found, x), both(expected, x), (1e-6, 1e-5), strict=True):
+        np.testing.assert_allclose(one, other, atol=atol)
 
 
 def test_bad_input():

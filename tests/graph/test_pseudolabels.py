@@ -21,12 +21,16 @@ KEY = jax.random.key(0)
 
 
 def random_probabilities(nodes=50, classes=3, seed=0):
-    return jax.nn.softmax(3 * jax.random.normal(jax.random.key(seed), (nodes, classes)))
+    powers = np.exp(3 * np.random.default_rng(seed).normal(size=(nodes, classes)))
+    return jax.device_put((powers / powers.sum(1, keepdims=True)).astype(np.float32))
+
+
+NODES = np.arange(50, dtype=np.int32)
+LABELS, MASK = jax.device_put((NODES % 3, NODES < 6))
 
 
 def test_labels_grow_and_never_change():
-    labels = jnp.arange(50) % 3
-    mask = jnp.arange(50) < 6
+    labels, mask = LABELS, MASK
     seen = []
 
     def train(labels, mask, stage):
@@ -40,23 +44,24 @@ def test_labels_grow_and_never_change():
         assert (later | ~inside).all()
         np.testing.assert_array_equal(before[inside], after[inside])
     np.testing.assert_array_equal(found.mask, seen[-1][1])
-    np.testing.assert_array_equal(found.added >= 0, found.mask)
-    np.testing.assert_array_equal(found.added == 0, mask)
-    np.testing.assert_array_equal(found.labels[:6], labels[:6])
+    added = np.asarray(found.added)
+    np.testing.assert_array_equal(added >= 0, found.mask)
+    np.testing.assert_array_equal(added == 0, mask)
+    np.testing.assert_array_equal(np.asarray(found.labels)[:6], NODES[:6] % 3)
 
 
 def test_hidden_labels_do_not_matter():
-    mask = jnp.arange(50) < 6
-    train = lambda labels, mask, stage: jnp.where(mask, labels, 0).sum()
+    train = lambda labels, mask, stage: np.where(mask, labels, 0).sum()
     predict = lambda params: random_probabilities(seed=int(params) % 7)
-    true, hidden = jnp.arange(50) % 3, jnp.where(mask, jnp.arange(50) % 3, -99)
-    one, other = (self_training(train, predict, labels, mask, stages=3) for labels in (true, hidden))
+    hidden = jax.device_put(np.where(MASK, NODES % 3, np.int32(-99)))
+    runs = (self_training(train, predict, labels, MASK, stages=3) for labels in (LABELS, hidden))
+    one, other = (jax.tree.map(np.asarray, run) for run in runs)
     np.testing.assert_array_equal(one.mask, other.mask)
     np.testing.assert_array_equal(one.labels[one.mask], other.labels[other.mask])
 
 
 def test_another_selection():
-    labels, mask = jnp.zeros(50, int), jnp.arange(50) < 6
+    labels, mask = jnp.zeros(50, int), MASK
     select = lambda confidence, predictions, mask: most_confident(~mask, confidence, predictions, 3, 2)
     found = self_training(lambda *_: 0, lambda _: random_probabilities(), labels, mask, stages=3, select=select)
     for stage in (1, 2):
@@ -74,7 +79,7 @@ def test_the_most_confident_of_each_class(count):
     rng = np.random.default_rng(1)
     candidates, confidence = rng.random(80) < 0.5, rng.random(80).astype(np.float32)
     predictions = rng.integers(0, 4, 80)
-    found = np.asarray(most_confident(*map(jnp.asarray, (candidates, confidence, predictions)), 4, count))
+    found = np.asarray(most_confident(*jax.device_put((candidates, confidence, predictions)), 4, count))
     for label in range(4):
         group = np.flatnonzero(candidates & (predictions == label))
         best = group[np.argsort(-confidence[group], kind="stable")[:count]]
@@ -91,15 +96,16 @@ def test_clusters_take_the_class_of_the_nearest_labelled_mean():
     rng = np.random.default_rng(0)
     centres = np.array([[0, 0], [8, 0], [0, 8]])
     truth = rng.integers(0, 3, 120)
-    points = jnp.asarray(centres[truth] + rng.normal(size=(120, 2)), jnp.float32)
+    points = jax.device_put((centres[truth] + rng.normal(size=(120, 2))).astype(np.float32))
     mask = np.zeros(120, bool)
     mask[[np.flatnonzero(truth == label)[0] for label in range(3)]] = True
-    hidden = jnp.where(mask, truth, -1)
-    found = jax.jit(functools.partial(cluster_labels, classes=3, clusters=12))(KEY, points, hidden, mask)
+    hidden = np.where(mask, truth, -1).astype(np.int32)
+    by_clusters = jax.jit(functools.partial(cluster_labels, classes=3, clusters=12))
+    found = by_clusters(KEY, points, hidden, mask)
     assert (np.asarray(found) == truth).mean() > 0.95
     # Without the labels of a class nothing is of that class.
     few = mask & (truth != 2)
-    assert set(np.asarray(cluster_labels(KEY, points, hidden, jnp.asarray(few), 3, clusters=12))) == {0, 1}
+    assert set(np.asarray(by_clusters(KEY, points, hidden, few))) == {0, 1}
 
 
 def test_weights_of_pseudolabels():
@@ -125,23 +131,24 @@ def test_the_guard_lets_all_or_nothing_through():
 
 def test_the_guard_lets_labels_grow_slowly():
     rng = np.random.default_rng(0)
-    mask = jnp.arange(60) < 4  # two labels of each class
-    confidence, predictions = jnp.asarray(rng.random(60)), jnp.asarray(rng.integers(0, 2, 60))
-    samples = jnp.stack([predictions] * 3)
+    mask = np.arange(60) < 4  # two labels of each class
+    confidence, predictions = rng.random(60).astype(np.float32), rng.integers(0, 2, 60).astype(np.int32)
+    samples = np.stack([predictions] * 3)
     new = ~mask & (confidence > 0.3)
+    guard = functools.partial(jax.jit(guard_pseudolabels, static_argnames=("classes", "growth")), classes=2)
     for growth, most in ((0, 0), (1.5, 3), (5, 10), (100, 60)):
-        found = guard_pseudolabels(new, new, confidence, predictions, mask, classes=2, sampled=samples, growth=growth)
+        found = np.asarray(guard(new, new, confidence, predictions, mask, sampled=samples, growth=growth))
         assert not (found & ~new).any()
         for each in range(2):
             own = new & (predictions == each)
-            chosen = np.asarray(confidence)[found & own]
-            expected = np.sort(np.asarray(confidence)[own])[::-1][:most]
+            chosen = confidence[found & own]
+            expected = np.sort(confidence[own])[::-1][:most]
             np.testing.assert_array_equal(np.sort(chosen)[::-1], expected)
-    disagreeing = samples.at[0].set(1 - predictions)
-    assert not guard_pseudolabels(new, new, confidence, predictions, mask, classes=2, sampled=disagreeing).any()
-    assert guard_pseudolabels(new, new, confidence, predictions, mask, classes=2).any()  # no samples, no veto
+    disagreeing = np.stack([1 - predictions, *samples[1:]])
+    assert not np.asarray(guard(new, new, confidence, predictions, mask, sampled=disagreeing)).any()
+    assert np.asarray(guard(new, new, confidence, predictions, mask)).any()  # no samples, no veto
     with pytest.raises(ValueError, match="growth=-1"):
-        guard_pseudolabels(new, new, confidence, predictions, mask, classes=2, growth=-1)
+        guard(new, new, confidence, predictions, mask, growth=-1)
 
 
 @pytest.mark.parametrize(

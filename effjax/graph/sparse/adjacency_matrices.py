@@ -1,5 +1,7 @@
 """Adjacency matrices of graphs: rows receive, columns send."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,15 @@ from numpy.typing import ArrayLike
 
 from effjax.core.errors import check_number
 from effjax.graph.sparse.checks import check_array
-from effjax.graph.sparse.matrix import SparseMatrix, check_matrix, row_sums, sparse_matrix, take_columns, take_rows
+from effjax.graph.sparse.matrix import (
+    SparseMatrix,
+    SparsePattern,
+    check_matrix,
+    row_sums,
+    sparse_matrix,
+    take_columns,
+    take_rows,
+)
 
 __all__ = ["adjacency", "gcn_adjacency", "gcn_normalize", "loopless_adjacency", "row_normalize"]
 
@@ -98,13 +108,16 @@ def gcn_normalize(matrix: SparseMatrix) -> SparseMatrix:
     check_weights("matrix.values", matrix.values)
     if not jnp.issubdtype(matrix.values.dtype, jnp.floating):
         matrix = matrix._replace(values=matrix.values.astype(jnp.float32))
-    if matrix.values.ndim == 2:
-        return SparseMatrix(
-            pattern, jax.vmap(lambda values: gcn_normalize(SparseMatrix(pattern, values)).values)(matrix.values)
-        )
-    degree = row_sums(pattern, matrix.values)
+    return SparseMatrix(pattern, _normalized_by_degrees(pattern, matrix.values))
+
+
+@functools.partial(jax.jit, inline=True)
+def _normalized_by_degrees(pattern: SparsePattern, values: jax.Array) -> jax.Array:
+    if values.ndim == 2:
+        return jax.vmap(functools.partial(_normalized_by_degrees, pattern))(values)
+    degree = row_sums(pattern, values)
     scale = jnp.where(degree > 0, jax.lax.rsqrt(jnp.where(degree > 0, degree, 1)), 0)
-    return SparseMatrix(pattern, take_rows(pattern, scale) * matrix.values * take_columns(pattern, scale))
+    return take_rows(pattern, scale) * values * take_columns(pattern, scale)
 
 
 def gcn_adjacency(
@@ -143,9 +156,14 @@ def row_normalize(matrix: SparseMatrix) -> SparseMatrix:
     check_weights("matrix.values", check_matrix("matrix", matrix).values, hint=hint)
     if not jnp.issubdtype(matrix.values.dtype, jnp.floating):
         matrix = matrix._replace(values=matrix.values.astype(jnp.float32))
-    total = row_sums(matrix.pattern, matrix.values)
+    return SparseMatrix(matrix.pattern, _normalized_by_rows(matrix.pattern, matrix.values))
+
+
+@functools.partial(jax.jit, inline=True)
+def _normalized_by_rows(pattern: SparsePattern, values: jax.Array) -> jax.Array:
+    total = row_sums(pattern, values)
     scale = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
-    return SparseMatrix(matrix.pattern, take_rows(matrix.pattern, scale) * matrix.values)
+    return take_rows(pattern, scale) * values
 
 
 def loopless_adjacency(matrix: SparseMatrix) -> SparseMatrix:

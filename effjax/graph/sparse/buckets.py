@@ -44,8 +44,8 @@ def bucket_table(indptr: np.ndarray, columns: np.ndarray) -> BucketTable:
         parts.append((np.where(inside, at, -1), np.where(inside, columns[at], 0)))
         position[rows] = done + np.arange(len(rows))
         done += len(rows)
-    as_arrays = lambda which: tuple(jnp.asarray(part[which], jnp.int32) for part in parts)
-    return BucketTable(as_arrays(0), as_arrays(1), jnp.asarray(position))
+    as_arrays = lambda which: tuple(jax.device_put(part[which].astype(np.int32)) for part in parts)
+    return BucketTable(as_arrays(0), as_arrays(1), jax.device_put(position))
 
 
 def bucket_product(table: BucketTable, values: jax.Array, x: jax.Array) -> jax.Array:

@@ -88,9 +88,9 @@ def from_graphs_tuple(
     matrix = sparse_matrix(receivers, senders, weights[:real], (nodes, nodes), capacity=edges or None)
     return SparseGraph(
         matrix,
-        nodes=jax.tree.map(jnp.asarray, graph.nodes),
-        edges=jax.tree.map(lambda leaf: jnp.asarray(leaf[order]), graph.edges),
-        globals=jax.tree.map(jnp.asarray, graph.globals),
+        nodes=jax.device_put(graph.nodes),
+        edges=jax.tree.map(lambda leaf: jax.device_put(leaf[order]), graph.edges),
+        globals=jax.device_put(graph.globals),
         n_node=np.asarray(graph.n_node),
     )
 

@@ -8,6 +8,7 @@ transposed pattern, and a batch of right sides becomes more columns.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -38,6 +39,8 @@ __all__ = [
 Kernel = Literal["auto", "csr", "segment", "buckets", "dense"]
 KERNELS: tuple[Kernel, ...] = ("csr", "segment", "buckets", "dense")
 _UNROLLED = 16
+# What a call on the host runs is one program; inside another program it leaves no trace.
+_one_program = functools.partial(jax.jit, inline=True)
 
 
 @functools.partial(
@@ -79,16 +82,16 @@ class SparsePattern:
     @property
     def valid(self) -> jax.Array:
         """bool [nnz], False for padding."""
-        return jnp.arange(self.nnz, dtype=jnp.int32) < self.size
+        return _valid(self.nnz, self.size)
 
     @property
     def transpose(self) -> "SparsePattern":
         """The pattern of the transpose, whose values are ``values[t_order]``."""
-        inverse = jnp.zeros_like(self.t_order).at[self.t_order].set(jnp.arange(self.nnz, dtype=jnp.int32))
+        rows, inverse = _transposed(self.columns, self.t_order)
         return SparsePattern(
             indptr=self.t_indptr,
             columns=self.t_rows,
-            rows=self.columns[self.t_order],
+            rows=rows,
             t_indptr=self.indptr,
             t_rows=self.columns,
             t_order=inverse,
@@ -96,6 +99,27 @@ class SparsePattern:
             buckets=None if self.buckets is None else self.buckets[::-1],
             shape=self.shape[::-1],
         )
+
+
+@functools.partial(_one_program, static_argnums=0)
+def _valid(nnz: int, size: jax.Array) -> jax.Array:
+    return jnp.arange(nnz, dtype=jnp.int32) < size
+
+
+@_one_program
+def _transposed(columns: jax.Array, t_order: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inverse = jnp.zeros_like(t_order).at[t_order].set(jnp.arange(t_order.shape[0], dtype=jnp.int32))
+    return columns[t_order], inverse
+
+
+@_one_program
+def _entries_at(values: jax.Array, places: jax.Array) -> jax.Array:
+    return values[places]
+
+
+@functools.partial(_one_program, static_argnums=0)
+def _to_dense(shape: tuple[int, int], rows: jax.Array, columns: jax.Array, values: jax.Array) -> jax.Array:
+    return jnp.zeros(shape, values.dtype).at[rows, columns].add(values)
 
 
 class SparseMatrix(NamedTuple):
@@ -122,15 +146,14 @@ class SparseMatrix(NamedTuple):
     @property
     def transpose(self) -> "SparseMatrix":
         """The transposed matrix."""
-        return SparseMatrix(self.pattern.transpose, self.values[self.pattern.t_order])
+        return SparseMatrix(self.pattern.transpose, _entries_at(self.values, self.pattern.t_order))
 
     def __matmul__(self, x: ArrayLike) -> jax.Array:
         return spmm(self, x)
 
     def todense(self) -> jax.Array:
         """The matrix as an array [R, C]."""
-        pattern = self.pattern
-        return jnp.zeros(pattern.shape, self.values.dtype).at[pattern.rows, pattern.columns].add(self.values)
+        return _to_dense(self.pattern.shape, self.pattern.rows, self.pattern.columns, self.values)
 
 
 def check_matrix(argument: str, matrix: Any, *, square: bool = False, stacked: bool = False) -> SparseMatrix:
@@ -241,7 +264,7 @@ def sparse_matrix(
         rows = np.pad(rows, pad, constant_values=shape[0] - 1)
         columns = np.pad(columns, pad, constant_values=shape[1] - 1)
         values = np.pad(values, pad)
-    return SparseMatrix(_pattern(rows, columns, nnz, shape, buckets), jnp.asarray(values))
+    return SparseMatrix(_pattern(rows, columns, nnz, shape, buckets), jax.device_put(values))
 
 
 def _indices(argument: str, numbers: ArrayLike, bound: int) -> np.ndarray:
@@ -266,13 +289,13 @@ def _pattern(rows: np.ndarray, columns: np.ndarray, size: int, shape: tuple[int,
     if buckets:
         tables = (bucket_table(indptr, columns), bucket_table(t_indptr, rows[t_order]))
     return SparsePattern(
-        indptr=jnp.asarray(indptr),
-        columns=jnp.asarray(columns),
-        rows=jnp.asarray(rows),
-        t_indptr=jnp.asarray(t_indptr),
-        t_rows=jnp.asarray(rows[t_order]),
-        t_order=jnp.asarray(t_order),
-        size=jnp.asarray(np.int32(size)),
+        indptr=jax.device_put(indptr),
+        columns=jax.device_put(columns),
+        rows=jax.device_put(rows),
+        t_indptr=jax.device_put(t_indptr),
+        t_rows=jax.device_put(rows[t_order]),
+        t_order=jax.device_put(t_order),
+        size=jax.device_put(np.int32(size)),
         buckets=tables,
         shape=(int(shape[0]), int(shape[1])),
     )
@@ -340,7 +363,11 @@ def spmm(matrix: SparseMatrix, x: ArrayLike, *, kernel: Kernel = "auto") -> jax.
     if x.ndim == 0 or x.shape[0] != matrix.shape[1]:
         raise ValueError(f"x has shape {x.shape}, but the matrix {matrix.shape} needs {matrix.shape[1]} rows.")
     x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
-    kernel = _resolve(kernel, matrix.pattern)
+    return _product(_resolve(kernel, matrix.pattern), matrix, x)
+
+
+@functools.partial(_one_program, static_argnums=0)
+def _product(kernel: Kernel, matrix: SparseMatrix, x: jax.Array) -> jax.Array:
     dtype = jnp.promote_types(wide_dtype(x.dtype), wide_dtype(matrix.values.dtype))
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:])).astype(dtype)
     product = _spmm(kernel, matrix.pattern, matrix.values.astype(dtype), flat)
@@ -431,7 +458,7 @@ def take_rows(pattern: SparsePattern, x: jax.Array) -> jax.Array:
     Raises:
       ValueError: ``x`` has not R rows.
     """
-    return _take_rows(pattern, jnp.asarray(check_array("x", x, (pattern.shape[0], ...))))
+    return _taken(_take_rows, pattern, jnp.asarray(check_array("x", x, (pattern.shape[0], ...))))
 
 
 def take_columns(pattern: SparsePattern, x: jax.Array) -> jax.Array:
@@ -440,7 +467,7 @@ def take_columns(pattern: SparsePattern, x: jax.Array) -> jax.Array:
     Raises:
       ValueError: ``x`` has not C rows.
     """
-    return _take_columns(pattern, jnp.asarray(check_array("x", x, (pattern.shape[1], ...))))
+    return _taken(_take_columns, pattern, jnp.asarray(check_array("x", x, (pattern.shape[1], ...))))
 
 
 def row_sums(pattern: SparsePattern, entries: jax.Array) -> jax.Array:
@@ -470,16 +497,23 @@ def column_sums(pattern: SparsePattern, entries: jax.Array) -> jax.Array:
     return _flat(_column_sums, pattern, entries)
 
 
+@functools.partial(_one_program, static_argnums=2)
 def _exact_sums(entries: jax.Array, rows: jax.Array | np.ndarray, count: int) -> jax.Array:
     entries = entries.astype(jnp.int32) if entries.dtype == bool else entries
     return jax.ops.segment_sum(entries, rows, count)
 
 
+@functools.partial(_one_program, static_argnums=0)
 def _flat(sums, pattern: SparsePattern, entries: jax.Array) -> jax.Array:
     dtype = wide_dtype(entries.dtype)
     flat = entries.reshape(entries.shape[0], math.prod(entries.shape[1:])).astype(dtype)
     found = sums(pattern, flat)
     return found.reshape(found.shape[0], *entries.shape[1:]).astype(entries.dtype)
+
+
+@functools.partial(_one_program, static_argnums=0)
+def _taken(take: Callable, pattern: SparsePattern, x: jax.Array) -> jax.Array:
+    return take(pattern, x)
 
 
 @jax.custom_vjp

@@ -41,14 +41,28 @@ def matrix(**options):
     return made, dense
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def product_and_pull(kernel, a, x, g):
+    """The product, and a cotangent of it pulled back to the values and to ``x``."""
+    product, pull = jax.vjp(lambda values, x: spmm(SparseMatrix(a.pattern, values), x, kernel=kernel), a.values, x)
+    return product, *pull(g)
+
+
+def test_the_product_outside_of_jit():
+    a, dense = matrix()
+    x = np.random.default_rng(2).normal(size=(7, 5)).astype(np.float32)
+    product, pull = jax.vjp(lambda x: a @ x, x)
+    np.testing.assert_allclose(product, dense @ x, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(pull(product)[0], dense.T @ np.asarray(product), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("capacity", [None, 40])
 @pytest.mark.parametrize("kernel", [*KERNELS, "auto"])
 def test_every_kernel_is_the_dense_product(kernel, capacity):
     a, dense = matrix(capacity=capacity)
     x = np.random.default_rng(2).normal(size=(7, 5)).astype(np.float32)
     g = np.random.default_rng(3).normal(size=(9, 5)).astype(np.float32)
-    product, pull = jax.vjp(lambda values, x: spmm(SparseMatrix(a.pattern, values), x, kernel=kernel), a.values, x)
-    to_values, to_x = pull(jnp.asarray(g))
+    product, to_values, to_x = product_and_pull(kernel, a, x, g)
     np.testing.assert_allclose(product, dense @ x, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(to_x, dense.T @ g, rtol=1e-5, atol=1e-6)
     wanted = (g @ x.T)[np.asarray(a.pattern.rows), np.asarray(a.pattern.columns)]
@@ -59,7 +73,8 @@ def test_every_kernel_is_the_dense_product(kernel, capacity):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_second_derivatives(kernel):
     a, dense = matrix()
-    x = jnp.asarray(np.random.default_rng(2).normal(size=(7, 2)), jnp.float32)
+    rng = np.random.default_rng(2)
+    x, direction = (rng.normal(size=size).astype(np.float32) for size in ((7, 2), a.values.shape))
 
     def loss(values, x):
         return jnp.sum(jnp.tanh(spmm(SparseMatrix(a.pattern, values), x, kernel=kernel)))
@@ -67,18 +82,23 @@ def test_second_derivatives(kernel):
     def dense_loss(values, x):
         return jnp.sum(jnp.tanh(jnp.zeros(dense.shape).at[a.pattern.rows, a.pattern.columns].set(values) @ x))
 
-    direction = jax.random.normal(jax.random.key(0), a.values.shape)
-    curvature = lambda f: jax.grad(lambda v: jnp.vdot(jax.grad(f)(v, x), direction))(a.values)
-    np.testing.assert_allclose(curvature(loss), curvature(dense_loss), rtol=1e-4, atol=1e-5)
+    @jax.jit
+    def curvatures(values):
+        one = lambda f: jax.grad(lambda v: jnp.vdot(jax.grad(f)(v, x), direction))(values)
+        return one(loss), one(dense_loss)
+
+    found, wanted = curvatures(a.values)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_is_inert_and_capacity_is_checked():
     plain, _ = matrix()
     padded, _ = matrix(capacity=plain.nnz + 5)
-    x = jax.random.normal(jax.random.key(0), (7, 3))
-    for kernel in KERNELS:
-        loss = lambda x, a, kernel=kernel: jnp.sum(spmm(a, x, kernel=kernel) ** 2)
-        np.testing.assert_array_equal(jax.grad(loss)(x, plain), jax.grad(loss)(x, padded))
+    x = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    loss = lambda x, a, kernel: jnp.sum(spmm(a, x, kernel=kernel) ** 2)
+    grads = jax.jit(lambda a: [jax.grad(loss)(x, a, kernel) for kernel in KERNELS])
+    for one, other in zip(grads(plain), grads(padded), strict=True):
+        np.testing.assert_array_equal(one, other)
     assert padded.nnz == plain.nnz + 5
     assert int(padded.pattern.valid.sum()) == plain.nnz
     with pytest.raises(ValueError, match=rf"capacity=3 is less than the {plain.nnz} entries"):
@@ -89,33 +109,33 @@ def test_messages_and_their_gradients():
     a, _ = matrix()
     pattern = a.pattern
     rows, columns = np.asarray(pattern.rows), np.asarray(pattern.columns)
-    e = jax.random.normal(jax.random.key(0), (a.nnz, 2, 3))
+    rng = np.random.default_rng(0)
+    e = rng.normal(size=(a.nnz, 2, 3)).astype(np.float32)
     summed = np.zeros((9, 2, 3))
-    np.add.at(summed, rows, np.asarray(e))
-    np.testing.assert_allclose(row_sums(pattern, e), summed, atol=1e-5)
-    np.testing.assert_array_equal(
-        jax.vjp(functools.partial(row_sums, pattern), e)[1](jnp.asarray(summed, e.dtype))[0],
-        np.asarray(summed, np.float32)[rows],
-    )
+    np.add.at(summed, rows, e)
+    both = jax.jit(lambda function, x, g: (lambda out, pull: (out, *pull(g)))(*jax.vjp(function, x)), static_argnums=0)
+    found, pulled = both(functools.partial(row_sums, pattern), e, summed.astype(np.float32))
+    np.testing.assert_allclose(found, summed, atol=1e-5)
+    np.testing.assert_array_equal(pulled, summed.astype(np.float32)[rows])
     summed = np.zeros((7, 2, 3))
-    np.add.at(summed, columns, np.asarray(e))
-    np.testing.assert_allclose(column_sums(pattern, e), summed, atol=1e-5)
-    x = jax.random.normal(jax.random.key(1), (7, 2, 3))
-    taken, pull = jax.vjp(functools.partial(take_columns, pattern), x)
-    np.testing.assert_array_equal(taken, np.asarray(x)[columns])
-    np.testing.assert_allclose(pull(e)[0], summed, atol=1e-5)
-    x = jax.random.normal(jax.random.key(1), (9,))
-    np.testing.assert_array_equal(take_rows(pattern, x), np.asarray(x)[rows])
+    np.add.at(summed, columns, e)
+    np.testing.assert_allclose(column_sums(pattern, jax.device_put(e)), summed, atol=1e-5)
+    x = rng.normal(size=(7, 2, 3)).astype(np.float32)
+    taken, pulled = both(functools.partial(take_columns, pattern), x, e)
+    np.testing.assert_array_equal(taken, x[columns])
+    np.testing.assert_allclose(pulled, summed, atol=1e-5)
+    x = rng.normal(size=9).astype(np.float32)
+    np.testing.assert_array_equal(take_rows(pattern, jax.device_put(x)), x[rows])
 
 
 def test_half_precision_sums_in_float32():
     ones = sparse_matrix(np.zeros(300, int), np.arange(300), None, (1, 300))
-    x = jnp.ones((300, 1), jnp.bfloat16)
+    x = np.ones((300, 1), jnp.bfloat16)
     for kernel in ("csr", "segment", "dense"):
         product = spmm(ones, x, kernel=kernel)
         assert product.dtype == jnp.bfloat16
-        assert float(product[0, 0]) == 300.0
-    assert float(row_sums(ones.pattern, jnp.ones(300, jnp.bfloat16))[0]) == 300.0
+        assert float(np.asarray(product)[0, 0]) == 300.0
+    assert float(np.asarray(row_sums(ones.pattern, jax.device_put(np.ones(300, jnp.bfloat16))))[0]) == 300.0
 
 
 def kernels(function, *args):
@@ -127,28 +147,35 @@ def kernels(function, *args):
 
 def test_the_kernel_stays_in_derivatives_and_under_vmap():
     a, _ = matrix()
-    x = jnp.ones((7, 4))
+    x = np.ones((7, 4), np.float32)
     grad = jax.grad(lambda x, a: jnp.sum(jnp.sin(a @ x)))
     assert kernels(grad, x, a) == 2  # one product each way
-    assert kernels(jax.vmap(grad, (0, None)), jnp.ones((3, 7, 4)), a) == 2  # the members are columns of one product
+    assert (
+        kernels(jax.vmap(grad, (0, None)), np.ones((3, 7, 4), np.float32), a) == 2
+    )  # the members are columns of one product
     messages = jax.grad(lambda x, a: jnp.sum(jnp.sin(row_sums(a.pattern, take_columns(a.pattern, x)))))
     assert kernels(messages, x, a) == 2
+
+
+def slopes(pattern, values, x):
+    loss = lambda values, x: jnp.sum(jnp.sin(spmm(SparseMatrix(pattern, values), x)))
+    return jax.grad(loss, (0, 1))(values, x)
+
+
+jitted_slopes = jax.jit(slopes)
 
 
 @pytest.mark.parametrize("size", [3, 20])
 @pytest.mark.parametrize("which", [(0, None), (None, 0), (0, 0)])
 def test_vmap_is_a_loop(which, size):
     a, _ = matrix()
-    values = jax.random.normal(jax.random.key(0), (size, a.nnz)) if which[0] == 0 else a.values
-    x = jax.random.normal(jax.random.key(1), (size, 7, 4)) if which[1] == 0 else jnp.ones((7, 4))
-
-    def loss(values, x):
-        return jnp.sum(jnp.sin(spmm(SparseMatrix(a.pattern, values), x)))
-
-    found = jax.vmap(jax.grad(loss, (0, 1)), which)(values, x)
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(size, a.nnz)).astype(np.float32) if which[0] == 0 else np.asarray(a.values)
+    x = rng.normal(size=(size, 7, 4)).astype(np.float32) if which[1] == 0 else np.ones((7, 4), np.float32)
+    found = [np.asarray(part) for part in jax.jit(jax.vmap(slopes, (None, *which)))(a.pattern, values, x)]
     for i in range(size):
         pick = lambda part, axis: part[i] if axis == 0 else part  # noqa: B023
-        wanted = jax.grad(loss, (0, 1))(pick(values, which[0]), pick(x, which[1]))
+        wanted = jitted_slopes(a.pattern, pick(values, which[0]), pick(x, which[1]))
         for one, other in zip(found, wanted, strict=True):
             np.testing.assert_allclose(one[i], other, rtol=1e-5, atol=1e-6)
 
@@ -183,7 +210,7 @@ def test_selection_drops_entries_and_padding():
 def test_an_empty_matrix():
     empty = sparse_matrix([], [], [], (3, 2), buckets=True)
     for kernel in KERNELS:
-        np.testing.assert_array_equal(spmm(empty, jnp.ones((2, 4)), kernel=kernel), np.zeros((3, 4)))
+        np.testing.assert_array_equal(spmm(empty, np.ones((2, 4), np.float32), kernel=kernel), np.zeros((3, 4)))
     assert row_sums(empty.pattern, jnp.zeros((0, 2))).shape == (3, 2)
 
 
