@@ -75,7 +75,7 @@ class SelectiveRule:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _answers(logits: Any, threshold: float, score: str) -> jax.Array:
+def _answers(logits: Any, threshold: Any, score: str) -> jax.Array:
     return jnp.where(confidence_score(logits, score) >= threshold, predicted_class(logits, score), -1)
 
 
