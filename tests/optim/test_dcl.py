@@ -247,20 +247,28 @@ def test_an_inactive_constraint_has_no_multiplier():
 
 def test_a_class_that_the_batch_lacks_keeps_its_multiplier():
     config = DclConfig({"risk": Constraint("<=", 0.2, (3,))}, start=1.0)
-    losses, labels = jnp.array([1.0, 0.0, 2.0]), jnp.array([0, 0, 2])
-    values, present = {"risk": class_risk(losses, labels, 3)}, {"risk": class_counts(labels, 3) > 0}
-    states = [dcl_init(config)]
+    losses, labels = np.array([1.0, 0.0, 2.0], np.float32), np.array([0, 0, 2])
+
+    @jax.jit
+    def step(state):
+        values, present = {"risk": class_risk(losses, labels, 3)}, {"risk": class_counts(labels, 3) > 0}
+        value = dcl_lagrangian(state, 0.0, values, config, present=present)
+        return dcl_update(state, values, config, present=present), value
+
+    states, lagrangians = [dcl_init(config)], []
     for _ in range(3):
-        states.append(dcl_update(states[-1], values, config, present=present))
-    lam = states[-1].multipliers["risk"]
+        state, value = step(states[-1])
+        states.append(state)
+        lagrangians.append(value)
+    lam = np.asarray(states[-1].multipliers["risk"])
     assert lam[1] == 1.0
     # The running mean of the absent class starts when it comes: its first step is that of a new run.
-    late = dcl_update(states[-1], {"risk": jnp.full(3, 0.7)}, config)
-    np.testing.assert_allclose(late.multipliers["risk"][1], 1.0 + 0.05 * 0.5, rtol=1e-6)
+    late = jax.jit(lambda state: dcl_update(state, {"risk": jnp.full(3, 0.7)}, config))(states[-1])
+    np.testing.assert_allclose(np.asarray(late.multipliers["risk"])[1], 1.0 + 0.05 * 0.5, rtol=1e-6)
     assert lam[0] > 1.0
     assert lam[2] > lam[0]
     # Nor does its level count in the loss: 1 * (0.5 - 0.2) + 1 * (2 - 0.2).
-    np.testing.assert_allclose(dcl_lagrangian(states[0], 0.0, values, config, present=present), 2.1, rtol=1e-6)
+    np.testing.assert_allclose(lagrangians[0], 2.1, rtol=1e-6)
 
 
 def test_moves_are_due_after_the_warmup_and_every_few_steps():
@@ -286,8 +294,9 @@ def test_levels_follow_their_schedule_without_recompilation():
 def test_a_level_out_of_reach_is_reported_and_gives_way_at_a_price():
     config = one(">=", np.array([2.0, 0.5]), dual=optax.sgd(0.5), limit=4.0)
     state = dcl_init(config)
+    step = jax.jit(lambda state: dcl_update(state, {"c": jnp.array([1.0, 1.0])}, config))
     for _ in range(10):
-        state = dcl_update(state, {"c": jnp.array([1.0, 1.0])}, config)
+        state = step(state)
     assert dcl_unreachable(state, config)["c"].tolist() == [True, False]
     assert state.multipliers["c"].tolist() == [4.0, 0.0]
     # u = lam / a, where c = eps + u is met: lam = a (2 - 1).
@@ -299,11 +308,17 @@ def test_a_level_out_of_reach_is_reported_and_gives_way_at_a_price():
 
 def test_state_is_float32_and_metrics_are_scalars():
     config = DclConfig({"a": Constraint("<=", 1.0), "b": Constraint(">=", 0.5, (3,))})
-    values = {"a": jnp.bfloat16(1.5), "b": jnp.array([0.25, 1.0, 0.0], jnp.bfloat16)}
-    state = dcl_update(dcl_init(config), values, config)
+    values = {"a": np.full((), 1.5, jnp.bfloat16), "b": np.array([0.25, 1.0, 0.0], jnp.bfloat16)}
+
+    @jax.jit
+    def run(values):
+        state = dcl_update(dcl_init(config), values, config)
+        value = dcl_lagrangian(state, jnp.bfloat16(1.0), values, config)
+        return state, value, dcl_metrics(state, values, config)
+
+    state, value, found = run(values)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
-    assert dcl_lagrangian(state, jnp.bfloat16(1.0), values, config).dtype == jnp.float32
-    found = dcl_metrics(state, values, config)
+    assert value.dtype == jnp.float32
     assert {name: round(float(value), 4) for name, value in found.items()} == {
         "a_violation": 0.5, "a_multiplier": 0.025, "b_violation": 0.5, "b_multiplier": 0.025,
     }  # fmt: skip
@@ -311,8 +326,9 @@ def test_state_is_float32_and_metrics_are_scalars():
 
 def test_seeds_under_vmap():
     config = one("<=", 0.0, dual=optax.sgd(0.1))
-    states = jax.vmap(lambda _: dcl_init(config))(jnp.arange(3))
-    states = jax.vmap(lambda s, v: dcl_update(s, {"c": v}, config))(states, jnp.array([1.0, 2.0, -1.0]))
+    states = jax.jit(jax.vmap(lambda _: dcl_init(config)))(np.arange(3))
+    run = jax.jit(jax.vmap(lambda s, v: dcl_update(s, {"c": v}, config)))
+    states = run(states, np.array([1.0, 2.0, -1.0], np.float32))
     np.testing.assert_allclose(states.multipliers["c"], [0.1, 0.2, 0.0], rtol=1e-6)
 
 
@@ -321,6 +337,7 @@ def test_multipliers_are_in_the_checkpoint(tmp_path):
     tx = optax.chain(dcl(config), optax.adam(0.1))
     params = {"w": jnp.ones(2)}
 
+    @jax.jit
     def step(state, params):
         return tx.update(params, state, params, values={"a": params["w"].sum(), "b": params["w"]})
 

@@ -1,5 +1,6 @@
 """SAMUEL: the invariants of the method, parity with the authors' program, bad input, devices."""
 
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -47,23 +48,29 @@ LOSSES_AND_GRADS = samuel_value_and_grad(loss_fn, loop="vmap")
 probabilities = jax.jit(samuel_probabilities)
 
 
-def run(tx, size, steps=8, params=None, sampled=None, sync=True, tamper=None):
-    """Train; returns the history of (losses, state, params), each after its step."""
+@functools.lru_cache(maxsize=8)
+def stepper(tx, sync, tamper):
+    """One program for the runs of a test: what tampers with the losses takes a number, which each run gives."""
 
     @jax.jit
-    def step(params, state, batch, draw):
+    def step(params, state, batch, draw, number):
         losses, grads = LOSSES_AND_GRADS(params, batch)
         if tamper is not None:
-            losses = tamper(losses, state.count)
+            losses = tamper(losses, state.count, number)
         updates, state = tx.update(grads, state, params, value=losses, sampled=draw)
         params = optax.apply_updates(params, updates)
         return losses, state, samuel_sync(state, params) if sync else params
 
-    params = samuel_init(PARAMS, size) if params is None else params
+    return step
+
+
+def run(tx, size, steps=8, params=None, sampled=None, sync=True, tamper=None, number=0.0):
+    """Train; returns the history of (losses, state, params), each after its step."""
+    params, step = samuel_init(PARAMS, size) if params is None else params, stepper(tx, sync, tamper)
     state, history = tx.init(params), []
     for t in range(steps):
         draw = None if sampled is None else np.int32(sampled[t])
-        losses, state, params = step(params, state, (X[t], Y[t]), draw)
+        losses, state, params = step(params, state, (X[t], Y[t]), draw, np.float32(number))
         history.append(jax.device_get((losses, state, params)))
     return history
 
@@ -104,7 +111,7 @@ def test_one_expert_is_the_base_optimizer():
 @pytest.mark.parametrize("normalize", [True, False])
 def test_equal_losses_keep_the_probabilities_uniform(normalize):
     tx = samuel(optax.sgd, RATES, normalize=normalize)
-    for _, state, _ in run(tx, 3, tamper=lambda losses, _: jnp.full_like(losses, 0.7)):
+    for _, state, _ in run(tx, 3, tamper=lambda losses, *_: jnp.full_like(losses, 0.7)):
         np.testing.assert_allclose(probabilities(state), 1 / 3, rtol=1e-6)
 
 
@@ -153,7 +160,7 @@ def test_sync_makes_all_experts_one_and_starts_afresh(select, base):
 
 def test_dead_expert_begins_again_after_a_sync():
     tx = samuel(optax.sgd, RATES, period=2, prior_odds=5.0, eta_scale=1e4, normalize=False)
-    _, (_, state, _) = run(tx, 3, steps=2, tamper=lambda losses, _: jnp.array([0.1, 0.2, jnp.nan]))
+    _, (_, state, _) = run(tx, 3, steps=2, tamper=lambda *_: jnp.array([0.1, 0.2, jnp.nan]))
     p = np.asarray(probabilities(state))
     np.testing.assert_allclose(p, [5 / 7, 1 / 7, 1 / 7], rtol=1e-5)
 
@@ -206,8 +213,8 @@ def test_eta_from_nothing_to_everything():
 @pytest.mark.parametrize("normalize", [True, False])
 def test_common_shift_of_the_losses_changes_nothing(normalize):
     tx = samuel(optax.sgd, RATES, period=20, normalize=normalize)
-    plain = run(tx, 3)
-    shifted = run(tx, 3, tamper=lambda losses, count: losses + 0.25 * count)
+    shift = lambda losses, count, size: losses + size * count
+    plain, shifted = (run(tx, 3, tamper=shift, number=size) for size in (0.0, 0.25))
     for (_, state, params), (_, state2, params2) in zip(plain, shifted, strict=True):
         np.testing.assert_allclose(probabilities(state), probabilities(state2), rtol=1e-3, atol=1e-5)
         assert_same(params, params2)
@@ -215,7 +222,8 @@ def test_common_shift_of_the_losses_changes_nothing(normalize):
 
 def test_scale_of_the_losses_changes_nothing_when_normalised():
     tx = samuel(optax.sgd, RATES)
-    plain, scaled = run(tx, 3), run(tx, 3, tamper=lambda losses, _: 1e4 * losses)
+    scale = lambda losses, count, size: size * losses
+    plain, scaled = (run(tx, 3, tamper=scale, number=size) for size in (1.0, 1e4))
     np.testing.assert_allclose(probabilities(plain[-1][1]), probabilities(scaled[-1][1]), rtol=1e-3, atol=1e-6)
 
 
@@ -231,8 +239,9 @@ DIVERGED = (("sample", np.nan), ("argmax", np.inf), ("average", 1e30), ("sample"
 )
 def test_diverged_expert_harms_nobody(select, bad):
     tx = samuel(optax.sgd, RATES, period=20, select=select)
-    sick = run(tx, 3, tamper=lambda losses, count: losses.at[0].set(jnp.where(count >= 2, bad, losses[0])))
-    for t, ((_, _, params), (_, state, params2)) in enumerate(zip(run(tx, 3), sick, strict=True)):
+    spoil = lambda losses, count, first: losses.at[0].set(jnp.where(count >= first, bad, losses[0]))
+    well, sick = (run(tx, 3, tamper=spoil, number=first) for first in (100, 2))
+    for t, ((_, _, params), (_, state, params2)) in enumerate(zip(well, sick, strict=True)):
         assert_same(jax.tree.map(lambda p: p[1:], params), jax.tree.map(lambda p: p[1:], params2))
         p = np.asarray(probabilities(state))
         assert np.isfinite(p).all()
@@ -290,7 +299,7 @@ def test_weights_are_those_of_the_written_out_rule():
     table[5, 1] = 500.0
     drawn, decay, clip, metas, scale = rng.integers(0, 3, 8), 0.6, 10.0, np.array([0.5, 0.125]), 4.0
     tx = samuel(optax.sgd, RATES, period=100, meta_rates=metas.tolist(), eta_scale=scale, spread_decay=decay)
-    history = run(tx, 3, sampled=drawn, tamper=lambda _, count: jnp.asarray(table, jnp.float32)[count])
+    history = run(tx, 3, sampled=drawn, tamper=lambda _, count, __: jnp.asarray(table, jnp.float32)[count])
     squares = (np.median(table, axis=1) - table.min(axis=1)) ** 2
     wanted = np.log(metas)[:, None] + np.zeros(3)
     for t in range(8):
@@ -358,10 +367,11 @@ def test_last_step_ends_by_argmax():
 
 def test_evaluation_takes_the_most_probable_expert_or_the_average():
     tx = samuel(optax.sgd, RATES)
-    params = {"w": jnp.array([1.0, 2.0, 4.0])}
-    state = tx.init(params)._replace(log_weights=jnp.log(jnp.array([[0.2, 0.2, 0.6]] * 4)))
-    assert samuel_eval_params((optax.EmptyState(), state), params)["w"] == 4.0
-    np.testing.assert_allclose(samuel_eval_params(state, params, average=True)["w"], 3.0, rtol=1e-6)
+    params = {"w": np.array([1.0, 2.0, 4.0], np.float32)}
+    state = tx.init(params)._replace(log_weights=np.log(np.array([[0.2, 0.2, 0.6]] * 4, np.float32)))
+    evaluate = jax.jit(samuel_eval_params, static_argnames="average")
+    assert float(evaluate((optax.EmptyState(), state), params)["w"]) == 4.0
+    np.testing.assert_allclose(evaluate(state, params, average=True)["w"], 3.0, rtol=1e-6)
     with pytest.raises(ValueError, match="holds 0 SamuelState"):
         samuel_eval_params(optax.sgd(0.1).init(params), params)
 
