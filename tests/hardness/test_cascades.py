@@ -67,7 +67,7 @@ def test_cascade_of_three(form):
     else:
         run = jax.jit(lambda params, x: cascade(stages, params, x, dispatch=FORMS[form]))
     seen = set()
-    for seed in range(4):
+    for seed in range(16):
         x = normal(seed, ROWS, WIDTH)
         found, (outputs, who) = run(params, x), by_hand(params, x)
         np.testing.assert_array_equal(found.answered, who)

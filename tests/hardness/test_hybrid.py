@@ -284,6 +284,8 @@ def test_known_answers_of_the_expert_stand_in_for_it(trained):
     state = hybrid_init(KEY, alone, (PARAMS[0], None), X, config=CONFIG)
     found = hybrid_examples(state, X, Y, alone, expert_correct=right, batch_size=128)
     whole = hybrid_examples(trained.state, X, Y, NETWORKS, batch_size=128)
+    base = np.argmax(X[:, :1] * [-1.0, 1.0], 1)
+    np.testing.assert_array_equal(found.oracle, (base != Y) & right)
     np.testing.assert_array_equal(found.oracle, whole.oracle)
     stages, params = hybrid_stages(alone, state)
     assert len(stages) == len(params) == 1
