@@ -1,5 +1,6 @@
 """Confidence of a prediction from its logits, and which predictions are wrong."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,7 @@ def confidence_score(logits: Logits, score: str = "log_odds") -> Float[Array, "*
     """
     check_choice("score", score, tuple(_SCORES))
     _check_logits(logits, score)
-    return _SCORES[score](wide(logits))
+    return _scored(logits, score)
 
 
 def predicted_class(logits: Logits, score: str = "log_odds") -> Int[Array, "*batch"]:
@@ -92,7 +93,17 @@ def prediction_errors(
     _check_logits(logits, score)
     check_shape("labels", labels, jnp.shape(logits)[:-1], "One class for each row.")
     check_labels(labels, class_count(logits, score))
-    known = jnp.asarray(labels) >= 0
+    return _compared(logits, labels, score)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _scored(logits: Any, score: str) -> jax.Array:
+    return _SCORES[score](wide(logits))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _compared(logits: Any, labels: Any, score: str) -> tuple[jax.Array, jax.Array]:
+    known = labels >= 0
     return known & (predicted_class(logits, score) != labels), known
 
 

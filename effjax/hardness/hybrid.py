@@ -351,8 +351,8 @@ def hybrid_init(
     drawn, kept = jax.random.split(key)
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *jnp.shape(leaf)[1:]), jnp.result_type(leaf)), inputs)
     logits, features = jax.eval_shape(lambda p, x: _pair(networks.base(p, x)), params[0], one)
-    zeros = lambda leaf: jnp.zeros(leaf.shape, jnp.float32)
-    router = networks.router.init(drawn, zeros(logits), jax.tree.map(zeros, features))
+    zeros = lambda leaf: np.zeros(leaf.shape, np.float32)
+    router = _router(networks.router, drawn, zeros(logits), jax.tree.map(zeros, features))
     expert_opt = None if config.expert_tx is None else config.expert_tx.init(params[1])
     return HybridState(
         key=jax.random.key_data(kept),
@@ -551,6 +551,11 @@ def _router_step(
     router = {"params": optax.apply_updates(params, updates), **moved}
     state = state._replace(params=state.params._replace(router=router), opt=state.opt._replace(router=opt), dual=dual)
     return state, {"loss": value, "keep": keep, "dual": dual}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _router(router: nn.Module, key: jax.Array, logits: jax.Array, features: PyTree) -> PyTree:
+    return router.init(key, logits, features)
 
 
 @functools.partial(jax.jit, static_argnames=("networks", "config", "stage"))

@@ -4,6 +4,7 @@ NeurIPS, arXiv:2110.14243. Whether an answer was right is never told; the label 
 """
 
 import dataclasses
+import functools
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -136,12 +137,18 @@ def vue(
     if len(shape) != 2:
         raise ValueError(f"predictions have shape {shape}; expected [rounds, experts].")
     check_shape("labels", labels, shape[:1], "One for each round.")
+    return _rounds(vue_init(key, shape[1]), jnp.asarray(predictions), jnp.asarray(labels), config)
 
+
+@functools.partial(jax.jit, static_argnames="config")
+def _rounds(
+    state: VueState, predictions: jax.Array, labels: jax.Array, config: VueConfig
+) -> tuple[VueState, VueAction]:
     def step(state: VueState, row: tuple[jax.Array, jax.Array]) -> tuple[VueState, VueAction]:
         acted = vue_act(state, row[0], config)
         return vue_update(state, row[0], acted, row[1], config), acted
 
-    return jax.lax.scan(step, vue_init(key, shape[1]), (jnp.asarray(predictions), jnp.asarray(labels)))
+    return jax.lax.scan(step, state, (predictions, labels))
 
 
 def vue_init(key: jax.Array, experts: int) -> VueState:

@@ -1,5 +1,6 @@
 """From needs to decisions: thresholds for a coverage, the accuracy of a hybrid at any coverage, and its cost."""
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -232,7 +233,12 @@ def hybrid_curve(
     """
     if known is not None:
         chosen = np.flatnonzero(np.asarray(known))
-        need, base_correct, expert_correct = (jnp.asarray(a)[chosen] for a in (need, base_correct, expert_correct))
+        need, base_correct, expert_correct = (np.asarray(a)[chosen] for a in (need, base_correct, expert_correct))
+    return _curve(need, base_correct, expert_correct, tuple(coverages))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _curve(need: Any, base_correct: Any, expert_correct: Any, coverages: tuple[float, ...]) -> HybridScore:
     everybody = jnp.ones(need.shape[0], bool)
     scores = [hybrid_score(keep_least(need, c), base_correct, expert_correct, everybody) for c in coverages]
     return HybridScore(*(jnp.stack(column) for column in zip(*scores, strict=True)))

@@ -6,6 +6,7 @@ the joint error is e / n, the selective risk e / k, the coverage k / n. So joint
 Predictions of equal confidence are accepted together, so that no number depends on how they happen to be sorted.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -97,29 +98,7 @@ def risk_coverage_curve(confidence: Confidence, errors: Errors, *, where: Errors
       >>> curve.coverage.tolist(), curve.joint_error.tolist()
       ([0.25, 0.5, 0.75, 1.0], [0.0, 0.25, 0.25, 0.5])
     """
-    confidence, wrong, counted = _checked(confidence, errors, where)
-    size, n = confidence.shape[0], counted.sum(dtype=jnp.int32)
-    left_out, minus, wrong = jax.lax.sort((~counted, -confidence, wrong), num_keys=2)
-    rank = jnp.arange(size, dtype=jnp.int32)
-    # The last of each group of equal confidence; its counts hold for the whole group.
-    differs = jnp.concatenate([minus[1:] != minus[:-1], jnp.ones(min(size, 1), bool)])
-    last = (differs | (rank == n - 1)) & ~left_out
-    end = jax.lax.cummin(jnp.where(last, rank, size), reverse=True)
-    end = jnp.where(left_out, 0, end)
-    totals = jnp.cumsum(wrong & ~left_out, dtype=jnp.int32)  # floats would lose bits beyond 2^24
-    accepted = jnp.where(left_out, 0, end + 1)
-    found = jnp.where(left_out, 0, totals[end]) if size else totals
-    of = jnp.where((counted & jnp.isnan(confidence)).any(), jnp.nan, 1.0) * jnp.where(left_out, jnp.nan, 1.0)
-    real = lambda count: count.astype(of.dtype)
-    return RiskCoverage(
-        threshold=-minus * of,
-        accepted=accepted,
-        errors=found,
-        coverage=real(accepted) / real(n) * of,
-        selective_risk=real(found) / real(accepted) * of,
-        joint_error=real(found) / real(n) * of,
-        last=last,
-    )
+    return _curve(*_checked(confidence, errors, where))
 
 
 def aurc(
@@ -202,15 +181,8 @@ def optimal_aurc(errors: Errors, *, where: Errors | None = None, limit: bool = F
       0.0625
     """
     check_shape("errors", errors, (jnp.size(errors),))
-    _, wrong, counted = _checked(jnp.zeros(jnp.shape(errors)), errors, where)
-    real = jnp.result_type(float)
-    n = counted.sum(dtype=jnp.int32).astype(real)
-    right = n - (wrong & counted).sum(dtype=jnp.int32).astype(real)
-    if limit:
-        share = right / n
-        return 1 - share + jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1.0)), 0.0)
-    k = jnp.arange(1, wrong.size + 1).astype(real)
-    return jnp.sum(jnp.where(k <= n, jnp.maximum(k - right, 0.0) / k, 0.0)) / n
+    _, wrong, counted = _checked(np.zeros(jnp.shape(errors), np.float32), errors, where)
+    return _optimal(wrong, counted, limit)
 
 
 def excess_aurc(
@@ -254,10 +226,7 @@ def selective_measures(
       >>> round(float(found.coverage), 3), float(found.selective_risk), round(float(found.joint_error), 3)
       (0.667, 0.5, 0.333)
     """
-    confidence, wrong, counted = _checked(confidence, errors, where)
-    accepted = counted & (confidence >= threshold)
-    n, k, e = (x.sum(dtype=jnp.int32).astype(jnp.result_type(float)) for x in (counted, accepted, accepted & wrong))
-    return SelectiveMeasures(coverage=k / n, selective_risk=e / k, joint_error=e / n)
+    return _measures(*_checked(confidence, errors, where), threshold)
 
 
 def coverage_at_joint_error(
@@ -284,7 +253,7 @@ def coverage_at_joint_error(
     """
     check_number("target", target, low=0, high=1)
     curve = risk_coverage_curve(confidence, errors, where=where)
-    return _last_coverage(curve, _at_most(curve.errors, _size(curve), target))
+    return _last_coverage(curve, _size(curve), target)
 
 
 def coverage_at_selective_risk(
@@ -313,7 +282,7 @@ def coverage_at_selective_risk(
     """
     check_number("target", target, low=0, high=1)
     curve = risk_coverage_curve(confidence, errors, where=where)
-    return _last_coverage(curve, _at_most(curve.errors, curve.accepted, target))
+    return _last_coverage(curve, curve.accepted, target)
 
 
 def joint_error_at_coverage(
@@ -366,7 +335,7 @@ def _checked(confidence: Any, errors: Any, where: Any) -> tuple[jax.Array, jax.A
         raise ValueError(f"confidence has shape {shape}; expected [n], one number for each prediction. Use jax.vmap.")
     if not jnp.issubdtype(jnp.result_type(confidence), jnp.floating):
         raise TypeError(f"confidence is {jnp.result_type(confidence)}; floating point numbers are needed.")
-    where = jnp.ones(shape, bool) if where is None else where
+    where = np.ones(shape, bool) if where is None else where
     for name, mask in (("errors", errors), ("where", where)):
         check_shape(name, mask, shape, "One for each prediction.")
         if jnp.result_type(mask) != jnp.bool_:
@@ -376,6 +345,52 @@ def _checked(confidence: Any, errors: Any, where: Any) -> tuple[jax.Array, jax.A
     return confidence, errors, where
 
 
+@jax.jit
+def _curve(confidence: jax.Array, wrong: jax.Array, counted: jax.Array) -> RiskCoverage:
+    size, n = confidence.shape[0], counted.sum(dtype=jnp.int32)
+    left_out, minus, wrong = jax.lax.sort((~counted, -confidence, wrong), num_keys=2)
+    rank = jnp.arange(size, dtype=jnp.int32)
+    # The last of each group of equal confidence; its counts hold for the whole group.
+    differs = jnp.concatenate([minus[1:] != minus[:-1], jnp.ones(min(size, 1), bool)])
+    last = (differs | (rank == n - 1)) & ~left_out
+    end = jax.lax.cummin(jnp.where(last, rank, size), reverse=True)
+    end = jnp.where(left_out, 0, end)
+    totals = jnp.cumsum(wrong & ~left_out, dtype=jnp.int32)  # floats would lose bits beyond 2^24
+    accepted = jnp.where(left_out, 0, end + 1)
+    found = jnp.where(left_out, 0, totals[end]) if size else totals
+    of = jnp.where((counted & jnp.isnan(confidence)).any(), jnp.nan, 1.0) * jnp.where(left_out, jnp.nan, 1.0)
+    real = lambda count: count.astype(of.dtype)
+    return RiskCoverage(
+        threshold=-minus * of,
+        accepted=accepted,
+        errors=found,
+        coverage=real(accepted) / real(n) * of,
+        selective_risk=real(found) / real(accepted) * of,
+        joint_error=real(found) / real(n) * of,
+        last=last,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="limit")
+def _optimal(wrong: jax.Array, counted: jax.Array, limit: bool) -> jax.Array:
+    real = jnp.result_type(float)
+    n = counted.sum(dtype=jnp.int32).astype(real)
+    right = n - (wrong & counted).sum(dtype=jnp.int32).astype(real)
+    if limit:
+        share = right / n
+        return 1 - share + jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1.0)), 0.0)
+    k = jnp.arange(1, wrong.size + 1).astype(real)
+    return jnp.sum(jnp.where(k <= n, jnp.maximum(k - right, 0.0) / k, 0.0)) / n
+
+
+@jax.jit
+def _measures(confidence: jax.Array, wrong: jax.Array, counted: jax.Array, threshold: Any) -> SelectiveMeasures:
+    accepted = counted & (confidence >= threshold)
+    n, k, e = (x.sum(dtype=jnp.int32).astype(jnp.result_type(float)) for x in (counted, accepted, accepted & wrong))
+    return SelectiveMeasures(coverage=k / n, selective_risk=e / k, joint_error=e / n)
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "first"))
 def _area(curve: RiskCoverage, heights: jax.Array, rule: str, first: float | None) -> jax.Array:
     check_choice("rule", rule, RULES)
     counts = curve.accepted > 0
@@ -389,6 +404,7 @@ def _area(curve: RiskCoverage, heights: jax.Array, rule: str, first: float | Non
     return jnp.sum(jnp.where(counts, heights, 0.0)) / counts.sum().astype(heights.dtype)
 
 
+@jax.jit
 def _size(curve: RiskCoverage) -> jax.Array:
     return (curve.accepted > 0).sum(dtype=jnp.int32)
 
@@ -398,7 +414,9 @@ def _at_most(errors: jax.Array, of: jax.Array, target: Any) -> jax.Array:
     return errors <= target * of.astype(jnp.result_type(float)) * (1 + 4 * jnp.finfo(jnp.result_type(float)).eps)
 
 
-def _last_coverage(curve: RiskCoverage, fits: jax.Array) -> jax.Array:
+@jax.jit
+def _last_coverage(curve: RiskCoverage, of: jax.Array, target: Any) -> jax.Array:
+    fits = _at_most(curve.errors, of, target)
     poison = jnp.sum(jnp.where(curve.accepted > 0, curve.coverage, 0.0)) * 0  # NaN confidences stay visible
     none = jnp.where(_size(curve) > 0, 0.0, jnp.nan)
     return jnp.max(jnp.where(fits & (curve.accepted > 0), curve.coverage, 0.0), initial=0.0) + poison + none
@@ -406,6 +424,11 @@ def _last_coverage(curve: RiskCoverage, fits: jax.Array) -> jax.Array:
 
 def _at_coverage(curve: RiskCoverage, heights: jax.Array, target: Any) -> jax.Array:
     check_number("target", target, low=0, high=1, open_low=True)
+    return _height_at(curve, heights, target)
+
+
+@jax.jit
+def _height_at(curve: RiskCoverage, heights: jax.Array, target: Any) -> jax.Array:
     slack = 1 - 4 * jnp.finfo(curve.coverage.dtype).eps
     reached = curve.accepted >= target * _size(curve).astype(curve.coverage.dtype) * slack
     first = jnp.argmax(reached & (curve.accepted > 0)) if heights.size else 0

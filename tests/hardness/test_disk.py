@@ -29,17 +29,14 @@ SCHEDULES = np.load(REFERENCE / "schedules.npz")
 def test_parity_of_the_schedules():
     with jax.enable_x64(True):
         config = disk_preset("release_cifar", optax.sgd(0.1))
-        epochs = jnp.arange(int(SCHEDULES["epochs"]))
-        np.testing.assert_allclose(
-            jax.vmap(lambda e: config.at(config.price, e))(epochs), SCHEDULES["lmbda"], rtol=1e-12
-        )
-        np.testing.assert_allclose(
-            jax.vmap(lambda e: config.at(config.budget, e))(epochs), SCHEDULES["budget"], rtol=1e-12
-        )
+        epochs = np.arange(int(SCHEDULES["epochs"]))
+        found = jax.jit(jax.vmap(lambda e: (config.at(config.price, e), config.at(config.budget, e))))(epochs)
+        np.testing.assert_allclose(found[0], SCHEDULES["lmbda"], rtol=1e-12)
+        np.testing.assert_allclose(found[1], SCHEDULES["budget"], rtol=1e-12)
 
 
 def _network(name):
-    return {key.split("__")[1]: jnp.asarray(RUN[key]) for key in RUN.files if key.startswith(f"{name}__")}
+    return {key.split("__")[1]: RUN[key] for key in RUN.files if key.startswith(f"{name}__")}
 
 
 def _layers(weights, x):
@@ -77,13 +74,12 @@ def test_parity_of_the_alternation():
         )
         size = setting("batch_size")
         parts = [slice(i, i + size) for i in range(0, len(RUN["y"]), size)]
-        batches = [{"x": jnp.asarray(RUN["X"][part]), "label": jnp.asarray(RUN["y"][part])} for part in parts]
-        step = jax.jit(disk_step, static_argnames=("problem", "config", "step"))
+        batches = [{"x": RUN["X"][part], "label": RUN["y"][part]} for part in parts]
         state = disk_init(jax.random.key(0), {"params": _network("student0")}, {"params": _network("gate0")}, config)
         for epoch in range(config.epochs):
             for name in disk_passes(config, epoch):
                 for batch in batches:
-                    state, _ = step(state, batch, problem=problem, config=config, step=name)
+                    state, _ = STEP(state, batch, problem=problem, config=config, step=name)
             state = disk_next(state)
             for name, found in (("student", state.params), ("gate", state.guide["params"])):
                 wanted = _network(f"{name}_after{epoch}")
@@ -102,10 +98,10 @@ class Student(nn.Module):
 
 
 STUDENT, GUIDE = Student(), FeatureGuide((8,), norm="batch")
-_keys = jax.random.split(jax.random.key(0), 4)
-X = jax.random.normal(_keys[0], (32, 5))
-MAP = jax.random.normal(_keys[1], (5, 4))
-Y = jnp.argmax(X @ MAP, axis=1).at[:6].set(jnp.arange(6) % 4)
+RNG = np.random.default_rng(0)
+X, MAP = RNG.normal(size=(32, 5)).astype(np.float32), RNG.normal(size=(5, 4)).astype(np.float32)
+BEST = np.argmax(X @ MAP, axis=1)
+Y = np.append(np.arange(6) % 4, BEST[6:]).astype(np.int32)
 BATCH = {"x": X, "label": Y}
 
 
@@ -126,8 +122,8 @@ def teacher(batch):
 
 
 PROBLEM = DiskProblem(student, teacher, guide)
-VARIABLES = STUDENT.init(_keys[2], X), GUIDE.init(_keys[3], X)
-CONFIG = DiskConfig(tx=optax.adam(0.01), guide_tx=optax.sgd(0.02), epochs=3, k=2)
+VARIABLES = tuple(jax.jit(net.init)(jax.random.key(seed), X) for seed, net in ((2, STUDENT), (3, GUIDE)))
+CONFIG = DiskConfig(tx=optax.sgd(0.1, momentum=0.9), guide_tx=optax.sgd(0.02), epochs=3, k=2)
 STEP = jax.jit(disk_step, static_argnames=("problem", "config", "step"))
 
 
@@ -135,9 +131,13 @@ def begin(config=CONFIG):
     return disk_init(jax.random.key(1), *VARIABLES, config)
 
 
+def bits(leaf):
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
 def same(left, right):
-    leaves = [jax.tree.leaves(tree) for tree in (left, right)]
-    return all(bool((a == b).all()) for a, b in zip(*leaves, strict=True))
+    leaves = [map(bits, jax.tree.leaves(tree)) for tree in (left, right)]
+    return all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
 
 
 def take(state, step, config=CONFIG, batch=BATCH, problem=PROBLEM):
@@ -161,33 +161,40 @@ def test_a_step_of_one_network_leaves_the_other_as_it_is():
 
 
 def test_a_pair_is_the_students_step_and_a_guides_step():
-    config = DiskConfig(tx=optax.sgd(0.1), epochs=3, k=2)
-    before = begin(config)
-    both, metrics = take(before, "pairs", config)
-    alone, _ = take(before, "student", config)
+    before = begin()
+    both, metrics = take(before, "pairs")
+    alone, _ = take(before, "student")
     # To the last bit but for what XLA makes of two programs.
     pairs = zip(*map(jax.tree.leaves, ((both.params, both.model), (alone.params, alone.model))), strict=True)
     for a, b in pairs:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     assert not same(both.guide, before.guide)
     assert set(metrics) == {"loss", "help", "guide", "multiplier"}
-    # Its loss by hand, with the guide before the step, in evaluation mode.
-    logits = STUDENT.apply(VARIABLES[0], X, train=True, mutable=["batch_stats"])[0]
-    expected = 0.9 * disk_loss(logits, teacher(BATCH)[0], Y, GUIDE.apply(VARIABLES[1], X), k=2)
-    expected += 0.1 * optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean()
-    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
-    # The guide's part sees those logits, and not what the student says after its step.
-    h = GUIDE.apply(VARIABLES[1], X, train=True, mutable=["batch_stats"])[0]
-    np.testing.assert_allclose(metrics["help"], disk_help(logits, teacher(BATCH)[0], Y, h), rtol=1e-5)
+
+    @jax.jit
+    def by_hand(own, guides, x):
+        """Its loss with the guide before the step, in evaluation mode."""
+        logits = STUDENT.apply(own, x, train=True, mutable=["batch_stats"])[0]
+        loss = 0.9 * disk_loss(logits, teacher(BATCH)[0], Y, GUIDE.apply(guides, x), k=2)
+        loss += 0.1 * optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean()
+        # The guide's part sees those logits, and not what the student says after its step.
+        h = GUIDE.apply(guides, x, train=True, mutable=["batch_stats"])[0]
+        return loss, disk_help(logits, teacher(BATCH)[0], Y, h)
+
+    loss, spent = by_hand(*VARIABLES, X)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["help"], spent, rtol=1e-5)
+
+
+ANSWER = jax.jit(STUDENT.apply)
 
 
 @pytest.mark.parametrize("order", ["pairs", "separate", "joint", "best"])
 def test_every_order_learns(order):
     config = DiskConfig(tx=optax.adam(0.02), epochs=40, k=2, order=order)
     state = disk(jax.random.key(1), *VARIABLES, PROBLEM, lambda number: [BATCH] * 3, config=config)
-    hits = (STUDENT.apply(state.variables, X).argmax(1) == teacher(BATCH)[0].argmax(1)).mean()
-    start = (STUDENT.apply(VARIABLES[0], X).argmax(1) == teacher(BATCH)[0].argmax(1)).mean()
-    assert hits > max(0.7, float(start) + 0.2)
+    hits, start = ((np.asarray(ANSWER(v, X)).argmax(1) == BEST).mean() for v in (state.variables, VARIABLES[0]))
+    assert hits > max(0.7, start + 0.2)
     assert int(state.epoch) == 40
     assert int(state.count) == 120 * len(disk_passes(config, 1))
 
@@ -205,11 +212,11 @@ def test_the_multiplier_holds_the_help_to_its_budget():
             lambda s, _: disk_step(s, BATCH, PROBLEM, config, step="guide"), state, length=400
         ))  # fmt: skip
         ends[name] = run(begin(config))
-    assert ends["free"][1]["guide"][-1] > 0.99
-    spent = ends["held"][1]["help"]
+    assert np.asarray(ends["free"][1]["guide"])[-1] > 0.99
+    spent = np.asarray(ends["held"][1]["help"])
     assert spent[0] > 0.5
     np.testing.assert_allclose(spent[-100:].mean(), 0.4, atol=0.05)
-    assert ends["held"][0].dual.multipliers["help"] > 0
+    assert float(ends["held"][0].dual.multipliers["help"]) > 0
 
 
 def test_schedules_move_by_rounds_and_do_not_recompile():
@@ -220,13 +227,12 @@ def test_schedules_move_by_rounds_and_do_not_recompile():
     with count_compiles() as log:
         _, later = take(state, "guide", config)
     assert log.count == 0, log.names
-    assert first["multiplier"] == second["multiplier"] == 1.0
+    assert float(first["multiplier"]) == float(second["multiplier"]) == 1.0
     np.testing.assert_allclose(later["multiplier"], 2.0, rtol=1e-6)
 
 
 def test_a_cached_teacher_gives_the_same_steps():
-    logits, _ = teacher(BATCH)
-    top = top_logits(logits, Y, 2)
+    top = jax.jit(lambda batch: top_logits(teacher(batch)[0], batch["label"], 2))(BATCH)
     columns = {**BATCH, **{f"teacher_{name}": value for name, value in top._asdict().items()}}
     cached = PROBLEM._replace(
         teacher=lambda batch: (TopLogits(*(batch[f"teacher_{name}"] for name in TopLogits._fields)), batch["x"])
@@ -237,7 +243,7 @@ def test_a_cached_teacher_gives_the_same_steps():
 
 
 def test_rows_that_do_not_take_part_and_unknown_labels():
-    mask = jnp.arange(32) < 20
+    mask = np.arange(32) < 20
     problem = DiskProblem(
         student=lambda v, batch, train, key: (batch["x"] @ v["params"], {}),
         teacher=teacher,
@@ -245,16 +251,16 @@ def test_rows_that_do_not_take_part_and_unknown_labels():
         mask=lambda batch: batch["mask"],
     )
     state = disk_init(jax.random.key(0), {"params": MAP}, {"params": MAP[:, :1]}, CONFIG)
-    dirty = {"x": jnp.where(mask[:, None], X, 1e3), "label": jnp.where(mask, Y, 2), "mask": mask}
+    dirty = {"x": np.where(mask[:, None], X, np.float32(1e3)), "label": np.where(mask, Y, 2), "mask": mask}
     clean = {"x": X[:20], "label": Y[:20], "mask": mask[:20]}
     ends = [take(state, "pairs", batch=batch, problem=problem) for batch in (dirty, clean)]
     for a, b in zip(
         *map(jax.tree.leaves, ((ends[0][0].params, ends[0][1]), (ends[1][0].params, ends[1][1]))), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    unknown = {"x": X, "label": jnp.full(32, -1), "mask": jnp.ones(32, bool)}
+    unknown = {"x": X, "label": np.full(32, -1), "mask": np.ones(32, bool)}
     after, metrics = take(state, "pairs", batch=unknown, problem=problem)
-    assert bool(jnp.isfinite(metrics["loss"]))
+    assert np.isfinite(metrics["loss"])
     assert not same(after.params, state.params)  # the teacher still teaches
 
 
@@ -282,7 +288,7 @@ def test_over_eight_devices():
 
 
 def test_seeds_under_vmap():
-    states = jax.vmap(lambda key: disk_init(key, *VARIABLES, CONFIG))(jax.random.split(jax.random.key(0), 2))
+    states = jax.jit(jax.vmap(lambda key: disk_init(key, *VARIABLES, CONFIG)))(jax.random.split(jax.random.key(0), 2))
     step = jax.vmap(functools.partial(disk_step, problem=PROBLEM, config=CONFIG, step="pairs"), in_axes=(0, None))
     _, metrics = jax.jit(step)(states, BATCH)
     assert metrics["loss"].shape == (2,)
@@ -300,7 +306,7 @@ def test_presets_differ_where_the_sources_do():
     for preset in (paper, imagenet):
         preset = disk_preset("paper" if preset is paper else "release_imagenet", optax.sgd(0.01), k=2)
         _, metrics = take(begin(preset), "joint", preset)
-        assert bool(jnp.isfinite(metrics["loss"]))
+        assert np.isfinite(metrics["loss"])
 
 
 BAD = {
@@ -326,4 +332,4 @@ BAD = {
 def test_bad_input_is_named(case):
     run, words = BAD[case]
     with pytest.raises((ValueError, TypeError), match=re.escape(words)):
-        run()
+        jax.eval_shape(run)

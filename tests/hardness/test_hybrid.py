@@ -43,6 +43,17 @@ LOSS = np.load(REFERENCE / "loss.npz")
 ROUTER = np.load(REFERENCE / "router.npz")
 KEY = jax.random.key(0)
 
+# One program for each set of shapes and choices.
+oracle_of = jax.jit(query_oracle, static_argnums=3)
+router_loss_of = jax.jit(router_loss)
+entropy_of = jax.jit(weighted_cross_entropy)
+penalty_of = jax.jit(coverage_penalty, static_argnames=("coverage", "kind"))
+need_of = jax.jit(lambda router, variables, *seen: router_need(router)(variables, *seen), static_argnums=0)
+
+
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
 
 # Parity
 
@@ -83,11 +94,11 @@ def close(found, wanted, **bounds):
 def test_parity_of_the_router():
     router = Router(widths=(20, 64, 20), norm="batch")
     with jax.enable_x64(True):
-        logits, features = jnp.asarray(ROUTER["s_logits"]), jnp.asarray(ROUTER["s_features"])
-        close(router_features(logits), ROUTER["hybrid_logit_features"], atol=1e-14)
-        params, before = jax.tree.map(jnp.asarray, (release("", LAYERS), statistics("")))
-        variables = {"params": params, "batch_stats": before}
-        close(-router.apply(variables, logits, features), ROUTER["hybrid_eval_out"][:, 0])
+        logits, features = ROUTER["s_logits"], ROUTER["s_features"]
+        close(jax.jit(router_features)(logits), ROUTER["hybrid_logit_features"], atol=1e-14)
+        params, before = release("", LAYERS), statistics("")
+        found = jax.jit(router.apply)({"params": params, "batch_stats": before}, logits, features)
+        close(-np.asarray(found), ROUTER["hybrid_eval_out"][:, 0])
 
         def run(params, logits, features):
             found, moved = router.apply(
@@ -96,7 +107,7 @@ def test_parity_of_the_router():
             return -found @ ROUTER["hybrid_cotangent"][:, 0], (found, moved)
 
         grads, (found, moved) = jax.jit(jax.grad(run, (0, 1, 2), has_aux=True))(params, logits, features)
-        close(-found, ROUTER["hybrid_train_out"][:, 0])
+        close(-np.asarray(found), ROUTER["hybrid_train_out"][:, 0])
         wanted = release("_grad", LAYERS)  # minus twice is plus: of the last layer both its place and its sign turn
         close(grads[0], wanted, atol=1e-12)
         close(grads[1], ROUTER["hybrid_grad_input0"], atol=1e-12)
@@ -104,7 +115,7 @@ def test_parity_of_the_router():
         # PyTorch keeps the unbiased variance.
         rows = len(logits)
         unbiased = lambda old, new: old * 0.9 + (new - 0.9 * old) * rows / (rows - 1)
-        own = {part: dict(layers) for part, layers in moved["batch_stats"].items()}
+        own = {part: dict(layers) for part, layers in jax.device_get(moved["batch_stats"]).items()}
         for part, layers in own.items():
             for name, held in layers.items():
                 own[part][name] = {"mean": held["mean"], "var": unbiased(before[part][name]["var"], held["var"])}
@@ -113,86 +124,87 @@ def test_parity_of_the_router():
 
 def test_parity_of_the_losses():
     with jax.enable_x64(True):
-        labels = jnp.asarray(LOSS["targets"])
-        best = lambda name: jnp.asarray(LOSS[name]).argmax(-1)
-        asks = query_oracle(best("s_logits"), best("t_logits"), labels)
+        labels = LOSS["targets"]
+        asks = np.asarray(oracle_of(LOSS["s_logits"].argmax(-1), LOSS["t_logits"].argmax(-1), labels))
         np.testing.assert_array_equal(~asks, LOSS["oracle"].astype(bool))
-        need = -jnp.asarray(LOSS["hybrid_gate_logit"])[:, 0]
-        value, grad = jax.value_and_grad(router_loss)(need, asks)
+        need = -LOSS["hybrid_gate_logit"][:, 0]
+        value, grad = jax.jit(jax.value_and_grad(router_loss))(need, asks)
         np.testing.assert_allclose(value, LOSS["loss_router_clf"], rtol=2e-6)
-        np.testing.assert_allclose(-grad, LOSS["grad_router_clf_hybrid_gate"][:, 0], rtol=2e-6)
+        np.testing.assert_allclose(-np.asarray(grad), LOSS["grad_router_clf_hybrid_gate"][:, 0], rtol=2e-6)
         penalty = functools.partial(coverage_penalty, coverage=float(LOSS["cov"]), kind="released")
-        value, grad = jax.value_and_grad(penalty)(need)
+        value, grad = jax.jit(jax.value_and_grad(penalty))(need)
         np.testing.assert_allclose(value, LOSS["loss_router_cov"], rtol=1e-9)
-        np.testing.assert_allclose(-grad, LOSS["grad_router_cov_hybrid_gate"][:, 0], rtol=1e-9)
+        np.testing.assert_allclose(-np.asarray(grad), LOSS["grad_router_cov_hybrid_gate"][:, 0], rtol=1e-9)
 
-        weights, _ = hybrid_weights(asks)
+        weights = np.asarray(hybrid_weights(asks)[0]).astype(float)
         smoothed = functools.partial(weighted_cross_entropy, smoothing=float(LOSS["smoothing"]))
-        logits = jnp.asarray(LOSS["s_logits"])
-        value, grad = jax.value_and_grad(smoothed)(logits, labels, weights.astype(float))
+        run = jax.jit(jax.value_and_grad(smoothed))
+        value, grad = run(LOSS["s_logits"], labels, weights)
         np.testing.assert_allclose(value, LOSS["own_ce_per_example"], rtol=1e-9)
         np.testing.assert_allclose(grad, LOSS["own_grad_ce_per_example"], rtol=1e-9, atol=1e-15)
         # What the released code computes: all weights are their mean.
-        lost = jnp.full(len(labels), weights.astype(float).mean())
-        np.testing.assert_allclose(smoothed(logits, labels, lost), LOSS["loss_ce"], rtol=1e-9)
+        lost = np.full(len(labels), weights.mean())
+        np.testing.assert_allclose(run(LOSS["s_logits"], labels, lost)[0], LOSS["loss_ce"], rtol=1e-9)
 
 
 # Losses
 
 
 def test_oracles_of_every_case():
-    base, expert, labels = jnp.array([0, 0, 1, 1, 1, 0]), jnp.array([0, 1, 0, 1, 2, 0]), jnp.array([0, 0, 0, 0, 0, -1])
-    run = lambda kind: query_oracle(base, expert, labels, kind).astype(int).tolist()
+    base, expert, labels = np.array([0, 0, 1, 1, 1, 0]), np.array([0, 1, 0, 1, 2, 0]), np.array([0, 0, 0, 0, 0, -1])
+    run = lambda kind: np.asarray(oracle_of(base, expert, labels, kind)).astype(int).tolist()
     assert run("gain") == [0, 0, 1, 0, 0, 0]
     assert run("wrong") == [0, 0, 1, 1, 1, 0]
     assert run("disagree") == [0, 1, 1, 0, 1, 0]
 
 
 def test_weights_sum_to_one_and_the_coverage():
-    asks = jnp.array([True, False, False, False, True])
-    base, expert = hybrid_weights(asks)
-    assert base.mean() == pytest.approx(1.6)
-    assert expert.mean() == pytest.approx(1.4)
-    assert jax.grad(lambda r: hybrid_weights(r)[0].sum())(jnp.ones(2)).tolist() == [0.0, 0.0]
+    base, expert = hybrid_weights(np.array([True, False, False, False, True]))
+    assert np.mean(np.asarray(base)) == pytest.approx(1.6)
+    assert np.mean(np.asarray(expert)) == pytest.approx(1.4)
+    slopes = jax.jit(jax.grad(lambda r: hybrid_weights(r)[0].sum()))(np.ones(2, np.float32))
+    assert slopes.tolist() == [0.0, 0.0]
 
 
 def test_rows_without_a_label_count_nowhere():
-    logits = jax.random.normal(KEY, (4, 3))
-    labels, weights = jnp.array([0, -1, 2, -1]), jnp.array([1.0, 5.0, 2.0, 5.0])
-    value = weighted_cross_entropy(logits, labels, weights)
-    logs = np.asarray(jax.nn.log_softmax(logits))
-    assert value == pytest.approx(-(logs[0, 0] + 2 * logs[2, 2]) / 2, rel=1e-5)
-    moved = logits.at[1].set(9.0)
-    assert weighted_cross_entropy(moved, labels, weights) == value
-    need = jnp.array([1.0, jnp.nan, -1.0])
-    assert router_loss(need, jnp.ones(3, bool), jnp.array([True, False, True])) == pytest.approx(
+    logits = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    labels, weights = np.array([0, -1, 2, -1]), np.array([1.0, 5.0, 2.0, 5.0], np.float32)
+    value = entropy_of(logits, labels, weights)
+    logs = log_softmax(logits)
+    assert float(value) == pytest.approx(-(logs[0, 0] + 2 * logs[2, 2]) / 2, rel=1e-5)
+    moved = logits.copy()
+    moved[1] = 9.0
+    assert float(entropy_of(moved, labels, weights)) == float(value)
+    need, asks = np.array([1.0, np.nan, -1.0], np.float32), np.ones(3, bool)
+    assert float(router_loss_of(need, asks, np.array([True, False, True]))) == pytest.approx(
         np.log1p(np.exp([-1.0, 1.0])).mean(), rel=1e-5
     )
     for empty in (
-        router_loss(jnp.zeros(0), jnp.zeros(0, bool)),
-        router_loss(need, jnp.ones(3, bool), jnp.zeros(3, bool)),
-        weighted_cross_entropy(logits, jnp.full(4, -1), weights),
+        router_loss_of(np.zeros(0, np.float32), np.zeros(0, bool)),
+        router_loss_of(need, asks, np.zeros(3, bool)),
+        entropy_of(logits, np.full(4, -1), weights),
     ):
-        assert empty == 0
+        assert float(empty) == 0
 
 
 @pytest.mark.parametrize(
     ("form", "wanted"), [("linear", 0.7 - 0.25), ("squared", (0.7 - 0.25) ** 2), ("released", 0.0)]
 )
 def test_penalties(form, wanted):
-    need = jnp.full(6, jnp.log(3.0))  # kept with probability 1/4
-    assert coverage_penalty(need, 0.7, kind=form) == pytest.approx(wanted, abs=1e-6)
-    enough = coverage_penalty(-need, 0.7, kind=form)
+    need = np.full(6, np.log(3.0), np.float32)  # kept with probability 1/4
+    assert float(penalty_of(need, coverage=0.7, kind=form)) == pytest.approx(wanted, abs=1e-6)
+    enough = float(penalty_of(-need, coverage=0.7, kind=form))
     assert enough == pytest.approx(np.log(3) - 0.7 if form == "released" else 0.0, abs=1e-6)
 
 
 def test_scalars_are_float32_whatever_the_logits():
-    half = jax.random.normal(KEY, (8, 3), jnp.bfloat16)
-    assert router_loss(half[:, 0], half[:, 1] > 0).dtype == jnp.float32
-    assert coverage_penalty(half[:, 0], 0.5).dtype == jnp.float32
-    assert weighted_cross_entropy(half, jnp.zeros(8, int), jnp.ones(8)).dtype == jnp.float32
-    assert router_features(half).dtype == jnp.float32
-    assert Router((4,), (4,)).init_with_output(KEY, half, half)[0].dtype == jnp.float32
+    half = jax.ShapeDtypeStruct((8, 3), jnp.bfloat16)
+    kind = lambda run, *others: jax.eval_shape(run, half, *others).dtype
+    assert kind(lambda half: router_loss(half[:, 0], half[:, 1] > 0)) == jnp.float32
+    assert kind(lambda half: coverage_penalty(half[:, 0], 0.5)) == jnp.float32
+    assert kind(lambda half: weighted_cross_entropy(half, jnp.zeros(8, int), jnp.ones(8))) == jnp.float32
+    assert kind(router_features) == jnp.float32
+    assert kind(lambda half: Router((4,), (4,)).init_with_output(KEY, half, half)[0]) == jnp.float32
 
 
 # The method
@@ -213,13 +225,18 @@ def expert_apply(params, x, *, key=None):
 
 
 def _label(x):
-    return (x[:, 0] * x[:, 1] > 0).astype(int)
+    return (x[:, 0] * x[:, 1] > 0).astype(np.int32)
 
 
 NETWORKS = HybridNetworks(base_apply, expert_apply, Router((16,), (16,)))
-PARAMS = ({"kernel": jnp.array([[-1.0, 1.0], [0, 0], [0, 0], [0, 0]])}, {"scale": jnp.float32(3.0)})
-X = np.asarray(jax.random.normal(jax.random.key(1), (1200, 2)))
-Y = np.asarray(_label(X)).astype(np.int32)
+PARAMS = (
+    {"kernel": np.array([[-1.0, 1.0], [0, 0], [0, 0], [0, 0]], np.float32)},
+    {"scale": np.full((), 3.0, np.float32)},
+)
+X, OTHERS = (
+    np.random.default_rng(seed).normal(size=(rows, 2)).astype(np.float32) for seed, rows in ((1, 1200), (2, 896))
+)
+Y = _label(X)
 HELD, CALIBRATION = (X[:900], Y[:900]), (X[900:], Y[900:])
 CONFIG = HybridConfig(coverage=0.75, epochs=30, batch_size=128)
 
@@ -232,16 +249,17 @@ def trained():
 def test_the_router_asks_where_the_base_is_wrong_and_the_expert_right(trained):
     """The expert of the first pair errs where the base does, so that asking gains nothing; not that of the second."""
     flipped = HybridNetworks(base_apply, lambda params, x, *, key=None: expert_apply(params, -x), Router((16,), (16,)))
-    x = np.asarray(jax.random.normal(jax.random.key(2), (800, 2)))
     for networks, found in (
         (NETWORKS, trained),
         (flipped, hybrid(KEY, flipped, PARAMS, *HELD, calibration=CALIBRATION, config=CONFIG)),
     ):
-        held = hybrid_examples(found.state, x, np.asarray(_label(x)), networks)
-        need = router_need(networks.router)(found.state.params.router, held.logits, held.features)
+        held = hybrid_examples(found.state, OTHERS, _label(OTHERS), networks, batch_size=128)
+        need = need_of(networks.router, found.state.params.router, held.logits, held.features)
         curve = lambda need, held=held: hybrid_curve(need, held.base_correct, held.expert_correct, (0.75, 0.5))
-        learned, margin = curve(need).accuracy, curve(confidence_need(jnp.asarray(held.logits))).accuracy
-        best = curve(-jnp.asarray(held.oracle, jnp.float32) * -1).accuracy
+        learned, margin, best = (
+            np.asarray(curve(one).accuracy)
+            for one in (need, jax.jit(confidence_need)(held.logits), held.oracle.astype(np.float32))
+        )
         assert (learned >= margin - 0.005).all()
         assert learned[1] >= best[1] - 0.05
         if networks is flipped:
@@ -262,10 +280,12 @@ def test_training_is_reproduced_by_its_parts_bit_for_bit(trained):
 
 def test_known_answers_of_the_expert_stand_in_for_it(trained):
     alone = NETWORKS._replace(expert=None)
-    right = np.asarray(expert_apply(PARAMS[1], X)).argmax(-1) == Y
+    right = np.asarray(jax.jit(expert_apply)(PARAMS[1], X)).argmax(-1) == Y
     state = hybrid_init(KEY, alone, (PARAMS[0], None), X, config=CONFIG)
-    found = hybrid_examples(state, X, Y, alone, expert_correct=right)
-    whole = hybrid_examples(trained.state, X, Y, NETWORKS)
+    found = hybrid_examples(state, X, Y, alone, expert_correct=right, batch_size=128)
+    whole = hybrid_examples(trained.state, X, Y, NETWORKS, batch_size=128)
+    base = np.argmax(X[:, :1] * [-1.0, 1.0], 1)
+    np.testing.assert_array_equal(found.oracle, (base != Y) & right)
     np.testing.assert_array_equal(found.oracle, whole.oracle)
     stages, params = hybrid_stages(alone, state)
     assert len(stages) == len(params) == 1
@@ -274,14 +294,15 @@ def test_known_answers_of_the_expert_stand_in_for_it(trained):
 def test_a_pass_takes_every_row_once_in_an_order_of_its_own():
     config = HybridConfig(batch_size=25)
     state, _, _ = state_and_batches(config)
-    data = jax.tree.map(jnp.asarray, HybridBatch(np.arange(60), np.arange(60, dtype=np.int32), np.zeros(60, bool)))
+    data = HybridBatch(np.arange(60), np.arange(60, dtype=np.int32), np.zeros(60, bool))
     draw = jax.jit(functools.partial(hybrid_batch, config=config))
     passes = []
     for epoch in range(2):
-        batches = [draw(state._replace(count=jnp.int32(3 * epoch + place)), data) for place in range(3)]
-        seen = np.concatenate([batch.labels[batch.labels >= 0] for batch in batches])
+        batches = [draw(state._replace(count=np.int32(3 * epoch + place)), data) for place in range(3)]
+        labels = [np.asarray(batch.labels) for batch in batches]
+        seen = np.concatenate([one[one >= 0] for one in labels])
         assert sorted(seen.tolist()) == list(range(60))
-        assert [int((batch.labels >= 0).sum()) for batch in batches] == [25, 25, 10]
+        assert [int((one >= 0).sum()) for one in labels] == [25, 25, 10]
         passes.append(seen.tolist())
     assert passes[0] != passes[1]
 
@@ -291,8 +312,7 @@ def test_what_is_served_is_what_was_fitted(trained):
     serve = HostDispatch(stages, buckets=(8, 32))
     x = X[:64]
     found = serve(params, x)
-    outputs, asks = stages[0](params[0], x)
-    masked = dispatch_masked(stages[1], params[1], x, outputs, asks)
+    masked = jax.jit(lambda params, x: dispatch_masked(stages[1], params[1], x, *stages[0](params[0], x)))(params, x)
     np.testing.assert_allclose(found.outputs, masked.outputs, rtol=1e-6)
     held = hybrid_examples(trained.state, x, Y[:64], NETWORKS)
     np.testing.assert_array_equal(found.served, held.request)
@@ -315,9 +335,9 @@ def test_a_stage_trains_its_own_network_and_leaves_the_others_bits(stage):
     batch = examples if stage == "router" else models
     after, metrics = step(state, batch, NETWORKS, config=ALTERNATING, stage=stage)
     for name in ("router", "base", "expert"):
-        same = jax.tree.map(lambda a, b: bool((a == b).all()), getattr(state.params, name), getattr(after.params, name))
+        same = jax.tree.map(np.array_equal, getattr(state.params, name), getattr(after.params, name))
         assert all(jax.tree.leaves(same)) == (name != stage)
-    assert jnp.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["loss"])
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     assert shapes(after) == shapes(state)
 
@@ -328,20 +348,19 @@ def test_base_and_expert_learn_by_the_weights_of_their_rows():
     weights = np.where(batch.request, 1.0, 2.0)
 
     def loss(params):
-        logs = jax.nn.log_softmax(base_apply(params, jnp.asarray(X[:64]))[0])
+        logs = jax.nn.log_softmax(base_apply(params, X[:64])[0])
         return -jnp.mean(weights * logs[jnp.arange(64), Y[:64]])
 
-    wanted = PARAMS[0]["kernel"] - 0.5 * jax.grad(loss)(PARAMS[0])["kernel"]
+    wanted = PARAMS[0]["kernel"] - 0.5 * np.asarray(jax.jit(jax.grad(loss))(PARAMS[0])["kernel"])
     np.testing.assert_allclose(after.params.base["kernel"], wanted, rtol=1e-4, atol=1e-6)
     after, _ = step(state, batch, NETWORKS, config=ALTERNATING, stage="expert")
     expert = lambda p: (
         -jnp.mean(
-            np.where(batch.request, 2.0, 1.0)
-            * jax.nn.log_softmax(expert_apply(p, jnp.asarray(X[:64])))[jnp.arange(64), Y[:64]]
+            np.where(batch.request, 2.0, 1.0) * jax.nn.log_softmax(expert_apply(p, X[:64]))[jnp.arange(64), Y[:64]]
         )
     )
-    wanted = 3.0 - 0.5 * jax.grad(expert)(PARAMS[1])["scale"]
-    assert after.params.expert["scale"] == pytest.approx(float(wanted), rel=1e-4)
+    wanted = 3.0 - 0.5 * float(jax.jit(jax.grad(expert))(PARAMS[1])["scale"])
+    assert float(after.params.expert["scale"]) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_alternation_runs_every_stage_and_helps_the_base():
@@ -351,9 +370,10 @@ def test_alternation_runs_every_stage_and_helps_the_base():
     assert config.stages == ("router", "base", "expert", "router", "base", "expert", "router")
     held, train = (X[:300], Y[:300]), (X[300:900], Y[300:900])
     found = hybrid(KEY, NETWORKS, PARAMS, *held, calibration=CALIBRATION, config=config, train=train)
-    accuracy = lambda params: (np.asarray(base_apply(params, X[:300])[0]).argmax(-1) == Y[:300]).mean()
+    answers = jax.jit(lambda params: base_apply(params, X[:300])[0].argmax(-1))
+    accuracy = lambda params: (np.asarray(answers(params)) == Y[:300]).mean()
     assert accuracy(found.state.params.base) > accuracy(PARAMS[0]) + 0.2
-    assert found.state.params.expert["scale"] != 3.0
+    assert float(found.state.params.expert["scale"]) != 3.0
     assert [config.steps(stage, rows) for stage, rows in (("router", 300), ("base", 600), ("expert", 20))] == [6, 9, 3]
     kept = config.__class__(coverage=0.75, epochs=1, rounds=1)
     assert kept.stages == ("router", "base", "router")
@@ -379,16 +399,16 @@ def test_penalty_and_gain_objectives():
     state, examples, _ = state_and_batches(config)
     for _ in range(60):
         state, metrics = step(state, examples, NETWORKS, config=config)
-    assert metrics["keep"] > 0.85
+    assert float(metrics["keep"]) > 0.85
     gain = HybridConfig(coverage=0.75, objective="gain", epochs=30, batch_size=128)
     two = NETWORKS._replace(router=Router((16,), (16,), outputs=2))
     found = hybrid(KEY, two, PARAMS, *HELD, calibration=CALIBRATION, config=gain)
     held = found.examples
-    need = router_need(two.router)(found.state.params.router, held.logits, held.features)
-    assert float(need.min()) >= -1
-    assert float(need.max()) <= 1
+    need = np.asarray(need_of(two.router, found.state.params.router, held.logits, held.features))
+    assert need.min() >= -1
+    assert need.max() <= 1
     # By a price: ask where the expert is more probably right by more than it.
-    worth = np.asarray(need) > 0.2
+    worth = need > 0.2
     assert (held.expert_correct & ~held.base_correct)[worth].sum() >= (held.base_correct & ~held.expert_correct)[
         worth
     ].sum()
@@ -428,10 +448,10 @@ def test_nobody_asks_before_a_threshold_is_fitted():
     state, examples, _ = state_and_batches(CONFIG)
     assert not examples.request.any()
     fitted = hybrid_next(state, examples, NETWORKS, config=CONFIG)
-    assert jnp.isfinite(fitted.threshold)
+    assert np.isfinite(fitted.threshold)
     other = hybrid_next(state, examples, NETWORKS, config=CONFIG, stage="base")
-    assert other.threshold == jnp.inf
-    assert (other.key != state.key).any()
+    assert np.isposinf(other.threshold)
+    assert not np.array_equal(other.key, state.key)
 
 
 def test_router_without_features_and_of_few_classes():
@@ -440,9 +460,10 @@ def test_router_without_features_and_of_few_classes():
     found = hybrid(KEY, bare, PARAMS, *few, calibration=few, config=HybridConfig(coverage=0.5, epochs=1))
     assert found.examples.features is None
     assert "t" not in found.state.params.router["params"]
-    assert router_features(jnp.zeros((2, 3))).shape == (2, 10)
+    assert jax.eval_shape(router_features, jnp.zeros((2, 3))).shape == (2, 10)
 
 
+ZEROS = np.zeros((3, 3), np.float32)
 BAD = [
     (lambda: HybridConfig(coverage=1.0), r"coverage=1.0 must be a number in \(0, 1\)"),
     (lambda: HybridConfig(objective="gains"), "objective='gains' is not one of"),
@@ -457,23 +478,23 @@ BAD = [
     (lambda: run(x=X[:0], labels=Y[:0]), "stage='router' has no rows to learn from"),
     (lambda: hybrid_data(start(), NETWORKS, HELD, None, config=CONFIG, stage="base"), "needs train="),
     (lambda: examples_with(np.ones((64, 1), bool)), r"expert_correct has shape \(64, 1\)"),
-    (lambda: run(config=HybridConfig(objective="gain")), r"needs Router\(outputs=2\)"),
-    (lambda: run(networks=NETWORKS._replace(router=Router(outputs=2))), r"needs Router\(outputs=1\)"),
+    (lambda: run(config=HybridConfig(objective="gain", batch_size=128)), r"needs Router\(outputs=2\)"),
+    (lambda: run(networks=NETWORKS._replace(router=Router((4,), (4,), outputs=2))), r"needs Router\(outputs=1\)"),
     (lambda: stage("teacher"), "stage='teacher' is not one of"),
     (lambda: stage("expert"), "expert_tx=None leaves it as it is"),
-    (lambda: Router(norm="group").init(KEY, jnp.zeros((1, 3))), "norm='group' is not one of"),
-    (lambda: router_features(jnp.zeros(3)), r"logits have shape \(3,\)"),
-    (lambda: query_oracle(jnp.zeros(3, int), jnp.zeros((3, 1), int), jnp.zeros(3, int)), r"expert has shape \(3, 1\)"),
-    (lambda: query_oracle(*[jnp.zeros(3, int)] * 3, "margin"), "kind='margin' is not one of"),
+    (lambda: Router(norm="group").init(KEY, ZEROS[:1]), "norm='group' is not one of"),
+    (lambda: router_features(ZEROS[:, 0]), r"logits have shape \(3,\)"),
+    (lambda: query_oracle(np.zeros(3, int), np.zeros((3, 1), int), np.zeros(3, int)), r"expert has shape \(3, 1\)"),
+    (lambda: query_oracle(*[np.zeros(3, int)] * 3, "margin"), "kind='margin' is not one of"),
     (
-        lambda: weighted_cross_entropy(jnp.zeros((3, 2)), jnp.zeros(3, int), jnp.ones((3, 1))),
+        lambda: weighted_cross_entropy(ZEROS[:, :2], np.zeros(3, int), ZEROS[:, :1]),
         r"weights have shape \(3, 1\)",
     ),
     (
-        lambda: weighted_cross_entropy(jnp.zeros((3, 2)), jnp.zeros((3, 1), int), jnp.ones(3)),
+        lambda: weighted_cross_entropy(ZEROS[:, :2], np.zeros((3, 1), int), ZEROS[:, 0]),
         r"labels have shape \(3, 1\)",
     ),
-    (lambda: coverage_penalty(jnp.zeros(3), 1.0), "coverage=1.0"),
+    (lambda: coverage_penalty(ZEROS[:, 0], 1.0), "coverage=1.0"),
 ]
 
 

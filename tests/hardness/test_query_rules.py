@@ -28,16 +28,21 @@ EVERYBODY = np.ones(len(BASE), bool)
 COST = HybridCost(base=float(ROWS["base_flops"]), expert=float(ROWS["global_flops"]))
 
 
+score_of = jax.jit(hybrid_score)
+oracle_of = jax.jit(query_oracle, static_argnums=3)
+PREDICTED = tuple(ROWS[key] for key in ("s_pred", "t_pred", "targets"))
+
+
 def row(keep):
     """A line of the released tables."""
-    score = hybrid_score(keep, BASE, EXPERT, EVERYBODY)
+    score = score_of(keep, BASE, EXPERT, EVERYBODY)
     return [*(100 * float(value) for value in score), COST.average(float(score.coverage))]
 
 
 @pytest.mark.parametrize(("kind", "name"), [("gain", "margin"), ("wrong", "margin_upper"), ("disagree", "agreement")])
 def test_parity_of_the_oracles(kind, name):
-    asks = query_oracle(*(jnp.asarray(ROWS[key]) for key in ("s_pred", "t_pred", "targets")), kind)
-    np.testing.assert_allclose(row(~asks), ROWS[f"oracle_{name}"], rtol=2e-6)
+    asks = oracle_of(*PREDICTED, kind)
+    np.testing.assert_allclose(row(~np.asarray(asks)), ROWS[f"oracle_{name}"], rtol=2e-6)
 
 
 @pytest.mark.parametrize("rule", ["entropy", "gate"])
@@ -50,22 +55,22 @@ def test_parity_of_the_released_tables(rule):
 
 def test_parity_of_exact_quantiles():
     wanted = ROWS["own_exact_quantile_rows"]
-    found = hybrid_curve(-jnp.asarray(ROWS["gate"]), BASE, EXPERT, ROWS["coverages"].tolist())
+    found = jax.device_get(hybrid_curve(-ROWS["gate"], BASE, EXPERT, ROWS["coverages"].tolist()))
     np.testing.assert_allclose(100 * found.coverage, wanted[:, 0], rtol=1e-6)
     np.testing.assert_allclose(100 * found.accuracy, wanted[:, 1], rtol=1e-6)
 
 
 def test_the_oracle_is_the_best_there_is():
-    asks = np.asarray(query_oracle(*(jnp.asarray(ROWS[key]) for key in ("s_pred", "t_pred", "targets"))))
+    asks = np.asarray(oracle_of(*PREDICTED))
     assert not (asks & BASE).any()
     assert not (asks & ~EXPERT).any()
-    score = hybrid_score(~asks, BASE, EXPERT, EVERYBODY)
+    score = score_of(~asks, BASE, EXPERT, EVERYBODY)
     assert float(score.accuracy) == pytest.approx((BASE | EXPERT).mean(), rel=1e-6)
     assert float(score.coverage) == pytest.approx(1 - (~BASE & EXPERT).mean(), rel=1e-6)
 
 
 def test_all_kept_is_the_base_and_none_is_the_expert():
-    found = hybrid_curve(-jnp.asarray(ROWS["gate"]), BASE, EXPERT, (1.0, 0.0))
+    found = jax.device_get(hybrid_curve(-ROWS["gate"], BASE, EXPERT, (1.0, 0.0)))
     np.testing.assert_allclose(found.accuracy, [BASE.mean(), EXPERT.mean()], rtol=1e-6)
     assert np.isnan(found.expert_accuracy[0])
     assert np.isnan(found.base_accuracy[1])
@@ -75,10 +80,13 @@ def test_all_kept_is_the_base_and_none_is_the_expert():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 7), min_size=1, max_size=40))
+@given(
+    # Of few lengths, so that few programs serve all.
+    st.sampled_from((1, 6, 40)).flatmap(lambda size: st.lists(st.integers(0, 7), min_size=size, max_size=size))
+)
 def test_accuracy_is_the_sum_of_its_parts(codes):
     keep, base, expert = (np.array([bool(code >> bit & 1) for code in codes]) for bit in range(3))
-    score = hybrid_score(keep, base, expert, np.ones(len(codes), bool))
+    score = score_of(keep, base, expert, np.ones(len(codes), bool))
     c = float(score.coverage)
     parts = c * np.nan_to_num(float(score.base_accuracy)) + (1 - c) * np.nan_to_num(float(score.expert_accuracy))
     assert float(score.accuracy) == pytest.approx(parts, abs=1e-6)
@@ -87,10 +95,10 @@ def test_accuracy_is_the_sum_of_its_parts(codes):
 
 def test_rows_without_a_label_count_nowhere():
     known = np.arange(len(BASE)) % 3 > 0
-    need = jnp.asarray(ROWS["s_entropy"])
+    need = ROWS["s_entropy"]
     found = hybrid_curve(need, BASE, EXPERT, (0.7,), known=known)
     alone = hybrid_curve(need[known], BASE[known], EXPERT[known], (0.7,))
-    assert found.accuracy == alone.accuracy
+    assert found.accuracy.tolist() == alone.accuracy.tolist()
     assert query_threshold(need, 0.7, known=known) == query_threshold(need[known], 0.7)
 
 
@@ -105,9 +113,9 @@ def test_threshold_is_the_least_that_keeps_enough(rows, coverage, seed):
 
 
 def test_the_kept_are_exactly_as_many_and_the_least():
-    need = jnp.array([0.4, 0.1, jnp.nan, 0.3, 0.1, 0.2])
+    need, kept_of = np.array([0.4, 0.1, np.nan, 0.3, 0.1, 0.2], np.float32), jax.jit(keep_least, static_argnums=1)
     for coverage, kept in ((0.0, []), (0.1, [1]), (0.3, [1, 4]), (0.5, [1, 4, 5]), (1.0, list(range(6)))):
-        assert np.flatnonzero(keep_least(need, coverage)).tolist() == kept
+        assert np.flatnonzero(kept_of(need, coverage)).tolist() == kept
 
 
 def test_threshold_transfers_to_other_rows():
@@ -137,7 +145,7 @@ def test_constant_needs_keep_everything_and_say_so():
     with pytest.warns(NoEffectWarning, match=r"100 of 100 rows have the value 0.3, so the threshold keeps 100.0%"):
         found = query_threshold(np.full(100, 0.3), 0.7)
     assert (found.coverage, found.tied) == (1.0, 100)
-    assert int(keep_least(jnp.zeros(10), 0.7).sum()) == 7
+    assert np.sum(keep_least(np.zeros(10, np.float32), 0.7)) == 7
 
 
 def test_the_controller_settles_on_the_budget_under_shift():
@@ -145,12 +153,13 @@ def test_the_controller_settles_on_the_budget_under_shift():
         asks = need > threshold
         return track_coverage(threshold, asks, 0.8, rate=0.2), asks.mean()
 
-    needs = jax.random.normal(jax.random.key(0), (400, 64)) + jnp.where(jnp.arange(400) < 200, 0.0, 1.5)[:, None]
-    _, asked = jax.lax.scan(step, jnp.float32(0.0), needs)
+    needs = np.random.default_rng(0).normal(size=(400, 64)) + np.where(np.arange(400) < 200, 0.0, 1.5)[:, None]
+    run = jax.jit(lambda needs: jax.lax.scan(step, jnp.float32(0.0), needs)[1])
+    asked = np.asarray(run(needs.astype(np.float32)))
     assert asked[100:200].mean() == pytest.approx(0.2, abs=0.01)
     assert asked[300:].mean() == pytest.approx(0.2, abs=0.01)
     assert asked[200] > 0.5
-    assert track_coverage(1.0, jnp.zeros(0, bool), 0.8) == 1.0
+    assert float(track_coverage(1.0, np.zeros(0, bool), 0.8)) == 1.0
 
 
 def test_cost_of_the_papers_charts():
@@ -181,9 +190,9 @@ BAD = [
     (lambda: query_threshold(np.array([1.0, np.nan]), 0.5), "need is NaN in 1 of 2 rows"),
     (lambda: query_threshold(np.ones(9), 0.5, known=np.ones((9, 1), bool)), r"known has shape \(9, 1\)"),
     (lambda: hybrid_score(EVERYBODY, BASE[:, None], EXPERT, EVERYBODY), r"base_correct has shape \(2000, 1\)"),
-    (lambda: keep_least(jnp.ones(3), 2.0), "coverage=2.0"),
+    (lambda: keep_least(np.ones(3, np.float32), 2.0), "coverage=2.0"),
     (lambda: coverage_interval(5, 4), "kept=5"),
-    (lambda: track_coverage(0.0, jnp.ones(3, bool), 0.5, rate=0.0), "rate=0.0"),
+    (lambda: track_coverage(0.0, np.ones(3, bool), 0.5, rate=0.0), "rate=0.0"),
     (lambda: HybridCost(1.0, 2.0).average(1.5), r"coverage=1.5 must lie in \[0, 1\]"),
     (lambda: HybridCost(1.0, 2.0, router=1.0).coverage(1.5), "budget=1.5 is below the 2 that base and router"),
     (lambda: useful_buckets({}), "seconds={} is empty"),

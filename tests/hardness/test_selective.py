@@ -77,10 +77,10 @@ def test_inside_a_program_on_a_mesh_and_row_by_row():
     mesh = jax.make_mesh((8,), ("data",))
     spread = jax.device_put(LOGITS, NamedSharding(mesh, P("data")))
     np.testing.assert_array_equal(jax.jit(rule.predict)(spread), wanted)
-    np.testing.assert_array_equal(jax.vmap(rule.predict)(LOGITS[:50]), wanted[:50])
+    np.testing.assert_array_equal(jax.vmap(rule.predict)(LOGITS[:50]), np.asarray(wanted)[:50])
     assert rule.predict(LOGITS[0]).shape == ()
     assert rule.predict(LOGITS[:0]).shape == (0,)
-    assert rule.predict(jnp.asarray(LOGITS, jnp.bfloat16)).dtype == jnp.int32
+    assert jax.eval_shape(rule.predict, LOGITS.astype(jnp.bfloat16)).dtype == jnp.int32
     traced = jax.jit(rule.measure)(spread, LABELS)
     np.testing.assert_allclose(traced, rule.measure(LOGITS, LABELS), rtol=1e-6)
 
@@ -112,7 +112,7 @@ def test_constant_confidence():
     with pytest.warns(NoEffectWarning, match="always abstains"):
         rule = effjax.selective(logits, wrong, selective_risk=0.05)
     assert rule.predict(logits).tolist() == [-1] * 500
-    assert rule.measure(logits, wrong).coverage == 0
+    assert float(rule.measure(logits, wrong).coverage) == 0
 
 
 def test_the_best_of_several_models_pays_for_the_choice():

@@ -57,7 +57,7 @@ NAMED = {
 
 
 def reference():
-    return {name: jnp.asarray(REFERENCE[name]) for name in REFERENCE.files}
+    return {name: REFERENCE[name] for name in REFERENCE.files}
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -65,8 +65,9 @@ def test_parity_of_values_and_gradients(name):
     with jax.enable_x64(True):
         ref = reference()
         value = lambda z: NAMED[name](z, ref, ref["mask"])
-        np.testing.assert_allclose(value(ref["logits"]), ref[f"{name}/value"], rtol=1e-9)
-        slopes = jax.grad(lambda z: value(z).sum())(ref["logits"])
+        run = jax.jit(jax.grad(lambda z: (value(z).sum(), value(z)), has_aux=True))
+        slopes, found = run(ref["logits"])
+        np.testing.assert_allclose(found, ref[f"{name}/value"], rtol=1e-9)
         np.testing.assert_allclose(slopes, ref[f"{name}/grad_logits"], rtol=1e-8, atol=1e-12)
 
 
@@ -76,23 +77,28 @@ def test_parity_of_the_second_view(stop_first):
         ref = reference()
         name = "consistency_kl_stopgrad_first" if stop_first else "consistency_kl"
         value = lambda p, q: consistency_kl(p, q, ref["mask"], stop_first=stop_first)
-        first, second = jax.grad(value, argnums=(0, 1))(ref["logits"], ref["logits2"])
+        first, second = jax.jit(jax.grad(value, argnums=(0, 1)))(ref["logits"], ref["logits2"])
         np.testing.assert_allclose(second, ref[f"{name}/grad_logits2"], rtol=1e-8, atol=1e-12)
-        assert bool((first == 0).all()) == stop_first
+        assert bool(np.any(first)) != stop_first
 
 
 def test_parity_of_the_guide_and_of_feature_moments():
     with jax.enable_x64(True):
         ref = reference()
-        losses = nll(ref["logits"], ref["labels"])
-        for budget in (0.0, 0.25, 0.5):
+
+        @jax.jit
+        def run(budget):
+            losses = nll(ref["logits"], ref["labels"])
             guide = optimal_guide(losses, budget, ref["mask"])
+            return guide, guided_risk(losses, guide, ref["mask"])
+
+        for budget in (0.0, 0.25, 0.5):
+            guide, risk = run(budget)
             np.testing.assert_allclose(guide, ref[f"guide_opt_{budget}/g"], atol=1e-12)
-            risk = guided_risk(losses, guide, ref["mask"])
             np.testing.assert_allclose(risk, ref[f"guide_opt_{budget}/risk"], rtol=1e-9)
         moments = lambda z: feature_moment(z, ref["labels"], ref["class_mean_target"], ref["mask"])
-        np.testing.assert_allclose(moments(ref["features"]), ref["feature_moment/value"], rtol=1e-9)
-        slopes = jax.grad(lambda z: moments(z).sum())(ref["features"])
+        slopes, found = jax.jit(jax.grad(lambda z: (moments(z).sum(), moments(z)), has_aux=True))(ref["features"])
+        np.testing.assert_allclose(found, ref["feature_moment/value"], rtol=1e-9)
         np.testing.assert_allclose(slopes, ref["feature_moment/grad_features"], rtol=1e-8, atol=1e-12)
 
 
@@ -117,12 +123,13 @@ def every(logits, other, labels, mask, axis=None):
 
 
 def rows(count, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 4)
-    logits, other = (2 * jax.random.normal(key, (count, 3)) for key in keys[:2])
-    return logits, other, jax.random.randint(keys[2], (count,), -1, 3), jax.random.bernoulli(keys[3], 0.7, (count,))
+    rng = np.random.default_rng(seed)
+    logits, other = (2 * rng.normal(size=(2, count, 3))).astype(np.float32)
+    return logits, other, rng.integers(-1, 3, count, dtype=np.int32), rng.random(count) < 0.7
 
 
 EVERY = jax.jit(every)
+MARGINAL = jax.jit(lambda z, **options: marginal_kl(z, PRIOR, **options))
 
 
 def assert_close(left, right):
@@ -132,32 +139,30 @@ def assert_close(left, right):
 
 def test_rows_that_do_not_take_part_change_nothing():
     logits, other, labels, mask = rows(16)
-    alone = EVERY(logits[mask], other[mask], labels[mask], jnp.ones(int(mask.sum()), bool))
+    alone = EVERY(logits[mask], other[mask], labels[mask], np.ones(int(mask.sum()), bool))
     assert_close(EVERY(logits, other, labels, mask), alone)
     # Whatever they hold, neither values nor gradients see it.
-    filled = [jnp.where(mask[:, None], x, bad) for x, bad in ((logits, 1e4), (other, jnp.nan))]
+    filled = [np.where(mask[:, None], x, np.float32(bad)) for x, bad in ((logits, 1e4), (other, np.nan))]
     assert_close(EVERY(*filled, labels, mask), alone)
-    for column in (0, 1):
-        parts = lambda z, column=column: every(*[z if i == column else filled[i] for i in (0, 1)], labels, mask)
-        total = lambda z, parts=parts: sum(v.sum() for name, v in parts(z).items() if name != "slope")
-        slopes = jax.grad(total)(filled[column])
-        assert bool(jnp.isfinite(slopes).all())
-        assert not bool(slopes[~mask].any())
+    total = lambda *z: sum(v.sum() for name, v in every(*z, labels, mask).items() if name != "slope")
+    for slopes in jax.device_get(jax.jit(jax.grad(total, (0, 1)))(*filled)):
+        assert np.isfinite(slopes).all()
+        assert not slopes[~mask].any()
 
 
 def test_order_of_rows_does_not_matter():
-    data = rows(12)
-    turned = [x[jax.random.permutation(jax.random.key(5), 12)] for x in data]
+    data = rows(16)
+    turned = [x[np.random.default_rng(5).permutation(16)] for x in data]
     assert_close(EVERY(*data), EVERY(*turned))
 
 
 @pytest.mark.parametrize("how", ["jit", "shard_map"])
 def test_rows_over_eight_devices(how):
-    data = rows(32)
+    data = rows(16)
     expected = EVERY(*data)
     # A mean of the devices' divergences would be another number.
-    parts = [every(*[x[i : i + 4] for x in data])["marginal"] for i in range(0, 32, 4)]
-    assert abs(np.mean(parts) - expected["marginal"]) > 0.02
+    parts = [MARGINAL(data[0][i : i + 2], mask=data[3][i : i + 2]) for i in range(0, 16, 2)]
+    assert abs(np.mean(parts) - float(expected["marginal"])) > 0.02
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in data]
     if how == "jit":
@@ -168,20 +173,20 @@ def test_rows_over_eight_devices(how):
 
 
 def test_empty_batch_is_no_statistic_and_no_nan():
-    logits, other, labels, _ = rows(4)
-    for count, mask in ((0, jnp.ones(0, bool)), (4, jnp.zeros(4, bool))):
-        found = every(logits[:count], other[:count], labels[:count], mask)
+    logits, other, labels, _ = rows(16)
+    for count, mask in ((0, np.ones(0, bool)), (16, np.zeros(16, bool))):
+        found = jax.device_get(EVERY(logits[:count], other[:count], labels[:count], mask))
         quiet = {name: value for name, value in found.items() if not name.startswith("marginal")}
-        assert all(bool((value == 0).all()) for value in quiet.values()), quiet
-        assert all(bool(jnp.isfinite(value).all()) for value in found.values())
+        assert all((value == 0).all() for value in quiet.values()), quiet
+        assert all(np.isfinite(value).all() for value in found.values())
 
 
 def test_bfloat16_is_computed_in_float32():
     logits, other, labels, mask = rows(16)
     half = [x.astype(jnp.bfloat16) for x in (logits, other)]
-    found = every(*half, labels, mask)
+    found = EVERY(*half, labels, mask)
     assert {value.dtype for value in found.values()} == {jnp.dtype("float32")}
-    exact = every(*[x.astype(jnp.float32) for x in half], labels, mask)
+    exact = EVERY(*[x.astype(np.float32) for x in half], labels, mask)
     # A gradient in bfloat16 inputs is itself in bfloat16, and so is the guide.
     for name in ("steepness", "guided"):
         np.testing.assert_allclose(found.pop(name), exact.pop(name), rtol=0.02)
@@ -189,26 +194,35 @@ def test_bfloat16_is_computed_in_float32():
 
 
 def test_classes_that_cannot_be_are_no_nan():
-    logits = jnp.array([[0.0, 1.0, -jnp.inf], [1.0, 0.0, -jnp.inf]])
+    logits = np.array([[0.0, 1.0, -np.inf], [1.0, 0.0, -np.inf]], np.float32)
     for value in (prediction_entropy, lambda z: consistency_kl(z, z + 1.0), lambda z: marginal_kl(z, PRIOR)):
-        assert bool(jnp.isfinite(value(logits)))
-        assert bool(jnp.isfinite(jax.grad(value)(logits)[:, :2]).all())
-    np.testing.assert_allclose(prediction_entropy(logits), prediction_entropy(logits[:, :2]), rtol=1e-6)
+        found, slopes = jax.jit(jax.value_and_grad(value))(logits)
+        assert np.isfinite(found)
+        assert np.isfinite(np.asarray(slopes)[:, :2]).all()
+    entropy = jax.jit(prediction_entropy)
+    np.testing.assert_allclose(entropy(logits), entropy(logits[:, :2]), rtol=1e-6)
+
+
+GUIDE = jax.jit(optimal_guide)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.floats(0, 0.95))
+@given(
+    # Of few lengths, so that few programs serve all.
+    st.sampled_from((1, 5, 12)).flatmap(lambda size: st.lists(st.integers(0, 5), min_size=size, max_size=size)),
+    st.floats(0, 0.95),
+)
 def test_guide_spends_its_budget_on_the_largest_losses(values, budget):
-    losses = jnp.array(values, jnp.float32)
-    guide = np.asarray(optimal_guide(losses, budget))
+    losses = np.array(values, np.float32)
+    guide = np.asarray(GUIDE(losses, budget))
     np.testing.assert_allclose(guide.sum(), budget * len(values), rtol=1e-5, atol=1e-5)
     kept = losses[guide < 1]
-    assert all(float(losses[i]) >= float(kept.min()) for i in np.flatnonzero(guide > 0))
+    assert all(losses[i] >= kept.min() for i in np.flatnonzero(guide > 0))
     assert ((guide > 0) & (guide < 1)).sum() <= 1
 
 
 def test_guided_risk_falls_as_the_budget_grows():
-    losses = jax.random.exponential(jax.random.key(0), (40,))
+    losses = np.random.default_rng(0).exponential(size=40).astype(np.float32)
     risk = jax.jit(lambda budget: guided_risk(losses, optimal_guide(losses, budget)))
     found = [float(risk(budget)) for budget in np.linspace(0, 0.95, 12)]
     np.testing.assert_allclose(found[0], losses.mean(), rtol=1e-6)
@@ -219,38 +233,38 @@ def test_guided_risk_falls_as_the_budget_grows():
 
 def test_tangent_of_the_marginal_is_unbiased_over_parts():
     logits, _, _, _ = rows(64)
-    around = mean_prediction(logits)
+    around = np.asarray(jax.jit(mean_prediction)(logits))
     parts = logits.reshape(16, 4, 3)
-    whole = marginal_kl(logits, PRIOR)
-    tangent = np.mean([marginal_kl(part, PRIOR, around=around) for part in parts])
-    np.testing.assert_allclose(tangent, whole, rtol=1e-4)
-    assert np.mean([marginal_kl(part, PRIOR) for part in parts]) > whole + 0.05
-    slopes = jax.grad(lambda z: jnp.stack([marginal_kl(part, PRIOR, around=around) for part in z]).mean())(parts)
-    expected = jax.grad(lambda z: marginal_kl(z, PRIOR))(logits)
-    np.testing.assert_allclose(slopes.reshape(64, 3), expected, rtol=1e-3, atol=1e-6)
+    of_parts = jax.jit(lambda parts, **options: jax.vmap(lambda z: marginal_kl(z, PRIOR, **options))(parts))
+    whole, expected = jax.jit(jax.value_and_grad(lambda z: marginal_kl(z, PRIOR)))(logits)
+    np.testing.assert_allclose(np.mean(of_parts(parts, around=around)), whole, rtol=1e-4)
+    assert np.mean(of_parts(parts)) > float(whole) + 0.05
+    slopes = jax.jit(jax.grad(lambda z: of_parts(z, around=around).mean()))(parts)
+    np.testing.assert_allclose(np.reshape(slopes, (64, 3)), expected, rtol=1e-3, atol=1e-6)
 
 
 def test_sharpness_of_a_quadratic():
-    curvature = jnp.array([1.0, 9.0])
+    curvature = np.array([1.0, 9.0], np.float32)
     loss = lambda w: 0.5 * jnp.sum(curvature * w**2)
     # Along the gradient g: r ||g|| + r^2/2 g'Hg / ||g||^2.
     w, r = np.array([1.0, -0.5]), 0.1
     g = np.array([1.0, -4.5])
     expected = r * np.linalg.norm(g) + r**2 / 2 * (curvature * g**2).sum() / (g**2).sum()
-    np.testing.assert_allclose(sharpness(loss, jnp.asarray(w, jnp.float32), r), expected, rtol=1e-4)
+    run = jax.jit(jax.value_and_grad(lambda w, r: sharpness(loss, w, r)))
+    found, slope = run(w.astype(np.float32), r)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
     # Through a fixed direction: r H g / ||g||.
-    slope = jax.grad(lambda w: sharpness(loss, w, r))(jnp.asarray(w, jnp.float32))
-    np.testing.assert_allclose(slope, r * np.asarray(curvature) * g / np.linalg.norm(g), rtol=1e-3)
-    assert float(sharpness(loss, jnp.zeros(2))) == 0.0
+    np.testing.assert_allclose(slope, r * curvature * g / np.linalg.norm(g), rtol=1e-3)
+    assert float(jax.jit(lambda w: sharpness(loss, w))(np.zeros(2, np.float32))) == 0.0
 
 
 def test_smoothness_of_a_linear_map():
-    weights = jnp.array([[1.0, 0.0], [0.0, 3.0], [2.0, 0.0]])
-    x = jax.random.normal(jax.random.key(0), (5, 2))
-    found = squared_input_gradient(lambda x: (x @ weights.T).sum(1), x)
+    weights = np.array([[1.0, 0.0], [0.0, 3.0], [2.0, 0.0]], np.float32)
+    x = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
+    found = jax.jit(lambda x: squared_input_gradient(lambda x: (x @ weights.T).sum(1), x))(x)
     np.testing.assert_allclose(found, 9.0 + 9.0, rtol=1e-6)
-    step = jnp.array([[0.5, 0.0]] * 5)
-    slope = logit_slope(x @ weights.T, (x + step) @ weights.T, jnp.linalg.norm(step, axis=1))
+    step = np.array([[0.5, 0.0]] * 5, np.float32)
+    slope = jax.jit(logit_slope)(x @ weights.T, (x + step) @ weights.T, np.linalg.norm(step, axis=1))
     np.testing.assert_allclose(slope, 5.0, rtol=1e-5)
 
 

@@ -11,14 +11,17 @@ from effjax.optim.batch_size import scale_by_batch_size
 from effjax.optim.one_gradient import samuel_one_gradient
 
 RATES = (0.3, 0.1, 0.03)
-_keys = jax.random.split(jax.random.key(0), 2)
-X = jax.random.normal(_keys[0], (40, 16, 4))
-Y = X @ jax.random.normal(_keys[1], (4,))
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(40, 16, 4)).astype(np.float32)
+Y = X @ RNG.normal(size=4).astype(np.float32)
 
 
 def loss_fn(w, batch):
     x, y = batch
     return jnp.mean((x @ w - y) ** 2)
+
+
+slope_of = jax.jit(jax.value_and_grad(loss_fn))
 
 
 def run(tx, steps=12, dtype=jnp.float32, loss=loss_fn):
@@ -29,23 +32,28 @@ def run(tx, steps=12, dtype=jnp.float32, loss=loss_fn):
         return optax.apply_updates(w, updates), state
 
     w = jnp.zeros(4, dtype)
-    state, history = tx.init(w), []
+    state, history = jax.jit(tx.init)(w), []
     for t in range(steps):
         w, state = step(w, state, (X[t], Y[t]))
         history.append((w, state))
     assert step._cache_size() == 1
-    return history
+    return jax.device_get(history)
 
 
 @pytest.mark.parametrize("base", [lambda lr: optax.sgd(lr, 0.9), lambda lr: optax.adamw(lr, weight_decay=0.1)])
 def test_between_evaluations_it_is_the_base_optimizer(base):
     got = run(samuel_one_gradient(base, RATES, every=100))[-1][0]
     tx = base(0.1)
+
+    @jax.jit
+    def step(w, state, batch):
+        updates, state = tx.update(jax.grad(loss_fn)(w, batch), state, w)
+        return optax.apply_updates(w, updates), state
+
     w = jnp.zeros(4)
     state = tx.init(w)
     for t in range(12):
-        updates, state = tx.update(jax.grad(loss_fn)(w, (X[t], Y[t])), state, w)
-        w = optax.apply_updates(w, updates)
+        w, state = step(w, state, (X[t], Y[t]))
     np.testing.assert_allclose(got, w, rtol=1e-5)
 
 
@@ -54,18 +62,19 @@ def test_candidates_are_where_each_rate_would_have_led_on_the_next_batch():
         optax.sgd, RATES, every=3, meta_rates=(1.0,), eta_scale=1.0, normalize=False, loss_clip=None
     )
     history = run(tx, 4)
-    w, directions, trail = jnp.zeros(4), jnp.zeros(4), []
+    w, directions = np.zeros((2, 4), np.float32)
+    slope = lambda w, t: np.asarray(slope_of(w, (X[t], Y[t]))[1])
     for t in range(3):
-        trail.append(w)
-        d = -jax.grad(loss_fn)(w, (X[t], Y[t]))
-        w, directions = w + 0.1 * d, directions + d
-    losses = np.array([loss_fn(w + (rate - 0.1) * directions, (X[3], Y[3])) for rate in RATES])
+        d = -slope(w, t)
+        w, directions = w + np.float32(0.1) * d, directions + d
+    ends = [w + np.float32(rate - 0.1) * directions for rate in RATES]
+    losses = np.array([float(slope_of(end, (X[3], Y[3]))[0]) for end in ends])
     state = history[3][1]
     np.testing.assert_allclose(state.log_weights[0] - state.log_weights[0, 0], losses[0] - losses, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(optax.tree.get(state, "learning_rate"), RATES[np.argmin(losses)])
     assert [int(state.evaluations) for _, state in history] == [0, 0, 0, 1]
     # The buffer starts again with the step that follows the evaluation.
-    np.testing.assert_allclose(state.displacement, -jax.grad(loss_fn)(w, (X[3], Y[3])), rtol=1e-4)
+    np.testing.assert_allclose(state.displacement, -slope(w, 3), rtol=1e-4)
 
 
 def test_it_leaves_a_bad_rate():
@@ -133,7 +142,7 @@ def test_bad_arguments_are_named(keywords, text):
 @pytest.mark.parametrize("base", [optax.contrib.schedule_free_sgd, optax.contrib.prodigy, lambda lr: optax.sgd(lr**2)])
 def test_base_that_is_not_proportional_is_refused(base):
     with pytest.raises(ValueError, match="not proportional"):
-        samuel_one_gradient(base, RATES).init(jnp.zeros(4))
+        samuel_one_gradient(base, RATES).init(np.zeros(4, np.float32))
     with pytest.raises(ValueError, match="not proportional"):
         jax.eval_shape(samuel_one_gradient(base, RATES).init, jnp.zeros(4))
 
@@ -143,7 +152,7 @@ def test_base_that_is_not_proportional_is_refused(base):
 )
 def test_proportional_bases_are_accepted(base):
     params = {"w": jnp.zeros((4, 3)), "b": jnp.zeros(3), "n": jnp.zeros(())}
-    samuel_one_gradient(base, RATES).init(params)
+    jax.eval_shape(samuel_one_gradient(base, RATES).init, params)
 
 
 def test_a_finished_transformation_is_refused_as_its_rate_would_multiply_every_candidate():
@@ -160,9 +169,14 @@ def test_a_finished_transformation_is_refused_as_its_rate_would_multiply_every_c
 )
 def test_bases_that_ask_the_loop_for_more_are_given_it(base, moved):
     tx = samuel_one_gradient(base, (0.4, 0.1))
-    w, loss = jnp.ones(3), lambda w: ((w - 3) ** 2).sum()
-    updates, _ = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss, value=loss(w), batch_size=32)
-    np.testing.assert_allclose(updates, moved, rtol=1e-4)
+    loss = lambda w: ((w - 3) ** 2).sum()
+
+    @jax.jit
+    def step(w):
+        value, grads = jax.value_and_grad(loss)(w)
+        return tx.update(grads, tx.init(w), w, value_fn=loss, value=value, batch_size=32)[0]
+
+    np.testing.assert_allclose(step(np.ones(3, np.float32)), moved, rtol=1e-4)
 
 
 @pytest.mark.parametrize("base", [optax.sgd, optax.adam])
@@ -173,11 +187,16 @@ def test_what_follows_in_the_chain_is_noticed(base, dtype):
     history = run(optax.chain(alone, optax.scale(0.25)), 12)
     assert float(history[-1][1][0].followed) == pytest.approx(0.25, rel=1e-2)
     w, state = jnp.zeros(4), (tx := optax.chain(alone, optax.scale(0.25))).init(jnp.zeros(4))
-    for batch in zip(X[:3], Y[:3], strict=True):
+
+    @jax.jit
+    def step(w, state, batch):
         updates, state = tx.update(jax.grad(loss_fn)(w, batch), state, w, value_fn=jnp.sum)  # not asked yet
-        w = optax.apply_updates(w, updates)
+        return optax.apply_updates(w, updates), state
+
+    for batch in zip(X[:3], Y[:3], strict=True):
+        w, state = step(w, state, batch)
     with pytest.warns(UserWarning, match=r"moved 0\.25 times as far.*It must stand outermost"):
-        tx.update(jax.grad(loss_fn)(w, batch), state, w, value_fn=lambda p: loss_fn(p, batch))
+        tx.update(slope_of(w, batch)[1], state, w, value_fn=lambda p: loss_fn(p, batch))
 
 
 def test_missing_value_fn_shows_the_line_to_write():
