@@ -99,6 +99,11 @@ def test_padding_rows_of_a_cascade_do_not_ask():
     found = jax.device_get(jax.jit(lambda params, x: cascade(stages, params, x, dispatch=levels))(params, x))
     assert found.answered[[5, 9]].tolist() == [2, 2]
     assert not found.overflowed.any()
+    # Nor may they call for a larger bucket: the last model says how many rows it was given.
+    stages[2] = lambda params, x: jnp.full_like(x, x.shape[0])
+    levels = [functools.partial(dispatch_buckets, buckets=sizes) for sizes in ((8,), (2, 8))]
+    found = jax.jit(lambda params, x: cascade(stages, params, x, dispatch=levels))(params, x)
+    assert np.asarray(found.outputs)[[5, 9], 0].tolist() == [2, 2]
 
 
 def test_host_dispatch_runs_no_expert_where_nobody_asks_and_the_least_bucket_otherwise():
