@@ -202,6 +202,7 @@ METHODS: dict[str, Method] = {
             summary="a small model that asks a large one only where that pays",
             modules=(
                 "effjax.hardness.hybrid",
+                "effjax.hardness.hybrid_config",
                 "effjax.hardness.router",
                 "effjax.hardness.hybrid_losses",
                 "effjax.hardness.query_rules",

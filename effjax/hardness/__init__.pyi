@@ -33,12 +33,6 @@ from .distillation import kd_loss as kd_loss
 from .guides import FeatureGuide as FeatureGuide
 from .guides import MapGuide as MapGuide
 from .host_dispatch import HostDispatch as HostDispatch
-from .hybrid import HybridBatch as HybridBatch
-from .hybrid import HybridConfig as HybridConfig
-from .hybrid import HybridExamples as HybridExamples
-from .hybrid import HybridModel as HybridModel
-from .hybrid import HybridNetworks as HybridNetworks
-from .hybrid import HybridState as HybridState
 from .hybrid import hybrid_batch as hybrid_batch
 from .hybrid import hybrid_data as hybrid_data
 from .hybrid import hybrid_examples as hybrid_examples
@@ -46,6 +40,12 @@ from .hybrid import hybrid_init as hybrid_init
 from .hybrid import hybrid_next as hybrid_next
 from .hybrid import hybrid_stages as hybrid_stages
 from .hybrid import hybrid_step as hybrid_step
+from .hybrid_config import HybridBatch as HybridBatch
+from .hybrid_config import HybridConfig as HybridConfig
+from .hybrid_config import HybridExamples as HybridExamples
+from .hybrid_config import HybridModel as HybridModel
+from .hybrid_config import HybridNetworks as HybridNetworks
+from .hybrid_config import HybridState as HybridState
 from .hybrid_losses import coverage_penalty as coverage_penalty
 from .hybrid_losses import hybrid_weights as hybrid_weights
 from .hybrid_losses import query_oracle as query_oracle

@@ -15,19 +15,8 @@ from effjax.core.errors import Count, Limits, Positive
 from effjax.core.macs import count_macs
 from effjax.hardness.cascades import confidence_need
 from effjax.hardness.dispatch import dispatch_capacity, expert_capacity
-from effjax.hardness.hybrid import (
-    HybridConfig,
-    HybridExamples,
-    HybridNetworks,
-    HybridState,
-    Stage,
-    hybrid_batch,
-    hybrid_data,
-    hybrid_examples,
-    hybrid_init,
-    hybrid_next,
-    hybrid_step,
-)
+from effjax.hardness.hybrid import hybrid_batch, hybrid_data, hybrid_examples, hybrid_init, hybrid_next, hybrid_step
+from effjax.hardness.hybrid_config import HybridConfig, HybridExamples, HybridNetworks, HybridState, Stage
 from effjax.hardness.query_rules import HybridCost, hybrid_curve, hybrid_score, query_threshold
 from effjax.hardness.router import Router, router_need
 from effjax.recipes.pairs import Pair, is_pretrained, load_pair, seen_by

@@ -18,7 +18,8 @@ from effjax.core.macs import count_macs
 from effjax.core.tree import wide
 from effjax.data.bucket_sampler import BucketSampler
 from effjax.data.sets import DataSet, load
-from effjax.hardness.hybrid import HybridConfig, HybridExamples, HybridNetworks, hybrid_examples, hybrid_init
+from effjax.hardness.hybrid import hybrid_examples, hybrid_init
+from effjax.hardness.hybrid_config import HybridConfig, HybridExamples, HybridNetworks
 from effjax.models.resnet import SIZES, pretrained_resnet
 from effjax.optim.batch_size import adamw_by_batch_size
 from effjax.recipes.images import check_model, named_image_task

@@ -15,10 +15,6 @@ from effjax.hardness.cascades import confidence_need
 from effjax.hardness.dispatch import dispatch_masked
 from effjax.hardness.host_dispatch import HostDispatch
 from effjax.hardness.hybrid import (
-    HybridBatch,
-    HybridConfig,
-    HybridExamples,
-    HybridNetworks,
     hybrid,
     hybrid_batch,
     hybrid_data,
@@ -28,6 +24,7 @@ from effjax.hardness.hybrid import (
     hybrid_stages,
     hybrid_step,
 )
+from effjax.hardness.hybrid_config import HybridBatch, HybridConfig, HybridExamples, HybridNetworks
 from effjax.hardness.hybrid_losses import (
     coverage_penalty,
     hybrid_weights,
