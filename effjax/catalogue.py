@@ -148,6 +148,7 @@ METHODS: dict[str, Method] = {
             summary="fast and accurate self-training of graph neural networks",
             modules=(
                 "effjax.graph.fastrain",
+                "effjax.graph.fastrain_config",
                 "effjax.graph.stages",
                 "effjax.graph.pseudolabels",
                 "effjax.graph.calibration",
@@ -173,6 +174,7 @@ METHODS: dict[str, Method] = {
             summary="ensembles of graph networks that run as one, without the messages of doubtful nodes",
             modules=(
                 "effjax.graph.geeni",
+                "effjax.graph.geeni_config",
                 "effjax.graph.members",
                 "effjax.graph.geeni_serving",
                 "effjax.graph.isolation",

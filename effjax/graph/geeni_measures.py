@@ -11,16 +11,8 @@ from jaxtyping import Array, Bool, Float
 from effjax.core.errors import check_choice, check_number
 from effjax.core.products import aligned
 from effjax.graph.error_nodes import error_auc, error_scores, label_free_correctness, spread_errors
-from effjax.graph.geeni import (
-    GeeniConfig,
-    GeeniProblem,
-    GeeniState,
-    geeni_serve,
-    held,
-    member_graphs,
-    served_members,
-    shared_graph,
-)
+from effjax.graph.geeni import GeeniProblem, geeni_serve, held, member_graphs, served_members, shared_graph
+from effjax.graph.geeni_config import GeeniConfig, GeeniState
 from effjax.graph.isolation import random_edges
 from effjax.graph.measures import masked_accuracy
 from effjax.graph.members import (

@@ -80,6 +80,7 @@ def hybrid(
       ValueError: arrays of other lengths, no rows, too few rows for the coverage, or a missing ``train``.
 
     Example:
+      >>> from effjax.hardness.router import Router
       >>> x = jnp.linspace(-1, 1, 64)[:, None]
       >>> labels = (x[:, 0] > 0).astype(int)
       >>> blind = lambda params, x, *, key=None: (jnp.stack([0 * x[:, 0], x[:, 0] - 0.5], 1), x)

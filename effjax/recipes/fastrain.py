@@ -13,11 +13,6 @@ import numpy as np
 
 from effjax.core.errors import check_choice, check_number
 from effjax.graph.fastrain import (
-    Apply,
-    FastrainConfig,
-    FastrainSettings,
-    FastrainState,
-    Init,
     fastrain_graph,
     fastrain_init,
     fastrain_metrics,
@@ -25,6 +20,7 @@ from effjax.graph.fastrain import (
     fastrain_params,
     fastrain_step,
 )
+from effjax.graph.fastrain_config import Apply, FastrainConfig, FastrainSettings, FastrainState, Init
 from effjax.graph.problems import NodeProblem
 from effjax.graph.sparse.adjacency_matrices import loopless_adjacency
 from effjax.graph.sparse.propagation import label_propagation

@@ -11,18 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.errors import check_number
-from effjax.graph.geeni import (
-    GeeniConfig,
-    GeeniSettings,
-    GeeniState,
-    Stage,
-    geeni_init,
-    geeni_next,
-    geeni_step,
-    geeni_views,
-    served_members,
-    with_measured_loop,
-)
+from effjax.graph.geeni import geeni_init, geeni_next, geeni_step, geeni_views, served_members, with_measured_loop
+from effjax.graph.geeni_config import GeeniConfig, GeeniSettings, GeeniState, Stage
 from effjax.graph.geeni_measures import geeni_metrics
 from effjax.graph.isolation import alike_edges
 from effjax.graph.members import ensemble_logits, ensemble_probabilities, fold_members

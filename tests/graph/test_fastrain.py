@@ -7,7 +7,8 @@ import pytest
 from small_graph import write_small_cora
 
 from effjax.graph.calibration import calibrate, fit_calibration
-from effjax.graph.fastrain import FastrainConfig, fastrain, fastrain_init, fastrain_params, fastrain_scores
+from effjax.graph.fastrain import fastrain, fastrain_init, fastrain_params, fastrain_scores
+from effjax.graph.fastrain_config import FastrainConfig
 from effjax.graph.problems import NodeProblem
 from effjax.graph.pseudolabels import self_training
 from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_normalize, loopless_adjacency

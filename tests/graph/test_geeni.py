@@ -12,16 +12,8 @@ import pytest
 from effjax.core.cost import Executables
 from effjax.core.macs import count_macs
 from effjax.graph.error_nodes import active_nodes, error_scores
-from effjax.graph.geeni import (
-    GeeniConfig,
-    choose_isolation,
-    distil_loss,
-    geeni,
-    geeni_init,
-    geeni_next,
-    geeni_step,
-    geeni_views,
-)
+from effjax.graph.geeni import choose_isolation, distil_loss, geeni, geeni_init, geeni_next, geeni_step, geeni_views
+from effjax.graph.geeni_config import GeeniConfig
 from effjax.graph.geeni_serving import inductive_probabilities, serve_ensemble
 from effjax.graph.isolation import isolate, isolate_to_ladder, random_edges
 from effjax.graph.members import (

@@ -26,8 +26,10 @@ from effjax.graph.error_nodes import (
     held_out_correctness,
     learned_correctness,
 )
-from effjax.graph.fastrain import FastrainConfig, fastrain, fastrain_init
-from effjax.graph.geeni import GeeniConfig, geeni, geeni_init
+from effjax.graph.fastrain import fastrain, fastrain_init
+from effjax.graph.fastrain_config import FastrainConfig
+from effjax.graph.geeni import geeni, geeni_init
+from effjax.graph.geeni_config import GeeniConfig
 from effjax.graph.geeni_serving import inductive_probabilities, serve_ensemble
 from effjax.graph.isolation import alike_edges, isolate, isolated_values, strongest_edges
 from effjax.graph.measures import brier_score, expected_calibration_error, masked_accuracy, masked_cross_entropy
