@@ -132,13 +132,13 @@ def cola_loop():
     )
 
 
-def _texts(columns, arm_name, study):
+def _texts(columns, arm_name, study, shapes):
     words = ("--tasks", "sms_spam/encoder-1x8", "--train-rows", 100, "--test-rows", 20, "--max-length", 16)
-    words += ("--budget.amount", 1, "--max-shapes", 2, "--dropout", 0.0)
+    words += ("--budget.amount", 1, "--max-shapes", shapes, "--dropout", 0.0)
     program, state = arm(study, f"sms_spam-encoder-1x8/{arm_name}", *words)
 
     task = text_task("sms_spam", "encoder-1x8", max_length=16, train_rows=100, test_rows=20, dropout=0.0)
-    sampler = BucketSampler(columns(task), seed=0, epochs=1, pad_id=task.tokenizer.pad_id, cap=32, max_shapes=2)
+    sampler = BucketSampler(columns(task), seed=0, epochs=1, pad_id=task.tokenizer.pad_id, cap=32, max_shapes=shapes)
     tx = optax.chain(
         optax.scale_by_adam(),
         optax.add_decayed_weights(0.0),
@@ -160,13 +160,13 @@ def _texts(columns, arm_name, study):
 
 
 def bucket_sampler_loop():
-    return _texts(lambda task: task.train, "buckets", "bucket_sampler")
+    return _texts(lambda task: task.train, "buckets", "bucket_sampler", shapes=2)
 
 
 def token_drop_loop():
     stops = lambda task: vocabulary_stop_ids(task.tokenizer)
     return _texts(
-        lambda task: token_drop_columns(task.train, stops(task), seed=0, period=5), "token-drop", "token_drop"
+        lambda task: token_drop_columns(task.train, stops(task), seed=0, period=5), "token-drop", "token_drop", shapes=1
     )
 
 
