@@ -8,6 +8,7 @@ steps, each measured before its update.
 import dataclasses
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast
@@ -76,6 +77,16 @@ class SamuelStudy(StudyConfig):
         if self.budget.unit == "examples" and self.budget.amount < self.batch_size:
             raise ValueError(
                 f"budget.amount={self.budget.amount} examples is less than one batch of {self.batch_size}."
+            )
+        steps = self.budget.amount if self.budget.unit == "steps" else math.inf
+        if "shift" in self.settings and self.phases > steps:
+            raise ValueError(
+                f"phases={self.phases} of a run of {steps:g} steps. Give {steps:g} or fewer, or more steps."
+            )
+        if self.period_fraction * steps < 0.1:
+            raise ValueError(
+                f"period_fraction={self.period_fraction} of {steps:g} steps is no step. Give {1 / steps:.2g} or more, "
+                "where the experts begin anew after every step."
             )
         if len(self.experts) < 2:
             raise ValueError(

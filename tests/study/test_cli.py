@@ -27,6 +27,8 @@ def test_methods_lists_names(capsys):
         (["compare", "samule"], "Did you mean 'samuel'"),
         (["compare", "samuel:smoke", "--tasks", "digitz/mlp"], "digits"),
         (["compare", "samuel:smoke", "--experts", "0.1"], "is one expert"),
+        (["compare", "samuel:smoke", "--budget.amount", "40", "--phases", "41"], "phases=41 of a run of 40 steps"),
+        (["compare", "samuel:smoke", "--budget.amount", "40", "--period-fraction", "1e-3"], "Give 0.025 or more"),
         (["compare", "samuel:smoke", "--experts", "0.1", "-0.1"], "experts[1]=-0.1"),
         (["compare", "samuel:smoke", "--experts", "0.1", "0.1"], "repeat"),
         (["compare", "samuel:smoke", "--batch-size", "100000"], "100000"),
