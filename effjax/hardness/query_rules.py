@@ -234,7 +234,7 @@ def hybrid_curve(
     if known is not None:
         chosen = np.flatnonzero(np.asarray(known))
         need, base_correct, expert_correct = (np.asarray(a)[chosen] for a in (need, base_correct, expert_correct))
-    return _curve(need, base_correct, expert_correct, tuple(coverages))
+    return _curve(need, base_correct, expert_correct, tuple(map(float, coverages)))
 
 
 @functools.partial(jax.jit, static_argnums=3)

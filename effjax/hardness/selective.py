@@ -1,10 +1,8 @@
 """Selective classification: fit a threshold on held-out logits, then predict or abstain."""
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
@@ -52,8 +50,8 @@ class SelectiveRule:
 
     def predict(self, logits: Float[Array | np.ndarray, "*batch outputs"]) -> Int[Array, "*batch"]:
         """The class where the rule predicts, -1 where it abstains."""
-        self._check(logits)
-        return _answers(logits, self.threshold.value, self.score)
+        # By the very numbers that accepts() compares: another program may round a score on the threshold elsewhere.
+        return jnp.where(self.accepts(logits), predicted_class(logits, self.score), -1)
 
     def measure(
         self, logits: Float[Array | np.ndarray, "n outputs"], labels: Integer[Array | np.ndarray, "n"]
@@ -72,11 +70,6 @@ class SelectiveRule:
         if not shape or class_count(logits, self.score) != self.classes:
             wanted = self.classes + (self.score == "abstain_logit")
             raise ValueError(f"logits have shape {shape}; this rule was fitted to [..., {wanted}].")
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _answers(logits: Any, threshold: Any, score: str) -> jax.Array:
-    return jnp.where(confidence_score(logits, score) >= threshold, predicted_class(logits, score), -1)
 
 
 def selective(

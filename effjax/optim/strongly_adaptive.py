@@ -32,8 +32,8 @@ class StronglyAdaptiveState(NamedTuple):
     Attributes:
       round: int32, the round to come, from 1.
       points: the learners' points.
-      squares: their sums of squared gradients since birth.
-      log_weights: of the learners, one per meta rate; -inf before the first birth.
+      squares: their sums of squared gradients since each began.
+      log_weights: of the learners, one per meta rate; -inf before it begins.
     """
 
     round: Int[Array, ""]
