@@ -8,6 +8,7 @@ from . import recurrent as recurrent
 from . import tasks as tasks
 from . import train as train
 from . import transformers as transformers
+from . import vision as vision
 from .catalogue import METHODS as METHODS
 from .catalogue import Method as Method
 from .catalogue import methods as methods

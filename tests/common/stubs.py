@@ -11,7 +11,19 @@ from pathlib import Path
 from effjax.catalogue import offered
 
 PACKAGE = Path(__file__).resolve().parents[2] / "effjax"
-NAMESPACES = ("data", "finetune", "graph", "hardness", "models", "optim", "recurrent", "tasks", "train", "transformers")
+NAMESPACES = (
+    "data",
+    "finetune",
+    "graph",
+    "hardness",
+    "models",
+    "optim",
+    "recurrent",
+    "tasks",
+    "train",
+    "transformers",
+    "vision",
+)
 
 
 def names_by_module(namespace: str) -> dict[str, list[str]]:

@@ -1,0 +1,5 @@
+"""Convolutional networks that are smaller, or skip work for each image."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
