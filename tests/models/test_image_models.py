@@ -51,19 +51,19 @@ def squeeze_macs(model):
 
 
 # Parameters and multiply-accumulates of torchvision's and timm's networks; WRN-40-4's and 28-10's of their PyTorch
-# port. Then, in millions and without squeeze-excite, what studies of efficient networks quote. Last, the digest of
-# torchvision's (timm's for MobileNetV1) names and shapes, statistics included.
+# port. Then, in millions and without squeeze-excite, what studies of efficient networks quote. Last, the digests of
+# torchvision's and timm's names and shapes, statistics included.
 PUBLISHED = {
-    "mobilenet_v2": (3_504_872, 300_774_272, 300.8, "d613ea65450d5318"),
-    "mobilenet_v3_large": (5_483_032, 216_589_760, 215.1, "2af4cb8a399e8d82"),
-    "efficientnet_b0": (5_288_548, 385_814_752, 385.2, "b5ec7b4b5e4fedbb"),
-    "mobilenet_v1": (4_231_976, 568_740_352, 568.7, "04cf17640bb96433"),
-    "resnet50": (25_557_032, 4_089_184_256, None, "cf11dad974eadeaa"),
-    "mobilenet_v3_small": (2_542_856, 56_510_400, None, "c5aae8a56256fe35"),
-    "resnet18": (11_689_512, 1_814_073_344, None, "2bb53b15765c4651"),
-    "resnet18_cifar": (11_173_962, 555_422_720, None, None),
-    "wrn_40_4": (8_949_210, None, None, None),
-    "wrn_28_10": (36_479_194, None, None, None),
+    "mobilenet_v2": (3_504_872, 300_774_272, 300.8, ("d613ea65450d5318", "5a95ee06712e31e9")),
+    "mobilenet_v3_large": (5_483_032, 216_589_760, 215.1, ("2af4cb8a399e8d82", "3dba8ad57b7701f1")),
+    "efficientnet_b0": (5_288_548, 385_814_752, 385.2, ("b5ec7b4b5e4fedbb", "f62a5c98a74c6670")),
+    "mobilenet_v1": (4_231_976, 568_740_352, 568.7, (None, "04cf17640bb96433")),
+    "resnet50": (25_557_032, 4_089_184_256, None, ("cf11dad974eadeaa", "cf11dad974eadeaa")),
+    "mobilenet_v3_small": (2_542_856, 56_510_400, None, ("c5aae8a56256fe35", "fefefaa6b0100de1")),
+    "resnet18": (11_689_512, 1_814_073_344, None, ("2bb53b15765c4651", "2bb53b15765c4651")),
+    "resnet18_cifar": (11_173_962, 555_422_720, None, ()),
+    "wrn_40_4": (8_949_210, None, None, ()),
+    "wrn_28_10": (36_479_194, None, None, ()),
 }
 QUICK = ("mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "resnet50")
 
@@ -73,16 +73,17 @@ QUICK = ("mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "resnet50")
 )
 def test_published_counts_and_names(name):
     model, shapes, macs = traced(name)
-    params, published_macs, quoted, digest = PUBLISHED[name]
+    params, published_macs, quoted, digests = PUBLISHED[name]
     assert count_params(shapes["params"]) == params
     assert published_macs in (None, macs)
     if quoted is not None:
         assert (macs - squeeze_macs(model)) / 1e6 == pytest.approx(quoted, abs=0.05)
-    if digest is not None:
-        zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
-        rules = layout_rules(name, model, "timm" if name == "mobilenet_v1" else "torchvision")
-        lines = sorted(f"{name} {tensor.shape}" for name, tensor in export_weights(zeros, rules).items())
-        assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == digest
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+    for layout, digest in zip(("torchvision", "timm"), digests, strict=False):
+        if digest is not None:
+            tensors = export_weights(zeros, layout_rules(name, model, layout))
+            lines = sorted(f"{name} {tensor.shape}" for name, tensor in tensors.items())
+            assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == digest, layout
 
 
 def test_all_names_make_modules_and_small_images_keep_an_eighth():
