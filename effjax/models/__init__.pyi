@@ -4,6 +4,7 @@ from .cnn import CNN as CNN
 from .decoder import Decoder as Decoder
 from .decoder import generate as generate
 from .gnn import NodeClassifier as NodeClassifier
+from .image_models import fold_batch_norms as fold_batch_norms
 from .image_models import image_model as image_model
 from .image_models import load_image_model as load_image_model
 from .image_models import new_head as new_head

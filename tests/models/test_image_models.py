@@ -19,6 +19,7 @@ from effjax.data.sets import DataSet
 from effjax.models.convert import export_weights, write_tensors
 from effjax.models.image_models import (
     IMAGE_MODELS,
+    fold_batch_norms,
     image_model,
     layout_rules,
     load_image_model,
@@ -288,18 +289,46 @@ NETWORKS = {
 }  # fmt: skip
 
 
+# Those whose batch norms follow their convolutions.
+FOLDED = ("v3", "silu", "v1", "bottleneck")
+
+
 def test_networks_equal_an_independent_implementation():
-    """Odd sizes, one channel and a batch of one among them; one program for all."""
+    """Odd sizes, one channel and a batch of one among them, and with norms folded; one program for all."""
     rng = np.random.default_rng(0)
     variables = {name: drawn(model, image[-1], 1) for name, (model, image, *_) in NETWORKS.items()}
     images = {name: rng.normal(size=(1 if name == "v3" else 2, *image)) for name, (_, image, *_) in NETWORKS.items()}
     single = functools.partial(jax.tree.map, lambda leaf: np.asarray(leaf, np.float32))
-    found = jax.jit(lambda v, x: {name: case[0].apply(v[name], x[name]) for name, case in NETWORKS.items()})(
-        single(variables), single(images)
-    )
+
+    @jax.jit
+    def run(variables, images):
+        found = {name: case[0].apply(variables[name], images[name]) for name, case in NETWORKS.items()}
+        folded = {}
+        for name in FOLDED:
+            model, inner = fold_batch_norms(NETWORKS[name][0], variables[name])
+            assert "batch_stats" not in inner
+            folded[name] = model.apply(inner, images[name])
+        return found, folded
+
+    found, folded = run(single(variables), single(images))
     for name, (model, _, reference, epsilon) in NETWORKS.items():
         expected = reference(model, variables[name], images[name], epsilon)
-        np.testing.assert_allclose(found[name], expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max(), err_msg=name)
+        tolerance = {"rtol": 2e-4, "atol": 2e-4 * np.abs(expected).max(), "err_msg": name}
+        np.testing.assert_allclose(found[name], expected, **tolerance)
+        if name in FOLDED:
+            np.testing.assert_allclose(folded[name], expected, **tolerance)
+
+
+def test_norms_that_cannot_be_folded_are_refused():
+    fold = lambda name, variables: fold_batch_norms(NETWORKS[name][0], variables)
+    alone = {"params": {"block": {"out": {}}}, "batch_stats": {"block": {"out": {"mean": np.zeros(3)}}}}
+    for name, variables, message in (
+        ("same", {"params": {}}, "norm='none' has no batch norms to fold; its variables hold params"),
+        ("wide", {"params": {}, "batch_stats": {}}, "preactivation=True normalises before it convolves"),
+        ("v1", alone, "no convolution stands before block/out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fold(name, variables)
 
 
 def test_layers_hold_the_parameters_of_ordinary_convolutions():

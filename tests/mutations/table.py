@@ -544,8 +544,8 @@ MUTATIONS = (
     Mutation(
         "batch-norm-epsilon",
         "wrong constant",
-        'epsilon = 1e-3 if kind == "batch-1e-3"',
-        'epsilon = 1e-5 if kind == "batch-1e-3"',
+        '"batch-1e-3": 1e-3',
+        '"batch-1e-3": 1e-5',
         ("models/test_image_models.py",),
     ),
     Mutation(
