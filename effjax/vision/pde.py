@@ -1,0 +1,380 @@
+"""An advection-diffusion equation on feature maps: coefficients, one step, K steps (Kag, Saligrama, CVPR 2022).
+
+Maps are ``[..., height, width, channels]``; every channel has an equation of its own. x counts rows and y columns, as in
+the authors' code.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.fft
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from effjax.core.errors import Count, Natural, Positive, check_fields, check_number, check_shape
+from effjax.core.tree import wide_dtype
+
+__all__ = ["PdeCoefficients", "PdeConfig", "PdeMaps", "limit_velocity", "pde_coefficients", "pde_solve", "pde_step"]
+
+Map = Float[Array | np.ndarray, "*batch height width channels"]
+
+_ROWS, _COLUMNS = -3, -2
+# Steps from which differences of nearly equal terms ask for 32 bits.
+_NARROW_STEPS = 3
+# Below it a diffusivity counts as none in the bound, which divides by it.
+_LEAST = 1e-12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PdeConfig:
+    """How the equation is solved.
+
+    Raises:
+      ValueError: a number or choice that is not legal, or a setting that would do nothing.
+
+    Example:
+      >>> PdeConfig(K=5, border="reflect").dt
+      0.2
+    """
+
+    K: Natural = 1
+    """Steps; with 0 the solution is the first map."""
+    dt: Positive = 0.2
+    """Length of a step."""
+    dx: Count = 1
+    """Rows between the points of the stencil."""
+    dy: Count = 1
+    """Columns between the points of the stencil."""
+    scheme: Literal["explicit", "implicit"] = "explicit"
+    """The paper's three-level scheme; or implicit diffusion by a Fourier transform, which takes constant diffusivities
+    and reaches the whole map in one step."""
+    border: Literal["periodic", "reflect"] = "periodic"
+    """What lies outside a map: its other side, as in the paper, or its mirror image, behind a wall."""
+    clamp: bool = False
+    """Whether velocities are scaled down to the bound of limit_velocity."""
+    recompute: bool = False
+    """Whether every step computes the coefficients anew from the four maps, which reads less memory."""
+    remat: bool = False
+    """Whether the backward pass computes every step anew, which stores one map per step."""
+
+    def __post_init__(self):
+        check_fields(self)
+        for name in ("recompute", "remat"):
+            if getattr(self, name) and self.K < 2:
+                raise ValueError(f"{name}=True would do nothing with K={self.K}. Leave it out, or take K=2 or more.")
+        if self.recompute and self.scheme == "implicit":
+            raise ValueError("recompute=True would do nothing with scheme='implicit', which has no coefficients.")
+
+
+class PdeMaps(NamedTuple):
+    """What moves and spreads the features.
+
+    Attributes:
+      u: velocity along the rows, a map; positive values carry features to smaller indices.
+      v: velocity along the columns.
+      Dx: diffusivity along the rows, not negative: a map, or a number.
+      Dy: diffusivity along the columns.
+    """
+
+    u: Map
+    v: Map
+    Dx: Map | float
+    Dy: Map | float
+
+
+class PdeCoefficients(NamedTuple):
+    """The factors of a step, divided by ``1 + 2 Bx + 2 By``: maps, or numbers where no map enters.
+
+    Attributes:
+      previous: of the map one step before.
+      centre: of the map.
+      up: of its pixels ``dx`` rows above.
+      down: of those ``dx`` rows below.
+      left: of those ``dy`` columns to the left.
+      right: of those ``dy`` columns to the right.
+      source: of the source.
+    """
+
+    previous: Map | float
+    centre: Map | float
+    up: Map | float
+    down: Map | float
+    left: Map | float
+    right: Map | float
+    source: Map | float
+
+
+def pde_coefficients(maps: PdeMaps, config: PdeConfig) -> PdeCoefficients:
+    r"""The factors of ``pde_step``, which stay the same over all steps.
+
+    With :math:`A_x = u\,dt/dx`, :math:`B_x = D_x\,dt/dx^2`, the same along y, and centred differences :math:`\delta`,
+
+    .. math::
+        L = 1 + 2 B_x + 2 B_y, \quad E = -(\delta_x u + \delta_y v)\,dt, \quad
+        \left(1 - 2 B_x - 2 B_y,\ -2E,\ 2 B_x \mp A_x,\ 2 B_y \mp A_y,\ 2\,dt\right) / L
+
+    Args:
+      maps: velocities and diffusivities.
+      config: ``dt``, ``dx``, ``dy`` and ``border``.
+
+    Returns:
+      ``PdeCoefficients``.
+
+    Raises:
+      ValueError: maps of different shapes, or a stencil wider than the maps.
+
+    Example:
+      >>> still = jnp.zeros((1, 4, 4, 2))
+      >>> factors = pde_coefficients(PdeMaps(still, still, 1.0, 1.0), PdeConfig())
+      >>> round(factors.previous, 3), round(factors.source, 3)
+      (0.111, 0.222)
+    """
+    u, v, Dx, Dy = _checked(maps, config)
+    dt, dx, dy = config.dt, config.dx, config.dy
+    Ax, Ay, Bx, By = u * (dt / dx), v * (dt / dy), Dx * (dt / dx**2), Dy * (dt / dy**2)
+    spread = 1 + 2 * Bx + 2 * By
+    shift = functools.partial(_shifted, border=config.border, odd=True)
+    divergence = (shift(u, -dx, _ROWS) - shift(u, dx, _ROWS)) / (2 * dx)
+    divergence += (shift(v, -dy, _COLUMNS) - shift(v, dy, _COLUMNS)) / (2 * dy)
+    return PdeCoefficients(
+        previous=(1 - 2 * Bx - 2 * By) / spread,
+        centre=2 * dt * divergence / spread,
+        up=(2 * Bx - Ax) / spread,
+        down=(2 * Bx + Ax) / spread,
+        left=(2 * By - Ay) / spread,
+        right=(2 * By + Ay) / spread,
+        source=2 * dt / spread,
+    )
+
+
+def pde_step(coefficients: PdeCoefficients, h: Map, h_prev: Map, f: Map | None, config: PdeConfig) -> jax.Array:
+    r"""One explicit step of :math:`\partial h/\partial t = D \Delta h + \mathrm{div}(v h) + f`.
+
+    Centred differences in time and for the advection, and the diffusion of DuFort and Frankel:
+
+    .. math::
+        \frac{h^{k+1} - h^{k-1}}{2\,dt} = f + u\,\delta_x h^k + h^k \delta_x u
+        + D_x \frac{h^k_{i-1} - h^{k+1}_i - h^{k-1}_i + h^k_{i+1}}{dx^2} + \text{the same along y}
+
+    solved for :math:`h^{k+1}`: seven products with the ``coefficients`` at every element.
+
+    Args:
+      coefficients: of ``pde_coefficients``.
+      h: the map.
+      h_prev: the map one step before.
+      f: the source; None for none.
+      config: ``dx``, ``dy`` and ``border``.
+
+    Returns:
+      The next map.
+
+    Example:
+      >>> still, h = jnp.zeros((1, 4, 4, 2)), jnp.ones((1, 4, 4, 2))
+      >>> config = PdeConfig()
+      >>> pde_step(pde_coefficients(PdeMaps(still, still, 0.5, 0.5), config), h, h, None, config).max()
+      Array(1., dtype=float32)
+
+    Reference: Kag, Saligrama, "Condensing CNNs with Partial Differential Equations", CVPR 2022, as in the authors'
+    code, which adds ``div(v h)``. The scheme is read from the code; the part ``grad(D) grad(h)`` of ``div(D grad h)``
+    is dropped there too. Reflecting borders are ours.
+    """
+    shift = functools.partial(_shifted, jnp.asarray(h), border=config.border)
+    dx, dy = config.dx, config.dy
+    out = coefficients.previous * h_prev + coefficients.centre * h
+    out += coefficients.up * shift(dx, _ROWS) + coefficients.down * shift(-dx, _ROWS)
+    out += coefficients.left * shift(dy, _COLUMNS) + coefficients.right * shift(-dy, _COLUMNS)
+    return out if f is None else out + coefficients.source * f
+
+
+def pde_solve(
+    maps: PdeMaps, h: Map, h_prev: Map | None = None, f: Map | None = None, config: PdeConfig | None = None
+) -> jax.Array:
+    r"""``config.K`` steps from ``h``; the maps stay as they are.
+
+    ``scheme="explicit"`` repeats ``pde_step``. ``scheme="implicit"`` solves
+
+    .. math::
+        (1 - dt\,(D_x \delta_{xx} + D_y \delta_{yy}))\, h^{k+1} = h^k + dt\,(\mathrm{div}(v h^k) + f)
+
+    by a Fourier transform, or with reflecting borders a cosine transform: diffusion is exact in space and stable for
+    any ``dt``, and every pixel reaches every other in one step.
+
+    Args:
+      maps: velocities ``[..., height, width, channels]``, and diffusivities of the same shape or numbers.
+      h: the first map, of that shape.
+      h_prev: the map one step before; None for ``h``. The implicit scheme has none.
+      f: the source, added all the time; None for none.
+      config: a ``PdeConfig``; None for its defaults.
+
+    Returns:
+      The last map, in the dtype of ``h``. More than three steps are computed in float32 at least, and so is the
+      implicit scheme.
+
+    Raises:
+      ValueError: arrays of different shapes, a stencil wider than the maps, negative diffusivities given as numbers,
+        or for the implicit scheme diffusivities that are maps, or an ``h_prev``.
+
+    Example:
+      >>> still, h = jnp.zeros((2, 8, 8, 3)), jnp.ones((2, 8, 8, 3))
+      >>> pde_solve(PdeMaps(still, still, 1.0, 1.0), h, config=PdeConfig(K=5)).shape
+      (2, 8, 8, 3)
+    """
+    config = config or PdeConfig()
+    maps, shape = _checked(maps, config), jnp.shape(maps.u)
+    for name, array in (("h", h), ("h_prev", h_prev), ("f", f)):
+        if array is not None:
+            check_shape(name, array, shape, "It must have the shape of the maps.")
+    if config.scheme == "implicit":
+        _check_implicit(maps, h_prev)
+    if config.K == 0:
+        return jnp.asarray(h)
+    kept, work = jnp.asarray(h).dtype, _work_dtype(h, config)
+    cast = lambda value: value if value is None or isinstance(value, int | float) else jnp.asarray(value).astype(work)
+    maps, h, f = PdeMaps(*map(cast, maps)), cast(h), cast(f)
+    h_prev = h if h_prev is None else cast(h_prev)
+    if config.clamp:
+        u, v = limit_velocity(maps, config)
+        maps = maps._replace(u=u, v=v)
+    return _run(maps, h, h_prev, f, config).astype(kept)
+
+
+def _run(maps: PdeMaps, h: jax.Array, h_prev: jax.Array, f: jax.Array | None, config: PdeConfig) -> jax.Array:
+    if config.scheme == "implicit":
+        step = lambda h, h_prev: _implicit_step(maps, h, f, config)
+    elif config.recompute:
+
+        def step(h: jax.Array, h_prev: jax.Array) -> jax.Array:
+            # Tied to h, or the compiler moves them out of the loop.
+            here, h = jax.lax.optimization_barrier((maps, h))
+            return pde_step(pde_coefficients(here, config), h, h_prev, f, config)
+
+    else:
+        coefficients = pde_coefficients(maps, config)
+        step = lambda h, h_prev: pde_step(coefficients, h, h_prev, f, config)
+    if config.K == 1:
+        return step(h, h_prev)
+    # A loop, as the compiler would compute the chain of unrolled steps many times over.
+    body = lambda carry, _: ((step(*carry), carry[0]), None)
+    (h, _), _ = jax.lax.scan(jax.checkpoint(body) if config.remat else body, (h, h_prev), length=config.K)
+    return h
+
+
+def limit_velocity(maps: PdeMaps, config: PdeConfig) -> tuple[jax.Array, jax.Array]:
+    r"""Velocities scaled down, at each pixel in both directions alike, to where a step does not amplify.
+
+    With constant coefficients no wave grows in the explicit scheme if and only if
+
+    .. math::
+        (A_x^2 / B_x + A_y^2 / B_y)(B_x + B_y) \le 1, \quad\text{without diffusion}\quad |A_x| + |A_y| \le 1,
+
+    and in the implicit one if and only if :math:`A_x^2 / B_x + A_y^2 / B_y \le 2`; A and B as in ``pde_coefficients``.
+    The scale is the largest that keeps the bound of the pixel. Maps that vary may still grow where the divergence of
+    the velocity is positive, as the equation itself does.
+
+    Args:
+      maps: velocities and diffusivities.
+      config: ``dt``, ``dx``, ``dy`` and ``scheme``.
+
+    Returns:
+      The two velocities.
+
+    Example:
+      >>> fast = jnp.full((1, 4, 4, 1), 100.0)
+      >>> u, v = limit_velocity(PdeMaps(fast, 0 * fast, 1.0, 1.0), PdeConfig())
+      >>> round(float(u.max()), 3)  # u dt <= sqrt(D dt / 2)
+      1.581
+    """
+    u, v, Dx, Dy = _checked(maps, config)
+    dt, dx, dy = config.dt, config.dx, config.dy
+    Ax, Ay = u * (dt / dx), v * (dt / dy)
+    Bx, By = (jnp.asarray(D * (dt / d**2), Ax.dtype) for D, d in ((Dx, dx), (Dy, dy)))
+    share = Ax**2 / jnp.maximum(Bx, _LEAST) + Ay**2 / jnp.maximum(By, _LEAST)
+    if config.scheme == "implicit":
+        excess = share / 2
+    else:
+        excess = jnp.where(Bx + By > 0, share * (Bx + By), (jnp.abs(Ax) + jnp.abs(Ay)) ** 2)
+    scale = jax.lax.rsqrt(jnp.maximum(excess, 1))
+    return u * scale, v * scale
+
+
+def _implicit_step(maps: PdeMaps, h: jax.Array, f: jax.Array | None, config: PdeConfig) -> jax.Array:
+    """One step with explicit advection and implicit diffusion."""
+    change = _advection(maps.u, h, config.dx, _ROWS, config.border)
+    change += _advection(maps.v, h, config.dy, _COLUMNS, config.border)
+    h = h + config.dt * (change if f is None else change + f)
+    rows, columns = h.shape[_ROWS], h.shape[_COLUMNS]
+    decay = lambda n, d: _laplacian_values(n, d, config.border)
+    rate = maps.Dx * decay(rows, config.dx)[:, None] + maps.Dy * decay(columns, config.dy)[None, :]
+    factor = jnp.asarray(1 / (1 + config.dt * rate), h.dtype)[:, :, None]
+    factor = factor.reshape((1,) * (h.ndim - 3) + factor.shape)
+    axes = (h.ndim + _ROWS, h.ndim + _COLUMNS)
+    if config.border == "reflect":
+        waves = jax.scipy.fft.dctn(h, axes=axes, norm="ortho")
+        return jax.scipy.fft.idctn(waves * factor, axes=axes, norm="ortho")
+    waves = jnp.fft.rfftn(h, axes=axes)
+    return jnp.fft.irfftn(waves * factor[..., : columns // 2 + 1, :], (rows, columns), axes)
+
+
+def _advection(velocity: jax.Array, h: jax.Array, distance: int, axis: int, border: str) -> jax.Array:
+    """``v grad h + h grad v`` along one axis."""
+    slope = lambda z, odd: _shifted(z, -distance, axis, border, odd) - _shifted(z, distance, axis, border, odd)
+    return (velocity * slope(h, False) + h * slope(velocity, True)) / (2 * distance)
+
+
+def _laplacian_values(n: int, distance: int, border: str) -> np.ndarray:
+    """What minus the second difference makes of the waves of a transform of n points, in its order."""
+    angles = np.arange(n) * (math.pi if border == "reflect" else 2 * math.pi) / n
+    return 2 * (1 - np.cos(angles * distance)) / distance**2
+
+
+def _shifted(z: jax.Array, by: int, axis: int, border: str, odd: bool = False) -> jax.Array:
+    """``z[i - by]`` along an axis; behind a wall lies the mirror image, negative if ``odd``."""
+    if border == "periodic":
+        return jnp.roll(z, by, axis)
+    n, width = z.shape[axis], abs(by)
+    cut = functools.partial(jax.lax.slice_in_dim, z, axis=axis % z.ndim)
+    first, last = (0, width) if by > 0 else (n - width, n)
+    mirror = jnp.flip(cut(first, last), axis)
+    parts = [-mirror if odd else mirror, cut(0, n - width) if by > 0 else cut(width, n)]
+    return jnp.concatenate(parts if by > 0 else parts[::-1], axis)
+
+
+def _checked(maps: PdeMaps, config: PdeConfig) -> PdeMaps:
+    """The maps, if they fit each other and the stencil."""
+    shape = jnp.shape(maps.u)
+    if len(shape) < 3:
+        raise ValueError(f"maps.u has shape {shape}; expected [..., height, width, channels]. Lead with a batch of one.")
+    for name, value in maps._asdict().items():
+        if jnp.ndim(value):
+            check_shape(f"maps.{name}", value, shape, "All maps have the shape of maps.u; diffusivities may be numbers.")
+        elif name in "uv":
+            check_shape(f"maps.{name}", value, shape)
+        else:
+            check_number(f"maps.{name}", value, low=0)
+    for name, distance, size, what in (("dx", config.dx, shape[_ROWS], "rows"), ("dy", config.dy, shape[_COLUMNS], "columns")):
+        if distance >= max(size, 2):
+            raise ValueError(
+                f"{name}={distance} must be below the {size} {what} of the maps of shape {shape}: the stencil would "
+                "meet its own pixel. Give less, or place the layer where the maps are larger."
+            )
+    return maps
+
+
+def _check_implicit(maps: PdeMaps, h_prev: object) -> None:
+    if jnp.ndim(maps.Dx) or jnp.ndim(maps.Dy):
+        raise ValueError(
+            "scheme='implicit' takes numbers for maps.Dx and maps.Dy: a Fourier transform solves constant diffusion "
+            "only. Give numbers, or scheme='explicit'."
+        )
+    if h_prev is not None:
+        raise ValueError("scheme='implicit' has no map one step before. Leave h_prev out.")
+
+
+def _work_dtype(h: Map, config: PdeConfig) -> DTypeLike:
+    dtype = jnp.asarray(h).dtype
+    return dtype if config.K <= _NARROW_STEPS and config.scheme == "explicit" else wide_dtype(dtype)
