@@ -348,15 +348,22 @@ def _checked(maps: PdeMaps, config: PdeConfig) -> PdeMaps:
     """The maps, if they fit each other and the stencil."""
     shape = jnp.shape(maps.u)
     if len(shape) < 3:
-        raise ValueError(f"maps.u has shape {shape}; expected [..., height, width, channels]. Lead with a batch of one.")
+        raise ValueError(
+            f"maps.u has shape {shape}; expected [..., height, width, channels]. Lead with a batch of one."
+        )
     for name, value in maps._asdict().items():
         if jnp.ndim(value):
-            check_shape(f"maps.{name}", value, shape, "All maps have the shape of maps.u; diffusivities may be numbers.")
+            check_shape(
+                f"maps.{name}", value, shape, "All maps have the shape of maps.u; diffusivities may be numbers."
+            )
         elif name in "uv":
             check_shape(f"maps.{name}", value, shape)
         else:
             check_number(f"maps.{name}", value, low=0)
-    for name, distance, size, what in (("dx", config.dx, shape[_ROWS], "rows"), ("dy", config.dy, shape[_COLUMNS], "columns")):
+    for name, distance, size, what in (
+        ("dx", config.dx, shape[_ROWS], "rows"),
+        ("dy", config.dy, shape[_COLUMNS], "columns"),
+    ):
         if distance >= max(size, 2):
             raise ValueError(
                 f"{name}={distance} must be below the {size} {what} of the maps of shape {shape}: the stencil would "
