@@ -12,8 +12,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from effjax.core.depthwise import depthwise_conv
 from effjax.core.errors import check_choice, check_number
-from effjax.models.layers import ACTIVATIONS, Images, depthwise_conv
+from effjax.models.layers import ACTIVATIONS, Images
 from effjax.vision.pde import PdeConfig, PdeMaps, pde_solve
 
 __all__ = ["FieldMaps", "GlobalLayer", "global_layer"]
@@ -95,7 +96,7 @@ def global_layer(
     else:
         out = h
     out = out if finish is None else finish(out)
-    return out + f if residual else out
+    return jnp.asarray(out + f if residual else out)
 
 
 class FieldMaps(nn.Module):
@@ -125,7 +126,8 @@ class FieldMaps(nn.Module):
 
     Example:
       >>> g = jnp.ones((1, 4, 4, 6))
-      >>> (u, v), variables = FieldMaps(6).init_with_output(jax.random.key(0), g, False)
+      >>> init = functools.partial(FieldMaps(6).init_with_output, train=False)
+      >>> (u, v), variables = jax.eval_shape(init, jax.random.key(0), g)
       >>> u.shape, variables["params"]["conv_a"]["kernel"].shape
       ((1, 4, 4, 6), (3, 3, 1, 6))
     """
@@ -228,7 +230,8 @@ class GlobalLayer(nn.Module):
 
     Example:
       >>> layer = GlobalLayer(8, pde=PdeConfig(K=2))
-      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((2, 6, 6, 8)), False)
+      >>> init = functools.partial(layer.init_with_output, train=False)
+      >>> y, variables = jax.eval_shape(init, jax.random.key(0), jnp.ones((2, 6, 6, 8)))
       >>> y.shape, sorted(variables["params"])
       ((2, 6, 6, 8), ['diffusivity', 'norm_out', 'velocity'])
 
@@ -262,16 +265,14 @@ class GlobalLayer(nn.Module):
                 f"features={self.features} and strides={self.strides} change the input of shape {x.shape}: without "
                 "init_fn the layer keeps it. Give a block as init_fn, or the input's channels and strides=1."
             )
-        numbers = isinstance(self.diffusivity, tuple)
-
-        def diffusivity(h: jax.Array) -> Any:
-            return self.diffusivity(self.features, **made, name="diffusivity")(h, train)
-
+        given = self.diffusivity
+        if not isinstance(given, tuple):
+            factory, given = given, lambda h: factory(self.features, **made, name="diffusivity")(h, train)
         norm = _norm(self.norm, self.features, epsilon=None, train=train, dtype=self.dtype, name="norm_out")
         return global_layer(
             x,
             lambda g: self.velocity(self.features, **made, name="velocity")(g, train),
-            self.diffusivity if numbers else diffusivity,
+            given,
             init,
             self.pde,
             source=self.source,

@@ -1,13 +1,13 @@
 """An advection-diffusion equation on feature maps: coefficients, one step, K steps (Kag, Saligrama, CVPR 2022).
 
-Maps are ``[..., height, width, channels]``; every channel has an equation of its own. x counts rows and y columns, as in
-the authors' code.
+Maps are ``[..., height, width, channels]``; every channel has an equation of its own. x counts rows and y columns, as
+in the authors' code.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -188,7 +188,7 @@ def pde_step(coefficients: PdeCoefficients, h: Map, h_prev: Map, f: Map | None, 
     out = coefficients.previous * h_prev + coefficients.centre * h
     out += coefficients.up * shift(dx, _ROWS) + coefficients.down * shift(-dx, _ROWS)
     out += coefficients.left * shift(dy, _COLUMNS) + coefficients.right * shift(-dy, _COLUMNS)
-    return out if f is None else out + coefficients.source * f
+    return jnp.asarray(out if f is None else out + coefficients.source * f)
 
 
 def pde_solve(
@@ -225,7 +225,8 @@ def pde_solve(
       (2, 8, 8, 3)
     """
     config = config or PdeConfig()
-    maps, shape = _checked(maps, config), jnp.shape(maps.u)
+    _checked(maps, config)
+    shape = jnp.shape(maps.u)
     for name, array in (("h", h), ("h_prev", h_prev), ("f", f)):
         if array is not None:
             check_shape(name, array, shape, "It must have the shape of the maps.")
@@ -234,13 +235,16 @@ def pde_solve(
     if config.K == 0:
         return jnp.asarray(h)
     kept, work = jnp.asarray(h).dtype, _work_dtype(h, config)
-    cast = lambda value: value if value is None or isinstance(value, int | float) else jnp.asarray(value).astype(work)
-    maps, h, f = PdeMaps(*map(cast, maps)), cast(h), cast(f)
-    h_prev = h if h_prev is None else cast(h_prev)
+
+    def wide(value: Any) -> Any:
+        return value if isinstance(value, int | float) else jnp.asarray(value).astype(work)
+
+    maps = PdeMaps(*map(wide, maps))
     if config.clamp:
         u, v = limit_velocity(maps, config)
         maps = maps._replace(u=u, v=v)
-    return _run(maps, h, h_prev, f, config).astype(kept)
+    before = wide(h if h_prev is None else h_prev)
+    return _run(maps, wide(h), before, None if f is None else wide(f), config).astype(kept)
 
 
 def _run(maps: PdeMaps, h: jax.Array, h_prev: jax.Array, f: jax.Array | None, config: PdeConfig) -> jax.Array:
@@ -286,8 +290,8 @@ def limit_velocity(maps: PdeMaps, config: PdeConfig) -> tuple[jax.Array, jax.Arr
     Example:
       >>> fast = jnp.full((1, 4, 4, 1), 100.0)
       >>> u, v = limit_velocity(PdeMaps(fast, 0 * fast, 1.0, 1.0), PdeConfig())
-      >>> round(float(u.max()), 3)  # u dt <= sqrt(D dt / 2)
-      1.581
+      >>> round(float(u.max()), 3)  # |v| dt <= sqrt(1 / 2) where Dx = Dy
+      3.536
     """
     u, v, Dx, Dy = _checked(maps, config)
     dt, dx, dy = config.dt, config.dx, config.dy
@@ -299,7 +303,7 @@ def limit_velocity(maps: PdeMaps, config: PdeConfig) -> tuple[jax.Array, jax.Arr
     else:
         excess = jnp.where(Bx + By > 0, share * (Bx + By), (jnp.abs(Ax) + jnp.abs(Ay)) ** 2)
     scale = jax.lax.rsqrt(jnp.maximum(excess, 1))
-    return u * scale, v * scale
+    return scale * u, scale * v
 
 
 def _implicit_step(maps: PdeMaps, h: jax.Array, f: jax.Array | None, config: PdeConfig) -> jax.Array:
@@ -320,7 +324,7 @@ def _implicit_step(maps: PdeMaps, h: jax.Array, f: jax.Array | None, config: Pde
     return jnp.fft.irfftn(waves * factor[..., : columns // 2 + 1, :], (rows, columns), axes)
 
 
-def _advection(velocity: jax.Array, h: jax.Array, distance: int, axis: int, border: str) -> jax.Array:
+def _advection(velocity: Any, h: jax.Array, distance: int, axis: int, border: str) -> jax.Array:
     """``v grad h + h grad v`` along one axis."""
     slope = lambda z, odd: _shifted(z, -distance, axis, border, odd) - _shifted(z, distance, axis, border, odd)
     return (velocity * slope(h, False) + h * slope(velocity, True)) / (2 * distance)
@@ -332,7 +336,7 @@ def _laplacian_values(n: int, distance: int, border: str) -> np.ndarray:
     return 2 * (1 - np.cos(angles * distance)) / distance**2
 
 
-def _shifted(z: jax.Array, by: int, axis: int, border: str, odd: bool = False) -> jax.Array:
+def _shifted(z: Any, by: int, axis: int, border: str, odd: bool = False) -> jax.Array:
     """``z[i - by]`` along an axis; behind a wall lies the mirror image, negative if ``odd``."""
     if border == "periodic":
         return jnp.roll(z, by, axis)
@@ -344,7 +348,7 @@ def _shifted(z: jax.Array, by: int, axis: int, border: str, odd: bool = False) -
     return jnp.concatenate(parts if by > 0 else parts[::-1], axis)
 
 
-def _checked(maps: PdeMaps, config: PdeConfig) -> PdeMaps:
+def _checked(maps: PdeMaps, config: PdeConfig) -> tuple[Any, Any, Any, Any]:
     """The maps, if they fit each other and the stencil."""
     shape = jnp.shape(maps.u)
     if len(shape) < 3:

@@ -12,7 +12,8 @@ import pytest
 from effjax.core.cost import count_params
 from effjax.core.macs import count_jaxpr_macs
 from effjax.models.inverted_residual import InvertedResidual
-from effjax.models.resnet import BasicBlock, ResNet
+from effjax.models.residual_blocks import BasicBlock, Bottleneck
+from effjax.models.resnet import ResNet
 from effjax.vision.global_layer import FieldMaps, GlobalLayer, global_layer
 from effjax.vision.global_nets import mobilenet_global, resnet_global
 from effjax.vision.pde import PdeConfig
@@ -267,6 +268,7 @@ def mapped(**fields):
 
 
 _PROJECTED = functools.partial(BasicBlock, shortcut="project")
+_BOTTLENECK = functools.partial(Bottleneck, expansion=1)
 NETS = {
     "resnet_3stage_m5_c10": lambda: ResNet((5, 5, 5), block=_PROJECTED),
     "resnet_4stage_m1_noglobal_c10": lambda: resnet_global(layer=None),
@@ -280,6 +282,8 @@ NETS = {
     "resnet_global_4stage_m1_uv_FullConv_c10": lambda: resnet_global(layer=mapped(conv="full", use_bias=True)),
     "resnet_global_4stage_m1_uv_identity_c10": lambda: resnet_global(layer=mapped(conv="identity")),
     "resnet_global_4stage_m1_uv_BasicBlock_c10": lambda: resnet_global(layer=mapped(conv=BasicBlock)),
+    "resnet_global_4stage_m1_uv_Bottleneck_c10": lambda: resnet_global(layer=mapped(conv=_BOTTLENECK)),
+    "wrn_40_4_global_m1_c10": lambda: resnet_global(widths=(64, 128, 256), layer=layered(init_fn=BasicBlock)),
     "global_mobilenetv2_100_c1000": lambda: mobilenet_global("mobilenet_v2"),
     "global_mobilenetv3_large_100_c1000": lambda: mobilenet_global("mobilenet_v3_large"),
     "global_efficientnet_b0_c1000": lambda: mobilenet_global("efficientnet_b0"),
@@ -306,7 +310,7 @@ def test_counts_are_those_of_the_released_code(name):
 def test_without_steps_there_are_no_maps():
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
     layer = GlobalLayer(3, pde=PdeConfig(K=0))
-    variables = jax.eval_shape(layer.init, KEY, x, False)
+    variables = jax.eval_shape(functools.partial(layer.init, train=False), KEY, x)
     assert set(variables["params"]) == {"norm_out"}
     variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 2, np.float32), variables)
     out = jax.jit(lambda v, x: layer.apply(v, x, False))(variables, x)
@@ -332,7 +336,7 @@ def test_signed_velocities_carry_to_both_sides_and_relu_to_one():
 
 X = np.ones((2, 4, 4, 3), np.float32)
 still = lambda h: (0 * h, 0 * h)
-start = lambda layer, x=X: jax.eval_shape(layer.init, KEY, x, False)
+start = lambda layer, x=X: jax.eval_shape(functools.partial(layer.init, train=False), KEY, x)
 BAD = {
     "channels": (lambda: start(GlobalLayer(4)), r"features=4 and strides=1 change the input.*init_fn"),
     "strides": (lambda: start(GlobalLayer(3, strides=2)), r"features=3 and strides=2 change the input"),
@@ -352,7 +356,7 @@ BAD = {
     "implicit with maps": (lambda: start(GlobalLayer(3, pde=PdeConfig(scheme="implicit"))), r"takes numbers"),
     "wide stencil": (lambda: start(GlobalLayer(3, pde=PdeConfig(dy=4))), r"dy=4 must be below the 4 columns"),
     "no block": (lambda: resnet_global(0), r"blocks=0 must be an integer in \[1"),
-    "name": (lambda: mobilenet_global("mobilenet_v3"), r"Did you mean 'mobilenet_v3_large'"),
+    "name": (lambda: mobilenet_global("mobilenet_v3"), r"or 'mobilenet_v3_large'\?"),
 }
 
 

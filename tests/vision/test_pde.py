@@ -247,7 +247,6 @@ def test_implicit_waves_decay_as_they_should_and_mass_stays():
 
 
 def test_one_implicit_step_reaches_every_pixel_and_is_stable_when_long():
-    _, h, _, _ = drawn()
     dot = np.zeros(SHAPE)
     dot[0, 3, 3, 1] = 1
     still = PdeMaps(full(0), full(0), 1.0, 1.0)
