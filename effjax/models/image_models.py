@@ -1,5 +1,6 @@
 """Image classifiers by name: made, loaded from files of PyTorch, and given a new head."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,12 +8,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from effjax.core.errors import check_choice, check_number
-from effjax.core.files import first_line
 from effjax.models.cnn import CNN
-from effjax.models.convert import Rule, find_weights, import_weights, load_weights, read_unwrapped
+from effjax.models.convert import Rule, find_weights, import_weights, read_unwrapped
 from effjax.models.mlp import MLP
 from effjax.models.mobilenet import MOBILENETS, mobilenet
 from effjax.models.mobilenet_weights import mobilenet_rules, tflite_rules, tflite_tensors
@@ -200,7 +199,7 @@ def pretrained_mobilenet(
     """
     kind, sizes = _TFLITE[check_choice("name", name, _TFLITE)]
     plain: Any = mobilenet(kind, **sizes)
-    block = lambda *args, **kwargs: plain.block(*args, **kwargs, padding="same")
+    block = functools.partial(plain.block, padding="same")
     model = plain.clone(**{"classes": 1001, "norm": "none", "padding": "same", "block": block, **fields})
     path = find_weights(name)
     tensors = tflite_tensors(read_unwrapped(path), str(path))
