@@ -115,6 +115,7 @@ class FieldMaps(nn.Module):
       epsilon: of the norms; ``"channels"`` is the number of channels. The authors' CIFAR networks have it, by what
         looks like an oversight; it keeps the maps small, so that the layer starts near ``h + 2 dt f``.
       activation: ``"relu"``, ``"relu6"``, ``"hard_swish"``, ``"silu"``; or ``"tanh"``, for velocities that have a sign.
+      impl: of depthwise convolutions, as for ``effjax.core.depthwise.depthwise_conv``.
       norm: ``"batch"``, ``"batch-1e-3"``, ``"group"`` or ``"none"``.
       dtype: compute dtype; parameters and statistics are float32.
 
@@ -126,8 +127,7 @@ class FieldMaps(nn.Module):
 
     Example:
       >>> g = jnp.ones((1, 4, 4, 6))
-      >>> init = functools.partial(FieldMaps(6).init_with_output, train=False)
-      >>> (u, v), variables = jax.eval_shape(init, jax.random.key(0), g)
+      >>> (u, v), variables = jax.eval_shape(FieldMaps(6).init_with_output, jax.random.key(0), g)
       >>> u.shape, variables["params"]["conv_a"]["kernel"].shape
       ((1, 4, 4, 6), (3, 3, 1, 6))
     """
@@ -139,11 +139,12 @@ class FieldMaps(nn.Module):
     dot: bool = False
     epsilon: float | str = "channels"
     activation: str = "relu"
+    impl: str = "auto"
     norm: str = "batch"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, g: Images, train: bool) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, g: Images, train: bool = False) -> tuple[jax.Array, jax.Array]:
         act = _activation(self.activation)
         if isinstance(self.epsilon, str):
             check_choice("epsilon", self.epsilon, ("channels",))
@@ -163,7 +164,8 @@ class FieldMaps(nn.Module):
         check_choice("conv", self.conv, _KINDS)
         if self.conv == "identity":
             return jnp.asarray(g).astype(self.dtype)
-        return _MapConv(self.features, self.conv, self.kernel, self.use_bias, self.dtype, name=name)(g)
+        made = (self.features, self.conv, self.kernel, self.use_bias, self.impl, self.dtype)
+        return _MapConv(*made, name=name)(g)
 
 
 class _MapConv(nn.Module):
@@ -173,6 +175,7 @@ class _MapConv(nn.Module):
     kind: str
     kernel: int
     use_bias: bool
+    impl: str
     dtype: DTypeLike
 
     @nn.compact
@@ -181,7 +184,8 @@ class _MapConv(nn.Module):
             raise ValueError(f"kernel={self.kernel} has no middle. Give an odd one.")
         y = jnp.asarray(g).astype(self.dtype)
         if self.kind in ("depthwise", "separable"):
-            y = depthwise_conv(y, self._weight("kernel", self.kernel, 1, y.shape[-1]), padding=self.kernel // 2)
+            weight = self._weight("kernel", self.kernel, 1, y.shape[-1])
+            y = depthwise_conv(y, weight, padding=self.kernel // 2, impl=self.impl)
         if self.kind in ("separable", "pointwise"):
             y = y @ self._weight("pointwise", 1, y.shape[-1], self.features)[0, 0]
         if self.kind == "full":
@@ -230,8 +234,7 @@ class GlobalLayer(nn.Module):
 
     Example:
       >>> layer = GlobalLayer(8, pde=PdeConfig(K=2))
-      >>> init = functools.partial(layer.init_with_output, train=False)
-      >>> y, variables = jax.eval_shape(init, jax.random.key(0), jnp.ones((2, 6, 6, 8)))
+      >>> y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.ones((2, 6, 6, 8)))
       >>> y.shape, sorted(variables["params"])
       ((2, 6, 6, 8), ['diffusivity', 'norm_out', 'velocity'])
 
@@ -253,7 +256,7 @@ class GlobalLayer(nn.Module):
     residual: bool = False
 
     @nn.compact
-    def __call__(self, x: Images, train: bool) -> jax.Array:
+    def __call__(self, x: Images, train: bool = False) -> jax.Array:
         made = {"norm": self.norm, "dtype": self.dtype}
         x = jnp.asarray(x).astype(self.dtype)
         init = None
