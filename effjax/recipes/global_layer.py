@@ -80,15 +80,17 @@ _COSTS = (
     Claim("global", "<=", "deep", of="inference_call_ms", times=0.5),
     Claim("global", "<=", "deep", of="step_ms", times=0.5),
     Claim("global", "<=", "form-grouped", of="step_ms", times=0.5, why="the depthwise convolutions are not XLA's"),
+    Claim("global", "<=", "form-factors", of="step_ms", why="the gradient by hand is faster"),
+    Claim("global-many", "<=", "form-factors-many", of="step_ms", why="the gradient by hand is faster"),
 )
 CLAIMS = {
     "*": (
         Claim("global", "no worse", "deep", plus=-0.01, why="what the paper claims"),
-        Claim("global", "no worse", "shallow", standard_errors=2.0, why="the layer is worth something"),
-        Claim("global", "no worse", "depthwise", standard_errors=2.0, why="the equation does what filters do not"),
+        Claim("global", "no worse", "shallow", standard_errors=1.0, why="the layer is worth something"),
+        Claim("global", "no worse", "depthwise", standard_errors=1.0, why="the equation does what filters do not"),
         Claim("global", "no worse", "large-kernel", why="it beats one large filter for each channel"),
-        Claim("global-many", "no worse", "global", standard_errors=2.0, why="more steps help"),
-        Claim("signed", "no worse", "global", standard_errors=2.0, why="velocities of both signs help"),
+        Claim("global-many", "no worse", "global", standard_errors=1.0, why="more steps help"),
+        Claim("signed", "no worse", "global", standard_errors=1.0, why="velocities of both signs help"),
         *_COSTS,
     )
 }
@@ -146,8 +148,9 @@ def _arms(config: GlobalLayerStudy) -> Iterator[Arm]:
     yield layer("reflect", f"K={K}, reflecting borders", pde=many(border="reflect"))
     implicit = PdeConfig(scheme="implicit", dt=1.0, border="reflect", clamp=True)
     yield layer("implicit", "K=1, D=1, implicit, dt=1", diffusivity=(1.0, 1.0), velocity=signed, pde=implicit)
-    yield layer("form-recompute", f"K={K}, coefficients computed in every step", pde=many(recompute=True))
-    yield layer("form-remat", f"K={K}, steps computed again backwards", pde=many(remat=True))
+    factors = "seven factors, derivatives by JAX"
+    yield layer("form-factors", f"K=1, {factors}", pde=PdeConfig(form="factors"))
+    yield layer("form-factors-many", f"K={K}, {factors}", pde=many(form="factors"))
     grouped = maps(FieldMaps, impl="conv")
     yield layer("form-grouped", "K=1, XLA's grouped convolutions", velocity=grouped, diffusivity=grouped)
 

@@ -6,6 +6,7 @@ in the authors' code.
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,8 @@ Map = Float[Array | np.ndarray, "*batch height width channels"]
 _ROWS, _COLUMNS = -3, -2
 # Steps from which differences of nearly equal terms ask for 32 bits.
 _NARROW_STEPS = 3
+# Steps that are unrolled at most.
+_UNROLLED_STEPS = 8
 # Below it a diffusivity counts as none in the bound, which divides by it.
 _LEAST = 1e-12
 
@@ -57,18 +60,14 @@ class PdeConfig:
     """What lies outside a map: its other side, as in the paper, or its mirror image, behind a wall."""
     clamp: bool = False
     """Whether velocities are scaled down to the bound of limit_velocity."""
-    recompute: bool = False
-    """Whether every step computes the coefficients anew from the four maps, which reads less memory."""
-    remat: bool = False
-    """Whether the backward pass computes every step anew, which stores one map per step."""
+    form: Literal["fused", "factors"] = "fused"
+    """How explicit steps are computed: fused, from the four maps, with a gradient written by hand that stores one map
+    per step and is of first order, in reverse mode; or by the factors of pde_coefficients, with all derivatives."""
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("recompute", "remat"):
-            if getattr(self, name) and self.K < 2:
-                raise ValueError(f"{name}=True would do nothing with K={self.K}. Leave it out, or take K=2 or more.")
-        if self.recompute and self.scheme == "implicit":
-            raise ValueError("recompute=True would do nothing with scheme='implicit', which has no coefficients.")
+        if self.form == "factors" and self.scheme == "implicit":
+            raise ValueError("form='factors' would do nothing with scheme='implicit', which has no factors.")
 
 
 class PdeMaps(NamedTuple):
@@ -138,9 +137,7 @@ def pde_coefficients(maps: PdeMaps, config: PdeConfig) -> PdeCoefficients:
     dt, dx, dy = config.dt, config.dx, config.dy
     Ax, Ay, Bx, By = u * (dt / dx), v * (dt / dy), Dx * (dt / dx**2), Dy * (dt / dy**2)
     spread = 1 + 2 * Bx + 2 * By
-    shift = functools.partial(_shifted, border=config.border, odd=True)
-    divergence = (shift(u, -dx, _ROWS) - shift(u, dx, _ROWS)) / (2 * dx)
-    divergence += (shift(v, -dy, _COLUMNS) - shift(v, dy, _COLUMNS)) / (2 * dy)
+    divergence = _divergence(u, v, config)
     return PdeCoefficients(
         previous=(1 - 2 * Bx - 2 * By) / spread,
         centre=2 * dt * divergence / spread,
@@ -183,11 +180,9 @@ def pde_step(coefficients: PdeCoefficients, h: Map, h_prev: Map, f: Map | None, 
     code, which adds ``div(v h)``. The scheme is read from the code; the part ``grad(D) grad(h)`` of ``div(D grad h)``
     is dropped there too. Reflecting borders are ours.
     """
-    shift = functools.partial(_shifted, jnp.asarray(h), border=config.border)
-    dx, dy = config.dx, config.dy
+    up, down, left, right = _around(h, config)
     out = coefficients.previous * h_prev + coefficients.centre * h
-    out += coefficients.up * shift(dx, _ROWS) + coefficients.down * shift(-dx, _ROWS)
-    out += coefficients.left * shift(dy, _COLUMNS) + coefficients.right * shift(-dy, _COLUMNS)
+    out += coefficients.up * up + coefficients.down * down + coefficients.left * left + coefficients.right * right
     return jnp.asarray(out if f is None else out + coefficients.source * f)
 
 
@@ -196,7 +191,8 @@ def pde_solve(
 ) -> jax.Array:
     r"""``config.K`` steps from ``h``; the maps stay as they are.
 
-    ``scheme="explicit"`` repeats ``pde_step``. ``scheme="implicit"`` solves
+    ``scheme="explicit"`` repeats ``pde_step``, computed from the four maps, which reads less memory than the seven
+    factors; its gradient stores one map per step. ``scheme="implicit"`` solves
 
     .. math::
         (1 - dt\,(D_x \delta_{xx} + D_y \delta_{yy}))\, h^{k+1} = h^k + dt\,(\mathrm{div}(v h^k) + f)
@@ -248,23 +244,19 @@ def pde_solve(
 
 
 def _run(maps: PdeMaps, h: jax.Array, h_prev: jax.Array, f: jax.Array | None, config: PdeConfig) -> jax.Array:
+    if config.scheme == "explicit" and config.form == "fused":
+        numbers = tuple(D if isinstance(D, int | float) else None for D in (maps.Dx, maps.Dy))
+        fields = [jnp.broadcast_to(z, h.shape) for z in maps if not isinstance(z, int | float)]
+        return _fused(tuple(fields), h, h_prev, f, config, numbers)
     if config.scheme == "implicit":
         step = lambda h, h_prev: _implicit_step(maps, h, f, config)
-    elif config.recompute:
-
-        def step(h: jax.Array, h_prev: jax.Array) -> jax.Array:
-            # Tied to h, or the compiler moves them out of the loop.
-            here, h = jax.lax.optimization_barrier((maps, h))
-            return pde_step(pde_coefficients(here, config), h, h_prev, f, config)
-
     else:
         coefficients = pde_coefficients(maps, config)
         step = lambda h, h_prev: pde_step(coefficients, h, h_prev, f, config)
     if config.K == 1:
         return step(h, h_prev)
     # A loop, as the compiler would compute the chain of unrolled steps many times over.
-    body = lambda carry, _: ((step(*carry), carry[0]), None)
-    (h, _), _ = jax.lax.scan(jax.checkpoint(body) if config.remat else body, (h, h_prev), length=config.K)
+    (h, _), _ = jax.lax.scan(lambda carry, _: ((step(*carry), carry[0]), None), (h, h_prev), length=config.K)
     return h
 
 
@@ -306,10 +298,102 @@ def limit_velocity(maps: PdeMaps, config: PdeConfig) -> tuple[jax.Array, jax.Arr
     return scale * u, scale * v
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _fused(fields: Any, h: jax.Array, h_prev: jax.Array, f: jax.Array | None, config: PdeConfig, numbers: Any) -> Any:
+    """K steps from the maps; ``fields`` are those that are arrays, ``numbers`` the diffusivities that are not."""
+    return _states(fields, h, h_prev, f, config, numbers)[0]
+
+
+def _states(
+    fields: Any, h: jax.Array, h_prev: jax.Array, f: jax.Array | None, config: PdeConfig, numbers: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The last map, the one before it, and for each step the map before its first."""
+    maps = _with_numbers(fields, numbers)
+
+    def body(carry: Any, _: None) -> Any:
+        h, h_prev = _held(carry)
+        return (_fused_step(maps, h, h_prev, f, config), h), h_prev
+
+    (last, h), before = jax.lax.scan(body, (h, h_prev), length=config.K, unroll=_unroll(config))
+    return last, h, before
+
+
+def _fused_step(maps: PdeMaps, h: Any, h_prev: Any, f: Any, config: PdeConfig) -> jax.Array:
+    up, down, left, right = _around(h, config)
+    dt, (Bx, By) = config.dt, _spreads(maps, config)
+    out = (1 - 2 * Bx - 2 * By) * h_prev + 2 * dt * h * _divergence(maps.u, maps.v, config)
+    out += 2 * Bx * (up + down) + maps.u * (dt / config.dx) * (down - up)
+    out += 2 * By * (left + right) + maps.v * (dt / config.dy) * (right - left)
+    return (out if f is None else out + 2 * dt * f) / (1 + 2 * Bx + 2 * By)
+
+
+def _fused_forward(
+    fields: Any, h: jax.Array, h_prev: jax.Array, f: jax.Array | None, config: PdeConfig, numbers: Any
+) -> Any:
+    last, *kept = _states(fields, h, h_prev, f, config, numbers)
+    return last, (fields, last, *kept, f is None)
+
+
+def _fused_backward(config: PdeConfig, numbers: Any, saved: Any, grad: jax.Array) -> Any:
+    fields, last, h, before, no_source = saved
+    maps, kinds = _with_numbers(fields, numbers), (True, True, *(number is None for number in numbers))
+
+    def body(carry: Any, h_prev: jax.Array) -> Any:
+        # grad is of the step's result; waiting, what the step after it gave back to its first map.
+        grad, waiting, after, h, totals = _held(carry)
+        to_maps, to_h, to_prev, to_f = _step_backward(maps, (h, h_prev, after), grad, config)
+        found = [*itertools.compress(to_maps, kinds), to_f]
+        totals = [total + one for total, one in zip(totals, found, strict=True)]
+        return (waiting + to_h, to_prev, h, h_prev, totals), None
+
+    nothing = jnp.zeros_like(grad)
+    start = (grad, nothing, last, h, [nothing] * (len(fields) + 1))
+    (to_h, to_prev, *_, totals), _ = jax.lax.scan(body, start, before, reverse=True, unroll=_unroll(config))
+    return tuple(totals[:-1]), to_h, to_prev, None if no_source else totals[-1]
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _step_backward(maps: PdeMaps, states: Any, grad: jax.Array, config: PdeConfig) -> Any:
+    """Gradients in the four maps, in h, in h_prev and in the source, from that in the step's result."""
+    h, h_prev, after = states
+    dt, dx, dy, border = config.dt, config.dx, config.dy, config.border
+    Bx, By = _spreads(maps, config)
+    up, down, left, right = _around(h, config)
+    g = _held(grad / (1 + 2 * Bx + 2 * By))
+    hg, Ax, Ay = _held((h * g * dt, maps.u * (dt / dx), maps.v * (dt / dy)))
+    both = h_prev + after
+    to_u = g * (down - up) * (dt / dx) + _returned(-hg, hg, dx, _ROWS, border, odd=True) / dx
+    to_v = g * (right - left) * (dt / dy) + _returned(-hg, hg, dy, _COLUMNS, border, odd=True) / dy
+    to_Dx = 2 * g * (up + down - both) * (dt / dx**2)
+    to_Dy = 2 * g * (left + right - both) * (dt / dy**2)
+    parts = _held(((2 * Bx - Ax) * g, (2 * Bx + Ax) * g, (2 * By - Ay) * g, (2 * By + Ay) * g))
+    to_h = 2 * dt * g * _divergence(maps.u, maps.v, config)
+    to_h += _returned(parts[0], parts[1], dx, _ROWS, border) + _returned(parts[2], parts[3], dy, _COLUMNS, border)
+    return (to_u, to_v, to_Dx, to_Dy), to_h, (1 - 2 * Bx - 2 * By) * g, 2 * dt * g
+
+
+def _spreads(maps: PdeMaps, config: PdeConfig) -> tuple[Any, Any]:
+    """``Bx`` and ``By``."""
+    return maps.Dx * (config.dt / config.dx**2), maps.Dy * (config.dt / config.dy**2)
+
+
+def _with_numbers(fields: Any, numbers: Any) -> PdeMaps:
+    arrays = iter(fields)
+    return PdeMaps(*(next(arrays) if number is None else number for number in (None, None, *numbers)))
+
+
+def _unroll(config: PdeConfig) -> int:
+    """Steps in the body of the loop: on CPUs all, as loops copy their state and ``_held`` keeps the steps apart."""
+    return min(config.K, _UNROLLED_STEPS) if jax.default_backend() == "cpu" else 1
+
+
 def _implicit_step(maps: PdeMaps, h: jax.Array, f: jax.Array | None, config: PdeConfig) -> jax.Array:
     """One step with explicit advection and implicit diffusion."""
-    change = _advection(maps.u, h, config.dx, _ROWS, config.border)
-    change += _advection(maps.v, h, config.dy, _COLUMNS, config.border)
+    up, down, left, right = _around(h, config)
+    change = maps.u * (down - up) / (2 * config.dx) + maps.v * (right - left) / (2 * config.dy)
+    change += h * _divergence(maps.u, maps.v, config)
     h = h + config.dt * (change if f is None else change + f)
     rows, columns = h.shape[_ROWS], h.shape[_COLUMNS]
     decay = lambda n, d: _laplacian_values(n, d, config.border)
@@ -324,28 +408,57 @@ def _implicit_step(maps: PdeMaps, h: jax.Array, f: jax.Array | None, config: Pde
     return jnp.fft.irfftn(waves * factor[..., : columns // 2 + 1, :], (rows, columns), axes)
 
 
-def _advection(velocity: Any, h: jax.Array, distance: int, axis: int, border: str) -> jax.Array:
-    """``v grad h + h grad v`` along one axis."""
-    slope = lambda z, odd: _shifted(z, -distance, axis, border, odd) - _shifted(z, distance, axis, border, odd)
-    return (velocity * slope(h, False) + h * slope(velocity, True)) / (2 * distance)
-
-
 def _laplacian_values(n: int, distance: int, border: str) -> np.ndarray:
     """What minus the second difference makes of the waves of a transform of n points, in its order."""
     angles = np.arange(n) * (math.pi if border == "reflect" else 2 * math.pi) / n
     return 2 * (1 - np.cos(angles * distance)) / distance**2
 
 
-def _shifted(z: Any, by: int, axis: int, border: str, odd: bool = False) -> jax.Array:
-    """``z[i - by]`` along an axis; behind a wall lies the mirror image, negative if ``odd``."""
+def _around(h: Any, config: PdeConfig) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The neighbours above, below, to the left and to the right of every pixel."""
+    above_below = _neighbours(h, config.dx, _ROWS, config.border)
+    return (*above_below, *_neighbours(h, config.dy, _COLUMNS, config.border))
+
+
+def _divergence(u: Any, v: Any, config: PdeConfig) -> jax.Array:
+    up, down = _neighbours(u, config.dx, _ROWS, config.border, odd=True)
+    left, right = _neighbours(v, config.dy, _COLUMNS, config.border, odd=True)
+    return (down - up) / (2 * config.dx) + (right - left) / (2 * config.dy)
+
+
+def _neighbours(z: Any, by: int, axis: int, border: str, odd: bool = False) -> tuple[jax.Array, jax.Array]:
+    """``z[i - by]`` and ``z[i + by]`` along an axis; behind a wall lies the mirror image, negative if ``odd``."""
+    z = jnp.asarray(z)
+    n, axis = z.shape[axis], axis % z.ndim
+    first, last = _cut(z, 0, by, axis), _cut(z, n - by, n, axis)
+    before, after = (last, first) if border == "periodic" else (_mirror(first, axis, odd), _mirror(last, axis, odd))
+    around = _held(jnp.concatenate([before, z, after], axis))
+    return _cut(around, 0, n, axis), _cut(around, 2 * by, 2 * by + n, axis)
+
+
+def _returned(above: Any, below: Any, by: int, axis: int, border: str, odd: bool = False) -> jax.Array:
+    """The transpose of ``_neighbours``: what comes back to z from its two results."""
+    n, axis = above.shape[axis], axis % above.ndim
     if border == "periodic":
-        return jnp.roll(z, by, axis)
-    n, width = z.shape[axis], abs(by)
-    cut = functools.partial(jax.lax.slice_in_dim, z, axis=axis % z.ndim)
-    first, last = (0, width) if by > 0 else (n - width, n)
-    mirror = jnp.flip(cut(first, last), axis)
-    parts = [-mirror if odd else mirror, cut(0, n - width) if by > 0 else cut(width, n)]
-    return jnp.concatenate(parts if by > 0 else parts[::-1], axis)
+        before, after = _cut(below, n - by, n, axis), _cut(above, 0, by, axis)
+    else:
+        before, after = _mirror(_cut(above, 0, by, axis), axis, odd), _mirror(_cut(below, n - by, n, axis), axis, odd)
+    from_above = _held(jnp.concatenate([above, after], axis))
+    from_below = _held(jnp.concatenate([before, below], axis))
+    return _cut(from_above, by, by + n, axis) + _cut(from_below, 0, n, axis)
+
+
+def _cut(z: jax.Array, first: int, last: int, axis: int) -> jax.Array:
+    return jax.lax.slice_in_dim(z, first, last, axis=axis)
+
+
+def _mirror(z: jax.Array, axis: int, odd: bool) -> jax.Array:
+    return -jnp.flip(z, axis) if odd else jnp.flip(z, axis)
+
+
+def _held(value: Any) -> Any:
+    """On CPUs, arrays that are computed once and kept; the compiler would compute them for every reader."""
+    return jax.lax.optimization_barrier(value) if jax.default_backend() == "cpu" else value
 
 
 def _checked(maps: PdeMaps, config: PdeConfig) -> tuple[Any, Any, Any, Any]:
