@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 from effjax.core.depthwise import depthwise_conv
 from effjax.core.errors import check_choice, check_number
-from effjax.models.layers import ACTIVATIONS, Images
-from effjax.vision.pde import PdeConfig, PdeMaps, pde_solve
+from effjax.models.layers import ACTIVATIONS, Images, check_images
+from effjax.vision.pde import PdeConfig, PdeMaps, held, pde_solve
 
 __all__ = ["FieldMaps", "GlobalLayer", "global_layer"]
 
@@ -185,7 +185,7 @@ class _MapConv(nn.Module):
         y = jnp.asarray(g).astype(self.dtype)
         if self.kind in ("depthwise", "separable"):
             weight = self._weight("kernel", self.kernel, 1, y.shape[-1])
-            y = depthwise_conv(y, weight, padding=self.kernel // 2, impl=self.impl)
+            y = held(depthwise_conv(held(y), weight, padding=self.kernel // 2, impl=self.impl))
         if self.kind in ("separable", "pointwise"):
             y = y @ self._weight("pointwise", 1, y.shape[-1], self.features)[0, 0]
         if self.kind == "full":
@@ -231,6 +231,7 @@ class GlobalLayer(nn.Module):
     Raises:
       ValueError: features or strides that ``init_fn`` would have to change and is not there to, an unknown choice, or
         what ``pde_solve`` refuses.
+      TypeError: images of integers.
 
     Example:
       >>> layer = GlobalLayer(8, pde=PdeConfig(K=2))
@@ -258,7 +259,7 @@ class GlobalLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Images, train: bool = False) -> jax.Array:
         made = {"norm": self.norm, "dtype": self.dtype}
-        x = jnp.asarray(x).astype(self.dtype)
+        x = check_images(x).astype(self.dtype)
         init = None
         if self.init_fn is not None:
             block = self.init_fn(self.features, strides=self.strides, **made, name="init_fn")

@@ -214,6 +214,7 @@ def pde_solve(
     Raises:
       ValueError: arrays of different shapes, a stencil wider than the maps, negative diffusivities given as numbers,
         or for the implicit scheme diffusivities that are maps, or an ``h_prev``.
+      TypeError: an ``h`` of integers.
 
     Example:
       >>> still, h = jnp.zeros((2, 8, 8, 3)), jnp.ones((2, 8, 8, 3))
@@ -226,6 +227,8 @@ def pde_solve(
     for name, array in (("h", h), ("h_prev", h_prev), ("f", f)):
         if array is not None:
             check_shape(name, array, shape, "It must have the shape of the maps.")
+    if not jnp.issubdtype(jnp.asarray(h).dtype, jnp.floating):
+        raise TypeError(f"h has dtype {jnp.asarray(h).dtype}; the equation is of floats. Scale images and cast them.")
     if config.scheme == "implicit":
         _check_implicit(maps, h_prev)
     if config.K == 0:
@@ -311,7 +314,7 @@ def _states(
     maps = _with_numbers(fields, numbers)
 
     def body(carry: Any, _: None) -> Any:
-        h, h_prev = _held(carry)
+        h, h_prev = held(carry)
         return (_fused_step(maps, h, h_prev, f, config), h), h_prev
 
     (last, h), before = jax.lax.scan(body, (h, h_prev), length=config.K, unroll=_unroll(config))
@@ -340,7 +343,7 @@ def _fused_backward(config: PdeConfig, numbers: Any, saved: Any, grad: jax.Array
 
     def body(carry: Any, h_prev: jax.Array) -> Any:
         # grad is of the step's result; waiting, what the step after it gave back to its first map.
-        grad, waiting, after, h, totals = _held(carry)
+        grad, waiting, after, h, totals = held(carry)
         to_maps, to_h, to_prev, to_f = _step_backward(maps, (h, h_prev, after), grad, config)
         found = [*itertools.compress(to_maps, kinds), to_f]
         totals = [total + one for total, one in zip(totals, found, strict=True)]
@@ -361,14 +364,14 @@ def _step_backward(maps: PdeMaps, states: Any, grad: jax.Array, config: PdeConfi
     dt, dx, dy, border = config.dt, config.dx, config.dy, config.border
     Bx, By = _spreads(maps, config)
     up, down, left, right = _around(h, config)
-    g = _held(grad / (1 + 2 * Bx + 2 * By))
-    hg, Ax, Ay = _held((h * g * dt, maps.u * (dt / dx), maps.v * (dt / dy)))
+    g = held(grad / (1 + 2 * Bx + 2 * By))
+    hg, Ax, Ay = held((h * g * dt, maps.u * (dt / dx), maps.v * (dt / dy)))
     both = h_prev + after
     to_u = g * (down - up) * (dt / dx) + _returned(-hg, hg, dx, _ROWS, border, odd=True) / dx
     to_v = g * (right - left) * (dt / dy) + _returned(-hg, hg, dy, _COLUMNS, border, odd=True) / dy
     to_Dx = 2 * g * (up + down - both) * (dt / dx**2)
     to_Dy = 2 * g * (left + right - both) * (dt / dy**2)
-    parts = _held(((2 * Bx - Ax) * g, (2 * Bx + Ax) * g, (2 * By - Ay) * g, (2 * By + Ay) * g))
+    parts = held(((2 * Bx - Ax) * g, (2 * Bx + Ax) * g, (2 * By - Ay) * g, (2 * By + Ay) * g))
     to_h = 2 * dt * g * _divergence(maps.u, maps.v, config)
     to_h += _returned(parts[0], parts[1], dx, _ROWS, border) + _returned(parts[2], parts[3], dy, _COLUMNS, border)
     return (to_u, to_v, to_Dx, to_Dy), to_h, (1 - 2 * Bx - 2 * By) * g, 2 * dt * g
@@ -385,7 +388,7 @@ def _with_numbers(fields: Any, numbers: Any) -> PdeMaps:
 
 
 def _unroll(config: PdeConfig) -> int:
-    """Steps in the body of the loop: on CPUs all, as loops copy their state and ``_held`` keeps the steps apart."""
+    """Steps in the body of the loop: on CPUs all, as loops copy their state and ``held`` keeps the steps apart."""
     return min(config.K, _UNROLLED_STEPS) if jax.default_backend() == "cpu" else 1
 
 
@@ -432,7 +435,7 @@ def _neighbours(z: Any, by: int, axis: int, border: str, odd: bool = False) -> t
     n, axis = z.shape[axis], axis % z.ndim
     first, last = _cut(z, 0, by, axis), _cut(z, n - by, n, axis)
     before, after = (last, first) if border == "periodic" else (_mirror(first, axis, odd), _mirror(last, axis, odd))
-    around = _held(jnp.concatenate([before, z, after], axis))
+    around = held(jnp.concatenate([before, z, after], axis))
     return _cut(around, 0, n, axis), _cut(around, 2 * by, 2 * by + n, axis)
 
 
@@ -443,8 +446,8 @@ def _returned(above: Any, below: Any, by: int, axis: int, border: str, odd: bool
         before, after = _cut(below, n - by, n, axis), _cut(above, 0, by, axis)
     else:
         before, after = _mirror(_cut(above, 0, by, axis), axis, odd), _mirror(_cut(below, n - by, n, axis), axis, odd)
-    from_above = _held(jnp.concatenate([above, after], axis))
-    from_below = _held(jnp.concatenate([before, below], axis))
+    from_above = held(jnp.concatenate([above, after], axis))
+    from_below = held(jnp.concatenate([before, below], axis))
     return _cut(from_above, by, by + n, axis) + _cut(from_below, 0, n, axis)
 
 
@@ -456,7 +459,7 @@ def _mirror(z: jax.Array, axis: int, odd: bool) -> jax.Array:
     return -jnp.flip(z, axis) if odd else jnp.flip(z, axis)
 
 
-def _held(value: Any) -> Any:
+def held(value: Any) -> Any:
     """On CPUs, arrays that are computed once and kept; the compiler would compute them for every reader."""
     return jax.lax.optimization_barrier(value) if jax.default_backend() == "cpu" else value
 

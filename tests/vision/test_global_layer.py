@@ -83,7 +83,7 @@ def flattened(tree):
 
 
 def renamed(flat, pointwise):
-    """``_MapConv`` calls the kernel of a 1x1 convolution by its own name."""
+    """``FieldMaps`` calls the kernel of a 1x1 convolution by its own name."""
     swap = lambda path: path.replace("kernel", "pointwise") if path.startswith(pointwise) else path
     return {swap(path): value for path, value in flat.items()}
 
@@ -363,6 +363,12 @@ BAD = {
     "no block": (lambda: resnet_global(0), r"blocks=0 must be an integer in \[1"),
     "name": (lambda: mobilenet_global("mobilenet_v3"), r"or 'mobilenet_v3_large'\?"),
 }
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_images_of_integers_are_refused(dtype):
+    with pytest.raises(TypeError, match="x has dtype uint"):
+        start(GlobalLayer(3), X.astype(dtype))
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -3,10 +3,12 @@
 import functools
 from pathlib import Path
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from effjax.vision.pde import PdeConfig, PdeMaps, limit_velocity, pde_coefficients, pde_solve, pde_step
 
@@ -319,6 +321,28 @@ def test_no_step_returns_the_map_and_an_empty_batch_stays_one():
     assert solve(*empty, THREE).shape == (0, 6, 6, 3)
 
 
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(st.data())
+def test_shapes_fit_or_are_refused(data):
+    batch, sizes = data.draw(st.integers(0, 2)), data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    steps = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    border, K = data.draw(st.sampled_from(["periodic", "reflect"])), data.draw(st.sampled_from([0, 1]))
+    config = PdeConfig(K=K, dx=steps[0], dy=steps[1], border=border)
+    map_ = jax.ShapeDtypeStruct((batch, *sizes, 2), jnp.float32)
+    run = lambda u, v, h: pde_solve(PdeMaps(u, v, 1.0, 1.0), h, config=config)
+    if all(step < max(size, 2) for step, size in zip(steps, sizes, strict=True)):
+        assert jax.eval_shape(run, map_, map_, map_).shape == map_.shape
+    else:
+        with pytest.raises(ValueError, match="must be below the"):
+            jax.eval_shape(run, map_, map_, map_)
+
+
+def test_one_pixel_is_a_map():
+    one = np.full((1, 1, 1, 2), 3.0)
+    out = solve(PdeMaps(0.5 * one, one, one, one), one, one, one, PdeConfig(K=1, dt=0.1))
+    close(out, one + 0.2 * one / (1 + 4 * 0.1 * one))
+
+
 BAD = {
     "h shape": (lambda m, h: pde_solve(m, h[:1]), r"h has shape \(1, 6, 6, 3\); expected \(2, 6, 6, 3\)"),
     "f would broadcast": (lambda m, h: pde_solve(m, h, None, h[:, :1]), r"f has shape \(2, 1, 6, 3\)"),
@@ -332,6 +356,7 @@ BAD = {
     "border": (lambda m, h: PdeConfig(border="reflecting"), r"border='reflecting'.*Did you mean 'reflect'"),
     "idle form": (lambda m, h: PdeConfig(form="factors", scheme="implicit"), r"has no factors"),
     "implicit maps": (lambda m, h: pde_solve(m, h, config=PdeConfig(scheme="implicit")), r"takes numbers for maps.Dx"),
+    "integers": (lambda m, h: pde_solve(m, np.ones(SHAPE, np.uint8)), r"h has dtype uint8; the equation is of floats"),
     "implicit past": (
         lambda m, h: pde_solve(m._replace(Dx=1.0, Dy=1.0), h, h, config=PdeConfig(scheme="implicit")),
         r"Leave h_prev out",
@@ -343,5 +368,5 @@ BAD = {
 def test_bad_input(case):
     call, message = BAD[case]
     maps, h, _, _ = drawn()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(TypeError if case == "integers" else ValueError, match=message):
         call(maps, h)
