@@ -25,7 +25,6 @@ cpu = GlobalLayerStudy(
     tasks=("cifar10",),
     shrink=2,
     widths=(8, 16, 32, 32),
-    deep_blocks=3,
     train_rows=5000,
     test_rows=2000,
     batch_size=64,
@@ -35,7 +34,7 @@ cpu = GlobalLayerStudy(
     arms=(*FOUR, "depthwise"),
 )
 """effjax compare global_layer (= global_layer:cpu). Two CPU cores, about ten minutes; needs CIFAR-10 (EFFJAX_DATA or a
-hub). CIFAR-10 at 16 x 16, networks of half the width, ResNet-20 in place of ResNet-32. A check that everything learns,
+hub). CIFAR-10 at 16 x 16, networks of half the width. A check that everything learns,
 with its costs: a run this short says nothing of the accuracies that the networks reach."""
 
 speed = GlobalLayerStudy(
