@@ -144,6 +144,13 @@ METHODS: dict[str, Method] = {
             paper="Kag, Saligrama 2021, ICML (PMLR 139:5189-5200)",
         ),
         Method(
+            stem="global_layer",
+            summary="Global layer: an advection-diffusion equation in place of the blocks that widen the view",
+            modules=("effjax.vision.global_layer", "effjax.vision.pde", "effjax.vision.global_nets"),
+            kind="Flax module and pure functions",
+            paper="Kag, Saligrama 2022, CVPR (pp. 610-619)",
+        ),
+        Method(
             stem="fastrain",
             summary="fast and accurate self-training of graph neural networks",
             modules=(

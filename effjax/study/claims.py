@@ -22,6 +22,8 @@ COST_WORDS = {
     "compile_s": "compile time",
     "compiles": "number of executables",
     "tokens": "number of tokens",
+    "inference_call_ms": "time of an inference call",
+    "inference_macs_per_example": "number of multiply-adds of an inference",
 }
 METRIC_WORDS = {
     "processed_tokens": "number of processed tokens",

@@ -1,0 +1,12 @@
+from .global_layer import FieldMaps as FieldMaps
+from .global_layer import GlobalLayer as GlobalLayer
+from .global_nets import global_inverted_residual as global_inverted_residual
+from .global_nets import mobilenet_global as mobilenet_global
+from .global_nets import resnet_global as resnet_global
+from .pde import PdeCoefficients as PdeCoefficients
+from .pde import PdeConfig as PdeConfig
+from .pde import PdeMaps as PdeMaps
+from .pde import limit_velocity as limit_velocity
+from .pde import pde_coefficients as pde_coefficients
+from .pde import pde_solve as pde_solve
+from .pde import pde_step as pde_step

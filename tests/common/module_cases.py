@@ -23,6 +23,8 @@ from effjax.models.sequence_rivals import FastRNNCell
 from effjax.recurrent.fixed_point import EquilibriumRNN
 from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNNCell
+from effjax.vision.global_layer import GlobalLayer
+from effjax.vision.pde import PdeConfig
 
 
 class ModuleCase(NamedTuple):
@@ -145,6 +147,12 @@ CASES: dict[str, ModuleCase] = {
     ),
     "tarnn": ModuleCase(
         "tarnn", lambda dtype: nn.RNN(TARNNCell(4, length=5, dtype=dtype)), sequences, evaluate={}, train={}
+    ),
+    "global_layer": ModuleCase(
+        "global_layer",
+        lambda dtype: GlobalLayer(3, pde=PdeConfig(K=2), diffusivity=(1.0, 0.5), dtype=dtype),
+        functools.partial(images, size=4),
+        ("params", "batch_stats"),
     ),
     "hybrid-router": ModuleCase("hybrid", lambda dtype: Router((8,), (4,), dtype=dtype), classified),
     "fastrnn": ModuleCase(

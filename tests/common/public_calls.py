@@ -14,6 +14,7 @@ import optax
 from small_graph import write_small_cora
 
 import effjax
+from effjax.data.augment import random_crop_flip
 from effjax.data.bucket_sampler import BucketSampler
 from effjax.data.pipeline import batches
 from effjax.data.sequences import sequence_data
@@ -21,6 +22,8 @@ from effjax.finetune.chain import cola_init, cola_merge, cola_next, cola_value_a
 from effjax.finetune.chain_config import ColaConfig
 from effjax.finetune.lora import LoraRule, lora_apply
 from effjax.models.mlp import MLP
+from effjax.models.residual_blocks import BasicBlock
+from effjax.models.resnet import ResNet
 from effjax.models.sequence import LSTMCell
 from effjax.models.sequence_network import SequenceNetwork, step_network
 from effjax.optim.batch_size import scale_by_batch_size
@@ -37,9 +40,11 @@ from effjax.study.resolve import resolve
 from effjax.tasks.image import image_task
 from effjax.tasks.sequence import sequence_task
 from effjax.tasks.text import text_task
+from effjax.train.loaders import column_loader
 from effjax.train.loop import fit
 from effjax.train.trainer import supervised
 from effjax.transformers.token_drop import token_drop_columns, vocabulary_stop_ids
+from effjax.vision.global_layer import GlobalLayer
 
 KEY = jax.random.key(0)
 
@@ -186,6 +191,21 @@ def irnn_layer():
 
 def tarnn_layer():
     return _layer(TARNN(4, variant="euler", length=12), "tarnn", "tarnn-euler")
+
+
+def global_layer_net():
+    words = ("--tasks", "digits", "--shrink", 1, "--widths", 3, "--batch-size", 8, "--train-rows", 64)
+    words += ("--test-rows", 8, "--inference-batch", 8, "--budget.amount", 3, "--budget.unit", "steps")
+    program, state = arm("global_layer", "digits/global", *words)
+
+    block = functools.partial(BasicBlock, shortcut="project")
+    model = ResNet(stages=((block, GlobalLayer),), widths=(3,), classes=10)
+    task = image_task("digits", model, train_rows=64, test_rows=8)
+    crop = lambda batch, index, rng: {**batch, "image": random_crop_flip(batch["image"], rng, padding=1)}
+    rate = optax.warmup_cosine_decay_schedule(0.1 / 25, 0.1, 1, 3)
+    tx = optax.chain(optax.identity(), optax.add_decayed_weights(6e-5), optax.sgd(rate, 0.9, nesterov=True))
+    trained = fit(supervised(task, tx, steps=3, loader=column_loader(task.train, 8, transform=crop)), 0).state
+    return trained.variables, program.params(state)
 
 
 def fptt_loop():
@@ -359,6 +379,7 @@ CASES = {
     "irnn": irnn_layer,
     "tarnn": tarnn_layer,
     "fptt": fptt_loop,
+    "global_layer": global_layer_net,
     "fastrain": fastrain_call,
     "disk": disk_call,
     "geeni": geeni_call,

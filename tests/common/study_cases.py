@@ -12,6 +12,11 @@ _FEW_IMAGES = [
     *("--joint-errors", "0.2", "--prices", "0", "30"),
 ]
 
+_FEW_MAPS = [
+    *("--tasks", "digits", "--shrink", "1", "--widths", "3", "--deep-blocks", "1", "--batch-size", "8"),
+    *("--inference-batch", "8", "--train-rows", "64", "--test-rows", "40"),
+]
+
 # Words that make the smoke preset a few seconds' work without losing an arm kind.
 TINY = {
     "samuel": [
@@ -40,6 +45,9 @@ TINY = {
     ],
     "irnn": [*_FEW_SEQUENCES, "--arms", "lstm", "irnn", "irnn-shared", "--budget.amount", "40", "--seeds", "0", "1"],
     "tarnn": [*_FEW_SEQUENCES, "--arms", "lstm", "tarnn-euler", "--budget.amount", "40", "--seeds", "0", "1"],
+    "global_layer": [
+        *(*_FEW_MAPS, "--arms", "shallow", "global", "--budget.amount", "2", "--seeds", "0", "1"),
+    ],
     "fastrain": [
         *(
             "--arms",
@@ -96,6 +104,7 @@ PAPER = {
     ],
     "irnn": [*_FEW_SEQUENCES, "--budget.amount", "1"],
     "tarnn": [*_FEW_SEQUENCES, "--budget.amount", "1"],
+    "global_layer": [*_FEW_MAPS, "--budget.amount", "4", "--budget.unit", "steps"],
     "fastrain": [
         *("--tasks", "cora", "--per-class", "2", "--seeds", "0", "--hidden", "8", "--epochs-per-step", "2"),
         *("--budget.amount", "4", "--budget.unit", "steps", "--calibration-epochs", "2", "--samples", "2"),
@@ -127,6 +136,7 @@ PAPER_ARMS = {
     "fptt": ["digits-permuted-torch-lstm-8/bptt", "tiny_shakespeare-chars-24-torch-lstm-8/fptt-0.1"],
     "irnn": ["noisy-digits-12/irnn-3", "noisy-digits-12/chrono-lstm"],
     "tarnn": ["noisy-digits-12/tarnn-convex", "noisy-digits-12/lru-4"],
+    "global_layer": ["digits/global-many", "digits/implicit"],
     "fastrain": ["cora-2/fastrain"],
     "disk": ["digits-resnet-4-8/kd", "digits-resnet-4-8/disk-separate", "digits-resnet-4-8/disk-paper"],
     "geeni": ["cora/geeni-learned", "cora/single", "cora/distilled"],
@@ -144,6 +154,7 @@ RESUMED = {
     "fptt": "digits-permuted-lstm-8/fptt-epochs",
     "irnn": "noisy-digits-12/irnn",
     "tarnn": "noisy-digits-12/tarnn-euler",
+    "global_layer": "digits/global",
     "fastrain": "cora-8/fastrain-plateau",
     "disk": "digits-mlp-4/disk-separate",
     "geeni": "cora/geeni-learned",

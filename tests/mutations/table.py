@@ -569,6 +569,49 @@ MUTATIONS = (
         'names = ("conv_dw", "conv_pw", "conv_pwl") if block.expands',
         ("models/test_image_models.py",),
     ),
+    # global_layer
+    Mutation(
+        "global-layer-advection-sign",
+        "sign",
+        "up=(2 * Bx - Ax) / spread,",
+        "up=(2 * Bx + Ax) / spread,",
+        ("vision/test_pde.py",),
+    ),
+    Mutation(
+        "global-layer-wall-lets-through",
+        "sign",
+        "return -jnp.flip(z, axis) if odd else jnp.flip(z, axis)",
+        "return jnp.flip(z, axis)",
+        ("vision/test_pde.py",),
+    ),
+    Mutation(
+        "global-layer-gradient-of-divergence",
+        "dropped term",
+        "to_h = 2 * dt * g * _divergence(maps.u, maps.v, config)",
+        "to_h = 0 * g",
+        ("vision/test_pde.py", "vision/test_global_layer.py"),
+    ),
+    Mutation(
+        "global-layer-bound-of-one-axis",
+        "wrong formula",
+        "share * (Bx + By), (jnp.abs(Ax)",
+        "share * Bx, (jnp.abs(Ax)",
+        ("vision/test_pde.py",),
+    ),
+    Mutation(
+        "global-layer-epsilon",
+        "wrong constant",
+        "epsilon = float(self.features)",
+        "epsilon = 1e-5",
+        ("vision/test_global_layer.py",),
+    ),
+    Mutation(
+        "global-layer-starts-at-rest",
+        "swapped",
+        'before = None if previous == "init"',
+        'before = None if previous == "source"',
+        ("vision/test_global_layer.py",),
+    ),
     # study
     Mutation(
         "arm-of-another-config-taken-over",
