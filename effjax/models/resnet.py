@@ -33,6 +33,7 @@ class BasicBlock(nn.Module):
       norm: ``"batch"``, ``"group"`` or ``"none"``.
       shortcut: where the shape changes, ``"pad"`` (option A: every ``strides``-th pixel, channels
         zero-padded on both sides; no parameters) or ``"project"`` (option B: 1x1 convolution + norm).
+      skip: False for ``norm2(...)`` alone, without the shortcut and the last relu.
       dtype: compute dtype; parameters and statistics are float32.
 
     Returns:
@@ -53,6 +54,7 @@ class BasicBlock(nn.Module):
     strides: int = 1
     norm: str = "batch"
     shortcut: str = "pad"
+    skip: bool = True
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -66,6 +68,8 @@ class BasicBlock(nn.Module):
         y = nn.relu(norm(name="norm1")(y))
         y = conv((3, 3), padding=1, name="conv2")(y)
         y = norm(name="norm2")(y)
+        if not self.skip:
+            return y
         if self.shortcut == "pad":
             x = _pad_shortcut(x, self.features, self.strides)
         elif x.shape != y.shape:
