@@ -11,16 +11,23 @@ from jax.typing import DTypeLike
 
 from effjax.core.errors import check_number
 from effjax.core.tree import wide
-from effjax.models.layers import DepthwiseConv, Images, activation_of, call, check_images, norm_layer, pads
+from effjax.models.layers import (
+    DepthwiseConv,
+    Images,
+    Pointwise,
+    activation_of,
+    call,
+    check_images,
+    fan_out,
+    norm_layer,
+    pads,
+)
 
 __all__ = ["BlockRow", "InvertedResidual", "InvertedResidualNet"]
 
 # (features, strides=, hidden=, kernel=, squeeze=, activation=, norm=, dtype=, name=) -> a module called as
 # module(x, train).
 BlockFactory = Callable[..., nn.Module]
-
-_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
 
 class SqueezeExcite(nn.Module):
     """Channels weighted by their means over the image (Hu et al. 2018).
@@ -48,10 +55,11 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images) -> jax.Array:
+        x = jnp.asarray(x)
         inner, gate = (nn.silu, nn.sigmoid) if self.activation == "silu" else (nn.relu, nn.hard_sigmoid)
         dense = functools.partial(nn.Dense, dtype=self.dtype)
-        y = inner(dense(self.channels, kernel_init=_fan_out, name="reduce")(x.mean((1, 2))))
-        y = gate(dense(x.shape[-1], kernel_init=_fan_out, name="expand")(y))
+        y = inner(dense(self.channels, kernel_init=fan_out, name="reduce")(x.mean((1, 2))))
+        y = gate(dense(x.shape[-1], kernel_init=fan_out, name="expand")(y))
         return x * y[:, None, None, :]
 
 
@@ -107,10 +115,8 @@ class InvertedResidual(nn.Module):
         act = activation_of(self.activation)
         norm = functools.partial(norm_layer, self.norm, train=train, dtype=self.dtype)
         biased = self.norm == "none"
-        pointwise = functools.partial(
-            nn.Conv, kernel_size=(1, 1), use_bias=biased, kernel_init=_fan_out, dtype=self.dtype
-        )
-        y = x
+        pointwise = functools.partial(Pointwise, use_bias=biased, dtype=self.dtype)
+        x = y = jnp.asarray(x)
         if self.hidden != x.shape[-1]:
             y = act(norm(self.hidden, name="expand_norm")(pointwise(self.hidden, name="expand")(y)))
         y = DepthwiseConv(
@@ -209,9 +215,20 @@ class InvertedResidualNet(nn.Module):
         self, x: Images, *, train: bool = False, capture: bool = False
     ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
         act = activation_of(self.activation)
-        x = check_images(x).astype(self.dtype)
-        out = {"stem": self._conv(x, self.stem, 3, self.stem_strides, train, "stem")}
-        x = out["stem"]
+        norm = functools.partial(norm_layer, self.norm, train=train, dtype=self.dtype)
+        biased = self.norm == "none"
+        x = nn.Conv(
+            self.stem,
+            (3, 3),
+            self.stem_strides,
+            padding=pads(self.padding, 3),
+            use_bias=biased,
+            kernel_init=fan_out,
+            dtype=self.dtype,
+            name="stem_conv",
+        )(check_images(x).astype(self.dtype))
+        x = act(norm(self.stem, name="stem_norm")(x))
+        out = {"stem": x}
         for index, rows in enumerate(self.stages, start=1):
             for position, row in enumerate(rows):
                 sizes = row._asdict()
@@ -226,24 +243,11 @@ class InvertedResidualNet(nn.Module):
                 x = call(block, x, train, remat=self.remat)
             out[f"stage{index}"] = x
         if self.last:
-            out["last"] = x = self._conv(x, self.last, 1, 1, train, "last")
+            x = Pointwise(self.last, use_bias=biased, dtype=self.dtype, name="last_conv")(x)
+            out["last"] = x = act(norm(self.last, name="last_norm")(x))
         out["pooled"] = x = x.mean((1, 2))
         if self.dense:
             x = act(nn.Dense(self.dense, dtype=self.dtype, name="dense")(x))
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         logits = wide(nn.Dense(self.classes, dtype=self.dtype, name="head")(x))
         return (logits, out) if capture else logits
-
-    def _conv(self, x: jax.Array, channels: int, kernel: int, strides: int, train: bool, name: str) -> jax.Array:
-        x = nn.Conv(
-            channels,
-            (kernel, kernel),
-            strides,
-            padding=pads(self.padding, kernel),
-            use_bias=self.norm == "none",
-            kernel_init=_fan_out,
-            dtype=self.dtype,
-            name=f"{name}_conv",
-        )(x)
-        norm = norm_layer(self.norm, channels, train=train, dtype=self.dtype, name=f"{name}_norm")
-        return activation_of(self.activation)(norm(x))

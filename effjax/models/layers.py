@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "hard_swish": nn.hard_swish,
     "silu": nn.silu,
 }
+fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 _NORMS = ("batch", "batch-1e-3", "group", "none")
 
 
@@ -73,7 +74,7 @@ class DepthwiseConv(nn.Module):
     impl: str = "auto"
 
     @nn.compact
-    def __call__(self, x: Images) -> jax.Array:
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> jax.Array:
         size = check_number("kernel_size", self.kernel_size, low=1, integer=True)
         channels = x.shape[-1]
         # The fan of a depthwise kernel is k * k: its input axis has length 1.
@@ -83,6 +84,40 @@ class DepthwiseConv(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(self.dtype)
             y = y + bias[None, None, None, :]
+        return y
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution, computed as a matrix product: on a CPU that is up to twice as fast.
+
+    Its parameters are those of ``nn.Conv(features, (1, 1))``, drawn with the variance ``2 / features``.
+
+    Args:
+      features: output channels.
+      use_bias: add one number to every channel.
+      dtype: compute dtype; parameters are float32.
+
+    Returns:
+      When called with x [..., channels]: an array [..., features].
+
+    Example:
+      >>> y, variables = Pointwise(6).init_with_output(jax.random.key(0), jnp.ones((1, 8, 8, 4)))
+      >>> y.shape, variables["params"]["kernel"].shape
+      ((1, 8, 8, 6), (1, 1, 4, 6))
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*positions channels"]) -> jax.Array:
+        kernel = self.param("kernel", fan_out, (1, 1, x.shape[-1], self.features))
+        contract = (((x.ndim - 1,), (0,)), ((), ()))
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel[0, 0].astype(self.dtype), contract)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            y = y + jnp.expand_dims(bias, tuple(range(x.ndim - 1)))
         return y
 
 
