@@ -17,7 +17,7 @@ from flax import traverse_util
 from effjax.core.errors import check_choice, check_number, near
 from effjax.models.inverted_residual import InvertedResidual
 from effjax.models.layers import Images
-from effjax.models.resnet import BasicBlock
+from effjax.models.residual_blocks import BasicBlock, Bottleneck
 from effjax.vision.si_block import CheapPath, SIBlock, SIConfig
 
 __all__ = ["BlockSite", "interpolated", "si_cnn", "warm_start"]
@@ -126,7 +126,7 @@ def interpolated(
       config: settings of the blocks; ``SIConfig()`` if None.
       branch: ``block -> (core, activation)``: from one block of the network to a module that computes its branch alone,
         without the shortcut, and what follows the sum (None for nothing). By default ``block.clone(skip=False)``, and
-        relu after a ``BasicBlock``.
+        relu after a ``BasicBlock`` or ``Bottleneck``.
 
     Returns:
       A network of the same type. Variables of an interpolated block stand below ``core``, those of its cheap path
@@ -318,4 +318,4 @@ def _branch(block: nn.Module) -> tuple[nn.Module, Callable[[jax.Array], jax.Arra
             f"model: its block {type(block).__name__} has no field 'skip' that leaves out the shortcut. Give branch=, a "
             "function from the block to a module of its branch alone and the activation after the sum."
         )
-    return block.clone(skip=False, parent=None), nn.relu if isinstance(block, BasicBlock) else None
+    return block.clone(skip=False, parent=None), nn.relu if isinstance(block, BasicBlock | Bottleneck) else None
