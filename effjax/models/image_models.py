@@ -7,12 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from effjax.core.errors import check_choice, check_number
-from effjax.core.files import first_line
 from effjax.models.cnn import CNN
-from effjax.models.convert import Rule, find_weights, import_weights, load_weights, read_unwrapped
+from effjax.models.convert import Rule, find_weights, import_weights, read_unwrapped
 from effjax.models.mlp import MLP
 from effjax.models.mobilenet import MOBILENETS, mobilenet
 from effjax.models.mobilenet_weights import mobilenet_rules, tflite_rules, tflite_tensors

@@ -29,6 +29,7 @@ __all__ = ["BlockRow", "InvertedResidual", "InvertedResidualNet"]
 # module(x, train).
 BlockFactory = Callable[..., nn.Module]
 
+
 class SqueezeExcite(nn.Module):
     """Channels weighted by their means over the image (Hu et al. 2018).
 

@@ -15,7 +15,7 @@ __all__ = ["anchor_mask", "sample_anchors", "spatially_interpolate", "upsample_n
 
 Map = Float[Array | np.ndarray, "batch height width channels"]
 Anchors = Float[Array | np.ndarray, "batch rows columns channels"]
-Logits = Float[Array | np.ndarray, "channels"] | Float[Array | np.ndarray, "batch height width 1"]
+Logits = Float[Array | np.ndarray, "features"] | Float[Array | np.ndarray, "batch rows columns 1"]
 Pixels = tuple[int, int]
 
 SAMPLINGS = ("lattice", "avg")
@@ -39,6 +39,7 @@ def sample_anchors(x: Map, stride: int, *, mode: str = "lattice", offset: Pixels
 
     Raises:
       ValueError: a stride above the height or width, an offset outside [0, s - 1], unknown ``mode``.
+      TypeError: a map of integers.
 
     Example:
       >>> x = jnp.arange(9.0).reshape(1, 3, 3, 1)
@@ -57,7 +58,9 @@ def sample_anchors(x: Map, stride: int, *, mode: str = "lattice", offset: Pixels
     n, height, width, channels = x.shape
     pad = ((0, 0), (0, rows * stride - height), (0, columns * stride - width), (0, 0))
     cells = jnp.pad(x, pad).reshape(n, rows, stride, columns, stride, channels)
-    inside = [np.minimum(stride, size - stride * np.arange(count)) for size, count in ((height, rows), (width, columns))]
+    inside = [
+        np.minimum(stride, size - stride * np.arange(count)) for size, count in ((height, rows), (width, columns))
+    ]
     pixels = inside[0][None, :, None, None] * inside[1][None, None, :, None]
     return (wide(cells).sum((2, 4)) / pixels.astype(wide(x).dtype)).astype(x.dtype)
 
@@ -154,7 +157,7 @@ def spatially_interpolate(
 
     .. math::
         A &= B(S(X)), \qquad L = C(X) \\
-        \alpha &= m + (1 - m)\,\sigma(a) \quad\text{(hard)} \qquad\text{or}\qquad \alpha = \sigma(a) \quad\text{(soft)} \\
+        \alpha &= m + (1 - m)\,\sigma(a) \;\text{(hard)} \quad\text{or}\quad \alpha = \sigma(a) \;\text{(soft)} \\
         Y &= X + \alpha\, U(A) + (1 - \alpha)\, L
 
     with the sampling S of ``sample_anchors``, the interpolation U of ``upsample_tent`` and the mask m of the anchors.
@@ -202,6 +205,8 @@ def spatially_interpolate(
     core = core_fn(sample_anchors(x, stride, mode=sample, offset=offset))
     cheap = None if cheap_fn is None else cheap_fn(x)
     shape = x.shape[1:3] if cheap is None else cheap.shape[1:3]
+    if shape != x.shape[1:3] and any(offset):
+        raise ValueError(f"offset={tuple(offset)}: a block that changes the map's size has its anchors at (0, 0).")
     upsample = upsample_tent if interpolation == "tent" else upsample_nearest
     y = upsample(core, stride, shape, offset=offset)
     if cheap is not None:
@@ -243,6 +248,8 @@ def _check_map(name: str, x: Any) -> None:
     if jnp.ndim(x) != 4:
         hint = f" One map is a batch of one: {name}[None]." if jnp.ndim(x) == 3 else ""
         raise ValueError(f"{name} has shape {jnp.shape(x)}; expected [batch, height, width, channels].{hint}")
+    if not jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating):
+        raise TypeError(f"{name} has dtype {x.dtype}; means and blends need a floating one: {name}.astype('float32').")
 
 
 def _upsample(a: Anchors, stride: int, shape: Pixels, offset: Pixels, weights: list[float]) -> Array:

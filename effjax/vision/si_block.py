@@ -93,8 +93,8 @@ class CheapPath(nn.Module):
       ValueError: an unknown ``kind``, or groups that do not divide the channels.
 
     Example:
-      >>> y, _ = CheapPath(8, "dw3_g4").init_with_output(jax.random.key(0), jnp.ones((1, 5, 5, 8)), False)
-      >>> y.shape
+      >>> init = lambda key, x: CheapPath(8, "dw3_g4").init_with_output(key, x, False)
+      >>> jax.eval_shape(init, jax.random.key(0), jnp.ones((1, 5, 5, 8)))[0].shape
       (1, 5, 5, 8)
     """
 
@@ -173,7 +173,8 @@ class SIBlock(nn.Module):
     Example:
       >>> from effjax.models.inverted_residual import InvertedResidual
       >>> block = SIBlock(InvertedResidual(8, hidden=48, skip=False), CheapPath(8))
-      >>> y, variables = block.init_with_output(jax.random.key(0), jnp.ones((2, 7, 9, 8)), False)
+      >>> init = lambda key, x: block.init_with_output(key, x, False)
+      >>> y, variables = jax.eval_shape(init, jax.random.key(0), jnp.ones((2, 7, 9, 8)))
       >>> y.shape, sorted(variables["params"])
       ((2, 7, 9, 8), ['alpha', 'cheap', 'core'])
 

@@ -6,6 +6,7 @@ P. Jain, under review in 2023) was never published. ``spatially_interpolate`` sa
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,7 +16,6 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from effjax.core.errors import check_choice, check_number, near
-from effjax.models.inverted_residual import InvertedResidual
 from effjax.models.layers import Images
 from effjax.models.residual_blocks import BasicBlock, Bottleneck
 from effjax.vision.si_block import CheapPath, SIBlock, SIConfig
@@ -91,10 +91,10 @@ def si_cnn(
     Example:
       >>> from effjax.models.resnet import ResNet
       >>> dense, images = ResNet(stages=(2,), widths=(8,)), jnp.zeros((1, 8, 8, 3))
-      >>> variables = dense.init(jax.random.key(0), images)
+      >>> variables = jax.jit(dense.init)(jax.random.key(0), images)
       >>> model, variables = si_cnn(jax.random.key(1), dense, variables, images)
-      >>> model.apply(variables, images).shape
-      (1, 10)
+      >>> sorted(variables["params"]["stage1_block1"])
+      ['alpha', 'cheap', 'core']
 
     A reconstruction, see ``spatially_interpolate``.
     """
@@ -152,12 +152,12 @@ def interpolated(
         raise ValueError(f"policy={policy!r} chooses none of the {len(sites)} blocks. They begin with {listed}.")
     config = config or SIConfig()
     if config.cheap is None and (strided := [site.name for site in chosen if site.strides > 1]):
-        raise ValueError(f"config.cheap=None, but {strided[0]!r} has stride 2: only a cheap path says the size of its map.")
-    offsets, settings = iter(range(len(chosen))), {}
-    for site in chosen:
-        # Only blocks that keep the size may shift their anchors.
-        offset = config.offsets[next(offsets) % len(config.offsets)] if site.strides == 1 else (0, 0)
-        settings[site.name] = (site.residual, offset)
+        raise ValueError(
+            f"config.cheap=None, but {strided[0]!r} has stride 2: only a cheap path says the size of its map."
+        )
+    offsets = itertools.cycle(config.offsets)
+    # Only blocks that keep the size may shift their anchors.
+    settings = {site.name: (site.residual, next(offsets) if site.strides == 1 else (0, 0)) for site in chosen}
     return _with_factory(model, functools.partial(Interpolating, tuple(settings.items()), config, branch or _branch))
 
 
@@ -213,7 +213,7 @@ def _own(path: str, leaf: Any, blocks: Collection[str], logit: float, given: Col
     """A leaf that the dense network does not have."""
     for block in blocks:
         if f"/{block}/cheap/" in path or path.endswith(f"/{block}/gate/kernel"):
-            return leaf
+            return jnp.asarray(leaf)
         if path.endswith((f"/{block}/alpha", f"/{block}/gate/bias")):
             return jnp.full_like(leaf, logit)
     raise ValueError(f"variables hold nothing for {path!r} of the interpolated network.{near(path, given)}")
@@ -315,7 +315,7 @@ class Interpolating:
 def _branch(block: nn.Module) -> tuple[nn.Module, Callable[[jax.Array], jax.Array] | None]:
     if "skip" not in {field.name for field in dataclasses.fields(block)}:
         raise ValueError(
-            f"model: its block {type(block).__name__} has no field 'skip' that leaves out the shortcut. Give branch=, a "
-            "function from the block to a module of its branch alone and the activation after the sum."
+            f"model: its block {type(block).__name__} has no field 'skip' that leaves out the shortcut. Give branch=, "
+            "a function from the block to a module of its branch alone and the activation after the sum."
         )
     return block.clone(skip=False, parent=None), nn.relu if isinstance(block, BasicBlock | Bottleneck) else None
