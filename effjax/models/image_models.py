@@ -1,5 +1,6 @@
 """Image classifiers by name: made, loaded from files of PyTorch, and given a new head."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -198,7 +199,7 @@ def pretrained_mobilenet(
     """
     kind, sizes = _TFLITE[check_choice("name", name, _TFLITE)]
     plain: Any = mobilenet(kind, **sizes)
-    block = lambda *args, **kwargs: plain.block(*args, **kwargs, padding="same")
+    block = functools.partial(plain.block, padding="same")
     model = plain.clone(**{"classes": 1001, "norm": "none", "padding": "same", "block": block, **fields})
     path = find_weights(name)
     tensors = tflite_tensors(read_unwrapped(path), str(path))

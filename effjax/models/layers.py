@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from effjax.core.depthwise import depthwise_conv
 from effjax.core.errors import check_choice, check_number
 
 Images = Float[Array | np.ndarray, "batch height width channels"]
@@ -24,20 +25,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 _NORMS = ("batch", "batch-1e-3", "group", "none")
-
-
-def depthwise_conv(x, kernel, *, strides=1, padding="SAME", dilation=1, impl="auto"):
-    """Until effjax.core.depthwise is there."""
-    pad = [(padding, padding)] * 2 if isinstance(padding, int) else padding
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (strides, strides),
-        pad,
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
-    )
 
 
 class DepthwiseConv(nn.Module):
