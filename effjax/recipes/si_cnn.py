@@ -31,7 +31,7 @@ from effjax.tasks.task import Metric, Task
 from effjax.train.loaders import column_loader
 from effjax.train.program import Program
 from effjax.train.trainer import supervised
-from effjax.vision.si_block import ALTERNATING, CheapPath, SIBlock, SIConfig
+from effjax.vision.si_block import CheapPath, SIBlock, SIConfig, alternating_offsets
 from effjax.vision.si_cnn import interpolated
 
 MODALITY = "image"
@@ -106,7 +106,7 @@ class Variant(NamedTuple):
 
 VARIANTS = {
     "si": Variant("SI", "method"),
-    "si-alternating": Variant("SI, offsets of anchors alternate", "method", {"offsets": ALTERNATING}),
+    "si-alternating": Variant("SI, offsets of anchors alternate", "method", {"offsets": alternating_offsets(2)}),
     "si-soft": Variant("SI, soft blend", "method", {"alpha": "soft"}),
     "si-gated": Variant("SI, gate per pixel", "method", {"alpha": "gated"}),
     "si-avg": Variant("SI, means of cells", "method", {"sample": "avg"}),

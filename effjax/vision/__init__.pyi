@@ -3,10 +3,10 @@ from .anchors import sample_anchors as sample_anchors
 from .anchors import spatially_interpolate as spatially_interpolate
 from .anchors import upsample_nearest as upsample_nearest
 from .anchors import upsample_tent as upsample_tent
-from .si_block import ALTERNATING as ALTERNATING
 from .si_block import CheapPath as CheapPath
 from .si_block import SIBlock as SIBlock
 from .si_block import SIConfig as SIConfig
+from .si_block import alternating_offsets as alternating_offsets
 from .si_cnn import BlockSite as BlockSite
 from .si_cnn import interpolated as interpolated
 from .si_cnn import warm_start as warm_start

@@ -15,10 +15,7 @@ from effjax.core.tree import wide
 from effjax.models.layers import DepthwiseConv, Images, norm_layer
 from effjax.vision.anchors import Pixels, anchor_grid, spatially_interpolate
 
-__all__ = ["ALTERNATING", "CheapPath", "SIBlock", "SIConfig"]
-
-ALTERNATING = ((0, 0), (1, 1), (0, 1), (1, 0))
-"""Offsets of one block after another that make every pixel an anchor of one of four, for a stride of 2."""
+__all__ = ["CheapPath", "SIBlock", "SIConfig", "alternating_offsets"]
 
 _KINDS = re.compile(r"identity|dw3(_pw|_g[1-9]\d*)?")
 _fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -58,6 +55,26 @@ class SIConfig:
             check_kind("cheap", self.cheap)
         if not self.offsets or max(map(max, self.offsets)) >= self.stride:
             raise ValueError(f"offsets={self.offsets} must be one or more pairs below stride={self.stride}.")
+
+
+def alternating_offsets(stride: int) -> tuple[Pixels, ...]:
+    """Offsets of one block after another, such that every pixel is an anchor of one block in ``stride ** 2``.
+
+    Args:
+      stride: pixels from one anchor to the next.
+
+    Returns:
+      ``stride ** 2`` pairs, for ``SIConfig.offsets``.
+
+    Raises:
+      ValueError: a stride below 1.
+
+    Example:
+      >>> alternating_offsets(2)
+      ((0, 0), (1, 1), (0, 1), (1, 0))
+    """
+    check_number("stride", stride, low=1, integer=True)
+    return tuple((i, (i + shift) % stride) for shift in range(stride) for i in range(stride))
 
 
 def check_kind(argument: str, kind: str) -> str:

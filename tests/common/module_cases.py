@@ -15,6 +15,7 @@ from effjax.models.cnn import CNN
 from effjax.models.decoder import Decoder
 from effjax.models.gnn import NodeClassifier
 from effjax.models.linear_recurrence import LRU
+from effjax.models.inverted_residual import InvertedResidual
 from effjax.models.mlp import MLP
 from effjax.models.resnet import BasicBlock, ResNet
 from effjax.models.sequence import Recurrent
@@ -22,6 +23,7 @@ from effjax.models.sequence_rivals import FastRNNCell
 from effjax.recurrent.fixed_point import EquilibriumRNN
 from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNNCell
+from effjax.vision.si_block import CheapPath, SIBlock
 
 
 class ModuleCase(NamedTuple):
@@ -134,6 +136,14 @@ CASES: dict[str, ModuleCase] = {
         "tarnn", lambda dtype: nn.RNN(TARNNCell(4, length=5, dtype=dtype)), sequences, evaluate={}, train={}
     ),
     "hybrid-router": ModuleCase("hybrid", lambda dtype: Router((8,), (4,), dtype=dtype), classified),
+    "si-block": ModuleCase(
+        "si_cnn",
+        lambda dtype: SIBlock(
+            InvertedResidual(3, hidden=6, skip=False, dtype=dtype), CheapPath(3, dtype=dtype), offset=(1, 0)
+        ),
+        functools.partial(images, size=5),
+        ("params", "batch_stats"),
+    ),
     "fastrnn": ModuleCase(
         "sequence", lambda dtype: Recurrent(FastRNNCell(4, dtype=dtype)), sequences, evaluate={}, train={}
     ),

@@ -18,7 +18,7 @@ from effjax.models.mobilenet import mobilenet
 from effjax.models.residual_blocks import BasicBlock, Bottleneck, PreactivationBlock
 from effjax.models.resnet import ResNet
 from effjax.vision.anchors import anchor_mask, sample_anchors, spatially_interpolate, upsample_nearest, upsample_tent
-from effjax.vision.si_block import ALTERNATING, CheapPath, SIBlock, SIConfig
+from effjax.vision.si_block import CheapPath, SIBlock, SIConfig, alternating_offsets
 from effjax.vision.si_cnn import BlockSite, block_sites, interpolated, si_cnn, warm_start
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "si_cnn"
@@ -431,16 +431,19 @@ def test_policies_choose_blocks():
 
 
 def test_offsets_alternate_and_strided_blocks_keep_theirs():
-    model = interpolated(TINY, SMALL, "all", config=SIConfig(offsets=ALTERNATING))
+    model = interpolated(TINY, SMALL, "all", config=SIConfig(offsets=alternating_offsets(2)))
     assert {name: offset for name, (_, offset) in model.block.chosen} == {
         "stage1_block0": (0, 0),
         "stage1_block1": (1, 1),
         "stage2_block0": (0, 0),
         "stage2_block1": (0, 1),
     }
-    masks = [anchor_mask((4, 6), 2, offset=offset) for offset in ALTERNATING]
-    assert (np.sum(masks, 0) == 1).all()  # every pixel once
-    assert model == interpolated(TINY, SMALL, "all", config=SIConfig(offsets=ALTERNATING))  # equal, so compiled once
+    for stride in (2, 3):
+        masks = [anchor_mask((4, 7), stride, offset=offset) for offset in alternating_offsets(stride)]
+        assert (np.sum(masks, 0) == 1).all()  # every pixel once
+    assert model == interpolated(
+        TINY, SMALL, "all", config=SIConfig(offsets=alternating_offsets(2))
+    )  # equal, so compiled once
 
 
 @pytest.mark.parametrize("block", [BasicBlock, functools.partial(Bottleneck, expansion=2), PreactivationBlock])
