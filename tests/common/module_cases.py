@@ -14,8 +14,8 @@ from effjax.models.bert import Bert, BertClassifier
 from effjax.models.cnn import CNN
 from effjax.models.decoder import Decoder
 from effjax.models.gnn import NodeClassifier
-from effjax.models.linear_recurrence import LRU
 from effjax.models.inverted_residual import InvertedResidual
+from effjax.models.linear_recurrence import LRU
 from effjax.models.mlp import MLP
 from effjax.models.resnet import BasicBlock, ResNet
 from effjax.models.sequence import Recurrent
