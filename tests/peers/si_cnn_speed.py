@@ -45,7 +45,7 @@ def jax_arms(names: Sequence[str], x: Any, labels: Any) -> tuple[dict[str, dict[
         model = mobilenet("mobilenet_v2")
         if name in POLICIES:
             model = interpolated(model, x, POLICIES[name])
-        variables = jax.jit(model.init)(jax.random.key(0), x[:1])
+        variables = drawn(jax.eval_shape(model.init, jax.random.key(0), x[:1]))
         macs[name] = count_macs(lambda v, x, model=model: model.apply(v, x), variables, x[:1]).least
         infer = jax.jit(lambda variables, x, model=model: model.apply(variables, x))
         groups["inference"][name] = lambda infer=infer, variables=variables: infer(variables, x)
@@ -64,6 +64,22 @@ def jax_arms(names: Sequence[str], x: Any, labels: Any) -> tuple[dict[str, dict[
         state = jax.tree.map(lambda leaf: leaf.copy(), (variables, tx.init(variables["params"])))
         groups["training"][name] = (jax.jit(step, donate_argnums=0), state, [jax.device_put(x)])
     return groups, macs
+
+
+def drawn(shapes: Any) -> Any:
+    """Random variables of these shapes; compiling the networks' own initialisation takes longer than all the rest."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: Any) -> Any:
+        kernel = leaf.ndim > 1
+        values = rng.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape) if kernel else np.ones(leaf.shape)
+        return jnp.asarray(values, leaf.dtype)
+
+    return jax.tree.map(draw, shapes)
 
 
 def torch_mobilenet() -> Any:
