@@ -87,7 +87,7 @@ class SiCnnStudy(StudyConfig):
 
     def blocks(self, **changes: Any) -> SIConfig:
         """Settings of an arm's blocks."""
-        return SIConfig(**{"stride": self.stride, **changes})
+        return dataclasses.replace(SIConfig(stride=self.stride), **changes)
 
 
 class Variant(NamedTuple):

@@ -204,7 +204,8 @@ def spatially_interpolate(
     x = jnp.asarray(x)
     core = core_fn(sample_anchors(x, stride, mode=sample, offset=offset))
     cheap = None if cheap_fn is None else cheap_fn(x)
-    shape = x.shape[1:3] if cheap is None else cheap.shape[1:3]
+    _, *shape, _ = (x if cheap is None else cheap).shape
+    shape = (shape[0], shape[1])
     if shape != x.shape[1:3] and any(offset):
         raise ValueError(f"offset={tuple(offset)}: a block that changes the map's size has its anchors at (0, 0).")
     upsample = upsample_tent if interpolation == "tent" else upsample_nearest

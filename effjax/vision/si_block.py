@@ -210,10 +210,11 @@ class SIBlock(nn.Module):
     logit: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Images, train: bool) -> jax.Array:
+    def __call__(self, x: Images, train: bool = False) -> jax.Array:
         check_choice("alpha", self.alpha, ("hard", "soft", "gated"))
-        anchor_grid(x.shape[1:3], self.stride, self.offset)  # before the paths meet the map
         x = jnp.asarray(x)
+        _, height, width, _ = x.shape
+        anchor_grid((height, width), self.stride, self.offset)  # before the paths meet the map
         cheap = None if self.cheap is None else self.cheap(x, train)
         y = spatially_interpolate(
             lambda anchors: self.core(anchors, train),
