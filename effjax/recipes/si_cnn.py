@@ -48,7 +48,7 @@ class SiCnnStudy(StudyConfig):
 
     tasks: tuple[str, ...] = ("cifar10/inverted-8-16-24",)
     """Data set and network: cifar10/mobilenet_v2_cifar, ...; a width may stand behind, mobilenet_v2_cifar-0.5;
-    inverted-8-16 has two inverted residual blocks per stage of these widths, resnet-8-16 two basic ones. On noise of
+    inverted-8-16 has two inverted residual blocks per stage of these widths, resnet-8-16 one basic block. On noise of
     a size, noise-224/mobilenet_v2, or a single inverted residual block, noise-56/block-24-3 (24 channels, 3 x 3)."""
     stride: Count = 2
     """Pixels from one anchor to the next."""
@@ -237,7 +237,7 @@ def _network(config: SiCnnStudy, name: str, classes: int) -> nn.Module:
         widths = tuple(map(int, found[2].strip("-").split("-")))
         if found[1] == "resnet":
             block = functools.partial(BasicBlock, shortcut="project")
-            return ResNet(stages=(2,) * len(widths), widths=widths, block=block, **fields)
+            return ResNet(stages=(1,) * len(widths), widths=widths, block=block, **fields)
         return InvertedResidualNet(
             _inverted(widths, config.expansion), stem=widths[0], stem_strides=1, last=4 * widths[-1], **fields
         )

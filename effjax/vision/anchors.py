@@ -42,10 +42,10 @@ def sample_anchors(x: Map, stride: int, *, mode: str = "lattice", offset: Pixels
       TypeError: a map of integers.
 
     Example:
-      >>> x = jnp.arange(9.0).reshape(1, 3, 3, 1)
-      >>> sample_anchors(x, 2)[0, ..., 0].tolist()
+      >>> x = np.arange(9, dtype=np.float32).reshape(1, 3, 3, 1)
+      >>> np.asarray(sample_anchors(x, 2))[0, ..., 0].tolist()
       [[0.0, 2.0], [6.0, 8.0]]
-      >>> sample_anchors(x, 2, mode="avg")[0, ..., 0].tolist()
+      >>> np.asarray(sample_anchors(x, 2, mode="avg"))[0, ..., 0].tolist()
       [[2.0, 3.5], [6.5, 8.0]]
     """
     check_choice("mode", mode, SAMPLINGS)
@@ -185,9 +185,10 @@ def spatially_interpolate(
       ValueError: shapes that do not fit; logits without a cheap path or the reverse; unknown words.
 
     Example:
-      >>> x = jnp.arange(12.0).reshape(1, 3, 4, 1)
-      >>> y = spatially_interpolate(lambda a: -a, jnp.zeros_like, x, jnp.zeros(1))
-      >>> y[0, ..., 0].tolist()  # anchors lose all of it, their neighbours half of what is between them
+      >>> x = np.arange(12, dtype=np.float32).reshape(1, 3, 4, 1)
+      >>> block = jax.jit(lambda x, logits: spatially_interpolate(lambda a: -a, jnp.zeros_like, x, logits))
+      >>> # anchors lose all of it, their neighbours half of what is between them
+      >>> np.asarray(block(x, np.zeros(1, np.float32)))[0, ..., 0].tolist()
       [[0.0, 0.5, 0.0, 2.0], [2.0, 2.5, 3.0, 4.0], [0.0, 4.5, 0.0, 6.0]]
 
     Source: our reconstruction of "Spatially Interpolated Inverted Residual Block" (Kag, Wadhwa, Saligrama, Jain; under

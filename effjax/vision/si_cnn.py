@@ -90,10 +90,10 @@ def si_cnn(
 
     Example:
       >>> from effjax.models.resnet import ResNet
-      >>> dense, images = ResNet(stages=(2,), widths=(8,)), jnp.zeros((1, 8, 8, 3))
+      >>> dense, images = ResNet(stages=(1,), widths=(8,)), jnp.zeros((1, 8, 8, 3))
       >>> variables = jax.jit(dense.init)(jax.random.key(0), images)
       >>> model, variables = si_cnn(jax.random.key(1), dense, variables, images)
-      >>> sorted(variables["params"]["stage1_block1"])
+      >>> sorted(variables["params"]["stage1_block0"])
       ['alpha', 'cheap', 'core']
 
     A reconstruction, see ``spatially_interpolate``.

@@ -356,7 +356,7 @@ def si_cnn_loop():
     program, state = arm("si_cnn", "digits-resnet-4/si", *words)
 
     block = functools.partial(effjax.models.BasicBlock, shortcut="project")
-    dense = effjax.models.ResNet(stages=(2,), widths=(4,), block=block, classes=10)
+    dense = effjax.models.ResNet(stages=(1,), widths=(4,), block=block, classes=10)
     model = effjax.vision.interpolated(dense, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
     task = image_task("digits", model, train_rows=64, test_rows=20)
     rate = optax.warmup_cosine_decay_schedule(0.0, 0.1, 2, 4)
@@ -370,8 +370,8 @@ def si_cnn_loop():
         updates, opt = tx.update(grads, opt, variables["params"])
         return {"params": optax.apply_updates(variables["params"], updates), **stats}, opt
 
-    variables = task.init(KEY)
-    opt, stream = tx.init(variables["params"]), batches(task.train, 16, seed=0)
+    variables = jax.jit(task.init)(KEY)
+    opt, stream = jax.jit(tx.init)(variables["params"]), batches(task.train, 16, seed=0)
     for _ in range(4):
         variables, opt = step(variables, opt, next(stream))
     return variables["params"], program.params(state)["params"]

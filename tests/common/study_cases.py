@@ -140,7 +140,7 @@ PAPER_ARMS = {
     "geeni": ["cora/geeni-learned", "cora/single", "cora/distilled"],
     "selective": ["fashion_mnist-resnet20/osp-30", "fashion_mnist-resnet20/osp-saddle", "fashion_mnist-resnet20/sat"],
     "hybrid": ["digits-mlp-8-mlp-16/margin", "digits-mlp-8-mlp-16/router-gain", "digits-mlp-8-mlp-16/alternating"],
-    "si_cnn": ["digits-inverted-4/si-gated", "digits-inverted-4/low"],
+    "si_cnn": ["digits-inverted-4/si-gated"],
 }
 
 # One arm of the tiny study whose run is cut in a phase and, where there are several, at a phase's border.
