@@ -89,16 +89,9 @@ def load_image_model(
         another shape.
 
     Example:
-      >>> from effjax.models.convert import export_weights, write_tensors
-      >>> import pathlib, tempfile
-      >>> model = image_model("mobilenet_v2_cifar", width=0.1)
-      >>> variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     path = pathlib.Path(folder, "model.safetensors")
-      ...     write_tensors(path, export_weights(variables, layout_rules("mobilenet_v2_cifar", model)))
-      ...     loaded, _ = load_image_model(path, "mobilenet_v2_cifar", width=0.1, classes=3)
-      >>> loaded.classes
-      3
+      >>> model, variables = load_image_model("resnet_cifar10/resnet20", "resnet20", classes=3)
+      >>> variables["params"]["head"]["kernel"].shape
+      (64, 3)
     """
     check_choice("name", name, (*RESNETS, *MOBILENETS))
     check_choice("layout", layout, ("torchvision", "timm"))

@@ -61,7 +61,8 @@ class DepthwiseConv(nn.Module):
     impl: str = "auto"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch height width channels"]) -> jax.Array:
+    def __call__(self, x: Images) -> jax.Array:
+        x = jnp.asarray(x)
         size = check_number("kernel_size", self.kernel_size, low=1, integer=True)
         channels = x.shape[-1]
         # The fan of a depthwise kernel is k * k: its input axis has length 1.

@@ -38,8 +38,8 @@ class BasicBlock(nn.Module):
 
     Example:
       >>> block = BasicBlock(features=32, strides=2)
-      >>> y, _ = block.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 16)), False)
-      >>> y.shape
+      >>> run = lambda key, x: block.init_with_output(key, x, False)[0]
+      >>> jax.eval_shape(run, jax.random.key(0), jnp.zeros((1, 8, 8, 16))).shape
       (1, 4, 4, 32)
     """
 
@@ -104,8 +104,8 @@ class Bottleneck(nn.Module):
 
     Example:
       >>> block = Bottleneck(features=32, strides=2)
-      >>> y, _ = block.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 16)), False)
-      >>> y.shape
+      >>> run = lambda key, x: block.init_with_output(key, x, False)[0]
+      >>> jax.eval_shape(run, jax.random.key(0), jnp.zeros((1, 8, 8, 16))).shape
       (1, 4, 4, 32)
     """
 
@@ -157,8 +157,8 @@ class PreactivationBlock(nn.Module):
 
     Example:
       >>> block = PreactivationBlock(features=32, strides=2)
-      >>> y, _ = block.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 16)), False)
-      >>> y.shape
+      >>> run = lambda key, x: block.init_with_output(key, x, False)[0]
+      >>> jax.eval_shape(run, jax.random.key(0), jnp.zeros((1, 8, 8, 16))).shape
       (1, 4, 4, 32)
 
     Reference: Zagoruyko, Komodakis, "Wide Residual Networks", BMVC 2016 (arXiv 1605.07146).

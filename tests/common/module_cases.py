@@ -14,7 +14,7 @@ from effjax.models.bert import Bert, BertClassifier
 from effjax.models.cnn import CNN
 from effjax.models.decoder import Decoder
 from effjax.models.gnn import NodeClassifier
-from effjax.models.inverted_residual import InvertedResidual
+from effjax.models.inverted_residual import BlockRow, InvertedResidual, InvertedResidualNet
 from effjax.models.linear_recurrence import LRU
 from effjax.models.mlp import MLP
 from effjax.models.resnet import BasicBlock, ResNet
@@ -110,6 +110,18 @@ CASES: dict[str, ModuleCase] = {
             dtype=dtype,
         ),
         functools.partial(images, size=32),
+    ),
+    "inverted-residual": ModuleCase(
+        "inverted_residual",
+        lambda dtype: InvertedResidualNet(
+            ((BlockRow(8, hidden=4), BlockRow(8, strides=2, hidden=12, squeeze=4, activation="hard_swish")),),
+            stem=4,
+            last=0,
+            classes=5,
+            dtype=dtype,
+        ),
+        images,
+        ("params", "batch_stats"),
     ),
     "bert": ModuleCase("bert", lambda dtype: BertClassifier(Bert(**_bert, dtype=dtype), 3, pool="cls"), tokens),
     "bert-scan": ModuleCase(

@@ -512,6 +512,63 @@ MUTATIONS = (
         "while self._batches and not self._batches[-1].open:",
         ("hardness/test_remote.py",),
     ),
+    # image models
+    Mutation(
+        "mobilenet-rounding",
+        "wrong constant",
+        "near < 0.9 * channels",
+        "near < 0.7 * channels",
+        ("models/test_image_models.py",),
+    ),
+    Mutation(
+        "mobilenet-small-strides",
+        "off by one",
+        "strides[strides.index(2)] = 1",
+        "strides[-strides[::-1].index(2) - 1] = 1",
+        ("models/test_image_models.py",),
+    ),
+    Mutation(
+        "mobilenet-squeeze-of-the-expanded",
+        "wrong argument",
+        "max(1, inputs // 4)",
+        "max(1, hidden // 4)",
+        ("models/test_image_models.py",),
+    ),
+    Mutation(
+        "inverted-residual-skip",
+        "dropped check",
+        "if self.skip and x.shape == y.shape else",
+        "if x.shape == y.shape else",
+        ("models/test_image_models.py",),
+    ),
+    Mutation(
+        "batch-norm-epsilon",
+        "wrong constant",
+        'epsilon = 1e-3 if kind == "batch-1e-3"',
+        'epsilon = 1e-5 if kind == "batch-1e-3"',
+        ("models/test_image_models.py",),
+    ),
+    Mutation(
+        "preactivation-shortcut",
+        "wrong argument",
+        'name="conv_shortcut")(z))',
+        'name="conv_shortcut")(x))',
+        ("models/test_image_models.py",),
+    ),
+    Mutation(
+        "tflite-zero-point",
+        "order",
+        "(tensor.astype(np.float32) - zero) * scale",
+        "tensor.astype(np.float32) * scale - zero",
+        ("models/test_image_models.py",),
+    ),
+    Mutation(
+        "mobilenet-rules-order",
+        "wrong argument",
+        'names = ("conv_pw", "conv_dw", "conv_pwl") if block.expands',
+        'names = ("conv_dw", "conv_pw", "conv_pwl") if block.expands',
+        ("models/test_image_models.py",),
+    ),
     # study
     Mutation(
         "arm-of-another-config-taken-over",
