@@ -30,8 +30,8 @@ cpu = SiCnnStudy(
     seeds=(0, 1),
     arms=("dense", "si", "low", "narrow", "small"),
 )
-"""effjax compare si_cnn (= si_cnn:cpu). Two CPU cores, some five minutes by estimate; needs EFFJAX_DATA. CIFAR-10 at 16 x 16, a
-small MobileNetV2-style network and its rivals at equal cost, for as many steps."""
+"""effjax compare si_cnn (= si_cnn:cpu). Two CPU cores, some five minutes by estimate; needs EFFJAX_DATA. CIFAR-10 at
+16 x 16, a small MobileNetV2-style network and its rivals at equal cost, for as many steps."""
 
 ablations = SiCnnStudy(
     tasks=("cifar10/inverted-8-16-24",),
