@@ -224,6 +224,13 @@ METHODS: dict[str, Method] = {
             kind="pure functions and static-shape routing",
             paper="Kag, Fedorov, Gangrade, Whatmough, Saligrama 2023, ICLR (OpenReview jpR98ZdIm2q)",
         ),
+        Method(
+            stem="si_cnn",
+            summary="residual blocks that compute on a grid of anchor pixels and interpolate between them",
+            modules=("effjax.vision.si_cnn", "effjax.vision.si_block", "effjax.vision.anchors"),
+            kind="pure functions, Flax blocks, and surgery on networks",
+            paper="Kag, Wadhwa, Saligrama, Jain 2023, unpublished; reconstructed from two descriptions",
+        ),
     )
 }
 

@@ -1,3 +1,8 @@
+from .anchors import anchor_mask as anchor_mask
+from .anchors import sample_anchors as sample_anchors
+from .anchors import spatially_interpolate as spatially_interpolate
+from .anchors import upsample_nearest as upsample_nearest
+from .anchors import upsample_tent as upsample_tent
 from .global_layer import FieldMaps as FieldMaps
 from .global_layer import GlobalLayer as GlobalLayer
 from .global_nets import global_inverted_residual as global_inverted_residual
@@ -10,3 +15,10 @@ from .pde import limit_velocity as limit_velocity
 from .pde import pde_coefficients as pde_coefficients
 from .pde import pde_solve as pde_solve
 from .pde import pde_step as pde_step
+from .si_block import CheapPath as CheapPath
+from .si_block import SIBlock as SIBlock
+from .si_block import SIConfig as SIConfig
+from .si_block import alternating_offsets as alternating_offsets
+from .si_cnn import BlockSite as BlockSite
+from .si_cnn import interpolated as interpolated
+from .si_cnn import warm_start as warm_start

@@ -14,7 +14,7 @@ from effjax.models.bert import Bert, BertClassifier
 from effjax.models.cnn import CNN
 from effjax.models.decoder import Decoder
 from effjax.models.gnn import NodeClassifier
-from effjax.models.inverted_residual import BlockRow, InvertedResidualNet
+from effjax.models.inverted_residual import BlockRow, InvertedResidual, InvertedResidualNet
 from effjax.models.linear_recurrence import LRU
 from effjax.models.mlp import MLP
 from effjax.models.resnet import BasicBlock, ResNet
@@ -25,6 +25,7 @@ from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNNCell
 from effjax.vision.global_layer import GlobalLayer
 from effjax.vision.pde import PdeConfig
+from effjax.vision.si_block import CheapPath, SIBlock
 
 
 class ModuleCase(NamedTuple):
@@ -155,6 +156,14 @@ CASES: dict[str, ModuleCase] = {
         ("params", "batch_stats"),
     ),
     "hybrid-router": ModuleCase("hybrid", lambda dtype: Router((8,), (4,), dtype=dtype), classified),
+    "si-block": ModuleCase(
+        "si_cnn",
+        lambda dtype: SIBlock(
+            InvertedResidual(3, hidden=6, skip=False, dtype=dtype), CheapPath(3, dtype=dtype), offset=(1, 0)
+        ),
+        functools.partial(images, size=5),
+        ("params", "batch_stats"),
+    ),
     "fastrnn": ModuleCase(
         "sequence", lambda dtype: Recurrent(FastRNNCell(4, dtype=dtype)), sequences, evaluate={}, train={}
     ),

@@ -370,6 +370,33 @@ def hybrid_call():
     return (found.state.params.router, found.state.threshold), (state.params.router, state.threshold)
 
 
+def si_cnn_loop():
+    words = ("--tasks", "digits/resnet-4", "--shrink", 1, "--train-rows", 64, "--test-rows", 20, "--batch-size", 16)
+    words += ("--budget.amount", 4, "--warmup", 0.5, "--arms", "si")
+    program, state = arm("si_cnn", "digits-resnet-4/si", *words)
+
+    block = functools.partial(effjax.models.BasicBlock, shortcut="project")
+    dense = effjax.models.ResNet(stages=(1,), widths=(4,), block=block, classes=10)
+    model = effjax.vision.interpolated(dense, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
+    task = image_task("digits", model, train_rows=64, test_rows=20)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 0.1, 2, 4)
+    kernels = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    tx = optax.chain(optax.add_decayed_weights(1e-4, kernels), optax.sgd(rate, 0.9, nesterov=True))
+
+    @jax.jit
+    def step(variables, opt, batch):
+        loss = lambda params: task.loss({**variables, "params": params}, batch)
+        grads, (stats, _) = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, opt = tx.update(grads, opt, variables["params"])
+        return {"params": optax.apply_updates(variables["params"], updates), **stats}, opt
+
+    variables = jax.jit(task.init)(KEY)
+    opt, stream = jax.jit(tx.init)(variables["params"]), batches(task.train, 16, seed=0)
+    for _ in range(4):
+        variables, opt = step(variables, opt, next(stream))
+    return variables["params"], program.params(state)["params"]
+
+
 CASES = {
     "samuel": samuel_loop,
     "dcl": dcl_loop,
@@ -385,4 +412,5 @@ CASES = {
     "geeni": geeni_call,
     "selective": selective_loop,
     "hybrid": hybrid_call,
+    "si_cnn": si_cnn_loop,
 }

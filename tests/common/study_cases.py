@@ -80,6 +80,10 @@ TINY = {
         *("--tasks", "digits/mlp-8/mlp-16", "--arms", "margin", "router", "alternating", "oracle"),
         *("--budget.amount", "2", "--pair-steps", "40", "--coverage", "0.7", "--seeds", "0", "1"),
     ],
+    "si_cnn": [
+        *("--tasks", "digits/resnet-4", "--shrink", "1", "--train-rows", "128", "--test-rows", "60"),
+        *("--batch-size", "32", "--budget.amount", "6", "--seeds", "0", "1", "--arms", "dense", "si"),
+    ],
 }
 
 # Words that let the paper preset take one step here: built-in data, few rows, a small batch.
@@ -124,6 +128,10 @@ PAPER = {
     "hybrid": [
         *("--tasks", "digits/mlp-8/mlp-16", "--pair-steps", "2", "--budget.amount", "1", "--seeds", "0"),
     ],
+    "si_cnn": [
+        *("--tasks", "digits/inverted-4", "--expansion", "2", "--train-rows", "64", "--test-rows", "32"),
+        *("--batch-size", "4", "--budget.amount", "1", "--crop", "1", "--seeds", "0"),
+    ],
 }
 
 # One arm of each kind in the paper preset.
@@ -142,6 +150,7 @@ PAPER_ARMS = {
     "geeni": ["cora/geeni-learned", "cora/single", "cora/distilled"],
     "selective": ["fashion_mnist-resnet20/osp-30", "fashion_mnist-resnet20/osp-saddle", "fashion_mnist-resnet20/sat"],
     "hybrid": ["digits-mlp-8-mlp-16/margin", "digits-mlp-8-mlp-16/router-gain", "digits-mlp-8-mlp-16/alternating"],
+    "si_cnn": ["digits-inverted-4/si-gated"],
 }
 
 # One arm of the tiny study whose run is cut in a phase and, where there are several, at a phase's border.
@@ -160,4 +169,5 @@ RESUMED = {
     "geeni": "cora/geeni-learned",
     "selective": "fashion_mnist-mlp-8/sat",
     "hybrid": "digits-mlp-8-mlp-16/alternating",
+    "si_cnn": "digits-resnet-4/si",
 }

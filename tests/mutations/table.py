@@ -641,4 +641,47 @@ MUTATIONS = (
         'most = self.metric["goal"] == "max"',
         ("study/test_claims.py",),
     ),
+    # si_cnn
+    Mutation(
+        "si-nearest-tie",
+        "off by one",
+        "float(2 * step > stride)",
+        "float(2 * step >= stride)",
+        ("vision/test_si_cnn.py",),
+    ),
+    Mutation(
+        "si-half-pixel-centres",
+        "off by one",
+        "first = stride - offset if offset else 0",
+        "first = stride - offset if offset else stride // 2",
+        ("vision/test_si_cnn.py",),
+    ),
+    Mutation(
+        "si-ragged-cells",
+        "wrong mean",
+        "np.minimum(stride, size - stride * np.arange(count))",
+        "np.full(count, stride)",
+        ("vision/test_si_cnn.py",),
+    ),
+    Mutation(
+        "si-anchors-blended",
+        "dropped case",
+        'if alpha == "hard" else None\n',
+        'if alpha == "soft" else None\n',
+        ("vision/test_si_cnn.py",),
+    ),
+    Mutation(
+        "si-warm-start-keeps-the-blend",
+        "dropped reset",
+        "return jnp.full_like(leaf, logit)",
+        "return jnp.asarray(leaf)",
+        ("vision/test_si_cnn.py",),
+    ),
+    Mutation(
+        "si-core-keeps-its-shortcut",
+        "dropped case",
+        "block.clone(skip=False, parent=None)",
+        "block.clone(parent=None)",
+        ("vision/test_si_cnn.py",),
+    ),
 )
