@@ -1,0 +1,104 @@
+"""Whether skipping a block for some examples can pay: multiply-adds saved against bytes moved."""
+
+from typing import NamedTuple
+
+from effjax.core.errors import check_choice, check_number
+
+__all__ = ["BreakEven", "Device", "break_even"]
+
+
+class Device(NamedTuple):
+    """What a machine can do at best.
+
+    Attributes:
+      flops_per_s: floating-point operations a second, two to a multiply-add.
+      bytes_per_s: of its main memory.
+      step_s: seconds that a decision costs for a batch: sorting the gates and choosing a branch.
+    """
+
+    flops_per_s: float
+    bytes_per_s: float
+    step_s: float = 0.0
+
+
+# Peak figures of the makers: H200 and TPU v5e in bfloat16. The core is what we measured of convolutions in float32.
+DEVICES = {
+    "cpu": Device(1.2e11, 1e10, 5e-5),
+    "gpu": Device(9.9e14, 4.8e12, 2e-5),
+    "tpu": Device(1.97e14, 8.2e11, 5e-6),
+}
+
+
+class BreakEven(NamedTuple):
+    """What skipping costs and saves, for one example of a batch.
+
+    Attributes:
+      block_s: seconds of the block.
+      move_s: seconds of gathering its inputs and scattering its outputs.
+      decide_s: seconds of the decision.
+      rate: share of open examples below which skipping is faster than running all; 0 where it never is.
+    """
+
+    block_s: float
+    move_s: float
+    decide_s: float
+    rate: float
+
+    def ratio(self, open_rate: float) -> float:
+        """Time of the ladder over that of the dense block where this share of the examples is open."""
+        check_number("open_rate", open_rate, low=0, high=1)
+        return (open_rate * (self.block_s + self.move_s) + self.decide_s) / self.block_s
+
+    def __str__(self) -> str:
+        say = lambda seconds: f"{1e6 * seconds:.3g} us"
+        head = f"block {say(self.block_s)}, moving {say(self.move_s)}, deciding {say(self.decide_s)} for each example: "
+        if not self.rate:
+            return head + "skipping never pays"
+        return head + f"skipping pays below {self.rate:.0%} open; at 50 % open {self.ratio(0.5):.2f} x the dense time"
+
+
+def break_even(
+    macs: float, activation_bytes: float, *, device: Device | str, batch: int, weight_bytes: float = 0.0
+) -> BreakEven:
+    r"""Roofline estimate of a gated block under the ladder.
+
+    .. math::
+       t_{block} = \max(2 m / F,\ (2 a + w / B) / M), \qquad t_{move} = 4 a / M, \qquad
+       r^* = \frac{t_{block} - t_{decide} / B}{t_{block} + t_{move}}
+
+    for m multiply-adds and a bytes of input for each example, w bytes of weights, B examples, F operations and M bytes
+    a second. Gather and scatter each read and write one copy of the activations of open examples.
+
+    Args:
+      macs: m, multiply-adds of the branch for one example, such as ``BlockMacs`` has them.
+      activation_bytes: a, of the block's input, which is taken to be as large as its output.
+      device: a ``Device``, or ``"cpu"`` (one core of a server), ``"gpu"`` (H200) or ``"tpu"`` (v5e).
+      batch: B.
+      weight_bytes: w.
+
+    Returns:
+      A ``BreakEven``; its ``rate`` is r*.
+
+    Raises:
+      ValueError: numbers out of range, or an unknown device.
+
+    Example:
+      >>> wide, narrow = 218e6, 4.7e6  # a ResNet-50 bottleneck of stage 3; 16 channels on 32 x 32
+      >>> round(break_even(wide, 401_408, device="gpu", batch=256).rate, 2)
+      0.47
+      >>> break_even(narrow, 32_768, device="gpu", batch=256).rate
+      0.0
+
+    An estimate at peak rates: measure before you believe it. What it does not see are kernels too small to fill the
+    machine, which make small rungs dearer.
+    """
+    check_number("macs", macs, low=0, open_low=True)
+    check_number("activation_bytes", activation_bytes, low=0)
+    check_number("weight_bytes", weight_bytes, low=0)
+    check_number("batch", batch, low=1, integer=True)
+    if not isinstance(device, Device):
+        device = DEVICES[check_choice("device", device, tuple(DEVICES))]
+    streamed = (2 * activation_bytes + weight_bytes / batch) / device.bytes_per_s
+    block = max(2 * macs / device.flops_per_s, streamed)
+    move, decide = 4 * activation_bytes / device.bytes_per_s, device.step_s / batch
+    return BreakEven(block, move, decide, max(0.0, min(1.0, (block - decide) / (block + move))))
