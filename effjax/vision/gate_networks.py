@@ -235,7 +235,7 @@ class GivenGate(nn.Module):
             return relu1_gate(jnp.ones(shape, jnp.float32))
         value = wide(self.get_variable("given", "value")).reshape(-1, self.outputs)
         check_shape("given gates", value, shape, "One for each row.")
-        hard = jax.lax.stop_gradient((value > 0) - value)
+        hard = jax.lax.stop_gradient((value > 0).astype(value.dtype) - value)
         return Gate(value, value + hard)
 
     def macs(self, height: int, width: int, channels: int) -> float:

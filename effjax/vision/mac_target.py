@@ -83,10 +83,10 @@ def example_macs(blocks: Sequence[BlockGates]) -> Float[Array, "rows"]:
       >>> example_macs([BlockGates(layer, None, BlockMacs(once=100.0, always=5.0, gates=1.0))]).tolist()
       [106.0, 6.0]
     """
-    rows = _rows(blocks)
-    total = jnp.zeros(rows, jnp.float32)
+    some = wide(_some_gate(blocks))
+    total = jnp.zeros(some.shape[0], some.dtype)
     for layer, channel, macs in blocks:
-        share = jnp.ones(rows) if channel is None else wide(channel.open).mean(-1)
+        share = jnp.ones_like(total) if channel is None else wide(channel.open).mean(-1)
         branch = macs.once + macs.channel * macs.channels * share
         total = total + macs.always + macs.gates + (branch if layer is None else wide(layer.open) * branch)
     return total
@@ -281,9 +281,9 @@ def gate_statistics(
     }
 
 
-def _rows(blocks: Sequence[BlockGates]) -> int:
+def _some_gate(blocks: Sequence[BlockGates]) -> Array:
     for layer, channel, _ in blocks:
         for gate in (layer, channel):
             if gate is not None:
-                return gate.open.shape[0]
+                return gate.open
     raise ValueError(f"blocks={len(blocks)} hold no gate, so that no example differs from another. Gate a layer.")
