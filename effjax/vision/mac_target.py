@@ -285,5 +285,5 @@ def _some_gate(blocks: Sequence[BlockGates]) -> Array:
     for layer, channel, _ in blocks:
         for gate in (layer, channel):
             if gate is not None:
-                return gate.open
+                return jnp.asarray(gate.open)
     raise ValueError(f"blocks={len(blocks)} hold no gate, so that no example differs from another. Gate a layer.")

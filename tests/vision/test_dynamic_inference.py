@@ -61,6 +61,7 @@ def lc_variables(ref):
     return params, stats
 
 
+@pytest.mark.promotes  # Flax's running averages
 @pytest.mark.parametrize("name", ["lc_basic_identity_eval", "lc_basic_down_train", "lc_bottleneck_eval"])
 def test_parity_of_lc_blocks(name):
     ref = dict(np.load(REFERENCE / f"{name}.npz"))
