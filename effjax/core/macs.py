@@ -318,7 +318,18 @@ def _shards(eqn: Equation) -> int:
     return math.prod(eqn.params["mesh"].shape[axis] for axis in axes)
 
 
+def _depthwise(eqn: Equation) -> int | None:
+    """Products of ``core.depthwise``, which are element-wise; the function's name holds the number of taps."""
+    named = re.fullmatch(r"depthwise_(products|kernel)_(\d+)", eqn.params["name"])
+    if named is None:
+        return None
+    outputs = eqn.outvars[0] if named[1] == "products" else eqn.invars[1]
+    return outputs.aval.size * int(named[2])
+
+
 _RULES: dict[str, Rule] = {
+    "jit": _depthwise,
+    "pjit": _depthwise,
     "dot_general": _dot,
     "scaled_dot": _dot,
     "ragged_dot_general": _ragged_dot,

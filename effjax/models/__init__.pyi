@@ -4,6 +4,9 @@ from .cnn import CNN as CNN
 from .decoder import Decoder as Decoder
 from .decoder import generate as generate
 from .gnn import NodeClassifier as NodeClassifier
+from .inverted_residual import BlockRow as BlockRow
+from .inverted_residual import InvertedResidual as InvertedResidual
+from .inverted_residual import InvertedResidualNet as InvertedResidualNet
 from .linear_recurrence import LRU as LRU
 from .linear_recurrence import LRUCell as LRUCell
 from .linear_recurrence import MinGRU as MinGRU

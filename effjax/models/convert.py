@@ -5,7 +5,7 @@ A model's layout is a table of ``Rule``s; nothing here knows a particular archit
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from effjax.core.folders import PACKAGED, held
 from effjax.core.tree import path_name
 
 PyTree = Any
-Kind = Literal["none", "dense", "conv"]
+Kind = Literal["none", "dense", "conv", "pointwise"]
 
 _LISTED = 8
 _LONGEST_NAME = 255  # bytes, of the usual file systems
@@ -28,14 +28,20 @@ _INDEX = "model.safetensors.index.json"
 
 class _Layout(NamedTuple):
     rank: int | None
-    to_flax: tuple[int, ...] | None
-    to_source: tuple[int, ...] | None
+    to_flax: Callable[[np.ndarray], np.ndarray]
+    to_source: Callable[[np.ndarray], np.ndarray]
+
+
+def _pointwise(tensor: np.ndarray) -> np.ndarray:
+    turned = tensor.transpose(2, 3, 1, 0)
+    return turned[0, 0] if turned.shape[:2] == (1, 1) else turned
 
 
 _LAYOUTS: dict[str, _Layout] = {
-    "none": _Layout(None, None, None),
-    "dense": _Layout(2, (1, 0), (1, 0)),  # (out, in) <-> (in, out)
-    "conv": _Layout(4, (2, 3, 1, 0), (3, 2, 0, 1)),  # OIHW <-> HWIO
+    "none": _Layout(None, lambda tensor: tensor, lambda tensor: tensor),
+    "dense": _Layout(2, np.transpose, np.transpose),  # (out, in) <-> (in, out)
+    "conv": _Layout(4, lambda tensor: tensor.transpose(2, 3, 1, 0), lambda tensor: tensor.transpose(3, 2, 0, 1)),
+    "pointwise": _Layout(4, _pointwise, lambda tensor: tensor.T[:, :, None, None]),  # (out, in, 1, 1) <-> (in, out)
 }
 
 
@@ -51,12 +57,24 @@ class Rule(NamedTuple):
       source: name in the file, ``layer{stage}.{block}.conv{i}.weight``.
       target: slash-joined path in the variables, ``params/stage{stage}_block{block}/conv{i}/kernel``,
         or None for a tensor that is ignored.
-      kind: layout change: ``"none"``, ``"dense"`` ((out, in) to (in, out)) or ``"conv"`` (OIHW to HWIO).
+      kind: layout change: ``"none"``, ``"dense"`` ((out, in) to (in, out)), ``"conv"`` (OIHW to HWIO) or
+        ``"pointwise"`` (a 1x1 convolution that is a dense layer here, (out, in, 1, 1) to (in, out)).
     """
 
     source: str
     target: str | None
     kind: Kind = "none"
+
+
+def batch_norm_rules(source: str, target: str) -> tuple[Rule, ...]:
+    """The rules of one batch norm of PyTorch: its module is ``source`` there, ``target`` here."""
+    return (
+        Rule(f"{source}.weight", f"params/{target}/scale"),
+        Rule(f"{source}.bias", f"params/{target}/bias"),
+        Rule(f"{source}.running_mean", f"batch_stats/{target}/mean"),
+        Rule(f"{source}.running_var", f"batch_stats/{target}/var"),
+        Rule(f"{source}.num_batches_tracked", None),
+    )
 
 
 def import_weights(
@@ -105,7 +123,7 @@ def import_weights(
         if match.layer in layers:
             problem = "filled by another tensor before"
         misfits += [f"{name} -> {match.path}: {problem}"] if problem else []
-        layers.setdefault(match.layer, _turn(tensor, _LAYOUTS[match.kind].to_flax) if not problem else tensor)
+        layers.setdefault(match.layer, _LAYOUTS[match.kind].to_flax(tensor) if not problem else tensor)
     absent = [path for path in wanted if path not in found and path in optional]
     missing = [
         f"{name} -> {path}"
@@ -153,7 +171,7 @@ def export_weights(variables: PyTree, rules: Sequence[Rule] | None = None) -> di
                 raise ValueError(f"rules: {path} and another leaf are both named {name!r}.")
             tensor = np.asarray(leaf) if layer is None else np.asarray(leaf)[layer]
             # safetensors writes the buffer as it lies in memory, whatever the strides say.
-            tensors[name] = np.ascontiguousarray(_turn(tensor, _LAYOUTS[kind].to_source))
+            tensors[name] = np.ascontiguousarray(_LAYOUTS[kind].to_source(tensor))
     if unnamed:
         raise ValueError(f"rules: no rule names {_listed(unnamed)}. Add one for each, or save with rules=None.")
     return tensors
@@ -470,15 +488,11 @@ def _fields(template: str, name: str) -> dict[str, str] | None:
     return match and match.groupdict()
 
 
-def _turn(tensor: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
-    return tensor if axes is None else tensor.transpose(axes)
-
-
 def _misfit(tensor: np.ndarray, shape: tuple[int, ...], dtype: Any, kind: Kind) -> str:
     layout = _LAYOUTS[kind]
     if layout.rank not in (None, tensor.ndim):
         return f"shape {tensor.shape} has not the {layout.rank} axes of a {kind!r} tensor"
-    given = _turn(tensor, layout.to_flax).shape
+    given = layout.to_flax(tensor).shape
     if given != shape:
         return f"shape {given} in our layout, but the model has {shape}"
     if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(dtype, jnp.floating):
