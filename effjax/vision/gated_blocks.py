@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from effjax.core.errors import check_choice, check_number
 from effjax.models.layers import Images, norm_layer
-from effjax.models.resnet import _pad_shortcut
+from effjax.models.residual_blocks import _pad_shortcut
 from effjax.vision.gate_networks import SalienceGate
 from effjax.vision.gated_executors import Executor, ResidualBlock, run_block
 from effjax.vision.gates import Gate
@@ -100,16 +100,13 @@ class _GatedBlock(nn.Module):
         return run_block(block, self.variables, inputs, layer.value, executor=how)[0]
 
     def _shortcut(self, x: jax.Array, train: bool) -> jax.Array:
-        features = self._out()
+        features = self.features
         if self.strides == 1 and x.shape[-1] == features:
             return x
         if self.shortcut == "pad":
             return _pad_shortcut(x, features, self.strides)
         x = self._conv(features, 1, self.strides, "conv_shortcut")(x)
         return self._normed("norm_shortcut", features, train)(x)
-
-    def _out(self) -> int:
-        return self.features
 
     def _conv(self, features: int, size: int, strides: int, name: str) -> nn.Conv:
         return nn.Conv(
@@ -183,7 +180,7 @@ class GatedBottleneck(_GatedBlock):
        \mathrm{relu}(N_1(C_1 x)))))))
 
     Args:
-      features: channels of the 3x3 convolution; the output has four times as many.
+      features: output channels.
       strides: of the 3x3 convolution and of the shortcut.
       norm: as in ``GatedBasicBlock``.
       shortcut: as in ``GatedBasicBlock``.
@@ -192,32 +189,39 @@ class GatedBottleneck(_GatedBlock):
       channel: as in ``GatedBasicBlock``.
       group: as in ``GatedBasicBlock``.
       executor: as in ``GatedBasicBlock``.
+      expansion: ``features`` over the channels of the 3x3 convolution.
 
     Returns:
-      When called as ``block(x, train)``: the output [rows, height, width, 4 features].
+      When called as ``block(x, train)``: the output.
+
+    Raises:
+      ValueError: settings that do not fit.
 
     Example:
-      >>> make = lambda x: GatedBottleneck(4).init_with_output(jax.random.key(0), x, False)[0]
-      >>> jax.eval_shape(make, jnp.ones((2, 8, 8, 16))).shape
+      >>> make = lambda x: GatedBottleneck(16).init_with_output(jax.random.key(0), x, False)[0]
+      >>> jax.eval_shape(make, jnp.ones((2, 8, 8, 8))).shape
       (2, 8, 8, 16)
     """
 
-    def _channels(self) -> int:
-        return self.features
+    shortcut: str = "project"
+    expansion: int = 4
 
-    def _out(self) -> int:
-        return 4 * self.features
+    def _channels(self) -> int:
+        inner, rest = divmod(self.features, self.expansion)
+        if rest or not inner:
+            raise ValueError(f"features={self.features} must be a multiple of expansion={self.expansion}.")
+        return inner
 
     def _branch(self, x: jax.Array, scale: jax.Array | None, train: bool) -> jax.Array:
-        h = nn.relu(self._normed("norm1", self.features, train)(self._conv(self.features, 1, 1, "conv1")(x)))
-        h = self._conv(self.features, 3, self.strides, "conv2")(h)
-        h = _scaled(nn.relu(self._normed("norm2", self.features, train)(h)), scale)
-        return self._normed("norm3", self._out(), train)(self._conv(self._out(), 1, 1, "conv3")(h))
+        inner = self._channels()
+        h = nn.relu(self._normed("norm1", inner, train)(self._conv(inner, 1, 1, "conv1")(x)))
+        h = self._conv(inner, 3, self.strides, "conv2")(h)
+        h = _scaled(nn.relu(self._normed("norm2", inner, train)(h)), scale)
+        return self._normed("norm3", self.features, train)(self._conv(self.features, 1, 1, "conv3")(h))
 
     def _macs(self, height: int, width: int, channels: int) -> tuple[float, float]:
-        places = -(-height // self.strides) * -(-width // self.strides)
-        once = float(height * width * channels * self.features)
-        return once, float(places * (9 * self.features + self._out()))
+        inner, places = self._channels(), -(-height // self.strides) * -(-width // self.strides)
+        return float(height * width * channels * inner), float(places * (9 * inner + self.features))
 
 
 def recorded_gates(variables: Mapping[str, Any]) -> list[BlockGates]:

@@ -14,7 +14,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from effjax.core.macs import count_macs
-from effjax.models.resnet import BasicBlock, ResNet
+from effjax.models.residual_blocks import BasicBlock
+from effjax.models.resnet import ResNet
 from effjax.vision.dynamic_inference import block_macs, dynamic_inference, network_gates
 from effjax.vision.gate_networks import AIGGate, ConstantGate, GivenGate, SalienceGate, SkipNetGate, given_gates
 from effjax.vision.gated_blocks import GatedBasicBlock, GatedBottleneck, recorded_gates
@@ -70,7 +71,7 @@ def test_parity_of_lc_blocks(name):
     with jax.enable_x64(True):
         params, stats = lc_variables(ref)
         block = make(
-            ref["conv1"].shape[0],
+            ref["y"].shape[1],
             strides=int(ref["stride"]),
             shortcut="project",
             dtype=jnp.float64,
