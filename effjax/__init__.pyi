@@ -42,5 +42,6 @@ from .tasks.prompt import prompt_task as prompt_task
 from .tasks.sequence import sequence_task as sequence_task
 from .tasks.text import text_task as text_task
 from .transformers.token_drop import token_drop as token_drop
+from .vision.dynamic_inference import dynamic_inference as dynamic_inference
 
 __version__: str

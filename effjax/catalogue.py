@@ -217,6 +217,24 @@ METHODS: dict[str, Method] = {
             kind="pure functions and static-shape routing",
             paper="Kag, Fedorov, Gangrade, Whatmough, Saligrama 2023, ICLR (OpenReview jpR98ZdIm2q)",
         ),
+        Method(
+            stem="dynamic_inference",
+            summary="residual networks whose layers and channels run only for the images that need them",
+            modules=(
+                "effjax.vision.dynamic_inference",
+                "effjax.vision.gated_executors",
+                "effjax.vision.gated_blocks",
+                "effjax.vision.gates",
+                "effjax.vision.gate_networks",
+                "effjax.vision.mac_target",
+                "effjax.vision.policies",
+                "effjax.vision.pattern_buckets",
+                "effjax.vision.channel_groups",
+                "effjax.vision.break_even",
+            ),
+            kind="Flax modules and static-shape routing",
+            paper="Xia, Yin, Dai, Jha 2021, IEEE TETC, arXiv:2007.15151; reconstructed from re-implementations",
+        ),
     )
 }
 
