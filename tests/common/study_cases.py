@@ -12,6 +12,10 @@ _FEW_IMAGES = [
     *("--joint-errors", "0.2", "--prices", "0", "30"),
 ]
 
+_SMALL_IMAGES = [
+    *("--tasks", "digits/resnet-4", "--depth", "1", "--train-rows", "64", "--test-rows", "32", "--batch-size", "16"),
+]
+
 # Words that make the smoke preset a few seconds' work without losing an arm kind.
 TINY = {
     "samuel": [
@@ -72,6 +76,9 @@ TINY = {
         *("--tasks", "digits/mlp-8/mlp-16", "--arms", "margin", "router", "alternating", "oracle"),
         *("--budget.amount", "2", "--pair-steps", "40", "--coverage", "0.7", "--seeds", "0", "1"),
     ],
+    "dynamic_inference": [
+        *(*_SMALL_IMAGES, "--budget.amount", "12", "--seeds", "0", "1", "--arms", "dense", "layers", "random"),
+    ],
 }
 
 # Words that let the paper preset take one step here: built-in data, few rows, a small batch.
@@ -115,6 +122,7 @@ PAPER = {
     "hybrid": [
         *("--tasks", "digits/mlp-8/mlp-16", "--pair-steps", "2", "--budget.amount", "1", "--seeds", "0"),
     ],
+    "dynamic_inference": [*_SMALL_IMAGES, "--budget.amount", "2", "--budget.unit", "steps"],
 }
 
 # One arm of each kind in the paper preset.
@@ -132,6 +140,7 @@ PAPER_ARMS = {
     "geeni": ["cora/geeni-learned", "cora/single", "cora/distilled"],
     "selective": ["fashion_mnist-resnet20/osp-30", "fashion_mnist-resnet20/osp-saddle", "fashion_mnist-resnet20/sat"],
     "hybrid": ["digits-mlp-8-mlp-16/margin", "digits-mlp-8-mlp-16/router-gain", "digits-mlp-8-mlp-16/alternating"],
+    "dynamic_inference": ["digits-resnet-4/layers-channels", "digits-resnet-4/block-drop"],
 }
 
 # One arm of the tiny study whose run is cut in a phase and, where there are several, at a phase's border.
@@ -149,4 +158,5 @@ RESUMED = {
     "geeni": "cora/geeni-learned",
     "selective": "fashion_mnist-mlp-8/sat",
     "hybrid": "digits-mlp-8-mlp-16/alternating",
+    "dynamic_inference": "digits-resnet-4/layers",
 }

@@ -512,6 +512,42 @@ MUTATIONS = (
         "while self._batches and not self._batches[-1].open:",
         ("hardness/test_remote.py",),
     ),
+    # dynamic inference
+    Mutation(
+        "gates-below-zero-run",
+        "sign",
+        "request = ~(gate <= 0)",
+        "request = ~(gate < 0)",
+        ("vision/test_dynamic_inference.py",),
+    ),
+    Mutation(
+        "gate-scales-nothing",
+        "forgotten factor",
+        "found = gate * found",
+        "found = found + 0 * gate",
+        ("vision/test_dynamic_inference.py",),
+    ),
+    Mutation(
+        "closed-layers-are-counted",
+        "forgotten factor",
+        "(branch if layer is None else wide(layer.open) * branch)",
+        "branch",
+        ("vision/test_gates.py",),
+    ),
+    Mutation(
+        "straight-through-has-no-slope",
+        "dropped gradient",
+        "hard + (smooth - jax.lax.stop_gradient(smooth))",
+        "hard + jax.lax.stop_gradient(smooth - smooth)",
+        ("vision/test_gates.py",),
+    ),
+    Mutation(
+        "pairs-in-another-order",
+        "swapped axes",
+        "request.T.reshape(-1)",
+        "request.reshape(-1)",
+        ("vision/test_gates.py",),
+    ),
     # study
     Mutation(
         "arm-of-another-config-taken-over",
