@@ -230,7 +230,7 @@ METHODS: dict[str, Method] = {
                 "effjax.vision.policies",
                 "effjax.vision.pattern_buckets",
                 "effjax.vision.channel_groups",
-                "effjax.vision.break_even",
+                "effjax.vision.skip_estimate",
             ),
             kind="Flax modules and static-shape routing",
             paper="Xia, Yin, Dai, Jha 2021, IEEE TETC, arXiv:2007.15151; reconstructed from re-implementations",

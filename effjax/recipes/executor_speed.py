@@ -11,7 +11,7 @@ import numpy as np
 from effjax.recipes.spec import Arm, Claim, Group, Role
 from effjax.tasks.task import Metric, Task
 from effjax.train.program import Loader, Phase, Program
-from effjax.vision.break_even import break_even
+from effjax.vision.skip_estimate import break_even
 from effjax.vision.dynamic_inference import block_macs, dynamic_inference
 from effjax.vision.gated_executors import Executor, ResidualBlock
 

@@ -24,7 +24,7 @@ from effjax.train.grad import all_finite
 from effjax.train.loaders import column_loader
 from effjax.train.program import Phase, Program
 from effjax.train.trainer import TrainState, check_options
-from effjax.vision.break_even import break_even
+from effjax.vision.skip_estimate import break_even
 from effjax.vision.gate_networks import ConstantGate, PolicyNet, given_gates
 from effjax.vision.gated_blocks import GatedBasicBlock, recorded_gates
 from effjax.vision.gated_executors import Executor

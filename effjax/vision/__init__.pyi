@@ -1,5 +1,3 @@
-from .break_even import BreakEven as BreakEven
-from .break_even import Device as Device
 from .channel_groups import grouped_mlp as grouped_mlp
 from .channel_groups import open_channels as open_channels
 from .dynamic_inference import DynamicResult as DynamicResult
@@ -41,3 +39,6 @@ from .policies import block_drop_loss as block_drop_loss
 from .policies import block_drop_reward as block_drop_reward
 from .policies import distil_policy_loss as distil_policy_loss
 from .policies import skipnet_loss as skipnet_loss
+from .skip_estimate import BreakEven as BreakEven
+from .skip_estimate import Device as Device
+from .skip_estimate import break_even as break_even

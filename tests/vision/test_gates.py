@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.vision.break_even import DEVICES, Device, break_even
+from effjax.vision.skip_estimate import DEVICES, Device, break_even
 from effjax.vision.channel_groups import grouped_mlp, open_channels
 from effjax.vision.gate_networks import AIGGate, ConstantGate, PolicyNet, SalienceGate, SkipNetGate
 from effjax.vision.gates import Gate, gate_of, gumbel_gate, hard_concrete_gate, relu1_gate, ste_gate
