@@ -24,7 +24,6 @@ from effjax.train.grad import all_finite
 from effjax.train.loaders import column_loader
 from effjax.train.program import Phase, Program
 from effjax.train.trainer import TrainState, check_options
-from effjax.vision.skip_estimate import break_even
 from effjax.vision.gate_networks import ConstantGate, PolicyNet, given_gates
 from effjax.vision.gated_blocks import GatedBasicBlock, recorded_gates
 from effjax.vision.gated_executors import Executor
@@ -40,6 +39,7 @@ from effjax.vision.mac_target import (
     static_macs,
 )
 from effjax.vision.policies import block_drop_loss, block_drop_reward
+from effjax.vision.skip_estimate import break_even
 
 PyTree = Any
 PRETRAINED = "pretrained-"
@@ -73,26 +73,28 @@ class Loaded(NamedTuple):
       task: with the network without gates.
       make: fields of ``GatedBasicBlock`` to the network.
       names: of its blocks.
-      stage: of each block.
-      macs: of each block.
+      macs: of each block, without gates.
       shapes: of each block's input, [height, width, channels].
-      rest: multiply-adds outside the blocks.
+      gated: places of the blocks that may have a layer gate: all but the first of every stage, which change the shape.
+      static: multiply-adds of the network without gates.
       start: trained variables; None for fresh ones.
     """
 
     task: Task
     make: Callable[..., ResNet]
     names: tuple[str, ...]
-    stage: tuple[int, ...]
     macs: tuple[BlockMacs, ...]
     shapes: tuple[tuple[int, int, int], ...]
-    rest: float
+    gated: tuple[int, ...]
+    static: float
     start: Mapping[str, PyTree] | None
 
     @property
-    def static(self) -> float:
-        """Multiply-adds of the network without gates."""
-        return self.rest + float(static_macs([BlockGates(None, None, macs) for macs in self.macs]))
+    def branches(self) -> np.ndarray:
+        """Multiply-adds that every block with a layer gate can save."""
+        return np.array(
+            [self.macs[place].once + self.macs[place].channel * self.macs[place].channels for place in self.gated]
+        )
 
 
 # The network
@@ -105,9 +107,7 @@ def load_network(config: Any, name: str) -> Loaded:
     data = load(data) if isinstance(data, str) else data
     stages, widths = _sizes(config, model)
     fields = {"classes": len(data.classes), "dtype": jnp.dtype(config.train.dtype), "remat": config.train.remat}
-    make = lambda **gates: ResNet(
-        stages=stages, widths=widths, block=functools.partial(GatedBasicBlock, **gates), **fields
-    )
+    make = functools.partial(_network, stages, widths, fields)
     rows = {"train_rows": config.train_rows, "test_rows": config.test_rows, "eval_batch": EVAL_BATCH}
     task = image_task(data, make(layer=None), **rows)._replace(name=f"{data.name}/{model}")
     start = pretrained_resnet(model.removeprefix(PRETRAINED))[1] if model.startswith(PRETRAINED) else None
@@ -116,18 +116,20 @@ def load_network(config: Any, name: str) -> Loaded:
             f"tasks={name!r}: the pretrained networks tell 10 classes of color images. Use resnet-16-32-64."
         )
     places = [(stage, block) for stage, count in enumerate(stages, start=1) for block in range(count)]
-    macs, shapes, whole = _counted(task, make)
-    found = Loaded(
-        task,
-        make,
-        tuple(f"stage{stage}_block{block}" for stage, block in places),
-        tuple(stage for stage, _ in places),
-        macs,
-        shapes,
-        0.0,
-        start,
-    )
-    return found._replace(rest=whole - found.static)
+    gated = [place for place, (_, block) in enumerate(places) if block] or list(range(len(places)))
+    macs, shapes, whole = _counted(task, functools.partial(make, everywhere=True))
+    names = tuple(f"stage{stage}_block{block}" for stage, block in places)
+    return Loaded(task, make, names, macs, shapes, tuple(gated), whole, start)
+
+
+def _network(
+    stages: Sequence[int], widths: Sequence[int], fields: Mapping[str, Any], everywhere: bool = False, **gates: Any
+) -> ResNet:
+    """The network whose blocks have these gates; the first of a stage has no layer gate where others follow it."""
+    block = functools.partial(GatedBasicBlock, **gates)
+    always = block if everywhere or max(stages) == 1 else functools.partial(block, layer=None)
+    factories = tuple((always, *[block] * (count - 1)) for count in stages)
+    return ResNet(stages=factories, widths=tuple(widths), **fields)
 
 
 def _sizes(config: Any, model: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -184,15 +186,10 @@ def estimates(loaded: Loaded, batch: int) -> list[str]:
 
 
 def static_pattern(loaded: Loaded, target: float) -> np.ndarray:
-    """The blocks of a static network of about the target's multiply-adds; the first of every stage stays."""
-    open_ = np.ones(len(loaded.names), bool)
-    costs = np.array([macs.once + macs.channel * macs.channels for macs in loaded.macs])
-    first = [loaded.stage.index(stage) for stage in loaded.stage]
-    spare = [place for place in reversed(range(len(open_))) if place != first[place]]
-    # By turns the last block of every stage.
-    turns = sorted(spare, key=lambda place: (-(place - first[place]), -place))
+    """Gates of a static network of about the target's work, bools [gated blocks]: the last ones close first."""
+    costs, open_ = loaded.branches, np.ones(len(loaded.gated), bool)
     best, distance = open_.copy(), abs(1 - target)
-    for place in turns:
+    for place in _by_turns(loaded):
         open_[place] = False
         fraction = 1 - float(costs[~open_].sum()) / loaded.static
         if abs(fraction - target) < distance:
@@ -200,10 +197,16 @@ def static_pattern(loaded: Loaded, target: float) -> np.ndarray:
     return best
 
 
+def _by_turns(loaded: Loaded) -> list[int]:
+    """Places among the gated blocks: of every stage its last, then of every stage the one before."""
+    stage = [loaded.names[place].partition("_")[0] for place in loaded.gated]
+    after = [stage[place:].count(one) for place, one in enumerate(stage)]
+    return sorted(range(len(stage)), key=lambda place: (after[place], -place))
+
+
 def random_rate(loaded: Loaded, target: float) -> float:
     """Chance of an open layer at which random gates spend the target."""
-    branches = sum(macs.once + macs.channel * macs.channels for macs in loaded.macs)
-    return float(np.clip(1 - (1 - target) * loaded.static / branches, 0, 1))
+    return float(np.clip(1 - (1 - target) * loaded.static / loaded.branches.sum(), 0, 1))
 
 
 def drawn_gates(images: jax.Array, blocks: int, rate: float) -> jax.Array:
@@ -226,7 +229,11 @@ class Arms:
     def __init__(self, config: Any, variant: Variant, loaded: Loaded):
         self.config, self.variant, self.loaded = config, variant, loaded
         self.task = loaded.task
-        self.policy = PolicyNet(len(loaded.names)) if variant.given in ("one-shot", "block-drop") else None
+        self.names = [loaded.names[place] for place in loaded.gated]
+        everywhere = variant.channel is not None  # channels are gated in every block
+        counted = loaded.macs if everywhere else [loaded.macs[place] for place in loaded.gated]
+        self.rest = loaded.static - float(static_macs([BlockGates(None, None, macs) for macs in counted]))
+        self.policy = PolicyNet(len(self.names)) if variant.given in ("one-shot", "block-drop") else None
         self.pattern = jnp.asarray(static_pattern(loaded, config.mac_target), jnp.float32)
         self.rate = random_rate(loaded, config.mac_target)
         self.extra = 0.0
@@ -261,7 +268,7 @@ class Arms:
         if given == "static":
             return jnp.broadcast_to(self.pattern[None], (x.shape[0], len(self.pattern)))
         if given == "random":
-            return drawn_gates(jnp.asarray(images), len(self.loaded.names), self.rate)
+            return drawn_gates(jnp.asarray(images), len(self.names), self.rate)
         if self.policy is not None:
             return ste_gate(self.policy.apply({"params": variables["params"]["policy"]}, x)).value
         return None
@@ -278,7 +285,7 @@ class Arms:
         """Logits, changed collections and gates; trained with a key."""
         x = standardised(unit_images(images), self.task.details)
         gates = self.decide(variables, images, x) if gates is None else gates
-        held = {**variables} | ({} if gates is None else {"given": given_gates(gates, self.loaded.names)})
+        held = {**variables} | ({} if gates is None else {"given": given_gates(gates, self.names)})
         mutable = ["intermediates", *(["batch_stats"] if key is not None else [])]
         rngs = None if key is None else {"dropout": key}
         logits, changed = self.module(executor).apply(held, x, train=key is not None, mutable=mutable, rngs=rngs)
@@ -293,7 +300,7 @@ class Arms:
         if self.variant.loss == "rate":
             return open_rate_loss(gates, self.rate)
         target = gate_target(step, steps, config.mac_target, warm_up=config.warm_up, anneal=config.anneal)
-        return mac_target_loss(gates, target - self.extra, weight=config.penalty_weight, rest=self.loaded.rest)
+        return mac_target_loss(gates, target - self.extra, weight=config.penalty_weight, rest=self.rest)
 
     def objective(
         self, params: PyTree, state: TrainState, batch: Any, steps: int
@@ -366,7 +373,7 @@ class Arms:
         def scores(variables: PyTree, images: Any) -> Any:
             logits, _, gates = self.run(variables, images)
             rows = logits.shape[0]
-            work = jnp.full(rows, self.loaded.static) if not gates else example_macs(gates) + self.loaded.rest
+            work = jnp.full(rows, self.loaded.static) if not gates else example_macs(gates) + self.rest
             layers = [one.layer.open for one in gates if one.layer is not None]
             return logits, work, jnp.stack(layers, 1) if layers else jnp.ones((rows, 1))
 

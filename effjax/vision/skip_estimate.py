@@ -30,24 +30,40 @@ DEVICES = {
 
 
 class BreakEven(NamedTuple):
-    """What skipping costs and saves, for one example of a batch.
+    """What a block and skipping it cost, in seconds for one example of a batch.
 
     Attributes:
-      block_s: seconds of the block.
-      move_s: seconds of gathering its inputs and scattering its outputs.
-      decide_s: seconds of the decision.
-      rate: share of open examples below which skipping is faster than running all; 0 where it never is.
+      compute_s: of the block's arithmetic.
+      stream_s: of reading its input and writing its output.
+      weights_s: of reading its weights, which the examples of a batch share, and which no skip saves.
+      move_s: of gathering inputs and scattering outputs.
+      decide_s: of the decision, which they share too.
     """
 
-    block_s: float
+    compute_s: float
+    stream_s: float
+    weights_s: float
     move_s: float
     decide_s: float
-    rate: float
+
+    @property
+    def block_s(self) -> float:
+        """The block without gates."""
+        return max(self.compute_s, self.stream_s + self.weights_s)
+
+    @property
+    def rate(self) -> float:
+        """Share of open examples below which skipping is faster than running all; 0 where it never is."""
+        left = self.block_s - self.decide_s
+        computing = left / (self.compute_s + self.move_s)
+        streaming = (left - self.weights_s) / max(self.stream_s + self.move_s, 1e-30)
+        return max(0.0, min(1.0, computing, streaming))
 
     def ratio(self, open_rate: float) -> float:
-        """Time of the ladder over that of the dense block where this share of the examples is open."""
+        """Time of the ladder over that of the block without gates where this share of the examples is open."""
         check_number("open_rate", open_rate, low=0, high=1)
-        return (open_rate * (self.block_s + self.move_s) + self.decide_s) / self.block_s
+        run = max(open_rate * self.compute_s, open_rate * self.stream_s + self.weights_s) if open_rate else 0.0
+        return (run + open_rate * self.move_s + self.decide_s) / self.block_s
 
     def __str__(self) -> str:
         say = lambda seconds: f"{1e6 * seconds:.3g} us"
@@ -63,11 +79,12 @@ def break_even(
     r"""Roofline estimate of a gated block under the ladder.
 
     .. math::
-       t_{block} = \max(2 m / F,\ (2 a + w / B) / M), \qquad t_{move} = 4 a / M, \qquad
-       r^* = \frac{t_{block} - t_{decide} / B}{t_{block} + t_{move}}
+       t(r) = \max\Bigl(\frac{2 m r}{F}, \frac{2 a r + w / B}{M}\Bigr) + \frac{4 a r}{M} + \frac{d}{B}
+       \qquad\text{against}\qquad \max\Bigl(\frac{2 m}{F}, \frac{2 a + w / B}{M}\Bigr)
 
-    for m multiply-adds and a bytes of input for each example, w bytes of weights, B examples, F operations and M bytes
-    a second. Gather and scatter each read and write one copy of the activations of open examples.
+    for a share r of open examples, m multiply-adds and a bytes of input for each example, w bytes of weights, B
+    examples, F operations and M bytes a second, d seconds of a decision. Gather and scatter each read and write one
+    copy of the activations of open examples.
 
     Args:
       macs: m, multiply-adds of the branch for one example, such as ``BlockMacs`` has them.
@@ -77,7 +94,7 @@ def break_even(
       weight_bytes: w.
 
     Returns:
-      A ``BreakEven``; its ``rate`` is r*.
+      A ``BreakEven``; at its ``rate`` the two are equal.
 
     Raises:
       ValueError: numbers out of range, or an unknown device.
@@ -98,7 +115,11 @@ def break_even(
     check_number("batch", batch, low=1, integer=True)
     if not isinstance(device, Device):
         device = DEVICES[check_choice("device", device, tuple(DEVICES))]
-    streamed = (2 * activation_bytes + weight_bytes / batch) / device.bytes_per_s
-    block = max(2 * macs / device.flops_per_s, streamed)
-    move, decide = 4 * activation_bytes / device.bytes_per_s, device.step_s / batch
-    return BreakEven(block, move, decide, max(0.0, min(1.0, (block - decide) / (block + move))))
+    memory = device.bytes_per_s
+    return BreakEven(
+        compute_s=2 * macs / device.flops_per_s,
+        stream_s=2 * activation_bytes / memory,
+        weights_s=weight_bytes / batch / memory,
+        move_s=4 * activation_bytes / memory,
+        decide_s=device.step_s / batch,
+    )

@@ -375,7 +375,7 @@ def dynamic_inference_loop():
         logits, changed = model.apply(held, images, train=True, mutable=["intermediates", "batch_stats"])
         loss = optax.softmax_cross_entropy(logits, jax.nn.one_hot(batch["label"], 10)).mean()
         target = gate_target(t, 6, 0.5, warm_up=0.2, anneal=0.4)
-        # Multiply-adds outside the blocks: the first convolution and the last layer.
+        # Multiply-adds outside the block: the first convolution and the last layer.
         gates, rest = recorded_gates(changed), 9 * 4 * 64 + 4 * 10
         return loss + mac_target_loss(gates, target, weight=20.0, rest=rest), changed["batch_stats"]
 

@@ -28,16 +28,16 @@ def test_the_network_is_counted_by_hand(loaded):
     wanted = [basic(8, 4, 4), basic(8, 4, 4), basic(4, 4, 8), basic(4, 8, 8)]
     assert [macs.channel * macs.channels for macs in loaded.macs] == wanted
     assert loaded.shapes == ((8, 8, 4), (8, 8, 4), (8, 8, 4), (4, 4, 8))
-    assert loaded.rest == 9 * 4 * 64 + 8 * 10
-    assert loaded.names[2] == "stage2_block0"
+    assert loaded.static == sum(wanted) + 9 * 4 * 64 + 8 * 10
+    assert [loaded.names[place] for place in loaded.gated] == ["stage1_block1", "stage2_block1"]
+    assert loaded.branches.tolist() == [wanted[1], wanted[3]]
 
 
 def test_static_and_random_controls_spend_the_target(loaded):
-    pattern = static_pattern(loaded, 0.5)
-    assert pattern.tolist() == [True, False, True, False]  # the first block of every stage stays
-    costs = np.array([macs.channel * macs.channels for macs in loaded.macs])
-    rate = random_rate(loaded, 0.5)
-    assert (rate * costs.sum() + loaded.rest) / loaded.static == pytest.approx(0.5)
+    assert static_pattern(loaded, 0.7).tolist() == [True, False]  # the last block closes first
+    assert static_pattern(loaded, 0.4).tolist() == [False, False]
+    rate = random_rate(loaded, 0.7)
+    assert 1 - (1 - rate) * loaded.branches.sum() / loaded.static == pytest.approx(0.7)
     images = np.random.default_rng(0).integers(0, 255, (400, 4, 4, 1), np.uint8)
     draw = jax.jit(drawn_gates, static_argnums=(1, 2))
     gates = np.asarray(draw(images, 4, 0.5))
@@ -83,8 +83,8 @@ def test_timed_executors_agree_and_their_claims_follow_the_estimate():
     _, metrics = jax.jit(phase.step)(state, None, phase.aux(state))
     assert np.isfinite(metrics["loss"])
     found = claims(study)
-    assert [claim.arm for claim in found["mlp-8-b4"]] == ["ladder-100"]  # too small to pay
-    assert [claim.arm for claim in found["basic-64-16-b4"]] == ["ladder-100", "ladder-50"]
+    assert "mlp-8-b4" not in found  # too small to pay
+    assert [claim.arm for claim in found["basic-64-16-b4"]] == ["ladder-50", "ladder-100"]
 
 
 def test_shares_of_open_examples_are_exact():

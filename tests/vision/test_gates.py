@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.vision.skip_estimate import DEVICES, Device, break_even
 from effjax.vision.channel_groups import grouped_mlp, open_channels
 from effjax.vision.gate_networks import AIGGate, ConstantGate, PolicyNet, SalienceGate, SkipNetGate
 from effjax.vision.gates import Gate, gate_of, gumbel_gate, hard_concrete_gate, relu1_gate, ste_gate
@@ -25,6 +24,7 @@ from effjax.vision.mac_target import (
 )
 from effjax.vision.pattern_buckets import PatternServer, nearest_patterns
 from effjax.vision.policies import block_drop_loss, block_drop_reward, distil_policy_loss, skipnet_loss
+from effjax.vision.skip_estimate import DEVICES, Device, break_even
 
 RNG = np.random.default_rng(0)
 Z = np.array([-3.0, -0.01, 0.0, 0.004, 0.4, 0.999, 1.0, 2.5], np.float32)
@@ -295,11 +295,16 @@ def test_policy_gradients_by_hand():
 
 def test_break_even_by_hand():
     device = Device(flops_per_s=1e9, bytes_per_s=1e6, step_s=0.4)
-    found = break_even(1e9, 1e5, device=device, batch=4)  # 2 s of products, 0.4 s of moving, 0.1 s of deciding
-    assert found[:3] == pytest.approx((2.0, 0.4, 0.1))
+    found = break_even(1e9, 1e5, device=device, batch=4)  # 2 s of products, 0.2 s of streaming, 0.1 s of deciding
+    assert found == pytest.approx((2.0, 0.2, 0.0, 0.4, 0.1))
+    assert found.block_s == 2.0
     assert found.rate == pytest.approx(1.9 / 2.4)
     assert found.ratio(found.rate) == pytest.approx(1.0)
+    assert found.ratio(0.0) == pytest.approx(0.05)
     assert "skipping pays below 79% open" in str(found)
+    heavy = break_even(1e9, 1e5, device=device, batch=4, weight_bytes=6e6)  # 1.5 s of weights, whoever is skipped
+    assert heavy.ratio(0.5) == pytest.approx((0.1 + 1.5 + 0.2 + 0.1) / 2)
+    assert heavy.ratio(heavy.rate) == pytest.approx(1.0)
     never = break_even(1.0, 1e5, device=device, batch=1)
     assert never.rate == 0
     assert "never pays" in str(never)
