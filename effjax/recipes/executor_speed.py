@@ -151,7 +151,8 @@ def _program(config: Any, executor: Executor | None, rate: float, shape: Shape) 
         return dynamic_inference(shape.blocks, held, x, gates=given, executor=how or Executor("masked")).outputs
 
     def step(state: Any, batch: Any, aux: Any) -> tuple[Any, dict[str, jax.Array]]:
-        return state, {"loss": jnp.mean(run(state["params"], *aux, executor), dtype=jnp.float32)}
+        x, gates = aux
+        return state, {"loss": jnp.mean(run(state["params"], x, gates, executor), dtype=jnp.float32)}
 
     def evaluate(state: Any) -> dict[str, float]:
         found, wanted = (

@@ -270,8 +270,13 @@ class Arms:
         if given == "random":
             return drawn_gates(jnp.asarray(images), len(self.names), self.rate)
         if self.policy is not None:
-            return ste_gate(self.policy.apply({"params": variables["params"]["policy"]}, x)).value
+            return ste_gate(self._logits(variables, x)).value
         return None
+
+    def _logits(self, variables: PyTree, x: jax.Array) -> jax.Array:
+        """Of the policy."""
+        assert self.policy is not None
+        return jnp.asarray(self.policy.apply({"params": variables["params"]["policy"]}, x))
 
     def run(
         self,
@@ -318,8 +323,7 @@ class Arms:
         """BlockDrop: a draw of the policy is rewarded against its likeliest pattern; both networks share weights."""
         images, labels = batch["image"], batch["label"]
         x = standardised(unit_images(images), self.task.details)
-        assert self.policy is not None
-        logits = self.policy.apply({"params": variables["params"]["policy"]}, x)
+        logits = self._logits(variables, x)
         # Probabilities within [0.1, 0.9], so that every pattern is tried.
         chance = 0.1 + 0.8 * jax.nn.sigmoid(jax.lax.stop_gradient(logits))
         actions = jax.random.bernoulli(jax.random.fold_in(key, 1), chance).astype(jnp.float32)
