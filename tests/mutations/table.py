@@ -487,8 +487,8 @@ MUTATIONS = (
     Mutation(
         "dispatch-mesh-takes-its-own-branch",
         "dropped reduction",
-        "most = count if manual is None else jax.lax.pmax(count, manual)",
-        "most = count if manual is None else jax.lax.pmin(count, manual)",
+        "most = count if axis is None else jax.lax.pmax(count, axis)",
+        "most = count if axis is None else jax.lax.pmin(count, axis)",
         ("hardness/test_dispatch.py",),
     ),
     Mutation(
