@@ -366,7 +366,7 @@ def dynamic_inference_loop():
     rate = lambda start: optax.adam(optax.linear_schedule(start, 0.0, 6))
     part = lambda path, leaf: "gates" if "layer_gate" in jax.tree_util.keystr(path) else "network"
     tx = optax.partition(
-        {"network": rate(3e-3), "gates": rate(1e-2)}, lambda params: jax.tree_util.tree_map_with_path(part, params)
+        {"network": rate(1e-2), "gates": rate(3e-2)}, lambda params: jax.tree_util.tree_map_with_path(part, params)
     )
 
     def objective(params, stats, batch, t):
@@ -374,7 +374,7 @@ def dynamic_inference_loop():
         held = {"params": params, "batch_stats": stats}
         logits, changed = model.apply(held, images, train=True, mutable=["intermediates", "batch_stats"])
         loss = optax.softmax_cross_entropy(logits, jax.nn.one_hot(batch["label"], 10)).mean()
-        target = gate_target(t, 6, 0.5, warm_up=0.2, anneal=0.4)
+        target = gate_target(t, 6, 0.7, warm_up=0.2, anneal=0.4)
         # Multiply-adds outside the block: the first convolution and the last layer.
         gates, rest = recorded_gates(changed), 9 * 4 * 64 + 4 * 10
         return loss + mac_target_loss(gates, target, weight=20.0, rest=rest), changed["batch_stats"]

@@ -136,3 +136,14 @@ def test_own_images_of_one_channel_and_odd_sizes(kind, tmp_path):
     state = jax.eval_shape(program.init, jax.random.key(0))
     _, metrics = jax.eval_shape(program.phases[0].step, state, next(program.loader.open(0)), None)
     assert metrics["loss"].shape == ()
+
+
+def test_the_estimate_is_printed_and_reported(tmp_path, capsys, monkeypatch):
+    from effjax.cli import main
+    from effjax.study import metering
+
+    monkeypatch.setattr(metering, "SECONDS", 0.0)  # the fewest rounds of timing
+    words = ["compare", "dynamic_inference:speed", "--cost-only", "--shapes", "mlp-8", "--batches", "4"]
+    assert main([*words, "--arms", "dense", "--out", str(tmp_path / "out")]) == 0
+    assert "mlp-8-b4: estimate on one CPU core: block 0.0" in capsys.readouterr().out
+    assert "\n- estimate on an H200: " in (tmp_path / "out" / "report.md").read_text()
