@@ -36,7 +36,7 @@ cpu = DynamicInferenceStudy(
 
 speed = DynamicInferenceStudy(
     tasks=(),
-    shapes=("basic-64-16", "bottleneck-256-14", "mlp-512"),
+    shapes=("basic-64-16", "mlp-512"),
     budget=Budget(1),
     seeds=(0,),
 )

@@ -36,14 +36,16 @@ class BreakEven(NamedTuple):
       compute_s: of the block's arithmetic.
       stream_s: of reading its input and writing its output.
       weights_s: of reading its weights, which the examples of a batch share, and which no skip saves.
-      move_s: of gathering inputs and scattering outputs.
-      decide_s: of the decision, which they share too.
+      move_s: of gathering inputs and scattering outputs, where the gate is open.
+      copy_s: of copying what a closed block leaves as it is, open or not.
+      decide_s: of the decision, which the examples share too.
     """
 
     compute_s: float
     stream_s: float
     weights_s: float
     move_s: float
+    copy_s: float
     decide_s: float
 
     @property
@@ -54,7 +56,7 @@ class BreakEven(NamedTuple):
     @property
     def rate(self) -> float:
         """Share of open examples below which skipping is faster than running all; 0 where it never is."""
-        left = self.block_s - self.decide_s
+        left = self.block_s - self.copy_s - self.decide_s
         computing = left / (self.compute_s + self.move_s)
         streaming = (left - self.weights_s) / max(self.stream_s + self.move_s, 1e-30)
         return max(0.0, min(1.0, computing, streaming))
@@ -63,7 +65,7 @@ class BreakEven(NamedTuple):
         """Time of the ladder over that of the block without gates where this share of the examples is open."""
         check_number("open_rate", open_rate, low=0, high=1)
         run = max(open_rate * self.compute_s, open_rate * self.stream_s + self.weights_s) if open_rate else 0.0
-        return (run + open_rate * self.move_s + self.decide_s) / self.block_s
+        return (run + open_rate * self.move_s + self.copy_s + self.decide_s) / self.block_s
 
     def __str__(self) -> str:
         say = lambda seconds: f"{1e6 * seconds:.3g} us"
@@ -79,12 +81,12 @@ def break_even(
     r"""Roofline estimate of a gated block under the ladder.
 
     .. math::
-       t(r) = \max\Bigl(\frac{2 m r}{F}, \frac{2 a r + w / B}{M}\Bigr) + \frac{4 a r}{M} + \frac{d}{B}
+       t(r) = \max\Bigl(\frac{2 m r}{F}, \frac{2 a r + w / B}{M}\Bigr) + \frac{4 a r + 2 a}{M} + \frac{d}{B}
        \qquad\text{against}\qquad \max\Bigl(\frac{2 m}{F}, \frac{2 a + w / B}{M}\Bigr)
 
     for a share r of open examples, m multiply-adds and a bytes of input for each example, w bytes of weights, B
     examples, F operations and M bytes a second, d seconds of a decision. Gather and scatter each read and write one
-    copy of the activations of open examples.
+    copy of the activations of open examples, and the scatter begins with a copy of all.
 
     Args:
       macs: m, multiply-adds of the branch for one example, such as ``BlockMacs`` has them.
@@ -102,7 +104,7 @@ def break_even(
     Example:
       >>> wide, narrow = 218e6, 4.7e6  # a ResNet-50 bottleneck of stage 3; 16 channels on 32 x 32
       >>> round(break_even(wide, 401_408, device="gpu", batch=256).rate, 2)
-      0.47
+      0.25
       >>> break_even(narrow, 32_768, device="gpu", batch=256).rate
       0.0
 
@@ -121,5 +123,6 @@ def break_even(
         stream_s=2 * activation_bytes / memory,
         weights_s=weight_bytes / batch / memory,
         move_s=4 * activation_bytes / memory,
+        copy_s=2 * activation_bytes / memory,
         decide_s=device.step_s / batch,
     )
