@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from effjax.core.errors import Count, Fraction, Limits, NotNegative, Positive, Share
 from effjax.recipes.executor_speed import make_shape, speed_claims, speed_groups
-from effjax.recipes.gated_networks import Arms, Loaded, Variant, estimates, load_network
+from effjax.recipes.gated_networks import Loaded, estimates, load_network
+from effjax.recipes.gated_training import Arms, Variant
 from effjax.recipes.spec import Arm, Claim, Group, StudyConfig
 from effjax.tasks.task import Metric
 from effjax.vision.gate_networks import AIGGate, GivenGate, SalienceGate, SkipNetGate

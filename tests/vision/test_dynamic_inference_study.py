@@ -8,7 +8,8 @@ import pytest
 
 from effjax.recipes.dynamic_inference import VARIANTS, DynamicInferenceStudy, _program, claims, groups
 from effjax.recipes.executor_speed import gates_at, make_shape
-from effjax.recipes.gated_networks import drawn_gates, gate_labels, load_network, random_rate, static_pattern
+from effjax.recipes.gated_networks import drawn_gates, load_network, random_rate, static_pattern
+from effjax.recipes.gated_training import gate_labels
 from effjax.recipes.spec import OwnData
 from effjax.study.resolve import resolve
 from effjax.train.options import Budget
