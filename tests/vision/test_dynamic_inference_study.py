@@ -72,7 +72,7 @@ def test_a_policy_learns_and_its_own_work_is_counted():
 
 
 def test_timed_executors_agree_and_their_claims_follow_the_estimate():
-    study = dataclasses.replace(STUDY, tasks=(), shapes=("mlp-8", "basic-64-16"), batches=(4,), open_rates=(0.5,))
+    study = dataclasses.replace(STUDY, tasks=(), shapes=("mlp-8", "basic-64-16"), batches=(32,), open_rates=(0.5,))
     first, _ = groups(study)
     assert [arm.name for arm in first.arms] == ["dense", "masked", "ladder-50", "capacity-50", "map-50"]
     shape = first.load()
@@ -84,8 +84,8 @@ def test_timed_executors_agree_and_their_claims_follow_the_estimate():
     _, metrics = jax.jit(phase.step)(state, None, phase.aux(state))
     assert np.isfinite(metrics["loss"])
     found = claims(study)
-    assert "mlp-8-b4" not in found  # too small to pay
-    assert [claim.arm for claim in found["basic-64-16-b4"]] == ["ladder-50", "ladder-100"]
+    assert "mlp-8-b32" not in found  # too small to pay
+    assert [claim.arm for claim in found["basic-64-16-b32"]] == ["ladder-50", "ladder-100"]
 
 
 def test_shares_of_open_examples_are_exact():
