@@ -63,7 +63,10 @@ def _only_jax_flax_and_optax(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-_PURE = tuple(str(ROOT / folder) for folder in ("tests/core", "tests/graph", "tests/recurrent", "tests/transformers"))
+_PURE = tuple(
+    str(ROOT / folder)
+    for folder in ("tests/core", "tests/graph", "tests/recurrent", "tests/transformers", "tests/vision")
+)
 
 
 @pytest.fixture(autouse=True)

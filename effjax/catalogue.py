@@ -231,6 +231,24 @@ METHODS: dict[str, Method] = {
             kind="pure functions, Flax blocks, and surgery on networks",
             paper="Kag, Wadhwa, Saligrama, Jain 2023, unpublished; reconstructed from two descriptions",
         ),
+        Method(
+            stem="dynamic_inference",
+            summary="residual networks whose layers and channels run only for the images that need them",
+            modules=(
+                "effjax.vision.dynamic_inference",
+                "effjax.vision.gated_executors",
+                "effjax.vision.gated_blocks",
+                "effjax.vision.gates",
+                "effjax.vision.gate_networks",
+                "effjax.vision.mac_target",
+                "effjax.vision.policies",
+                "effjax.vision.pattern_buckets",
+                "effjax.vision.channel_groups",
+                "effjax.vision.skip_estimate",
+            ),
+            kind="Flax modules and static-shape routing",
+            paper="Xia, Yin, Dai, Jha 2021, IEEE TETC, arXiv:2007.15151; reconstructed from re-implementations",
+        ),
     )
 }
 

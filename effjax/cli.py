@@ -222,6 +222,8 @@ def _compare(options: Any) -> None:
     from effjax.study.compare import compare
 
     results = compare(_resolve(options), out=options.out, cost_only=options.cost_only)
+    for group, said in results.get("about", {}).items():
+        print("\n".join(f"{group}: {sentence}" for sentence in said))
     _print_claims(results)
     folder = Path(results.folder or "")
     print("\n" + "\n".join(str(folder / name) for name in ("report.md", "report.png", "results.json")))

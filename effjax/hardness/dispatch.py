@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from effjax.core.errors import check_number, check_shape
 from effjax.core.shapes import check_ladder
+from effjax.core.slots import in_least_bucket, mesh_parts, over_mesh, request_slots
 
 __all__ = [
     "Dispatched",
@@ -101,7 +101,7 @@ def dispatch_capacity(
     rows = check_batch(inputs, outputs, request)
     if score is not None:
         check_shape("score", score, (rows,), "One number for each row.")
-    parts = _parts(mesh, axis, rows)
+    parts = mesh_parts(mesh, axis, rows)
     if parts > 1 and capacity % parts:
         raise ValueError(f"capacity={capacity} does not divide among the {parts} devices of axis {axis!r}.")
 
@@ -111,7 +111,7 @@ def dispatch_capacity(
         return serve_slots(apply, params, inputs, outputs, request, slots)
 
     rest = () if score is None else (score,)
-    return _over(mesh, axis, run, rows)(params, inputs, outputs, request, *rest)
+    return over_mesh(mesh, axis, run, rows)(params, inputs, outputs, request, *rest)
 
 
 def dispatch_buckets(
@@ -164,24 +164,23 @@ def dispatch_buckets(
     manual = axis if mesh is not None else None
 
     def run(params, inputs, outputs, request):
-        own = request.shape[0]
-        sizes = (0, *(rung for rung in rungs if rung < own), own)
-        order = jnp.argsort(~request, stable=True)
-        count = _not_under_vmap(jnp.sum(request, dtype=jnp.int32))
-        most = count if manual is None else jax.lax.pmax(count, manual)
+        def serve(slots, params, inputs, outputs, request):
+            return serve_slots(apply, params, inputs, outputs, request, slots)
 
-        def branch(size: int) -> Callable[..., Dispatched]:
-            def serve(params, inputs, outputs, request, order, count):
-                slots = jnp.where(jnp.arange(size) < count, order[:size], own)
-                return serve_slots(apply, params, inputs, outputs, request, slots)
+        return in_least_bucket(
+            serve,
+            request,
+            params,
+            inputs,
+            outputs,
+            request,
+            buckets=rungs,
+            axis=manual,
+            caller="dispatch_buckets",
+            instead="dispatch_capacity",
+        )
 
-            return serve
-
-        place = jnp.searchsorted(jnp.array(sizes), most)
-        operands = (params, inputs, outputs, request, order, count)
-        return jax.lax.switch(place, [branch(size) for size in sizes], *operands)
-
-    return _over(mesh, axis, run, rows)(params, inputs, outputs, request)
+    return over_mesh(mesh, axis, run, rows)(params, inputs, outputs, request)
 
 
 def dispatch_masked(
@@ -232,35 +231,6 @@ def expert_capacity(rows: int, share: float, *, deviations: float = 3.0, multipl
     check_number("multiple", multiple, low=1, integer=True)
     wanted = rows * share + deviations * math.sqrt(rows * share * (1 - share))
     return min(rows, max(1, math.ceil(wanted / multiple)) * multiple)
-
-
-def request_slots(
-    request: Bool[Array | np.ndarray, "rows"], score: Float[Array | np.ndarray, "rows"] | None = None, *, capacity: int
-) -> Int[Array, "capacity"]:
-    """The rows that get a place, in increasing order; empty places hold the number of rows. Traceable.
-
-    Args:
-      request: rows that ask.
-      score: the largest are served, of equals the first, NaN before all; None for the first rows.
-      capacity: number of places.
-
-    Returns:
-      int32 [capacity].
-
-    Example:
-      >>> asks, score = jnp.array([True, True, False, True]), jnp.array([0.1, 0.3, 9.0, 0.2])
-      >>> request_slots(asks, capacity=2).tolist(), request_slots(asks, score, capacity=2).tolist()
-      ([0, 1], [1, 3])
-    """
-    rows = request.shape[0]
-    if score is None:
-        order = jnp.argsort(~request, stable=True)
-    else:
-        check_shape("score", score, (rows,), "One number for each row.")
-        order = jnp.lexsort((-jnp.where(jnp.isnan(score), jnp.inf, score), ~request))
-    places = jnp.arange(min(capacity, rows))
-    slots = jnp.sort(jnp.where(places < jnp.sum(request), order[: len(places)], rows))
-    return jnp.pad(slots, (0, capacity - len(places)), constant_values=rows).astype(jnp.int32)
 
 
 def serve_slots(
@@ -351,39 +321,3 @@ def check_answers(apply: Apply, params: PyTree, inputs: PyTree, outputs: PyTree,
             "Give both models the same outputs, or wrap the expert."
         )
     return answers
-
-
-def _parts(mesh: Mesh | None, axis: str, rows: int) -> int:
-    if mesh is None:
-        return 1
-    if axis not in mesh.shape:
-        raise ValueError(f"axis={axis!r} is not one of the mesh's axes {tuple(mesh.shape)}.")
-    parts = mesh.shape[axis]
-    if rows % parts:
-        raise ValueError(f"{rows} rows do not divide among the {parts} devices of axis {axis!r}. Pad the batch.")
-    return parts
-
-
-def _over(mesh: Mesh | None, axis: str, run: Callable[..., Dispatched], rows: int) -> Callable[..., Dispatched]:
-    """``run`` on every device's own rows."""
-    if _parts(mesh, axis, rows) == 1 or mesh is None:
-        return run if mesh is None else jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-
-    def mapped(params, *batch):
-        specs = (P(), *(P(axis) for _ in batch))
-        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(axis), check_vma=False)(params, *batch)
-
-    return mapped
-
-
-@jax.custom_batching.custom_vmap
-def _not_under_vmap(count: jax.Array) -> jax.Array:
-    return count
-
-
-@_not_under_vmap.def_vmap
-def _refuse(axis_size: int, in_batched: Any, count: jax.Array) -> Any:
-    raise ValueError(
-        f"dispatch_buckets under vmap over {axis_size} would run every bucket for all of them. Use dispatch_capacity, "
-        "or jax.lax.map."
-    )

@@ -75,6 +75,8 @@ class Group(NamedTuple):
       arms: in the order of the report.
       sweeps: by name.
       curves: that arms may give, by name; one panel of the plot each.
+      about: from what ``load`` returned to sentences for the report and the command line, such as an estimate that
+        the measurements are to be compared with.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Group(NamedTuple):
     arms: Sequence[Arm]
     sweeps: Mapping[str, Sweep] = MappingProxyType({})
     curves: Mapping[str, CurveText] = MappingProxyType({})
+    about: Callable[[Any], Sequence[str]] = lambda loaded: ()
 
 
 class Claim(NamedTuple):

@@ -203,6 +203,7 @@ class _Comparison:
             self.progress.say(f"preparing {group.name}")
             loaded[group.name] = group.load()
         programs = self._build(loaded, Budget(1000.0) if by_seconds else budget)
+        self.about = {group.name: list(group.about(loaded[group.name])) for group in self.groups}
         self.sources = sorted({f"{program.task.name}: {program.task.source}" for program in programs.values()})
         costs = together(lambda: self._known_costs(path, programs))
         for group in self.groups:
@@ -380,6 +381,7 @@ class _Comparison:
         in_group = lambda group: {name: arm for name, arm in arms.items() if arm["group"] == group.name}
         texts = {group.name: curve_texts(group.curves, in_group(group)) for group in self.groups}
         texts = {group: found for group, found in texts.items() if found}
+        about = {group: found for group, found in self.about.items() if found}
         return {
             "schema": SCHEMA,
             "study": study.stem,
@@ -390,6 +392,7 @@ class _Comparison:
             "groups": metrics,
             "arms": arms,
             **({"curves": texts} if texts else {}),
+            **({"about": about} if about else {}),
             "claims": decide(study.claims, arms, metrics, timed=False),
             "cost_claims": decide(study.claims, arms, metrics, timed=True),
             "idle": idle,

@@ -151,6 +151,8 @@ def blocks(results: Mapping[str, Any]) -> Iterator[Block]:
         arms = members(results, group)
         if arms:
             yield Heading(group)
+            if said := results.get("about", {}).get(group):
+                yield "\n".join(f"- {sentence}" for sentence in said)
             yield group_table(arms, metric)
             yield from _notes(arms, metric)
             yield from about_curves(results, group)

@@ -44,7 +44,10 @@ from effjax.train.loaders import column_loader
 from effjax.train.loop import fit
 from effjax.train.trainer import supervised
 from effjax.transformers.token_drop import token_drop_columns, vocabulary_stop_ids
+from effjax.vision.gate_networks import SalienceGate
+from effjax.vision.gated_blocks import GatedBasicBlock, recorded_gates
 from effjax.vision.global_layer import GlobalLayer
+from effjax.vision.mac_target import gate_target, mac_target_loss
 
 KEY = jax.random.key(0)
 
@@ -397,6 +400,45 @@ def si_cnn_loop():
     return variables["params"], program.params(state)["params"]
 
 
+def dynamic_inference_loop():
+    words = ("--tasks", "digits/resnet-4", "--depth", 1, "--batch-size", 16, "--train-rows", 64, "--test-rows", 16)
+    _, state = arm("dynamic_inference", "digits-resnet-4/layers", *words, "--budget.amount", 6)
+
+    gate = functools.partial(SalienceGate, kind="ste")
+    block = functools.partial(GatedBasicBlock, layer=gate, group=4)
+    model = ResNet(stages=(1,), widths=(4,), block=block)
+    task = image_task("digits", model, train_rows=64, test_rows=16)
+    mean, std = (task.details[name][None, None, None, :] for name in ("mean", "std"))
+    rate = lambda start: optax.adam(optax.linear_schedule(start, 0.0, 6))
+    part = lambda path, leaf: "gates" if "layer_gate" in jax.tree_util.keystr(path) else "network"
+    tx = optax.partition(
+        {"network": rate(1e-2), "gates": rate(3e-2)}, lambda params: jax.tree_util.tree_map_with_path(part, params)
+    )
+
+    def objective(params, stats, batch, t):
+        images = (batch["image"].astype(jnp.float32) / 255.0 - mean) / std
+        held = {"params": params, "batch_stats": stats}
+        logits, changed = model.apply(held, images, train=True, mutable=["intermediates", "batch_stats"])
+        loss = optax.softmax_cross_entropy(logits, jax.nn.one_hot(batch["label"], 10)).mean()
+        target = gate_target(t, 6, 0.7, warm_up=0.2, anneal=0.4)
+        # Multiply-adds outside the block: the first convolution and the last layer.
+        gates, rest = recorded_gates(changed), 9 * 4 * 64 + 4 * 10
+        return loss + mac_target_loss(gates, target, weight=20.0, rest=rest), changed["batch_stats"]
+
+    @jax.jit
+    def step(params, stats, opt, batch, t):
+        grads, stats = jax.grad(objective, has_aux=True)(params, stats, batch, t)
+        updates, opt = tx.update(grads, opt, params)
+        return optax.apply_updates(params, updates), stats, opt
+
+    variables = task.init(KEY)
+    params, stats = variables["params"], variables["batch_stats"]
+    opt, stream = tx.init(params), batches(task.train, 16, seed=0)
+    for t in range(6):
+        params, stats, opt = step(params, stats, opt, next(stream), jnp.int32(t))
+    return (params, stats), (state.params, state.model["batch_stats"])
+
+
 CASES = {
     "samuel": samuel_loop,
     "dcl": dcl_loop,
@@ -413,4 +455,5 @@ CASES = {
     "selective": selective_loop,
     "hybrid": hybrid_call,
     "si_cnn": si_cnn_loop,
+    "dynamic_inference": dynamic_inference_loop,
 }

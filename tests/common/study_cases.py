@@ -17,6 +17,10 @@ _FEW_MAPS = [
     *("--inference-batch", "8", "--train-rows", "64", "--test-rows", "40"),
 ]
 
+_SMALL_IMAGES = [
+    *("--tasks", "digits/resnet-4", "--depth", "1", "--train-rows", "64", "--test-rows", "32", "--batch-size", "16"),
+]
+
 # Words that make the smoke preset a few seconds' work without losing an arm kind.
 TINY = {
     "samuel": [
@@ -84,6 +88,9 @@ TINY = {
         *("--tasks", "digits/resnet-4", "--shrink", "1", "--train-rows", "128", "--test-rows", "60"),
         *("--batch-size", "32", "--budget.amount", "6", "--seeds", "0", "1", "--arms", "dense", "si"),
     ],
+    "dynamic_inference": [
+        *(*_SMALL_IMAGES, "--budget.amount", "12", "--seeds", "0", "1", "--arms", "dense", "layers", "random"),
+    ],
 }
 
 # Words that let the paper preset take one step here: built-in data, few rows, a small batch.
@@ -132,6 +139,7 @@ PAPER = {
         *("--tasks", "digits/inverted-4", "--expansion", "2", "--train-rows", "64", "--test-rows", "32"),
         *("--batch-size", "4", "--budget.amount", "1", "--crop", "1", "--seeds", "0"),
     ],
+    "dynamic_inference": [*_SMALL_IMAGES, "--budget.amount", "2", "--budget.unit", "steps"],
 }
 
 # One arm of each kind in the paper preset.
@@ -151,6 +159,7 @@ PAPER_ARMS = {
     "selective": ["fashion_mnist-resnet20/osp-30", "fashion_mnist-resnet20/osp-saddle", "fashion_mnist-resnet20/sat"],
     "hybrid": ["digits-mlp-8-mlp-16/margin", "digits-mlp-8-mlp-16/router-gain", "digits-mlp-8-mlp-16/alternating"],
     "si_cnn": ["digits-inverted-4/si-gated"],
+    "dynamic_inference": ["digits-resnet-4/layers-channels", "digits-resnet-4/block-drop"],
 }
 
 # One arm of the tiny study whose run is cut in a phase and, where there are several, at a phase's border.
@@ -170,4 +179,5 @@ RESUMED = {
     "selective": "fashion_mnist-mlp-8/sat",
     "hybrid": "digits-mlp-8-mlp-16/alternating",
     "si_cnn": "digits-resnet-4/si",
+    "dynamic_inference": "digits-resnet-4/layers",
 }

@@ -487,8 +487,8 @@ MUTATIONS = (
     Mutation(
         "dispatch-mesh-takes-its-own-branch",
         "dropped reduction",
-        "most = count if manual is None else jax.lax.pmax(count, manual)",
-        "most = count if manual is None else jax.lax.pmin(count, manual)",
+        "most = count if axis is None else jax.lax.pmax(count, axis)",
+        "most = count if axis is None else jax.lax.pmin(count, axis)",
         ("hardness/test_dispatch.py",),
     ),
     Mutation(
@@ -611,6 +611,42 @@ MUTATIONS = (
         'before = None if previous == "init"',
         'before = None if previous == "source"',
         ("vision/test_global_layer.py",),
+    ),
+    # dynamic inference
+    Mutation(
+        "gates-below-zero-run",
+        "sign",
+        "request = ~(gate <= 0)",
+        "request = ~(gate < 0)",
+        ("vision/test_dynamic_inference.py",),
+    ),
+    Mutation(
+        "gate-scales-nothing",
+        "forgotten factor",
+        "found = gate * found",
+        "found = found + 0 * gate",
+        ("vision/test_dynamic_inference.py",),
+    ),
+    Mutation(
+        "closed-layers-are-counted",
+        "forgotten factor",
+        "(branch if layer is None else wide(layer.open) * branch)",
+        "branch",
+        ("vision/test_gates.py",),
+    ),
+    Mutation(
+        "straight-through-has-no-slope",
+        "dropped gradient",
+        "hard + (smooth - jax.lax.stop_gradient(smooth))",
+        "hard + jax.lax.stop_gradient(smooth - smooth)",
+        ("vision/test_gates.py",),
+    ),
+    Mutation(
+        "pairs-in-another-order",
+        "swapped axes",
+        "request.T.reshape(-1)",
+        "request.reshape(-1)",
+        ("vision/test_gates.py",),
     ),
     # study
     Mutation(
