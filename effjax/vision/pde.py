@@ -408,7 +408,8 @@ def _implicit_step(maps: PdeMaps, h: jax.Array, f: jax.Array | None, config: Pde
         waves = jax.scipy.fft.dctn(h, axes=axes, norm="ortho")
         return jax.scipy.fft.idctn(waves * factor, axes=axes, norm="ortho")
     waves = jnp.fft.rfftn(h, axes=axes)
-    return jnp.fft.irfftn(waves * factor[..., : columns // 2 + 1, :], (rows, columns), axes)
+    kept = factor[..., : columns // 2 + 1, :].astype(waves.dtype)
+    return jnp.fft.irfftn(waves * kept, (rows, columns), axes)
 
 
 def _laplacian_values(n: int, distance: int, border: str) -> np.ndarray:

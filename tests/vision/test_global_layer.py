@@ -18,6 +18,7 @@ from effjax.vision.global_layer import FieldMaps, GlobalLayer, global_layer
 from effjax.vision.global_nets import mobilenet_global, resnet_global
 from effjax.vision.pde import PdeConfig
 
+pytestmark = pytest.mark.promotes  # Flax's norms mix dtypes in float64
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "global_layer"
 KEY = jax.random.key(0, impl="rbg")  # quicker to compile than the default
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
