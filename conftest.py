@@ -91,14 +91,15 @@ def _method_modules() -> frozenset[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what the second Python runs: the shared matrices, what reads reference vectors, and doctests.
+    """Mark what the second Python runs: doctests, what reads reference vectors, and matrices not marked ``once``.
 
     Tests marked ``optimized`` come last in their file: other settings of the compiler drop all programs.
     """
     items.sort(key=lambda item: (str(item.path), item.get_closest_marker("optimized") is not None))
     for item in items:
         path = item.path.relative_to(ROOT).parts
-        if path[0] == "effjax" or path[:2] == ("tests", "common") or _reads_reference(item):
+        matrix = path[:2] == ("tests", "common") and not item.get_closest_marker("once")
+        if path[0] == "effjax" or matrix or _reads_reference(item):
             item.add_marker(pytest.mark.everywhere)
 
 

@@ -43,5 +43,7 @@ from .tasks.sequence import sequence_task as sequence_task
 from .tasks.text import text_task as text_task
 from .transformers.token_drop import token_drop as token_drop
 from .vision.dynamic_inference import dynamic_inference as dynamic_inference
+from .vision.global_layer import global_layer as global_layer
+from .vision.si_cnn import si_cnn as si_cnn
 
 __version__: str

@@ -144,6 +144,13 @@ METHODS: dict[str, Method] = {
             paper="Kag, Saligrama 2021, ICML (PMLR 139:5189-5200)",
         ),
         Method(
+            stem="global_layer",
+            summary="Global layer: an advection-diffusion equation in place of the blocks that widen the view",
+            modules=("effjax.vision.global_layer", "effjax.vision.pde", "effjax.vision.global_nets"),
+            kind="Flax module and pure functions",
+            paper="Kag, Saligrama 2022, CVPR (pp. 610-619)",
+        ),
+        Method(
             stem="fastrain",
             summary="fast and accurate self-training of graph neural networks",
             modules=(
@@ -216,6 +223,13 @@ METHODS: dict[str, Method] = {
             ),
             kind="pure functions and static-shape routing",
             paper="Kag, Fedorov, Gangrade, Whatmough, Saligrama 2023, ICLR (OpenReview jpR98ZdIm2q)",
+        ),
+        Method(
+            stem="si_cnn",
+            summary="residual blocks that compute on a grid of anchor pixels and interpolate between them",
+            modules=("effjax.vision.si_cnn", "effjax.vision.si_block", "effjax.vision.anchors"),
+            kind="pure functions, Flax blocks, and surgery on networks",
+            paper="Kag, Wadhwa, Saligrama, Jain 2023, unpublished; reconstructed from two descriptions",
         ),
         Method(
             stem="dynamic_inference",

@@ -54,14 +54,8 @@ from .sparse.jraph_graphs import to_graphs_tuple as to_graphs_tuple
 from .sparse.jraph_graphs import zero_out_padding as zero_out_padding
 from .sparse.matrix import SparseMatrix as SparseMatrix
 from .sparse.matrix import SparsePattern as SparsePattern
-from .sparse.matrix import column_sums as column_sums
-from .sparse.matrix import fastest_spmm as fastest_spmm
-from .sparse.matrix import row_sums as row_sums
 from .sparse.matrix import select_entries as select_entries
 from .sparse.matrix import sparse_matrix as sparse_matrix
-from .sparse.matrix import spmm as spmm
-from .sparse.matrix import take_columns as take_columns
-from .sparse.matrix import take_rows as take_rows
 from .sparse.modules import GATConv as GATConv
 from .sparse.modules import GCNConv as GCNConv
 from .sparse.modules import GCNIIConv as GCNIIConv
@@ -72,6 +66,12 @@ from .sparse.padding import ShapeGate as ShapeGate
 from .sparse.padding import graph_ladder as graph_ladder
 from .sparse.padding import pad_graphs as pad_graphs
 from .sparse.padding import padding_masks as padding_masks
+from .sparse.products import column_sums as column_sums
+from .sparse.products import fastest_spmm as fastest_spmm
+from .sparse.products import row_sums as row_sums
+from .sparse.products import spmm as spmm
+from .sparse.products import take_columns as take_columns
+from .sparse.products import take_rows as take_rows
 from .sparse.propagation import correct_and_smooth as correct_and_smooth
 from .sparse.propagation import label_propagation as label_propagation
 from .sparse.sampling import NeighbourSampler as NeighbourSampler

@@ -17,16 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from effjax.core.errors import check_number
 from effjax.graph.problems import GeeniProblem, check_geeni_shapes
 from effjax.graph.sparse.checks import check_array
-from effjax.graph.sparse.matrix import (
-    SparseMatrix,
-    SparsePattern,
-    check_matrix,
-    matmul,
-    row_sums,
-    spmm,
-    take_columns,
-    take_rows,
-)
+from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, check_matrix
+from effjax.graph.sparse.products import matmul, row_sums, spmm, take_columns, take_rows
 from effjax.graph.sparse.propagation import label_propagation
 
 __all__ = ["active_nodes", "error_auc", "error_scores", "held_out_correctness", "learned_correctness"]

@@ -19,7 +19,8 @@ from effjax.graph.members import (
     ensemble_logits,
     member_probabilities,
 )
-from effjax.graph.sparse.matrix import SparseMatrix, matmul, spmm
+from effjax.graph.sparse.matrix import SparseMatrix
+from effjax.graph.sparse.products import matmul, spmm
 
 __all__ = ["ServedEnsemble", "inductive_probabilities", "serve_ensemble"]
 

@@ -15,15 +15,8 @@ from jaxtyping import Array, Bool, Float
 from effjax.core.errors import check_choice, check_number
 from effjax.core.shapes import smallest_fit
 from effjax.graph.sparse.checks import check_array
-from effjax.graph.sparse.matrix import (
-    SparseMatrix,
-    SparsePattern,
-    check_matrix,
-    row_sums,
-    select_entries,
-    take_columns,
-    take_rows,
-)
+from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, check_matrix, select_entries
+from effjax.graph.sparse.products import row_sums, take_columns, take_rows
 from effjax.graph.stages import nnz_ladder
 
 __all__ = ["alike_edges", "isolate", "isolated_values", "strongest_edges"]

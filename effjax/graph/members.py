@@ -18,7 +18,8 @@ from effjax.core.timing import fastest
 from effjax.core.tree import wide
 from effjax.graph.measures import masked_cross_entropy
 from effjax.graph.sparse.checks import check_array
-from effjax.graph.sparse.matrix import SparseMatrix, check_matrix, matmul, spmm
+from effjax.graph.sparse.matrix import SparseMatrix, check_matrix
+from effjax.graph.sparse.products import matmul, spmm
 
 __all__ = [
     "GcnMembers",

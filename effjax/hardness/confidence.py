@@ -14,7 +14,7 @@ from effjax.core.tree import wide
 
 __all__ = ["confidence_score", "prediction_errors"]
 
-Logits = Float[Array | np.ndarray, "*batch outputs"]
+Logits = Float[Array | np.ndarray, "*batch outputs"] | list[list[float]]
 
 
 def confidence_score(logits: Logits, score: str = "log_odds") -> Float[Array, "*batch"]:
@@ -49,6 +49,7 @@ def confidence_score(logits: Logits, score: str = "log_odds") -> Float[Array, "*
       [2.0]
     """
     check_choice("score", score, tuple(_SCORES))
+    logits = np.asarray(logits) if isinstance(logits, list) else logits
     _check_logits(logits, score)
     return _scored(logits, score)
 
@@ -70,7 +71,7 @@ def class_count(logits: Any, score: str) -> int:
 
 
 def prediction_errors(
-    logits: Logits, labels: Integer[Array | np.ndarray, "*batch"], score: str = "log_odds"
+    logits: Logits, labels: Integer[Array | np.ndarray, "*batch"] | list[int], score: str = "log_odds"
 ) -> tuple[Bool[Array, "*batch"], Bool[Array, "*batch"]]:
     """Which predictions are wrong, and for which the label is known.
 
@@ -90,6 +91,7 @@ def prediction_errors(
       >>> errors.tolist(), where.tolist()
       ([True, False], [True, False])
     """
+    logits, labels = (np.asarray(x) if isinstance(x, list) else x for x in (logits, labels))
     _check_logits(logits, score)
     check_shape("labels", labels, jnp.shape(logits)[:-1], "One class for each row.")
     check_labels(labels, class_count(logits, score))

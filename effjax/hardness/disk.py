@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.core.errors import check_choice
 from effjax.core.rows import row_labels, row_mask, row_mean
-from effjax.core.tree import wide
+from effjax.core.tree import copied, wide
 from effjax.hardness.disk_config import DiskConfig, Pass, disk_passes
 from effjax.hardness.disk_losses import TopLogits, best_guide, disk_help, disk_loss, disk_normaliser, top_logits
 from effjax.optim.dcl import DclState, dcl_init, dcl_lagrangian, dcl_update
@@ -133,7 +133,7 @@ def disk(
     divides.
     """
     step = jax.jit(disk_step, static_argnames=("problem", "config", "step"), donate_argnums=0)
-    state = jax.tree.map(jnp.copy, disk_init(key, student, guide, config))
+    state = copied(disk_init(key, student, guide, config))
     number = 0
     for epoch in range(config.epochs):
         for name in disk_passes(config, epoch):

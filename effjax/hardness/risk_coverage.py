@@ -31,8 +31,8 @@ __all__ = [
     "selective_risk_at_coverage",
 ]
 
-Confidence = Float[Array | np.ndarray, "n"]
-Errors = Bool[Array | np.ndarray, "n"]
+Confidence = Float[Array | np.ndarray, "n"] | list[float]
+Errors = Bool[Array | np.ndarray, "n"] | list[bool]
 RULES = ("step", "trapezoid")
 
 
@@ -180,8 +180,8 @@ def optimal_aurc(errors: Errors, *, where: Errors | None = None, limit: bool = F
       >>> float(optimal_aurc(jnp.array([True, False, False, False])))
       0.0625
     """
-    check_shape("errors", errors, (jnp.size(errors),))
-    _, wrong, counted = _checked(np.zeros(jnp.shape(errors), np.float32), errors, where)
+    check_shape("errors", errors, (np.size(errors),))
+    _, wrong, counted = _checked(np.zeros(np.shape(errors), np.float32), errors, where)
     return _optimal(wrong, counted, limit)
 
 
@@ -330,6 +330,7 @@ def selective_risk_at_coverage(
 
 
 def _checked(confidence: Any, errors: Any, where: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    confidence, errors, where = (np.asarray(x) if isinstance(x, list) else x for x in (confidence, errors, where))
     shape = jnp.shape(confidence)
     if len(shape) != 1:
         raise ValueError(f"confidence has shape {shape}; expected [n], one number for each prediction. Use jax.vmap.")

@@ -4,6 +4,11 @@ from .cnn import CNN as CNN
 from .decoder import Decoder as Decoder
 from .decoder import generate as generate
 from .gnn import NodeClassifier as NodeClassifier
+from .image_models import fold_batch_norms as fold_batch_norms
+from .image_models import image_model as image_model
+from .image_models import load_image_model as load_image_model
+from .image_models import new_head as new_head
+from .image_models import pretrained_mobilenet as pretrained_mobilenet
 from .inverted_residual import BlockRow as BlockRow
 from .inverted_residual import InvertedResidual as InvertedResidual
 from .inverted_residual import InvertedResidualNet as InvertedResidualNet
@@ -13,9 +18,13 @@ from .linear_recurrence import MinGRU as MinGRU
 from .linear_recurrence import MinGRUCell as MinGRUCell
 from .linear_recurrence import linear_scan as linear_scan
 from .mlp import MLP as MLP
+from .mobilenet import DepthwiseSeparable as DepthwiseSeparable
 from .pretrained import Pretrained as Pretrained
 from .pretrained import load_pretrained as load_pretrained
 from .pretrained import save_pretrained as save_pretrained
+from .residual_blocks import BasicBlock as BasicBlock
+from .residual_blocks import Bottleneck as Bottleneck
+from .residual_blocks import PreactivationBlock as PreactivationBlock
 from .resnet import ResNet as ResNet
 from .resnet import pretrained_resnet as pretrained_resnet
 from .sequence import GRUCell as GRUCell

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from effjax.core.tree import wide
-from effjax.models.layers import Images, call, norm_layer
+from effjax.models.layers import Images, call, check_images, norm_layer
 
 __all__ = ["CNN"]
 
@@ -50,6 +50,7 @@ class CNN(nn.Module):
 
     Raises:
       ValueError: unknown ``norm``.
+      TypeError: images of integers.
 
     Example:
       >>> model = CNN(channels=(8, 16))
@@ -68,7 +69,7 @@ class CNN(nn.Module):
     def __call__(
         self, x: Images, *, train: bool = False, capture: bool = False
     ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
-        x = jnp.asarray(x).astype(self.dtype)
+        x = check_images(x).astype(self.dtype)
         out = {}
         for index, channels in enumerate(self.channels):
             layer = _Layer(channels, self.norm, self.dtype, name=f"layer{index}")

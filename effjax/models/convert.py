@@ -469,9 +469,10 @@ def _has_layer(leaf: Any, layer: int | None) -> bool:
 
 
 def _joined(layers: Mapping[int | None, np.ndarray], dtype: Any) -> jax.Array:
+    # NumPy changes the dtype: no program for each shape.
     if None in layers:
-        return jnp.asarray(layers[None], dtype)
-    return jnp.asarray(np.stack([layers[index] for index in range(len(layers))]), dtype)
+        return jax.device_put(layers[None].astype(dtype))
+    return jax.device_put(np.stack([layers[index] for index in range(len(layers))]).astype(dtype))
 
 
 def _placeholders(template: str) -> list[str]:

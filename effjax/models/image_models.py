@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from effjax.core.errors import check_choice, check_number
 from effjax.models.cnn import CNN
 from effjax.models.convert import Rule, find_weights, import_weights, read_unwrapped
+from effjax.models.layers import EPSILONS
 from effjax.models.mlp import MLP
 from effjax.models.mobilenet import MOBILENETS, mobilenet
 from effjax.models.mobilenet_weights import mobilenet_rules, tflite_rules, tflite_tensors
 from effjax.models.resnet import RESNET_CIFAR10_RULES, RESNET_IMAGENET_RULES, RESNETS, SIZES, WIDE_RESNET_RULES, resnet
 
-__all__ = ["image_model", "load_image_model", "new_head", "pretrained_mobilenet"]
+__all__ = ["fold_batch_norms", "image_model", "load_image_model", "new_head", "pretrained_mobilenet"]
 
 PyTree = Any
 Variables = Mapping[str, PyTree]
@@ -89,16 +90,9 @@ def load_image_model(
         another shape.
 
     Example:
-      >>> from effjax.models.convert import export_weights, write_tensors
-      >>> import pathlib, tempfile
-      >>> model = image_model("mobilenet_v2_cifar", width=0.1)
-      >>> variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     path = pathlib.Path(folder, "model.safetensors")
-      ...     write_tensors(path, export_weights(variables, layout_rules("mobilenet_v2_cifar", model)))
-      ...     loaded, _ = load_image_model(path, "mobilenet_v2_cifar", width=0.1, classes=3)
-      >>> loaded.classes
-      3
+      >>> model, variables = load_image_model("resnet_cifar10/resnet20", "resnet20", classes=3)
+      >>> variables["params"]["head"]["kernel"].shape
+      (64, 3)
     """
     check_choice("name", name, (*RESNETS, *MOBILENETS))
     check_choice("layout", layout, ("torchvision", "timm"))
@@ -165,6 +159,63 @@ def new_head(
     )
     params = {**variables["params"], "head": {"kernel": drawn, "bias": jnp.zeros(classes, kernel.dtype)}}
     return model.clone(classes=classes), {**variables, "params": params}
+
+
+def fold_batch_norms(model: Any, variables: Variables) -> tuple[nn.Module, dict[str, PyTree]]:
+    """A trained network for inference, its batch norms multiplied into the convolutions before them.
+
+    With ``a = scale / sqrt(var + epsilon)``: the kernel times a, and the bias ``bias - a * mean``.
+
+    Args:
+      model: a MobileNet, an EfficientNet or a ResNet of ``image_model``, with batch norms after its convolutions.
+      variables: ``{"params", "batch_stats"}``.
+
+    Returns:
+      The module with ``norm="none"``, and its variables ``{"params"}``. Outputs in evaluation are the same.
+
+    Raises:
+      ValueError: other norms, a norm with no convolution before it, or a wide ResNet, which normalises first.
+
+    Example:
+      >>> from effjax.models.resnet import pretrained_resnet
+      >>> model, variables = pretrained_resnet("resnet20")
+      >>> folded = jax.eval_shape(lambda variables: fold_batch_norms(model, variables)[1], variables)
+      >>> sorted(folded["params"]["stage1_block0"]["conv1"])
+      ['bias', 'kernel']
+    """
+    norm = getattr(model, "norm", None)
+    if norm not in EPSILONS or "batch_stats" not in variables:
+        raise ValueError(
+            f"model={type(model).__name__} with norm={norm!r} has no batch norms to fold; "
+            f"its variables hold {', '.join(variables)}."
+        )
+    if getattr(model, "preactivation", False):
+        raise ValueError(f"model={type(model).__name__} with preactivation=True normalises before it convolves.")
+    return model.clone(norm="none"), {"params": _folded(variables["params"], variables["batch_stats"], EPSILONS[norm])}
+
+
+def _folded(params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float, where: str = "") -> dict[str, PyTree]:
+    norms = {name for name, tree in stats.items() if "mean" in tree}
+    before = {_NORM_OF.get(name, f"{name}_norm"): name for name in params}
+    if alone := sorted(norms - before.keys()):
+        raise ValueError(f"variables: no convolution stands before {where}{alone[0]}, so it cannot be folded.")
+    found = {}
+    for name, tree in params.items():
+        norm = _NORM_OF.get(name, f"{name}_norm")
+        if norm in norms:
+            factor = params[norm]["scale"] / jnp.sqrt(stats[norm]["var"] + epsilon)
+            kernel = tree["kernel"] * factor[None, None, None, :]
+            found[name] = {"kernel": kernel, "bias": params[norm]["bias"] - factor * stats[norm]["mean"]}
+        elif name not in norms:
+            found[name] = _folded(tree, stats[name], epsilon, f"{name}/") if name in stats else tree
+    return found
+
+
+# Where a norm is not called as its convolution with ``_norm`` behind it.
+_NORM_OF = {
+    **{f"{name}_conv": f"{name}_norm" for name in ("stem", "last")},
+    **{f"conv{place}": f"norm{place}" for place in ("1", "2", "3", "_shortcut")},
+}
 
 
 _TFLITE: dict[str, tuple[str, dict[str, Any]]] = {

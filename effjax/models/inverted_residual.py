@@ -92,8 +92,8 @@ class InvertedResidual(nn.Module):
 
     Example:
       >>> block = InvertedResidual(features=24, strides=2, hidden=96)
-      >>> y, _ = block.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 16)), False)
-      >>> y.shape
+      >>> run = lambda key, x: block.init_with_output(key, x, False)[0]
+      >>> jax.eval_shape(run, jax.random.key(0), jnp.zeros((1, 8, 8, 16))).shape
       (1, 4, 4, 24)
     """
 
@@ -189,7 +189,8 @@ class InvertedResidualNet(nn.Module):
     Example:
       >>> rows = ((BlockRow(8, hidden=8),), (BlockRow(16, strides=2, hidden=32), BlockRow(16, hidden=64)))
       >>> model = InvertedResidualNet(rows, stem=8, stem_strides=1, last=32, classes=10)
-      >>> (logits, out), _ = model.init_with_output(jax.random.key(0), jnp.zeros((2, 8, 8, 3)), capture=True)
+      >>> run = lambda key, x: model.init_with_output(key, x, capture=True)[0]
+      >>> logits, out = jax.eval_shape(run, jax.random.key(0), jnp.zeros((2, 8, 8, 3)))
       >>> logits.shape, out["stage2"].shape
       ((2, 10), (2, 4, 4, 16))
 

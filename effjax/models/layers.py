@@ -24,7 +24,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
 }
 fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_NORMS = ("batch", "batch-1e-3", "group", "none")
+EPSILONS = {"batch": 1e-5, "batch-1e-3": 1e-3}
+"""Of the batch norms, by name."""
+_NORMS = (*EPSILONS, "group", "none")
 
 
 class DepthwiseConv(nn.Module):
@@ -61,7 +63,8 @@ class DepthwiseConv(nn.Module):
     impl: str = "auto"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch height width channels"]) -> jax.Array:
+    def __call__(self, x: Images) -> jax.Array:
+        x = jnp.asarray(x)
         size = check_number("kernel_size", self.kernel_size, low=1, integer=True)
         channels = x.shape[-1]
         # The fan of a depthwise kernel is k * k: its input axis has length 1.
@@ -175,9 +178,8 @@ def norm_layer(kind: str, channels: int, *, train: bool, dtype: DTypeLike, name:
       ValueError: unknown ``kind``.
     """
     check_choice("norm", kind, _NORMS)
-    if kind.startswith("batch"):
-        epsilon = 1e-3 if kind == "batch-1e-3" else 1e-5
-        return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=epsilon, dtype=dtype, name=name)
+    if kind in EPSILONS:
+        return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=EPSILONS[kind], dtype=dtype, name=name)
     if kind == "group":
         return nn.GroupNorm(num_groups=math.gcd(channels, 8), epsilon=1e-5, dtype=dtype, name=name)
     return lambda x: x

@@ -40,8 +40,8 @@ class DepthwiseSeparable(nn.Module):
 
     Example:
       >>> block = DepthwiseSeparable(features=32, strides=2, hidden=16)
-      >>> y, _ = block.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 16)), False)
-      >>> y.shape
+      >>> run = lambda key, x: block.init_with_output(key, x, False)[0]
+      >>> jax.eval_shape(run, jax.random.key(0), jnp.zeros((1, 8, 8, 16))).shape
       (1, 4, 4, 32)
 
     Reference: Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision
@@ -213,7 +213,7 @@ def mobilenet(
     stages = _rows(design, width, own)
     if design.channels:  # six times what the last stage gives
         last = 6 * stages[-1][-1].features
-    sizes = {
+    sizes: dict[str, Any] = {
         "stages": stages,
         "stem": scaled(design.stem),
         "stem_strides": 1 if small else 2,
@@ -224,7 +224,8 @@ def mobilenet(
         "activation": design.activation,
         "norm": design.norm,
     }
-    return InvertedResidualNet(**{**sizes, **fields})
+    sizes |= fields
+    return InvertedResidualNet(**sizes)
 
 
 def _strides(design: _Design, small: bool) -> tuple[int, ...]:

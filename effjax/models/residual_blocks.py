@@ -26,6 +26,7 @@ class BasicBlock(nn.Module):
       norm: ``"batch"``, ``"group"`` or ``"none"``.
       shortcut: where the shape changes, ``"pad"`` (option A: every ``strides``-th pixel, channels
         zero-padded on both sides; no parameters) or ``"project"`` (option B: 1x1 convolution + norm).
+      skip: False for ``norm2(...)`` alone, without the shortcut and the last relu.
       dtype: compute dtype; parameters and statistics are float32.
 
     Returns:
@@ -37,8 +38,8 @@ class BasicBlock(nn.Module):
 
     Example:
       >>> block = BasicBlock(features=32, strides=2)
-      >>> y, _ = block.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 16)), False)
-      >>> y.shape
+      >>> run = lambda key, x: block.init_with_output(key, x, False)[0]
+      >>> jax.eval_shape(run, jax.random.key(0), jnp.zeros((1, 8, 8, 16))).shape
       (1, 4, 4, 32)
     """
 
@@ -46,6 +47,7 @@ class BasicBlock(nn.Module):
     strides: int = 1
     norm: str = "batch"
     shortcut: str = "pad"
+    skip: bool = True
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -59,6 +61,8 @@ class BasicBlock(nn.Module):
         y = nn.relu(norm(name="norm1")(y))
         y = conv((3, 3), padding=1, name="conv2")(y)
         y = norm(name="norm2")(y)
+        if not self.skip:
+            return y
         if self.shortcut == "pad":
             x = _pad_shortcut(x, self.features, self.strides)
         elif x.shape != y.shape:
@@ -87,6 +91,7 @@ class Bottleneck(nn.Module):
         of the shortcut.
       norm: as for ``norm_layer``.
       expansion: ``features`` over the channels of the 3x3 convolution.
+      skip: False for ``norm3(...)`` alone, without the shortcut and the last relu.
       dtype: compute dtype; parameters and statistics are float32.
 
     Returns:
@@ -99,8 +104,8 @@ class Bottleneck(nn.Module):
 
     Example:
       >>> block = Bottleneck(features=32, strides=2)
-      >>> y, _ = block.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 16)), False)
-      >>> y.shape
+      >>> run = lambda key, x: block.init_with_output(key, x, False)[0]
+      >>> jax.eval_shape(run, jax.random.key(0), jnp.zeros((1, 8, 8, 16))).shape
       (1, 4, 4, 32)
     """
 
@@ -108,6 +113,7 @@ class Bottleneck(nn.Module):
     strides: int = 1
     norm: str = "batch"
     expansion: int = 4
+    skip: bool = True
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -120,6 +126,8 @@ class Bottleneck(nn.Module):
         y = nn.relu(norm(inner, name="norm1")(conv(inner, (1, 1), name="conv1")(x)))
         y = nn.relu(norm(inner, name="norm2")(conv(inner, (3, 3), self.strides, padding=1, name="conv2")(y)))
         y = norm(self.features, name="norm3")(conv(self.features, (1, 1), name="conv3")(y))
+        if not self.skip:
+            return y
         if x.shape != y.shape:
             x = conv(self.features, (1, 1), self.strides, padding=0, name="conv_shortcut")(x)
             x = norm(self.features, name="norm_shortcut")(x)
@@ -137,6 +145,7 @@ class PreactivationBlock(nn.Module):
       strides: stride of the first convolution and of the shortcut.
       norm: as for ``norm_layer``.
       dropout: rate between the convolutions, in training.
+      skip: False for ``conv2(...)`` alone, without the shortcut.
       dtype: compute dtype; parameters and statistics are float32.
 
     Returns:
@@ -148,8 +157,8 @@ class PreactivationBlock(nn.Module):
 
     Example:
       >>> block = PreactivationBlock(features=32, strides=2)
-      >>> y, _ = block.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 16)), False)
-      >>> y.shape
+      >>> run = lambda key, x: block.init_with_output(key, x, False)[0]
+      >>> jax.eval_shape(run, jax.random.key(0), jnp.zeros((1, 8, 8, 16))).shape
       (1, 4, 4, 32)
 
     Reference: Zagoruyko, Komodakis, "Wide Residual Networks", BMVC 2016 (arXiv 1605.07146).
@@ -159,6 +168,7 @@ class PreactivationBlock(nn.Module):
     strides: int = 1
     norm: str = "batch"
     dropout: float = 0.0
+    skip: bool = True
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -172,5 +182,7 @@ class PreactivationBlock(nn.Module):
         y = nn.relu(norm(self.features, name="norm2")(y))
         y = nn.Dropout(self.dropout)(y, deterministic=not train)
         y = conv((3, 3), padding=1, name="conv2")(y)
+        if not self.skip:
+            return y
         same = self.strides == 1 and x.shape[-1] == self.features
         return y + (x if same else conv((1, 1), self.strides, padding=0, name="conv_shortcut")(z))

@@ -158,12 +158,14 @@ def resnet(name: str, **fields: Any) -> ResNet:
     """
     check_choice("name", name, RESNETS)
     if name in SIZES:
-        return ResNet(**{"stages": (SIZES[name],) * 3, **fields})
+        fields = {"stages": (SIZES[name],) * 3, **fields}
+        return ResNet(**fields)
     if name in _WIDE:
         return wide_resnet(*_WIDE[name], **fields)
     kind = name.removesuffix("_cifar")
-    stem = {"stem": "imagenet", "classes": 1000} if kind == name else {}
-    return ResNet(**{**_IMAGENET[kind], "stem_features": 64, **stem, **fields})
+    stem: dict[str, Any] = {"stem": "imagenet", "classes": 1000} if kind == name else {}
+    fields = {**_IMAGENET[kind], "stem_features": 64, **stem, **fields}
+    return ResNet(**fields)
 
 
 def wide_resnet(depth: int, width: int, **fields: Any) -> ResNet:
@@ -187,18 +189,23 @@ def wide_resnet(depth: int, width: int, **fields: Any) -> ResNet:
     blocks, rest = divmod(depth - 4, 6)
     if rest or blocks < 1:
         raise ValueError(f"depth={depth} must be 6n + 4 with n >= 1: 10, 16, 22, 28, 40, ...")
-    sizes = {"stages": (blocks,) * 3, "widths": (16 * width, 32 * width, 64 * width), "stem_features": 16}
-    return ResNet(**{**sizes, "block": PreactivationBlock, "preactivation": True, **fields})
+    sizes: dict[str, Any] = {
+        "stages": (blocks,) * 3,
+        "widths": (16 * width, 32 * width, 64 * width),
+        "stem_features": 16,
+    }
+    fields = {**sizes, "block": PreactivationBlock, "preactivation": True, **fields}
+    return ResNet(**fields)
 
 
 WIDE_RESNET_RULES = (
     Rule("conv1.weight", "params/stem_conv/kernel", "conv"),
-    Rule("block{stage}.layer.{block}.conv{i}.weight", "params/stage{stage}_block{block}/conv{i}/kernel", "conv"),
     Rule(
         "block{stage}.layer.{block}.convShortcut.weight",
         "params/stage{stage}_block{block}/conv_shortcut/kernel",
         "conv",
     ),
+    Rule("block{stage}.layer.{block}.conv{i}.weight", "params/stage{stage}_block{block}/conv{i}/kernel", "conv"),
     *batch_norm_rules("block{stage}.layer.{block}.bn{i}", "stage{stage}_block{block}/norm{i}"),
     *batch_norm_rules("bn1", "last_norm"),
     Rule("fc.weight", "params/head/kernel", "dense"),

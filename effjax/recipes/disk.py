@@ -23,7 +23,7 @@ from effjax.hardness.disk_losses import TopLogits, disk_loss, top_logits
 from effjax.hardness.distillation import dist_loss, dkd_loss, kd_loss
 from effjax.hardness.guides import FeatureGuide
 from effjax.models.resnet import SIZES, pretrained_resnet
-from effjax.recipes.images import class_measures, cross_entropies, logits_of, named_image_task
+from effjax.recipes.images import class_measures, cross_entropies, logits_of, named_image_task, smaller_images
 from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig
 from effjax.tasks.image import standardised, unit_images
 from effjax.tasks.task import Metric, Task
@@ -124,22 +124,6 @@ def _load(config: DiskStudy, name: str) -> Task:
         evaluate=class_measures(task),
         details={**task.details, "teacher": infer},
     )
-
-
-def smaller_images(data: DataSet, factor: int) -> DataSet:
-    """Images whose pixels are the means of blocks; rows and columns that fill no block are cut off."""
-
-    def shrink(images: Any) -> np.ndarray:
-        images = np.asarray(images)
-        height, width = (length // factor for length in images.shape[1:3])
-        blocks = images[:, : height * factor, : width * factor].reshape(
-            -1, height, factor, width, factor, images.shape[3]
-        )
-        means = blocks.mean((2, 4), dtype=np.float32)
-        return means if images.dtype.kind == "f" else np.round(means).astype(images.dtype)
-
-    splits = {name: {**columns, "image": shrink(columns["image"])} for name, columns in data.splits.items()}
-    return dataclasses.replace(data, splits=splits)
 
 
 def _teacher(config: DiskStudy, data: DataSet, make: Callable[[str], Task]) -> tuple[Task, Mapping[str, Any]]:

@@ -1,5 +1,6 @@
-"""What the image studies share: networks by name, their logits in training, and measures per class."""
+"""What the image studies share: smaller images, networks by name, their logits in training, and measures per class."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -43,6 +44,22 @@ def named_image_task(data: DataSet, model: str, train: Any, **options: Any) -> T
         block = functools.partial(BasicBlock, shortcut="project")
         module = ResNet(stages=(1,) * len(sizes), widths=sizes, block=block, **fields)
     return image_task(data, module, **options)._replace(name=f"{data.name}/{model}")
+
+
+def smaller_images(data: DataSet, factor: int) -> DataSet:
+    """Images whose pixels are the means of blocks; rows and columns that fill no block are cut off."""
+
+    def shrink(images: Any) -> np.ndarray:
+        images = np.asarray(images)
+        height, width = (length // factor for length in images.shape[1:3])
+        blocks = images[:, : height * factor, : width * factor].reshape(
+            -1, height, factor, width, factor, images.shape[3]
+        )
+        means = blocks.mean((2, 4), dtype=np.float32)
+        return means if images.dtype.kind == "f" else np.round(means).astype(images.dtype)
+
+    splits = {name: {**columns, "image": shrink(columns["image"])} for name, columns in data.splits.items()}
+    return dataclasses.replace(data, splits=splits)
 
 
 def check_model(argument: str, name: str) -> str:

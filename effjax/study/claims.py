@@ -17,11 +17,15 @@ COST_WORDS = {
     "peak_bytes": "peak memory of a step",
     "temp_bytes": "temporary memory of a step",
     "step_ms": "step time",
+    "call_ms": "time of an inference call",
+    "macs_per_example": "number of multiply-adds",
     "train_s": "training time",
     "total_s": "total time",
     "compile_s": "compile time",
     "compiles": "number of executables",
     "tokens": "number of tokens",
+    "inference_call_ms": "time of an inference call",
+    "inference_macs_per_example": "number of multiply-adds of an inference",
 }
 METRIC_WORDS = {
     "processed_tokens": "number of processed tokens",
@@ -247,13 +251,14 @@ def _named(side: str | float) -> str:
 
 
 def value(arm: Mapping[str, Any], name: str) -> float:
-    """A cost or a metric's mean over seeds; NaN where it is null or absent.
+    """A metric's mean over seeds, a cost, or a cost of inference; NaN where it is null or absent.
 
     Example:
       >>> value({"metrics": {"accuracy": {"mean": 0.5}}, "cost": {"step_ms": 2.0}}, "step_ms")
       2.0
     """
-    found = arm["metrics"][name]["mean"] if name in arm["metrics"] else arm["cost"].get(name)
+    costs = {**arm.get("inference", {}), **arm["cost"]}
+    found = arm["metrics"][name]["mean"] if name in arm["metrics"] else costs.get(name)
     return math.nan if found is None else found
 
 

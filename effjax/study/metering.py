@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.cost import Executables, count_params
 from effjax.core.macs import MacCount
 from effjax.core.timing import Timing, agreed, time_interleaved
+from effjax.core.tree import copied
 from effjax.data.pipeline import prefetch_to_device
 from effjax.train.loop import Prepared
 from effjax.train.options import TrainOptions
@@ -126,7 +126,7 @@ def _prepare(name: str, program: Program, options: TrainOptions, say: Callable[[
             flops = compiled.analysis(state, batches[0], aux).flops
             share = steps * shape.steps / whole
             kinds.append(_Kind(phase, aux, share, shape.examples, shape.tokens, batches, macs, flops))
-    params = jax.tree.map(jnp.copy, program.params(state))  # the timing donates the state's own buffers
+    params = copied(program.params(state))  # the timing donates the state's own buffers
     extra = {} if program.trained is None else {"trained_params": count_params(program.trained(state))}
     between_ms = _between_ms(program, state)
     extra |= {} if between_ms is None else {"between_ms": between_ms}
@@ -138,7 +138,7 @@ def _between_ms(program: Program, state: Any, repeats: int = 5) -> float | None:
     leave = next((phase.leave for phase in program.phases[:-1] if phase.leave is not None), None)
     if leave is None:
         return None
-    copy = lambda: jax.block_until_ready(jax.tree.map(jnp.copy, state))
+    copy = lambda: jax.block_until_ready(copied(state))
     jax.block_until_ready(leave(copy()))  # this call compiles it
     times = []
     for _ in range(repeats):

@@ -78,7 +78,8 @@ def figure(results: Mapping[str, Any], curves: Mapping[str, Any]):
     labels: list[tuple[Any, Labels]] = []
     for (part,), (group, arms) in zip(parts, groups.items(), strict=True):
         labels += _group(part, group, arms, results["groups"][group], curves, texts[group])
-    whole.draw_without_rendering()  # now the points have their places
+    whole.draw_without_rendering()  # now the points have their places, and keep them: layout is most of the time
+    whole.set_layout_engine("none")
     for panel, numbers in labels:
         _number(panel, numbers)
     return whole

@@ -87,7 +87,7 @@ def _cell(arm: Mapping[str, Any] | None, field: str) -> str:
         return "-"
     value = arm["metrics"].get(field)
     if value is None:
-        return number(arm["cost"].get(field))
+        return number({**arm.get("inference", {}), **arm["cost"]}.get(field))
     spread = f" ± {number(value['std'])}" if len(value["values"]) > 1 else ""
     return number(value["mean"]) + spread
 

@@ -34,6 +34,7 @@ _MORE_COSTS = {
     "tokens": ("M tokens", 1e-6),
     "trained_params": ("trained", 1.0),
     "between_ms": ("between ms", 1.0),
+    "inference_examples_per_s": ("inferences/s", 1.0),
 }
 _LEGEND = (
     "`total` is compiling, training and evaluating: the mean over seeds, with compiling counted once per arm; `train` "
@@ -41,7 +42,8 @@ _LEGEND = (
     "outputs - aliased + temporaries of the step, `temp` these temporaries alone. `step` is the steady-state median "
     "with all arms of the group interleaved; of an arm whose batches differ in shape it is the mean over the steps of "
     "a run. `tokens` are the positions processed in a run, padding included; `trained` are the numbers that the "
-    "optimizer moves; `between` is the first work between two steps (a knot)."
+    "optimizer moves; `between` is the first work between two steps (a knot); `inferences` are examples of calls "
+    "without training."
 )
 _CACHED = (
     " Programs may have come from JAX's folder of compiled programs (JAX_COMPILATION_CACHE_DIR): compile and total "

@@ -16,9 +16,7 @@ from effjax.core.shapes import pad_to
 from effjax.core.tree import wide
 from effjax.data.sets import DataSet, load
 from effjax.data.splits import fixed_rows
-from effjax.models.cnn import CNN
-from effjax.models.mlp import MLP
-from effjax.models.resnet import SIZES, resnet
+from effjax.models.image_models import IMAGE_MODELS, image_model
 from effjax.tasks.task import Metric, Task, Variables
 
 __all__ = ["image_task"]
@@ -27,7 +25,7 @@ Batch = Mapping[str, Shaped[Array | np.ndarray, "batch ..."]]
 Columns = dict[str, np.ndarray]
 Images = Shaped[Array | np.ndarray, "batch height width channels"]
 
-MODELS = ("mlp", "cnn", *SIZES)
+MODELS = IMAGE_MODELS
 
 # Mean and standard deviation of images scaled to [0, 1]; elsewhere they are measured. CIFAR-10 takes
 # ImageNet's, which its published networks were trained with.
@@ -53,8 +51,8 @@ def image_task(
 
     Args:
       data: name of a data set of ``effjax.data.sets``, or a ``DataSet`` with splits ``train`` and ``test``.
-      model: ``"mlp"``, ``"cnn"``, ``"resnet20"`` ... ``"resnet56"``, or a Linen module called as
-        ``module(images, train=...)`` that returns logits.
+      model: a name of ``image_model``, such as ``"cnn"``, ``"resnet20"`` or ``"mobilenet_v2_cifar"``, or a Linen
+        module called as ``module(images, train=...)`` that returns logits.
       dtype: compute dtype of a model given by name, ``"float32"`` or ``"bfloat16"``.
       remat: recompute activations of a model given by name in the backward pass.
       train_rows: use that many training images, a fixed random choice; None for all.
@@ -75,7 +73,7 @@ def image_task(
       >>> images = np.zeros((20, 8, 8, 1), np.uint8)
       >>> columns = {"image": images, "label": np.arange(20, dtype=np.int32) % 2}
       >>> data = DataSet("black", {"train": columns, "test": columns}, ("a", "b"), "CC0", "made up", "image")
-      >>> task = image_task(data, MLP((4,), classes=2), eval_batch=8)
+      >>> task = image_task(data, "mlp", eval_batch=8)
       >>> variables = task.init(jax.random.key(0))
       >>> task.evaluate(variables)["accuracy"]
       0.5
@@ -174,7 +172,7 @@ def _module(model: str | nn.Module, classes: int, dtype: str, remat: bool) -> nn
         return model
     check_choice("model", model, MODELS)
     fields = {"classes": classes, "dtype": jnp.dtype(dtype), "remat": remat}
-    return resnet(model, **fields) if model in SIZES else {"mlp": MLP, "cnn": CNN}[model](**fields)
+    return image_model(model, **fields)
 
 
 def unit_images(images: Any) -> jax.Array:

@@ -547,7 +547,7 @@ def _shapes(batch: PyTree) -> dict[str, tuple[int, ...]]:
 def _copied(init: Callable) -> Callable:
     """Leaves that share a buffer (an anchor that is the parameters) could not be donated."""
     device = jax.local_devices()[0]
-    return lambda key: jax.device_put(jax.tree.map(jnp.copy, init(key)), device)
+    return lambda key: jax.device_put(init(key), device, may_alias=False)
 
 
 def _skip_nonfinite(step: Callable, params: Callable[[PyTree], PyTree]) -> Callable:

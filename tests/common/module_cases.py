@@ -14,6 +14,7 @@ from effjax.models.bert import Bert, BertClassifier
 from effjax.models.cnn import CNN
 from effjax.models.decoder import Decoder
 from effjax.models.gnn import NodeClassifier
+from effjax.models.inverted_residual import BlockRow, InvertedResidual, InvertedResidualNet
 from effjax.models.linear_recurrence import LRU
 from effjax.models.mlp import MLP
 from effjax.models.resnet import BasicBlock, ResNet
@@ -22,6 +23,9 @@ from effjax.models.sequence_rivals import FastRNNCell
 from effjax.recurrent.fixed_point import EquilibriumRNN
 from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNNCell
+from effjax.vision.global_layer import GlobalLayer
+from effjax.vision.pde import PdeConfig
+from effjax.vision.si_block import CheapPath, SIBlock
 
 
 class ModuleCase(NamedTuple):
@@ -109,6 +113,18 @@ CASES: dict[str, ModuleCase] = {
         ),
         functools.partial(images, size=32),
     ),
+    "inverted-residual": ModuleCase(
+        "inverted_residual",
+        lambda dtype: InvertedResidualNet(
+            ((BlockRow(8, hidden=4), BlockRow(8, strides=2, hidden=12, squeeze=4, activation="hard_swish")),),
+            stem=4,
+            last=0,
+            classes=5,
+            dtype=dtype,
+        ),
+        images,
+        ("params", "batch_stats"),
+    ),
     "bert": ModuleCase("bert", lambda dtype: BertClassifier(Bert(**_bert, dtype=dtype), 3, pool="cls"), tokens),
     "bert-scan": ModuleCase(
         "bert",
@@ -133,7 +149,21 @@ CASES: dict[str, ModuleCase] = {
     "tarnn": ModuleCase(
         "tarnn", lambda dtype: nn.RNN(TARNNCell(4, length=5, dtype=dtype)), sequences, evaluate={}, train={}
     ),
+    "global_layer": ModuleCase(
+        "global_layer",
+        lambda dtype: GlobalLayer(3, pde=PdeConfig(K=2), diffusivity=(1.0, 0.5), dtype=dtype),
+        functools.partial(images, size=4),
+        ("params", "batch_stats"),
+    ),
     "hybrid-router": ModuleCase("hybrid", lambda dtype: Router((8,), (4,), dtype=dtype), classified),
+    "si-block": ModuleCase(
+        "si_cnn",
+        lambda dtype: SIBlock(
+            InvertedResidual(3, hidden=6, skip=False, dtype=dtype), CheapPath(3, dtype=dtype), offset=(1, 0)
+        ),
+        functools.partial(images, size=5),
+        ("params", "batch_stats"),
+    ),
     "fastrnn": ModuleCase(
         "sequence", lambda dtype: Recurrent(FastRNNCell(4, dtype=dtype)), sequences, evaluate={}, train={}
     ),

@@ -14,6 +14,7 @@ import optax
 from small_graph import write_small_cora
 
 import effjax
+from effjax.data.augment import random_crop_flip
 from effjax.data.bucket_sampler import BucketSampler
 from effjax.data.pipeline import batches
 from effjax.data.sequences import sequence_data
@@ -21,6 +22,7 @@ from effjax.finetune.chain import cola_init, cola_merge, cola_next, cola_value_a
 from effjax.finetune.chain_config import ColaConfig
 from effjax.finetune.lora import LoraRule, lora_apply
 from effjax.models.mlp import MLP
+from effjax.models.residual_blocks import BasicBlock
 from effjax.models.resnet import ResNet
 from effjax.models.sequence import LSTMCell
 from effjax.models.sequence_network import SequenceNetwork, step_network
@@ -38,11 +40,13 @@ from effjax.study.resolve import resolve
 from effjax.tasks.image import image_task
 from effjax.tasks.sequence import sequence_task
 from effjax.tasks.text import text_task
+from effjax.train.loaders import column_loader
 from effjax.train.loop import fit
 from effjax.train.trainer import supervised
 from effjax.transformers.token_drop import token_drop_columns, vocabulary_stop_ids
 from effjax.vision.gate_networks import SalienceGate
 from effjax.vision.gated_blocks import GatedBasicBlock, recorded_gates
+from effjax.vision.global_layer import GlobalLayer
 from effjax.vision.mac_target import gate_target, mac_target_loss
 
 KEY = jax.random.key(0)
@@ -190,6 +194,21 @@ def irnn_layer():
 
 def tarnn_layer():
     return _layer(TARNN(4, variant="euler", length=12), "tarnn", "tarnn-euler")
+
+
+def global_layer_net():
+    words = ("--tasks", "digits", "--shrink", 1, "--widths", 3, "--batch-size", 8, "--train-rows", 64)
+    words += ("--test-rows", 8, "--inference-batch", 8, "--budget.amount", 3, "--budget.unit", "steps")
+    program, state = arm("global_layer", "digits/global", *words)
+
+    block = functools.partial(BasicBlock, shortcut="project")
+    model = ResNet(stages=((block, GlobalLayer),), widths=(3,), classes=10)
+    task = image_task("digits", model, train_rows=64, test_rows=8)
+    crop = lambda batch, index, rng: {**batch, "image": random_crop_flip(batch["image"], rng, padding=1)}
+    rate = optax.warmup_cosine_decay_schedule(0.1 / 25, 0.1, 1, 3)
+    tx = optax.chain(optax.identity(), optax.add_decayed_weights(6e-5), optax.sgd(rate, 0.9, nesterov=True))
+    trained = fit(supervised(task, tx, steps=3, loader=column_loader(task.train, 8, transform=crop)), 0).state
+    return trained.variables, program.params(state)
 
 
 def fptt_loop():
@@ -354,6 +373,33 @@ def hybrid_call():
     return (found.state.params.router, found.state.threshold), (state.params.router, state.threshold)
 
 
+def si_cnn_loop():
+    words = ("--tasks", "digits/resnet-4", "--shrink", 1, "--train-rows", 64, "--test-rows", 20, "--batch-size", 16)
+    words += ("--budget.amount", 4, "--warmup", 0.5, "--arms", "si")
+    program, state = arm("si_cnn", "digits-resnet-4/si", *words)
+
+    block = functools.partial(effjax.models.BasicBlock, shortcut="project")
+    dense = effjax.models.ResNet(stages=(1,), widths=(4,), block=block, classes=10)
+    model = effjax.vision.interpolated(dense, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
+    task = image_task("digits", model, train_rows=64, test_rows=20)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 0.1, 2, 4)
+    kernels = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    tx = optax.chain(optax.add_decayed_weights(1e-4, kernels), optax.sgd(rate, 0.9, nesterov=True))
+
+    @jax.jit
+    def step(variables, opt, batch):
+        loss = lambda params: task.loss({**variables, "params": params}, batch)
+        grads, (stats, _) = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, opt = tx.update(grads, opt, variables["params"])
+        return {"params": optax.apply_updates(variables["params"], updates), **stats}, opt
+
+    variables = jax.jit(task.init)(KEY)
+    opt, stream = jax.jit(tx.init)(variables["params"]), batches(task.train, 16, seed=0)
+    for _ in range(4):
+        variables, opt = step(variables, opt, next(stream))
+    return variables["params"], program.params(state)["params"]
+
+
 def dynamic_inference_loop():
     words = ("--tasks", "digits/resnet-4", "--depth", 1, "--batch-size", 16, "--train-rows", 64, "--test-rows", 16)
     _, state = arm("dynamic_inference", "digits-resnet-4/layers", *words, "--budget.amount", 6)
@@ -402,10 +448,12 @@ CASES = {
     "irnn": irnn_layer,
     "tarnn": tarnn_layer,
     "fptt": fptt_loop,
+    "global_layer": global_layer_net,
     "fastrain": fastrain_call,
     "disk": disk_call,
     "geeni": geeni_call,
     "selective": selective_loop,
     "hybrid": hybrid_call,
+    "si_cnn": si_cnn_loop,
     "dynamic_inference": dynamic_inference_loop,
 }

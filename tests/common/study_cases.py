@@ -12,6 +12,11 @@ _FEW_IMAGES = [
     *("--joint-errors", "0.2", "--prices", "0", "30"),
 ]
 
+_FEW_MAPS = [
+    *("--tasks", "digits", "--shrink", "1", "--widths", "3", "--deep-blocks", "1", "--batch-size", "8"),
+    *("--inference-batch", "8", "--train-rows", "64", "--test-rows", "40"),
+]
+
 _SMALL_IMAGES = [
     *("--tasks", "digits/resnet-4", "--depth", "1", "--train-rows", "64", "--test-rows", "32", "--batch-size", "16"),
 ]
@@ -44,6 +49,9 @@ TINY = {
     ],
     "irnn": [*_FEW_SEQUENCES, "--arms", "lstm", "irnn", "irnn-shared", "--budget.amount", "40", "--seeds", "0", "1"],
     "tarnn": [*_FEW_SEQUENCES, "--arms", "lstm", "tarnn-euler", "--budget.amount", "40", "--seeds", "0", "1"],
+    "global_layer": [
+        *(*_FEW_MAPS, "--arms", "shallow", "global", "--budget.amount", "2", "--seeds", "0", "1"),
+    ],
     "fastrain": [
         *(
             "--arms",
@@ -76,6 +84,10 @@ TINY = {
         *("--tasks", "digits/mlp-8/mlp-16", "--arms", "margin", "router", "alternating", "oracle"),
         *("--budget.amount", "2", "--pair-steps", "40", "--coverage", "0.7", "--seeds", "0", "1"),
     ],
+    "si_cnn": [
+        *("--tasks", "digits/resnet-4", "--shrink", "1", "--train-rows", "128", "--test-rows", "60"),
+        *("--batch-size", "32", "--budget.amount", "6", "--seeds", "0", "1", "--arms", "dense", "si"),
+    ],
     "dynamic_inference": [
         *(*_SMALL_IMAGES, "--budget.amount", "12", "--seeds", "0", "1", "--arms", "dense", "layers", "random"),
     ],
@@ -103,6 +115,7 @@ PAPER = {
     ],
     "irnn": [*_FEW_SEQUENCES, "--budget.amount", "1"],
     "tarnn": [*_FEW_SEQUENCES, "--budget.amount", "1"],
+    "global_layer": [*_FEW_MAPS, "--budget.amount", "4", "--budget.unit", "steps"],
     "fastrain": [
         *("--tasks", "cora", "--per-class", "2", "--seeds", "0", "--hidden", "8", "--epochs-per-step", "2"),
         *("--budget.amount", "4", "--budget.unit", "steps", "--calibration-epochs", "2", "--samples", "2"),
@@ -122,6 +135,10 @@ PAPER = {
     "hybrid": [
         *("--tasks", "digits/mlp-8/mlp-16", "--pair-steps", "2", "--budget.amount", "1", "--seeds", "0"),
     ],
+    "si_cnn": [
+        *("--tasks", "digits/inverted-4", "--expansion", "2", "--train-rows", "64", "--test-rows", "32"),
+        *("--batch-size", "4", "--budget.amount", "1", "--crop", "1", "--seeds", "0"),
+    ],
     "dynamic_inference": [*_SMALL_IMAGES, "--budget.amount", "2", "--budget.unit", "steps"],
 }
 
@@ -135,11 +152,13 @@ PAPER_ARMS = {
     "fptt": ["digits-permuted-torch-lstm-8/bptt", "tiny_shakespeare-chars-24-torch-lstm-8/fptt-0.1"],
     "irnn": ["noisy-digits-12/irnn-3", "noisy-digits-12/chrono-lstm"],
     "tarnn": ["noisy-digits-12/tarnn-convex", "noisy-digits-12/lru-4"],
+    "global_layer": ["digits/global-many", "digits/implicit"],
     "fastrain": ["cora-2/fastrain"],
     "disk": ["digits-resnet-4-8/kd", "digits-resnet-4-8/disk-separate", "digits-resnet-4-8/disk-paper"],
     "geeni": ["cora/geeni-learned", "cora/single", "cora/distilled"],
     "selective": ["fashion_mnist-resnet20/osp-30", "fashion_mnist-resnet20/osp-saddle", "fashion_mnist-resnet20/sat"],
     "hybrid": ["digits-mlp-8-mlp-16/margin", "digits-mlp-8-mlp-16/router-gain", "digits-mlp-8-mlp-16/alternating"],
+    "si_cnn": ["digits-inverted-4/si-gated"],
     "dynamic_inference": ["digits-resnet-4/layers-channels", "digits-resnet-4/block-drop"],
 }
 
@@ -153,10 +172,12 @@ RESUMED = {
     "fptt": "digits-permuted-lstm-8/fptt-epochs",
     "irnn": "noisy-digits-12/irnn",
     "tarnn": "noisy-digits-12/tarnn-euler",
+    "global_layer": "digits/global",
     "fastrain": "cora-8/fastrain-plateau",
     "disk": "digits-mlp-4/disk-separate",
     "geeni": "cora/geeni-learned",
     "selective": "fashion_mnist-mlp-8/sat",
     "hybrid": "digits-mlp-8-mlp-16/alternating",
+    "si_cnn": "digits-resnet-4/si",
     "dynamic_inference": "digits-resnet-4/layers",
 }

@@ -8,6 +8,8 @@ import pytest
 
 import effjax
 
+pytestmark = pytest.mark.once
+
 PACKAGE = Path(effjax.__file__).parent
 FAMILIES = ("optim", "finetune", "recurrent", "transformers", "vision", "hardness", "graph")
 FLOORS = {

@@ -8,6 +8,8 @@ import time
 import pytest
 from study_runs import finish, start
 
+pytestmark = pytest.mark.once
+
 SMALL = ["--settings", "shift", "--grid", "0.1", "--arms", "samuel", "--seeds", "0", "1"]
 
 

@@ -21,7 +21,8 @@ from effjax.graph.isolation import (
 )
 from effjax.graph.members import ensemble_logits, init_members
 from effjax.graph.sparse.adjacency_matrices import gcn_adjacency, gcn_normalize
-from effjax.graph.sparse.matrix import SparseMatrix, row_sums, select_entries, sparse_matrix
+from effjax.graph.sparse.matrix import SparseMatrix, select_entries, sparse_matrix
+from effjax.graph.sparse.products import row_sums
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "geeni" / "geeni_core.npz"
 NODES = 40

@@ -58,17 +58,8 @@ from effjax.graph.sparse.jraph_graphs import (
     zero_out_padding,
 )
 from effjax.graph.sparse.layers import appnp, gcn, gcnii, neighbour_max, sage, sgc
-from effjax.graph.sparse.matrix import (
-    SparseMatrix,
-    column_sums,
-    fastest_spmm,
-    row_sums,
-    select_entries,
-    sparse_matrix,
-    spmm,
-    take_columns,
-    take_rows,
-)
+from effjax.graph.sparse.matrix import SparseMatrix, select_entries, sparse_matrix
+from effjax.graph.sparse.products import column_sums, fastest_spmm, row_sums, spmm, take_columns, take_rows
 from effjax.graph.sparse.propagation import correct_and_smooth, label_propagation
 from effjax.graph.sparse.sampling import NeighbourSampler, block_mean, block_sum
 from effjax.graph.sparse.sharding import shard_matrix, shard_rows, sharded_spmm

@@ -293,3 +293,10 @@ def test_errors_of_logits():
         confidence_score(z[:, :1])
     with pytest.raises(ValueError, match="score='odds' is not one of"):
         confidence_score(z, "odds")
+
+
+def test_lists_do():
+    errors, where = prediction_errors([[2.0, 1.0], [2.0, 1.0], [0.0, 3.0]], [1, -1, 1])
+    assert (errors.tolist(), where.tolist()) == ([True, False, False], [True, False, True])
+    assert confidence_score([[2.0, 1.0]]).tolist() == [1.0]
+    np.testing.assert_allclose(aurc([0.9, 0.8, 0.7], [False, True, True], where=[True, True, False]), 0.25)

@@ -337,7 +337,7 @@ def forms(graph: str, rounds: int, min_time: float) -> dict[str, Any]:
     """Milliseconds of ``A @ x`` [N, 64] and of it with its gradient, for every kernel."""
     from effjax.core.timing import time_interleaved
     from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
-    from effjax.graph.sparse.matrix import KERNELS, spmm
+    from effjax.graph.sparse.products import KERNELS, spmm
 
     data = task(graph).data
     matrix = gcn_adjacency(data.senders, data.receivers, data.nodes, buckets=True)

@@ -89,7 +89,8 @@ CASES = {
     "torchvision-mobilenet_v2-0.35": (64, {"width": 0.35}),
     "torchvision-mobilenet_v2-1.4": (64, {"width": 1.4}),
     "torchvision-mobilenet_v3_large-0.75": (64, {"width": 0.75}),
-    "timm-mobilenet_v1-0.5": (64, {"width": 0.5}),
+    "timm-mobilenet_v1-1.25": (64, {"width": 1.25}),
+    "timm-mobilenet_v2-0.5": (64, {"width": 0.5}),
     "port-wrn_40_4": (32, {}),
 }
 TIMM = {
@@ -110,11 +111,8 @@ def theirs(case):
     if layout == "port":
         net = wide_resnet(torch, 40, 4)
     elif layout == "timm":
-        names = {**TIMM, **({"mobilenet_v1": "mobilenetv1_050"} if width == ["0.5"] else {})}
-        if names[name] not in timm.list_models():
-            net = timm.models.mobilenetv3._gen_mobilenet_v1(names[name], float(width[0]))
-        else:
-            net = timm.create_model(names[name])
+        named = TIMM[name].replace("100", f"{round(100 * float(width[0])):03d}") if width else TIMM[name]
+        net = timm.create_model(named)
     else:
         net = getattr(torchvision.models, name)(**widths)
     generator = torch.Generator().manual_seed(1)

@@ -9,15 +9,8 @@ from numpy.typing import ArrayLike
 
 from effjax.core.errors import check_number
 from effjax.graph.sparse.checks import check_array
-from effjax.graph.sparse.matrix import (
-    SparseMatrix,
-    SparsePattern,
-    check_matrix,
-    row_sums,
-    sparse_matrix,
-    take_columns,
-    take_rows,
-)
+from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, check_matrix, sparse_matrix
+from effjax.graph.sparse.products import row_sums, take_columns, take_rows
 
 __all__ = ["adjacency", "gcn_adjacency", "gcn_normalize", "loopless_adjacency", "row_normalize"]
 

@@ -18,14 +18,8 @@ from effjax.core.products import add_bias
 from effjax.core.tree import wide
 from effjax.graph.sparse.checks import check_array
 from effjax.graph.sparse.layers import Features, Params, check_graph, dropout, edges, project
-from effjax.graph.sparse.matrix import (
-    SparseMatrix,
-    SparsePattern,
-    row_sums,
-    spmm,
-    take_columns,
-    take_rows,
-)
+from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern
+from effjax.graph.sparse.products import row_sums, spmm, take_columns, take_rows
 
 # exp(-60) is far above the smallest normal float32, exp(-87), so a row's largest term keeps all its digits and so does
 # every term that counts beside it.

@@ -20,15 +20,8 @@ from effjax.core.errors import check_choice, check_number
 from effjax.core.products import add_bias, dot
 from effjax.core.tree import wide
 from effjax.graph.sparse.buckets import bucket_max
-from effjax.graph.sparse.matrix import (
-    SparseMatrix,
-    SparsePattern,
-    check_matrix,
-    row_sums,
-    spmm,
-    take_columns,
-    take_rows,
-)
+from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, check_matrix
+from effjax.graph.sparse.products import row_sums, spmm, take_columns, take_rows
 
 Params = Mapping[str, jax.Array]
 Features = SparseMatrix | Float[Array | np.ndarray, "nodes features"]

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_number
 from effjax.core.tree import wide
-from effjax.graph.sparse.matrix import SparseMatrix, check_matrix, spmm
+from effjax.graph.sparse.matrix import SparseMatrix, check_matrix
+from effjax.graph.sparse.products import spmm
 
 __all__ = ["correct_and_smooth", "label_propagation"]
 

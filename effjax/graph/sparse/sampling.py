@@ -20,7 +20,8 @@ from effjax.core.errors import check_number
 from effjax.core.shapes import pad_to
 from effjax.core.tree import wide_dtype
 from effjax.data.pipeline import Batches
-from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, check_matrix, spmm
+from effjax.graph.sparse.matrix import SparseMatrix, SparsePattern, check_matrix
+from effjax.graph.sparse.products import spmm
 
 __all__ = ["NeighbourSampler", "block_mean", "block_sum"]
 

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice
 from effjax.core.shapes import pad_to
-from effjax.graph.sparse.matrix import SparseMatrix, check_matrix, sparse_matrix, spmm
+from effjax.graph.sparse.matrix import SparseMatrix, check_matrix, sparse_matrix
+from effjax.graph.sparse.products import spmm
 
 __all__ = ["shard_matrix", "shard_rows", "sharded_spmm"]
 

@@ -8,15 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_adjacency, gcn_normalize, row_normalize
-from effjax.graph.sparse.matrix import (
+from effjax.graph.sparse.matrix import SparseMatrix, select_entries, sparse_matrix
+from effjax.graph.sparse.products import (
     KERNELS,
-    SparseMatrix,
     column_sums,
     fastest_spmm,
     matmul,
     row_sums,
-    select_entries,
-    sparse_matrix,
     spmm,
     take_columns,
     take_rows,

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from effjax.graph.sparse.adjacency_matrices import adjacency, gcn_adjacency
-from effjax.graph.sparse.matrix import spmm
+from effjax.graph.sparse.products import spmm
 from effjax.graph.sparse.sharding import shard_matrix, shard_rows, sharded_spmm
 
 
