@@ -80,6 +80,7 @@ def test_bfloat16_compute_keeps_float32_parameters(name):
         assert 0 < error < case.bfloat16_error
 
 
+@pytest.mark.once
 def test_nnx_wrapped_module_gives_equal_outputs(name):
     case, (module, variables) = CASES[name], started(name)
     inputs = case.inputs(BATCH)
@@ -118,6 +119,7 @@ def test_every_parameter_gets_a_finite_gradient(name):
     assert dead == []
 
 
+@pytest.mark.once
 def test_examples_are_independent_in_evaluation(name):
     inputs = CASES[name].inputs(BATCH)
     batch = outputs(name, *inputs)
@@ -130,6 +132,7 @@ def test_examples_are_independent_in_evaluation(name):
         assert np.abs(a[0] - b[0]).max() > 0
 
 
+@pytest.mark.once
 def test_vmap_over_examples_equals_the_batch(name):
     _, variables = started(name)
     inputs = CASES[name].inputs(BATCH)
@@ -139,6 +142,7 @@ def test_vmap_over_examples_equals_the_batch(name):
     assert_close(jax.jit(jax.vmap(alone))(*inputs), outputs(name, *inputs))
 
 
+@pytest.mark.once
 def test_mesh_of_eight_devices_gives_the_same_outputs(name):
     case, (module, variables) = CASES[name], started(name)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -11,14 +11,17 @@ from public_calls import CASES
 import effjax
 
 # Bits of two programs are compared. Of these they are equal only as users compile them.
+# Compiling them so takes long: two of the three come with `-m nightly`.
 OPTIMIZED = {"samuel", "bucket_sampler", "token_drop"}
-STEMS = [pytest.param(stem, marks=[pytest.mark.optimized] * (stem in OPTIMIZED)) for stem in effjax.METHODS]
+MARKS = {stem: [pytest.mark.optimized, *[pytest.mark.nightly] * (stem != "samuel")] for stem in OPTIMIZED}
+STEMS = [pytest.param(stem, marks=MARKS.get(stem, ())) for stem in effjax.METHODS]
 
 
 def bits(leaf):
     return jax.random.key_data(leaf) if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key) else leaf
 
 
+@pytest.mark.once
 @pytest.mark.study
 @pytest.mark.parametrize("stem", STEMS)
 def test_the_public_call_gives_the_bits_of_the_study_s_arm(stem, tmp_path):

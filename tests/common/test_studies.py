@@ -178,7 +178,7 @@ def test_a_run_that_is_cut_continues_bit_for_bit(stem, tmp_path):
         assert again.steps == whole.steps
 
 
-@pytest.mark.once
+@pytest.mark.nightly
 @pytest.mark.study
 @pytest.mark.parametrize("stem", STEMS)
 def test_a_paper_preset_builds(stem):
