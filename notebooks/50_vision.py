@@ -133,7 +133,7 @@ models = {
 
 def fit(model):
     """Adam, batches of 64; the gated network also pays for the work above its target."""
-    variables = jax.jit(model.init)(jax.random.key(0), photos[:1])
+    variables = model.init(jax.random.key(0), photos[:1])
     tx = optax.adam(optax.cosine_decay_schedule(5e-3, STEPS))
 
     def loss(params, stats, images, labels, t):
