@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Integer, PyTree
+from jaxtyping import Array, Float, Integer, PyTree, Real
 
 from effjax.core.errors import check_number
 from effjax.core.tree import wide
@@ -18,6 +18,7 @@ __all__ = ["LevelCascade", "evaluated_cost", "level_params", "level_stages"]
 
 Apply = Callable[..., Any]
 Compress = Callable[[Any, Any], Any]
+Costs = Sequence[float] | Real[np.ndarray, "levels"]
 
 
 def level_stages(
@@ -158,7 +159,7 @@ class LevelCascade:
 
         Returns:
           A ``Dispatched``: ``outputs`` are logits over the temperature of the level that answered, ``answered`` is its
-          place among the levels.
+          place among the levels. ``failed`` rows have NaN logits at a later level, and keep the answer before it.
 
         Raises:
           ValueError: as of ``level_params``, or levels whose logits differ in form.
@@ -187,7 +188,7 @@ class LevelCascade:
         return level_params(params, thresholds, temperatures)
 
 
-def evaluated_cost(answered: Integer[Array | np.ndarray, "rows"], costs: Sequence[float]) -> Float[np.ndarray, "rows"]:
+def evaluated_cost(answered: Integer[Array | np.ndarray, "rows"], costs: Costs) -> Float[np.ndarray, "rows"]:
     r"""What every row cost: the sum over all levels that saw it, not only the one that answered.
 
     .. math:: c_i = \sum\nolimits_{k \le a_i} \mathrm{cost}_k
