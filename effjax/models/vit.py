@@ -73,7 +73,7 @@ class ViT(nn.Module):
 
     Example:
       >>> model = ViT(classes=3, patch=4, grid=(2, 2), hidden_size=8, num_layers=1, num_heads=2)
-      >>> logits, variables = model.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+      >>> logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
       >>> logits.shape, variables["params"]["position"].shape
       ((1, 3), (1, 5, 8))
 

@@ -82,9 +82,10 @@ class MixedLevels(nn.Module):
       levels: as of ``icpc``.
       shares: as of ``icpc``.
       compress: as of ``icpc``.
+      whole: the level of evaluation; None takes the inputs as they are.
 
     Returns:
-      When called with ``train=True``: what ``icpc`` gives. Else ``module(inputs)``, at the size that it is given.
+      When called with ``train=True``: what ``icpc`` gives. Else ``module(inputs)``, at the level ``whole``.
 
     Raises:
       ValueError: as of ``icpc``.
@@ -103,11 +104,12 @@ class MixedLevels(nn.Module):
     levels: tuple[Any, ...]
     shares: tuple[int, ...] | None = None
     compress: Compress = resize_images
+    whole: Any = None
 
     @nn.compact
     def __call__(self, inputs: PyTree, *, train: bool = False) -> Any:
         if not train:
-            return self.module(inputs, train=False)
+            return self.module(inputs if self.whole is None else self.compress(inputs, self.whole), train=False)
         run = icpc(lambda module, x: module(x, train=True), self.levels, shares=self.shares, compress=self.compress)
         return run(self.module, inputs)
 
