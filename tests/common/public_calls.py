@@ -195,7 +195,7 @@ def icpc_call():
         updates, opt = tx.update(jax.grad(loss)(params, batch), opt, params)
         return optax.apply_updates(params, updates), opt
 
-    params = task.init(KEY)["params"]["module"]
+    params = jax.jit(task.init)(KEY)["params"]["module"]
     opt, stream = tx.init(params), batches(task.train, 20, seed=0)
     for _ in range(15):
         params, opt = step(params, opt, next(stream))

@@ -37,7 +37,7 @@ TINY = {
     "icpc": [
         *("--tasks", "digits/vit-16-1", "--patch", "2", "--scales", "0.5", "1", "--shares", "1", "1"),
         *("--train-rows", "200", "--test-rows", "60", "--batch-size", "20", "--budget.amount", "4"),
-        *("--arms", "full", "icpc", "icpc-late", "--seeds", "0", "1"),
+        *("--arms", "full", "icpc-late", "--seeds", "0", "1"),
     ],
     "fptt": [
         *("--budget.amount", "40", "--alphas", "0.02", "--hidden", "8", "--seeds", "0", "1"),
