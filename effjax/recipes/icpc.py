@@ -252,6 +252,8 @@ def _program(config: IcpcStudy, how: How, parts: Sequence[Part], loaded: Loaded)
     rows = {"train_rows": config.train_rows, "test_rows": config.test_rows}
     own = {"dtype": jnp.dtype(model.dtype).name, "remat": model.remat}
     tasks = [image_task(loaded.data, make(loaded, model), **rows)._replace(**own) for _, make in parts]
+    # Compiled, initialising leaves the forward pass out.
+    tasks = [task._replace(init=jax.jit(task.init)) for task in tasks]
     loader = column_loader(tasks[0].train, config.batch_size, transform=draw)
     steps = config.budget.steps(config.batch_size, loader.epoch_steps)
     shares = [share for share, _ in parts]
