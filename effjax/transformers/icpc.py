@@ -115,5 +115,5 @@ class MixedLevels(nn.Module):
 
 
 def _shares(levels: Sequence[Any], shares: Sequence[int] | None) -> tuple[int, ...]:
-    level_weights(levels, shares)
+    level_weights(levels, shares, "shares")
     return (1,) * len(levels) if shares is None else tuple(shares)

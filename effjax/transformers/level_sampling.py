@@ -94,7 +94,7 @@ def progressive_level(
     return levels[min(max(int(place + 1e-9), 0), len(levels) - 1)]
 
 
-def level_weights(levels: Sequence[Any], weights: Sequence[float] | None) -> np.ndarray:
+def level_weights(levels: Sequence[Any], weights: Sequence[float] | None, argument: str = "weights") -> np.ndarray:
     """Probabilities of the levels, checked.
 
     Example:
@@ -105,7 +105,7 @@ def level_weights(levels: Sequence[Any], weights: Sequence[float] | None) -> np.
         raise ValueError("levels=() must hold at least one level.")
     shares = np.ones(len(levels)) if weights is None else np.asarray(weights, np.float64)
     if shares.shape != (len(levels),) or not np.isfinite(shares).all() or (shares < 0).any() or not shares.sum():
-        raise ValueError(f"weights={weights} must hold a number from 0 on for each of the {len(levels)} levels.")
+        raise ValueError(f"{argument}={weights} must hold a number from 0 on for each of the {len(levels)} levels.")
     return shares / shares.sum()
 
 

@@ -277,7 +277,7 @@ def test_token_budgets():
         (lambda: level_tokens(30, 16), "size=30 is no multiple of patch=16; 32 is"),
         (lambda: level_batch(577, 577, multiple=8), "8 examples of 577 tokens are 4616"),
         (lambda: icpc(lambda params, x: x, ()), r"levels=\(\)"),
-        (lambda: icpc(lambda params, x: x, (1, 2), shares=(1,)), r"weights=\(1,\)"),
+        (lambda: icpc(lambda params, x: x, (1, 2), shares=(1,)), r"shares=\(1,\) must hold"),
         (lambda: resize_images(np.zeros((4, 4, 1), np.float32), 2), r"images\[None\]"),
         (lambda: resize_images(np.zeros((1, 4, 4, 1), np.float32), 0), r"size\[0\]=0"),
         (lambda: compress_spectrogram(np.zeros((1, 4, 4), np.float32), (5, 4)), r"size\[0\]=5"),
