@@ -140,7 +140,8 @@ class Loaded(NamedTuple):
 
 def _load(config: IcpcStudy, name: str) -> Loaded:
     data_name, model = name.split("/")
-    data = _spectrograms() if data_name == "spoken_digits" else config.data(data_name, MODALITY)
+    sounds = data_name == "spoken_digits" and config.own is None
+    data = _spectrograms() if sounds else config.data(data_name, MODALITY)
     data = load(data) if isinstance(data, str) else data
     height, width = data.splits["train"]["image"].shape[1:3]
     if config.pixels:
@@ -174,7 +175,7 @@ def _load(config: IcpcStudy, name: str) -> Loaded:
 
 def _spectrograms() -> DataSet:
     """Spoken digits as images: log-mel frames along the rows, standardised."""
-    data, words = sequence_data("spoken-digits"), load("fsdd")
+    data, words = sequence_data("fsdd"), load("fsdd")
     splits = {}
     for split, columns in (("train", data.train), ("test", data.test)):
         frames = np.asarray(columns["inputs"])
