@@ -152,8 +152,9 @@ class ViT(nn.Module):
                     "patch_kernel=effjax.transformers.resize_patch_kernel."
                 )
             kernel = self.patch_kernel(kernel, side)
-        cut = jnp.asarray(images).astype(self.dtype).reshape(-1, rows, side, columns, side, channels)
-        cut = cut.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * columns, side * side * channels)
+        batch = jnp.shape(images)[0]
+        cut = jnp.asarray(images).astype(self.dtype).reshape(batch, rows, side, columns, side, channels)
+        cut = cut.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, side * side * channels)
         x = cut @ kernel.reshape(-1, self.hidden_size).astype(self.dtype) + bias.astype(self.dtype)[None, None]
         table = self._positions((rows, columns)).astype(self.dtype)
         x = x + table[:, self.prefix :]

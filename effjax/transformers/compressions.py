@@ -76,7 +76,7 @@ def compress_spectrogram(
     frames, bands = _pair("size", size)
     check_number("size[0]", frames, high=shape[1], integer=True, hint="The spectrogram has no more frames.")
     check_number("size[1]", bands, high=shape[2], integer=True, hint="The spectrogram has no more bands.")
-    images = jnp.asarray(spectrogram).reshape(*shape[:3], -1)
+    images = jnp.asarray(spectrogram).reshape(*shape[:3], *(shape[3:] or (1,)))
     return _resized(images, (frames, bands), True).reshape(shape[0], frames, bands, *shape[3:])
 
 

@@ -142,8 +142,8 @@ def level_groups(batch: PyTree, shares: Sequence[int]) -> list[Any]:
     ends = list(itertools.accumulate(shares))
 
     def cut(leaf: Any, start: int, end: int) -> jax.Array:
-        rest = jnp.shape(leaf)[1:]
-        return jnp.asarray(leaf).reshape(-1, period, *rest)[:, start:end].reshape(-1, *rest)
+        rest, times = jnp.shape(leaf)[1:], count // period
+        return jnp.asarray(leaf).reshape(times, period, *rest)[:, start:end].reshape(times * (end - start), *rest)
 
     return [
         jax.tree.map(lambda leaf, start=start, end=end: cut(leaf, start, end), batch)

@@ -178,6 +178,11 @@ def test_larger_patches_of_an_enlarged_image_are_the_same_tokens():
     np.testing.assert_allclose(found, plain(), rtol=1e-4, atol=1e-5)
 
 
+def test_an_empty_batch():
+    images = jax.ShapeDtypeStruct((0, 8, 8, 2), jnp.float32)
+    assert jax.eval_shape(TINY.apply, {"params": params_of(TINY)}, images).shape == (0, 3)
+
+
 def test_pools():
     mean = TINY.clone(pool="mean", class_token=False, classes=None)
     params = params_of(mean)

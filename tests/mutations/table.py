@@ -161,8 +161,8 @@ MUTATIONS = (
     Mutation(
         "icpc-groups-in-blocks",
         "wrong axis",
-        "reshape(-1, period, *rest)[:, start:end]",
-        "reshape(period, -1, *rest)[start:end]",
+        "reshape(times, period, *rest)[:, start:end]",
+        "reshape(period, times, *rest)[start:end]",
         ("transformers/test_icpc.py",),
     ),
     Mutation(

@@ -233,6 +233,14 @@ def test_groups_share_a_batch_and_join_again(shares):
     jax.tree.map(np.testing.assert_array_equal, joined, batch)
 
 
+def test_an_empty_batch():
+    images = jax.ShapeDtypeStruct((0, 4, 4, 2), jnp.float32)
+    mixed = icpc(network, (2, 4), shares=(1, 3))
+    assert jax.eval_shape(mixed, np.ones((2, 3), np.float32), images).shape == (0, 3)
+    spectrogram = jax.ShapeDtypeStruct((0, 4, 4), jnp.float32)
+    assert jax.eval_shape(lambda x: compress_spectrogram(x, (2, 2)), spectrogram).shape == (0, 2, 2)
+
+
 def test_groups_of_a_sharded_batch_stay_on_their_devices():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     sharding = NamedSharding(mesh, P("data"))
