@@ -11,12 +11,13 @@ smoke = IcpcStudy(
     train_rows=6000,
     test_rows=2000,
     budget=Budget(3, "epochs"),
+    learning_rate=4e-3,
     seeds=(0,),
     certify="search",
-    arms=("full", "icpc", "icpc-interp"),
+    arms=("full", "icpc"),
 )
 """effjax compare icpc:smoke. Two CPU cores, a minute in all by estimate. Fashion-MNIST at 12, 20 and 28 pixels: the
-model trained on all three is far above the other at 12 pixels."""
+model trained on all three is some twenty points above the other at 12 pixels, and below it at 28."""
 
 cpu = IcpcStudy(
     train_rows=10_000,
