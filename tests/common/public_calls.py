@@ -181,7 +181,7 @@ def icpc_call():
     task = image_task("digits", MixedLevels(model, ((4, 4), (8, 8))), train_rows=100, test_rows=20)
     mean, std = (task.details[name][None, None, None, :] for name in ("mean", "std"))
     mixed = effjax.icpc(lambda params, x: model.apply({"params": params}, x, train=True), ((4, 4), (8, 8)))
-    rate = optax.warmup_cosine_decay_schedule(0.0, 1.5e-3, 1, 15)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 4e-3, 1, 15)
     decayed = lambda path, leaf: "kernel" in jax.tree_util.keystr(path[-1:]) and leaf.ndim > 1
     tx = optax.adamw(rate, weight_decay=0.05, mask=functools.partial(jax.tree_util.tree_map_with_path, decayed))
 
