@@ -113,6 +113,21 @@ METHODS: dict[str, Method] = {
             paper=_TOKENS,
         ),
         Method(
+            stem="icpc",
+            summary="input compression with positional consistency: one transformer for inputs of several sizes",
+            modules=(
+                "effjax.transformers.icpc",
+                "effjax.transformers.position_tables",
+                "effjax.transformers.level_sampling",
+                "effjax.transformers.compressions",
+                "effjax.transformers.level_cascade",
+                "effjax.transformers.level_calibration",
+                "effjax.transformers.flexible_patches",
+            ),
+            kind="pure functions and variable-effort inference",
+            paper="Nagarajan, Raghunathan 2023, arXiv:2312.12385 (ECML PKDD 2024)",
+        ),
+        Method(
             stem="irnn",
             summary="incremental RNN: the state is the increment of an ODE run at every input",
             modules=(

@@ -33,3 +33,7 @@ from .sequence import RNNCell as RNNCell
 from .sequence import Recurrent as Recurrent
 from .sequence import chrono_bias as chrono_bias
 from .sequence_network import SequenceNetwork as SequenceNetwork
+from .vit import ViT as ViT
+from .vit import named_vit as named_vit
+from .vit_files import load_vit as load_vit
+from .vit_files import save_vit as save_vit

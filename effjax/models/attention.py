@@ -130,7 +130,7 @@ def attend(
     causal: bool = False,
     drop: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Float[Array, "batch queries heads width"]:
-    """Scaled dot-product attention, ``softmax(q k^T / sqrt(width)) v``, softmax in float32.
+    """Scaled dot-product attention, ``softmax(q k^T / sqrt(width)) v``, softmax in float32 (float64 of such).
 
     Heads share keys and values in groups of ``heads / kv_heads`` (GQA), which are not repeated in
     memory. A query whose keys are all masked sees them all equally: finite, as is its gradient.
@@ -151,19 +151,20 @@ def attend(
       >>> attend(x, x[:, :, :2], x[:, :, :2], jnp.zeros((1, 1, 1, 3), bool)).sum().item()
       24.0
     """
-    if drop is None:
+    if drop is None and query.dtype != jnp.float64:  # inside, the fused path is float32
         return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
     batch, queries, heads, width = query.shape
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("bqkgw,bskw->bkgqs", grouped, key, preferred_element_type=jnp.float32) / width**0.5
+    scores = jnp.einsum("bqkgw,bskw->bkgqs", grouped, key, preferred_element_type=wide_dtype(query.dtype)) / width**0.5
     if causal:
         before = jnp.tril(jnp.ones((queries, key.shape[1]), bool))[None, None]
         mask = before if mask is None else mask & before
     if mask is not None:
         seen = mask if mask.ndim < 4 else mask[:, :, None]
         scores = jnp.where(seen, scores, -0.7 * jnp.finfo(scores.dtype).max)
-    probabilities = drop(jax.nn.softmax(scores, axis=-1)).astype(value.dtype)
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    probabilities = (probabilities if drop is None else drop(probabilities)).astype(value.dtype)
     return jnp.einsum("bkgqs,bskw->bqkgw", probabilities, value).reshape(query.shape)
 
 

@@ -217,7 +217,7 @@ def token_drop(
     rows, words = rows[places], words[places]
     if order is None:
         names = np.arange(len(ids)) if row_ids is None else _check_row_ids(row_ids, len(ids))
-        ranks = _hash(seed, epoch, names[rows], words)
+        ranks = word_hash(seed, epoch, names[rows], words)
     else:
         ranks = np.argsort(order, axis=1)[rows, words]
     sequence = np.lexsort((places, ranks, rows))
@@ -354,7 +354,7 @@ def _check_row_ids(row_ids: Any, rows: int) -> np.ndarray:
     return row_ids
 
 
-def _hash(seed: int, epoch: int, rows: np.ndarray, words: np.ndarray) -> UInt[np.ndarray, "m"]:
+def word_hash(seed: int, epoch: int, rows: np.ndarray, words: np.ndarray) -> UInt[np.ndarray, "m"]:
     """A random 64-bit number for each (seed, epoch, row, word): SplitMix64 steps over the parts."""
     state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
     for part in (rows, words):

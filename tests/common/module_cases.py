@@ -20,6 +20,7 @@ from effjax.models.mlp import MLP
 from effjax.models.resnet import BasicBlock, ResNet
 from effjax.models.sequence import Recurrent
 from effjax.models.sequence_rivals import FastRNNCell
+from effjax.models.vit import ViT
 from effjax.recurrent.fixed_point import EquilibriumRNN
 from effjax.recurrent.irnn import IncrementalRNN
 from effjax.recurrent.tarnn import TARNNCell
@@ -124,6 +125,15 @@ CASES: dict[str, ModuleCase] = {
         ),
         images,
         ("params", "batch_stats"),
+    ),
+    "vit": ModuleCase(
+        "vit",
+        lambda dtype: ViT(
+            **{"classes": 3, "patch": 8, "grid": (2, 2), "hidden_size": 8, "num_layers": 1, "num_heads": 2},
+            token_multiple=8,
+            dtype=dtype,
+        ),
+        images,
     ),
     "bert": ModuleCase("bert", lambda dtype: BertClassifier(Bert(**_bert, dtype=dtype), 3, pool="cls"), tokens),
     "bert-scan": ModuleCase(

@@ -26,6 +26,7 @@ from effjax.models.residual_blocks import BasicBlock
 from effjax.models.resnet import ResNet
 from effjax.models.sequence import LSTMCell
 from effjax.models.sequence_network import SequenceNetwork, step_network
+from effjax.models.vit import ViT
 from effjax.optim.batch_size import scale_by_batch_size
 from effjax.optim.constraints import consistency_kl
 from effjax.optim.dcl import dcl, dcl_lagrangian
@@ -43,6 +44,7 @@ from effjax.tasks.text import text_task
 from effjax.train.loaders import column_loader
 from effjax.train.loop import fit
 from effjax.train.trainer import supervised
+from effjax.transformers.icpc import MixedLevels
 from effjax.transformers.token_drop import token_drop_columns, vocabulary_stop_ids
 from effjax.vision.gate_networks import SalienceGate
 from effjax.vision.gated_blocks import GatedBasicBlock, recorded_gates
@@ -176,6 +178,36 @@ def token_drop_loop():
     return _texts(
         lambda task: token_drop_columns(task.train, stops(task), seed=0, period=5), "token-drop", "token_drop", shapes=1
     )
+
+
+def icpc_call():
+    words = ("--tasks", "digits/vit-8-1", "--scales", "0.5", 1, "--shares", 1, 1, "--batch-size", 20)
+    _, state = arm("icpc", "digits-vit-8-1/icpc", *words, "--train-rows", 100, "--test-rows", 20, "--budget.amount", 3)
+
+    positions = effjax.transformers.position_selector("crop", table_grid=(2, 2))
+    model = ViT(classes=10, patch=4, grid=(2, 2), hidden_size=8, num_layers=1, num_heads=1, positions=positions)
+    task = image_task("digits", MixedLevels(model, ((4, 4), (8, 8))), train_rows=100, test_rows=20)
+    mean, std = (task.details[name][None, None, None, :] for name in ("mean", "std"))
+    mixed = effjax.icpc(lambda params, x: model.apply({"params": params}, x, train=True), ((4, 4), (8, 8)))
+    rate = optax.warmup_cosine_decay_schedule(0.0, 4e-3, 1, 15)
+    decayed = lambda path, leaf: "kernel" in jax.tree_util.keystr(path[-1:]) and leaf.ndim > 1
+    tx = optax.adamw(rate, weight_decay=0.05, mask=functools.partial(jax.tree_util.tree_map_with_path, decayed))
+
+    def loss(params, batch):
+        images = (batch["image"].astype(jnp.float32) / 255.0 - mean) / std
+        logits = mixed(params, images)
+        return optax.softmax_cross_entropy(logits, jax.nn.one_hot(batch["label"], 10)).mean()
+
+    @jax.jit
+    def step(params, opt, batch):
+        updates, opt = tx.update(jax.grad(loss)(params, batch), opt, params)
+        return optax.apply_updates(params, updates), opt
+
+    params = jax.jit(task.init)(KEY)["params"]["module"]
+    opt, stream = tx.init(params), batches(task.train, 20, seed=0)
+    for _ in range(15):
+        params, opt = step(params, opt, next(stream))
+    return params, state.params["module"]
 
 
 def _layer(layer, study, name):
@@ -445,6 +477,7 @@ CASES = {
     "cola": cola_loop,
     "bucket_sampler": bucket_sampler_loop,
     "token_drop": token_drop_loop,
+    "icpc": icpc_call,
     "irnn": irnn_layer,
     "tarnn": tarnn_layer,
     "fptt": fptt_loop,

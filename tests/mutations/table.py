@@ -143,6 +143,49 @@ MUTATIONS = (
         '"weight": np.ones(share, np.float32)}\n',
         ("data/test_bucket_sampler.py", "data/test_length_grouping.py"),
     ),
+    # icpc
+    Mutation(
+        "icpc-crop-by-own-width",
+        "wrong stride",
+        "places[0][:, None] * table_grid[1] + places[1][None, :]",
+        "places[0][:, None] * grid[1] + places[1][None, :]",
+        ("transformers/test_icpc.py", "models/test_vit.py"),
+    ),
+    Mutation(
+        "icpc-fractional-antialiased",
+        "wrong filter",
+        'antialias=how == "interp"',
+        "antialias=True",
+        ("transformers/test_icpc.py",),
+    ),
+    Mutation(
+        "icpc-groups-in-blocks",
+        "wrong axis",
+        "reshape(times, period, *rest)[:, start:end]",
+        "reshape(period, times, *rest)[start:end]",
+        ("transformers/test_icpc.py",),
+    ),
+    Mutation(
+        "icpc-harm-of-who-stopped-before",
+        "dropped condition",
+        "reached &= ~(rows[:, before] >= value)",
+        "reached &= rows[:, before] >= value",
+        ("transformers/test_level_cascade.py",),
+    ),
+    Mutation(
+        "icpc-cost-of-the-last-level-alone",
+        "dropped sum",
+        "np.cumsum(np.asarray(costs, np.float64))[answered]",
+        "np.asarray(costs, np.float64)[answered]",
+        ("transformers/test_level_cascade.py",),
+    ),
+    Mutation(
+        "vit-timm-parts-in-another-order",
+        "wrong order",
+        '_PARTS = ("query", "key", "value")',
+        '_PARTS = ("key", "query", "value")',
+        ("models/test_vit.py",),
+    ),
     # token_drop
     Mutation(
         "drops-same-in-every-epoch",

@@ -1,0 +1,55 @@
+"""The ICPC study: its settings, and which parameters it decays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.recipes.icpc import IcpcStudy, _adamw
+from effjax.train.options import Budget
+
+
+def study(**fields):
+    return IcpcStudy(budget=Budget(4), **fields)
+
+
+def test_positions_and_tokens_are_not_decayed():
+    tx = _adamw(study(warmup=0.0, weight_decay=0.5, learning_rate=0.1), 10)
+    params = {
+        "module": {
+            "position": np.ones((1, 3, 2), np.float32),
+            "class_token": np.ones((1, 1, 2), np.float32),
+            "patch_kernel": np.ones((2, 2, 1, 2), np.float32),
+            "head": {"kernel": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)},
+        }
+    }
+
+    @jax.jit
+    def step(params):
+        # Without a gradient only decay moves anything: by 0.1 * 0.5.
+        return tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[0]["module"]
+
+    updates = step(params)
+    for name in ("position", "class_token"):
+        np.testing.assert_array_equal(updates[name], 0)
+    np.testing.assert_array_equal(updates["head"]["bias"], 0)
+    for kernel in (updates["patch_kernel"], updates["head"]["kernel"]):
+        np.testing.assert_allclose(kernel, -0.05, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tasks": ("fashion_mnist",)}, "DATA/MODEL"),
+        ({"tasks": ("fashion_mnist/swin-64-4",)}, "is no vision transformer"),
+        ({"scales": (0.5, 0.9)}, "end with 1"),
+        ({"scales": (1.0,), "shares": (1,)}, "two or more"),
+        ({"scales": (0.7, 0.5, 1.0), "shares": (1, 1, 1)}, "increasing"),
+        ({"shares": (1, 1)}, "one integer for each"),
+        ({"batch_size": 64}, "batch_size=64 is no multiple"),
+        ({"loss": 0.0}, "loss=0.0"),
+    ],
+)
+def test_settings_that_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        study(**fields)
