@@ -13,6 +13,9 @@ from .mlp import MLP as MLP
 from .pretrained import Pretrained as Pretrained
 from .pretrained import load_pretrained as load_pretrained
 from .pretrained import save_pretrained as save_pretrained
+from .pruned import Gates as Gates
+from .pruned import LayerShape as LayerShape
+from .pruned import keep_largest as keep_largest
 from .resnet import ResNet as ResNet
 from .resnet import pretrained_resnet as pretrained_resnet
 from .sequence import GRUCell as GRUCell

@@ -285,11 +285,10 @@ class _Attention(nn.Module):
         if self.train and spec.attention_dropout:
             steps.append(nn.Dropout(spec.attention_dropout, deterministic=False, name="probabilities"))
         if spec.top_k is not None:
-            top_k, hard = spec.top_k, lambda p: keep_largest(p, spec.top_k)
+            top_k = spec.top_k
+            hard = lambda p: keep_largest(p, top_k)
             # A switch: only where it is on is the K-th largest looked for.
-            steps.append(
-                hard if gates is None else lambda p: jax.lax.cond(gates.hard > 0, lambda p: keep_largest(p, top_k), _same, p)
-            )
+            steps.append(hard if gates is None else lambda p: jax.lax.cond(gates.hard > 0, hard, _same, p))
         elif gates is not None:
             steps.append(_same)  # by one program, whichever layers are hard
         return (lambda p: functools.reduce(lambda p, step: step(p), steps, p)) if steps else None

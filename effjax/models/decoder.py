@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         )
 
     @nn.nowrap
-    def angles(self, position_ids: Tokens) -> tuple[Float[Array, "rows length half"], ...] | None:
+    def angles(self, position_ids: Tokens) -> tuple[jax.Array, jax.Array] | None:
         """Rotary angles of positions [rows, length]; None of a model with a table of positions."""
         if self.positions == "learned":
             return None

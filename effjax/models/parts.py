@@ -69,7 +69,8 @@ def parts(module: nn.Module, *, top_k: int | float | None = None) -> Parts:
         _check_inputs(inputs, body)
         types = (inputs.get("token_type_ids"),) if isinstance(body, Bert) else ()
         positions = _positions(inputs)
-        return body.make_embeddings().apply({"params": own(params)["embeddings"]}, inputs["input_ids"], positions, *types)
+        embeddings: Any = body.make_embeddings()
+        return embeddings.apply({"params": own(params)["embeddings"]}, inputs["input_ids"], positions, *types)
 
     def around(inputs: Inputs) -> tuple[Any, Any]:
         seen = attention_mask(inputs.get("mask"), inputs.get("segment_ids"))
@@ -85,13 +86,15 @@ def parts(module: nn.Module, *, top_k: int | float | None = None) -> Parts:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         used = spec if gates is not None else spec._replace(top_k=None)
         variables = {"params": layer_params}
-        (x, _), sown = Layer(used).apply(variables, x, *around(inputs), 0, gates, mutable=["taps"])
+        layer: Any = Layer(used)
+        (x, _), sown = layer.apply(variables, x, *around(inputs), 0, gates, mutable=["taps"])
         return x, {"context": sown["taps"]["attention"]["context"][0], "hidden": sown["taps"]["mlp"]["hidden"][0]}
 
     def head(params: PyTree, x: jax.Array, inputs: Inputs) -> jax.Array:
         if isinstance(module, BertClassifier):
             rest = {name: value for name, value in params.items() if name != "encoder"}
-            return module.apply({"params": rest}, x, inputs.get("mask"), method="classify")
+            classifier: Any = module
+            return classifier.apply({"params": rest}, x, inputs.get("mask"), method="classify")
         return _decode(module, params, x) if isinstance(module, Decoder) else x
 
     def stack(params: PyTree) -> PyTree:
@@ -104,11 +107,14 @@ def parts(module: nn.Module, *, top_k: int | float | None = None) -> Parts:
 
 
 def _decode(module: Decoder, params: PyTree, x: jax.Array) -> Float[Array, "batch length vocab"]:
-    x = module.make_norm().apply({"params": params["norm"]}, x)
+    norm: Any = module.make_norm()
+    embeddings: Any = module.make_embeddings()
+    head: Any = module.make_head()
+    x = norm.apply({"params": params["norm"]}, x)
     if module.tie_embeddings:
-        logits = module.make_embeddings().apply({"params": params["embeddings"]}, x, method="attend")
+        logits = embeddings.apply({"params": params["embeddings"]}, x, method="attend")
     else:
-        logits = module.make_head().apply({"params": params["head"]}, x)
+        logits = head.apply({"params": params["head"]}, x)
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 

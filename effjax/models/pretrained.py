@@ -103,8 +103,8 @@ def load_pretrained(
     """A pretrained transformer from a folder in Hugging Face layout.
 
     Reads ``config.json`` (``model_type`` bert, roberta, electra, opt, llama, or one of them pruned, as
-    ``slice_pretrained`` makes it) and ``model.safetensors`` or its shards. Tensor names may or may not begin with the base model's prefix; heads that the
-    module lacks (masked-language-model heads, poolers) are passed over.
+    ``slice_pretrained`` makes it) and ``model.safetensors`` or its shards. Tensor names may or may not begin with
+    the base model's prefix; heads that the module lacks (masked-language-model heads, poolers) are passed over.
 
     Args:
       source: a folder, or a name: ``"minilm"`` (all-MiniLM-L6-v2 from ``effjax[minilm]``),
@@ -257,12 +257,16 @@ def _layer_shapes(config: Mapping[str, Any], folder: Path, scan_layers: bool) ->
     if found is None:
         return {}
     if scan_layers:
-        raise ValueError(f"scan_layers=True needs layers of one shape, but {folder} holds a pruned model. Leave it False.")
+        raise ValueError(
+            f"scan_layers=True needs layers of one shape, but {folder} holds a pruned model. Leave it False."
+        )
     try:
         shapes = tuple(shape_of(entry) for entry in found)
         check_layer_shapes(shapes, config.get("num_hidden_layers", config.get("n_layers")))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: pruned_layers: {first_line(error)} Write the folder again.") from None
+        raise ValueError(
+            f"{folder / 'config.json'}: pruned_layers: {first_line(error)} Write the folder again."
+        ) from None
     return {"layer_shapes": shapes}
 
 

@@ -77,7 +77,8 @@ def keep_largest(
       >>> keep_largest(jnp.array([0.5, 0.2, 0.3, 0.0]), 0.3).tolist()
       [0.5, 0.0, 0.0, 0.0]
 
-    Reference: Nagarajan et al. 2022, "AxFormer" (arXiv 2010.03688). Its code keeps exactly K of equals, and takes K = 30.
+    Reference: Nagarajan et al. 2022, "AxFormer" (arXiv 2010.03688). Its code keeps exactly K of equals and takes
+    K = 30.
     """
     check_top_k(top_k)
     p = jnp.asarray(probabilities)

@@ -269,7 +269,9 @@ class PruneSpec:
 
     def _sized(self) -> PruneShape:
         if not (self.shape.hidden_size and self.shape.head_width and self.shape.group_size):
-            raise ValueError(f"shape={self.shape} says no sizes. Give hidden_size, head_width, kv_width and group_size.")
+            raise ValueError(
+                f"shape={self.shape} says no sizes. Give hidden_size, head_width, kv_width and group_size."
+            )
         return self.shape
 
     def to_json(self) -> str:
@@ -291,8 +293,8 @@ class PruneSpec:
             raise ValueError(f"text is no prune spec: format={_FORMAT!r} is missing. PruneSpec.save writes one.")
         try:
             shape = PruneShape(**found.pop("shape"))
-            places = {name: tuple(map(_place, found.pop(name))) for name in _FIELD.values()}
-            return cls(shape, **places, **found)
+            places: dict[str, Any] = {name: tuple(map(_place, found.pop(name))) for name in _FIELD.values()}
+            return dataclasses.replace(cls(shape), **places, **found)
         except (TypeError, KeyError) as error:
             raise ValueError(f"text is a damaged prune spec: {error}. Save it again.") from None
 
@@ -308,7 +310,7 @@ class PruneSpec:
         """Read a file that ``save`` wrote."""
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
 

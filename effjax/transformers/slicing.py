@@ -42,7 +42,7 @@ def slice_model(module: nn.Module, params: PyTree, spec: PruneSpec) -> tuple[nn.
     Example:
       >>> from effjax.models import Bert
       >>> module = Bert(30, 8, num_layers=2, num_heads=2, intermediate_size=16)
-      >>> params = module.init(jax.random.key(0), jnp.ones((1, 3), int))["params"]
+      >>> params = jax.jit(module.init)(jax.random.key(0), jnp.ones((1, 3), int))["params"]
       >>> spec = PruneSpec(prune_shape(module, group_size=4), attention=(0,), groups=((1, 0), (1, 3)))
       >>> small, params = slice_model(module, params, spec)
       >>> small.layer_shapes[1].intermediate, params["layer_1"]["mlp"]["up"]["kernel"].shape
@@ -56,7 +56,8 @@ def slice_model(module: nn.Module, params: PyTree, spec: PruneSpec) -> tuple[nn.
     layers = {f"layer_{i}": _layer_of(held, i, body.scan_layers) for i in range(shape.layers)}
     whole = {name: value for name, value in held.items() if name != "layers" and not name.startswith("layer_")}
     sliced = {**whole, **{name: _sliced(layer, i, spec) for i, (name, layer) in enumerate(layers.items())}}
-    small = body.clone(layer_shapes=layer_shapes(spec, body.layer_spec().hidden_size // body.num_heads), scan_layers=False)
+    shapes = layer_shapes(spec, body.layer_spec().hidden_size // body.num_heads)
+    small = body.clone(layer_shapes=shapes, scan_layers=False)
     if isinstance(module, BertClassifier):
         return module.clone(encoder=small), {**params, "encoder": sliced}
     return small, sliced
@@ -82,7 +83,7 @@ def slice_pretrained(pretrained: Pretrained, spec: PruneSpec, params: PyTree | N
     """
     params = pretrained.params if params is None else params
     module, sliced = slice_model(pretrained.module, params, spec)
-    body = module.encoder if isinstance(module, BertClassifier) else module
+    body: Any = module.encoder if isinstance(module, BertClassifier) else module
     config = {**pretrained.config, "pruned_layers": [shape._asdict() for shape in body.layer_shapes]}
     rules = tuple(
         rule._replace(target=rule.target.replace("layers/", "layer_{layer}/")) if rule.target else rule

@@ -53,12 +53,13 @@ def complaints(part: str, source: str, package: str) -> list[str]:
             legal = FLOORS[part] >= FLOORS["study"]
         elif FLOORS[other] == FLOORS[part]:
             # Models take a family's layers as arguments, and families stand apart. But graph networks are graph
-            # layers, what is constrained in selective training and in DiSK is constrained by DCL, and vision methods
-            # put their blocks into the image models.
+            # layers, what is constrained in selective training and in DiSK is constrained by DCL, vision methods put
+            # their blocks into the image models, and AxFormer makes transformers smaller.
             legal = other == "data" or (part, other) in (
                 ("models", "graph"),
                 ("hardness", "optim"),
                 ("vision", "models"),
+                ("transformers", "models"),
             )
         else:
             legal = FLOORS[other] < FLOORS[part]

@@ -7,20 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pruned_bert
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 from effjax.models.convert import export_weights
 from effjax.models.decoder import Decoder
 from effjax.models.pruned import keep_largest
 from effjax.transformers.gated import (
-    GatedEvaluator,
     axformer_step,
     gated_apply,
-    prune_batches,
     sample_losses,
 )
-from effjax.transformers.prune_spec import PruneShape, PruneSpec, all_gates, prune_shape
+from effjax.transformers.prune_spec import all_gates, prune_shape
 
 pytestmark = pytest.mark.promotes  # Flax mixes the dtypes of activations and statistics
 
@@ -61,3 +57,83 @@ def test_gated_model_is_the_authors(constants):
             for key, value in theirs.items() if ours else ():
                 np.testing.assert_allclose(ours[key.replace("/", ".")], value, rtol=0, atol=1e-12, err_msg=key)
         assert loss._cache_size() == 1
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return (x / x.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def test_hard_attention_keeps_the_largest_and_normalises_nothing():
+    p = softmax(np.random.default_rng(0).normal(size=(3, 2, 4, 9)))
+    p[0, ..., 5:] = 0  # five real tokens
+    for top_k in (1, 3, 5, 9, 30):
+        found = np.asarray(jax.jit(keep_largest, static_argnums=1)(p, top_k))
+        ordered = -np.sort(-p, axis=-1)
+        np.testing.assert_allclose(found.sum(-1), ordered[..., :top_k].sum(-1), rtol=1e-6)
+        assert ((found == p) | (found == 0)).all()
+        assert (found.sum(-1) <= 1 + 1e-6).all()
+        if top_k >= 5:
+            np.testing.assert_array_equal(found[0], p[0])  # at least as many as real tokens: the same bits
+        if top_k >= 9:
+            np.testing.assert_array_equal(found, p)
+    share = np.asarray(keep_largest(p, 0.34))
+    assert ((share > 0).sum(-1) == np.array([2, 4, 4])[:, None, None]).all()  # of 5 and of 9, rounded up
+    assert (np.asarray(keep_largest(np.array([0.3, 0.3, 0.4], np.float32), 2)) > 0).sum() == 3  # equals stay
+    for wrong in (0, -1, 1.5, 0.0, True):
+        with pytest.raises((ValueError, TypeError), match="top_k"):
+            keep_largest(p, wrong)
+
+
+def small(dtype=jnp.float32):
+    data = pruned_bert.read("forward_small_k")
+    module, params, group_size, top_k, _ = pruned_bert.model(data, jnp.float32)
+    module = module.clone(encoder=module.encoder.clone(dtype=dtype))
+    return data, module, params, prune_shape(module, group_size=group_size), top_k
+
+
+def test_all_gates_on_is_the_model_and_short_rows_ignore_hard_attention():
+    data, module, params, shape, top_k = small()
+    inputs = pruned_bert.inputs_of(data)
+    apply = jax.jit(gated_apply(module, top_k=top_k))
+    on = all_gates(shape)
+    whole = apply(params, inputs, on)
+    plain = jax.jit(lambda params: module.apply({"params": params}, **inputs))(params)
+    np.testing.assert_allclose(whole, plain, atol=1e-5)
+    hard = apply(params, inputs, on._replace(hard=np.ones_like(on.hard)))
+    assert inputs["mask"][1].sum() == top_k - 1
+    assert apply._cache_size() == 1
+    np.testing.assert_array_equal(hard[1], whole[1])
+    assert np.abs(hard - whole)[0].max() > 1e-3
+
+
+def test_bfloat16_and_gradients_of_gates():
+    data, module, params, shape, top_k = small(jnp.bfloat16)
+    inputs, labels = pruned_bert.inputs_of(data), data["labels"].astype(np.int32)
+    apply, gates = gated_apply(module, top_k=top_k), jax.tree.map(jnp.asarray, all_gates(shape))
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def score(gates):
+        losses = axformer_step(apply, params, gates, (inputs, labels)).losses
+        return losses.sum(), losses
+
+    (_, losses), grads = score(gates)
+    assert losses.dtype == jnp.float32
+    np.testing.assert_allclose(losses, data["case/dense/samplewise_loss"], atol=0.2)
+    assert all(np.isfinite(leaf).all() for leaf in grads)
+    assert np.abs(grads.heads).min() > 0
+    assert not np.abs(grads.hard).any()
+
+
+def test_inputs_that_a_model_does_not_read_are_refused():
+    module = Decoder(12, 8, 2, 2, 8, max_positions=8)
+    shape = prune_shape(module, group_size=4)
+    gates, ids = all_gates(shape), jnp.zeros((1, 3), int)
+    run = lambda inputs: gated_apply(module)({"embeddings": {}}, inputs, gates)
+    with pytest.raises(ValueError, match="must be a mapping with input_ids and any of mask"):
+        run({"input_ids": ids, "token_type_ids": ids})
+    with pytest.raises(ValueError, match="must be a mapping"):
+        run({"ids": ids})
+    with pytest.raises(ValueError, match="labels have shape"):
+        sample_losses(jnp.zeros((3, 2)), jnp.zeros((3, 1), int))

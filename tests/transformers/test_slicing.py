@@ -65,8 +65,8 @@ def test_sliced_model_equals_the_gated_one_and_so_do_its_gradients(name):
     target = np.random.default_rng(2).normal(size=jax.eval_shape(small.apply, {"params": sliced}, **inputs).shape)
     target = np.where(MASK[..., None], target, 0).astype(np.float32) if target.ndim == 3 else target.astype(np.float32)
 
-    # Gradients of two models are enough, as their programs are slow to compile.
-    grad = functools.partial(jax.grad, has_aux=True) if name in ("bert", "llama") else lambda loss: loss
+    # Gradients of one model are enough, as their programs are slow to compile.
+    grad = functools.partial(jax.grad, has_aux=True) if name == "bert" else lambda loss: loss
 
     @jax.jit
     def both(params, sliced):
@@ -129,8 +129,14 @@ def test_a_folder_of_a_pruned_model_is_read_back(source, tmp_path):
     else:
         config = {
             "model_type": "bert",
-            **dict(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24),
-            **dict(max_position_embeddings=8, type_vocab_size=2),
+            **{
+                "vocab_size": 30,
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 24,
+            },
+            **{"max_position_embeddings": 8, "type_vocab_size": 2},
         }
         origin = tmp_path / "origin"
         origin.mkdir()
@@ -141,9 +147,11 @@ def test_a_folder_of_a_pruned_model_is_read_back(source, tmp_path):
     small = slice_pretrained(whole, spec)
     save_pretrained(tmp_path / "small", small)
     config = json.loads((tmp_path / "small" / "config.json").read_text())
-    assert config["model_type"] == f"pruned_{source}" and len(config["pruned_layers"]) == spec.shape.layers
+    assert config["model_type"] == f"pruned_{source}"
+    assert len(config["pruned_layers"]) == spec.shape.layers
     again = load_pretrained(tmp_path / "small", **({"classes": 3, "pool": "cls"} if source == "bert" else {}))
-    assert again.module == small.module and not again.initialised
+    assert again.module == small.module
+    assert not again.initialised
     jax.tree.map(np.testing.assert_array_equal, again.params, small.params)
     held = read_tensors(tmp_path / "small" / "model.safetensors")
     assert sum(tensor.size for tensor in held.values()) == count_params(whole.params) - spec.removed_params
@@ -174,11 +182,11 @@ def test_specs_of_other_models_are_refused():
     module, params = MODELS["bert"], drawn("bert")
     spec = spec_of("bert")
     wrong = [
-        (dict(layers=4), "layers=4, here 3"),
-        (dict(heads=2, head_width=8, kv_width=8), "heads=2, here 4"),
-        (dict(group_size=7), "group_size=7, here"),
-        (dict(group_size=0), "sizes that are not known"),
-        (dict(norm_first=True), "norm_first=True, here False"),
+        ({"layers": 4}, "layers=4, here 3"),
+        ({"heads": 2, "head_width": 8, "kv_width": 8}, "heads=2, here 4"),
+        ({"group_size": 7}, "group_size=7, here"),
+        ({"group_size": 0}, "sizes that are not known"),
+        ({"norm_first": True}, "norm_first=True, here False"),
     ]
     for change, message in wrong:
         other = PruneSpec(dataclasses.replace(spec.shape, **change))
@@ -189,14 +197,15 @@ def test_specs_of_other_models_are_refused():
         slice_model(small, sliced, spec)
     with pytest.raises(TypeError, match="none of Bert"):
         prune_shape(jnp.zeros(3))
-    with pytest.raises(ValueError, match="group_size=5 must divide intermediate_size=24. Near ones that do: 3, 4, 6"):
+    with pytest.raises(ValueError, match=r"group_size=5 must divide intermediate_size=24\. Near ones that do: 3, 4, 6"):
         prune_shape(module, group_size=5)
 
 
 def test_specs_are_saved_as_json(tmp_path):
     spec = spec_of("bert")
     spec.save(tmp_path / "spec.json")
-    assert PruneSpec.load(tmp_path / "spec.json") == spec and hash(spec) == hash(PruneSpec.from_json(spec.to_json()))
+    assert PruneSpec.load(tmp_path / "spec.json") == spec
+    assert hash(spec) == hash(PruneSpec.from_json(spec.to_json()))
     assert PruneSpec.of_gates(spec.gates(), spec.shape, top_k=3) == spec
     text = spec.to_json()
     for damaged, message in (
