@@ -25,6 +25,7 @@ from .repair import repair_outputs as repair_outputs
 from .significance import bootstrap_gain as bootstrap_gain
 from .significance import halves as halves
 from .significance import paired_gain as paired_gain
+from .slicing import mask_params as mask_params
 from .slicing import slice_model as slice_model
 from .slicing import slice_pretrained as slice_pretrained
 from .token_drop import stop_ids as stop_ids

@@ -10,10 +10,10 @@ import numpy as np
 from effjax.core.tree import path_name
 from effjax.models.bert import BertClassifier
 from effjax.models.pretrained import Pretrained
-from effjax.models.pruned import LayerShape
+from effjax.models.pruned import Gates, LayerShape
 from effjax.transformers.prune_spec import PruneShape, PruneSpec, check_shapes_agree, prune_shape
 
-__all__ = ["slice_model", "slice_pretrained"]
+__all__ = ["mask_params", "slice_model", "slice_pretrained"]
 
 PyTree = Any
 # The axis of a kernel that shrinks; a bias shrinks with the columns.
@@ -61,6 +61,52 @@ def slice_model(module: nn.Module, params: PyTree, spec: PruneSpec) -> tuple[nn.
     if isinstance(module, BertClassifier):
         return module.clone(encoder=small), {**params, "encoder": sliced}
     return small, sliced
+
+
+def mask_params(module: nn.Module, params: PyTree, gates: Gates) -> PyTree:
+    """Parameters of the whole shape with which the module gives what the gated one does: for one task of fixed shapes.
+
+    Rows of W_O and W_down are multiplied by the gates of their heads and groups, those and the biases by the blocks'.
+    Saves nothing; hard attention is not in the weights, ``gates.hard`` is not read. Traceable.
+
+    Args:
+      module: ``Bert``, ``BertClassifier`` or ``Decoder`` with whole layers.
+      params: its parameters.
+      gates: arrays of 0 and 1.
+
+    Returns:
+      A tree like ``params``.
+
+    Example:
+      >>> from effjax.models import Bert
+      >>> module = Bert(30, 8, num_layers=2, num_heads=2, intermediate_size=16)
+      >>> params = jax.jit(module.init)(jax.random.key(0), jnp.ones((1, 3), int))["params"]
+      >>> gates = PruneSpec(prune_shape(module, group_size=4), mlp=(1,)).gates()
+      >>> float(jnp.abs(mask_params(module, params, gates)["layer_1"]["mlp"]["down"]["kernel"]).sum())
+      0.0
+    """
+    body: Any = module.encoder if isinstance(module, BertClassifier) else module
+    held = params["encoder"] if isinstance(module, BertClassifier) else params
+    names = ["layers"] if body.scan_layers else [f"layer_{i}" for i in range(body.num_layers)]
+    masked = {}
+    for index, name in enumerate(names):
+        own = gates if body.scan_layers else jax.tree.map(lambda gate, index=index: gate[index], gates)
+        layer = held[name]
+        attention = _masked(layer["attention"], "output", own.attention, own.heads)
+        masked[name] = {**layer, "attention": attention, "mlp": _masked(layer["mlp"], "down", own.mlp, own.groups)}
+    fixed = {**held, **masked}
+    return {**params, "encoder": fixed} if isinstance(module, BertClassifier) else fixed
+
+
+def _masked(block: PyTree, name: str, gate: Any, elements: Any) -> PyTree:
+    output = block[name]
+    kernel = output["kernel"]
+    gate, elements = (jnp.asarray(value, kernel.dtype) for value in (gate, elements))
+    rows = jnp.repeat(elements, kernel.shape[-2] // elements.shape[-1], axis=-1) * gate[..., None]
+    changed = {**output, "kernel": kernel * rows[..., None]}
+    if "bias" in output:
+        changed["bias"] = output["bias"] * gate[..., None]
+    return {**block, name: changed}
 
 
 def slice_pretrained(pretrained: Pretrained, spec: PruneSpec, params: PyTree | None = None) -> Pretrained:

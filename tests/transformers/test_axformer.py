@@ -115,7 +115,9 @@ def test_every_way_finds_the_same():
         runs[name] = scorer.layers_run - before
         assert again.spec == found.spec, name
         np.testing.assert_array_equal(again.final.losses, found.final.losses)
-        assert again.trace == found.trace, name  # no candidate is so bad that it ends early
+        assert decisions(again) == decisions(found), name
+        if name != "early":
+            assert again.trace == found.trace, name
         assert scorer.compiles == 1
     assert runs["every"] < runs["some"] < whole
     assert runs["every"] < 0.75 * whole

@@ -17,7 +17,7 @@ from effjax.models.families import FAMILIES
 from effjax.models.pretrained import load_pretrained, save_pretrained
 from effjax.transformers.gated import gated_apply
 from effjax.transformers.prune_spec import PruneSpec, prune_shape
-from effjax.transformers.slicing import slice_model, slice_pretrained
+from effjax.transformers.slicing import mask_params, slice_model, slice_pretrained
 
 pytestmark = pytest.mark.promotes  # Flax mixes the dtypes of activations and statistics
 
@@ -99,6 +99,17 @@ def test_what_is_removed_is_counted_by_closed_form(name):
         assert PruneSpec(shape).kept_macs(7) == 1
         everything = PruneSpec(shape, attention=(0, 1, 2), mlp=(0, 1, 2))
         assert abs(everything.kept_macs(7)) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["scanned", "opt"])
+def test_masked_weights_are_the_gated_model(name):
+    module, params, spec = MODELS[name], drawn(name), dataclasses.replace(spec_of(name), hard=())
+    gates = spec.gates()
+    whole = jax.jit(lambda params, gates: module.apply({"params": mask_params(module, params, gates)}, IDS, MASK))
+    small, sliced = slice_model(module, params, spec)
+    own = jax.jit(lambda params: small.apply({"params": params}, IDS, MASK))(sliced)
+    real = MASK if own.ndim == 3 else slice(None)
+    np.testing.assert_allclose(whole(params, gates)[real], own[real], atol=1e-5)
 
 
 def test_an_empty_spec_gives_the_bits_of_the_whole_model():
