@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -12,17 +12,20 @@ import numpy as np
 import optax
 
 from effjax.core.errors import Count, Limits, NotNegative, Positive, Rate
+from effjax.core.timing import time_interleaved
 from effjax.data.ragged import Ragged, padded_columns
+from effjax.data.sets import DataSet, load
 from effjax.models.bert import BertClassifier
-from effjax.models.pretrained import load_pretrained, save_pretrained
+from effjax.models.pretrained import Pretrained, load_pretrained, save_pretrained
 from effjax.models.pruned import Gates
 from effjax.optim.batch_size import adamw_by_batch_size
-from effjax.recipes.spec import Arm, Claim, Group
+from effjax.recipes.spec import Arm, Claim, Group, Role
 from effjax.recipes.texts import MODALITY, TextStudy, bucketed, group_name, text_metric
 from effjax.tasks.task import Task
 from effjax.tasks.text import text_task
 from effjax.train.loaders import planned_loader
-from effjax.train.program import Phase, Program
+from effjax.train.logging import write_json
+from effjax.train.program import Loader, Phase, Program
 from effjax.train.trainer import TrainState, supervised
 from effjax.transformers.axformer import axformer
 from effjax.transformers.axformer_rules import AxformerConfig
@@ -65,6 +68,9 @@ class AxformerStudy(TextStudy):
     """Nats that a text's loss may rise and still count as not hurt, in the arm axformer-tolerant."""
     ridge: Positive = 1e-3
     """Strength of the pull towards the trained weights in the least-squares repair."""
+    fine_tuned: bool | None = None
+    """Whether the model is a folder with a classifier fine-tuned on the task, whose head is read and nothing is
+    trained; None where the folder has a head for the task's classes."""
     search_batch: Count = 128
     """Texts of a batch of the search; the loss is the mean over such batches, as the authors take it."""
 
@@ -78,7 +84,7 @@ class AxformerStudy(TextStudy):
 
 def groups(config: AxformerStudy) -> list[Group]:
     """Every arm on every task."""
-    arms = {
+    arms: dict[str, tuple[Role, str, Any]] = {
         "finetuned": ("baseline", "fine-tuned, whole", None),
         "axformer": ("method", f"AxFormer, agreement {config.agreement:g}", _searched(agreement=config.agreement)),
         "axformer-tolerant": (
@@ -125,6 +131,7 @@ class _Loaded(NamedTuple):
     shape: PruneShape
     held: list[PruneBatch]
     length: int
+    tuned: bool
 
 
 class _Fitted(NamedTuple):
@@ -140,9 +147,17 @@ class _Fitted(NamedTuple):
 def _load(config: AxformerStudy, name: str) -> _Loaded:
     data, _, model = name.rpartition("/")
     made: dict[str, Any] = {"max_length": config.max_length, "dropout": config.dropout, **config.made}
-    task = text_task(config.data(data, MODALITY), config.model(model), **made)
+    dataset = config.data(data, MODALITY)
+    dataset = load(dataset) if isinstance(dataset, str) else dataset
+    task = text_task(dataset, config.model(model), **made)
+    tuned = None if config.fine_tuned is False else _tuned(config, dataset, task)
+    if tuned is not None:
+        rows = {name: made[name] for name in ("max_length", "train_rows", "test_rows")}
+        task = text_task(dataset, tuned.module, tokenizer=task.tokenizer, **rows)._replace(pretrained=tuned)
+        source = f"{task.source} The classifier of {tuned.folder} is pruned as it is: nothing is trained."
+        task = task._replace(source=source, init=lambda key: {"params": tuned.params})
     module = task.module
-    if task.classes < 2 or not isinstance(module, BertClassifier):
+    if (task.classes or 0) < 2 or not isinstance(module, BertClassifier):
         raise ValueError(
             f"{name} has {task.classes} outputs; the search reads cross-entropies of a classifier's classes."
         )
@@ -153,7 +168,41 @@ def _load(config: AxformerStudy, name: str) -> _Loaded:
     shape = prune_shape(module, group_size=config.group_size)
     batches = prune_batches(inputs, held["label"], batch_size=min(config.search_batch, len(held["label"])))
     source = f"{task.source} {len(held['label'])} training texts were held out for the search."
-    return _Loaded(task._replace(train=rest, source=source), shape, batches, length)
+    return _Loaded(task._replace(train=rest, source=source), shape, batches, length, tuned is not None)
+
+
+def _tuned(config: AxformerStudy, dataset: DataSet, task: Task) -> Pretrained | None:
+    """The classifier of a folder that was fine-tuned; None where there is none and none is asked for."""
+    encoder: Any = task.pretrained
+    folder = None if encoder is None else encoder.folder
+    if folder is not None and (task.classes or 0) > 1:
+        pool = "mean" if encoder.config.get("pool") == "mean" else "cls"
+        found = load_pretrained(folder, classes=task.classes, pool=pool, **_computing(config))
+        if not found.initialised:
+            _check_labels(folder, encoder.config, dataset.classes)
+            return found
+    if config.fine_tuned:
+        raise ValueError(
+            f"fine_tuned=True: {folder or 'a model from scratch'} has no head for {task.classes} classes. Give the "
+            "folder of a fine-tuned classifier, or --fine-tuned False to have it fine-tuned first."
+        )
+    return None
+
+
+def _computing(config: AxformerStudy) -> dict[str, Any]:
+    return {"dtype": jnp.dtype(config.train.dtype), "remat": config.train.remat}
+
+
+def _check_labels(folder: Path, config: Mapping[str, Any], classes: Sequence[Any]) -> None:
+    """Refuse a head whose classes are the data's in another order."""
+    named = config.get("id2label") or {}
+    theirs = [str(named.get(str(i), "")).lower() for i in range(len(classes))]
+    ours = [str(name).lower() for name in classes]
+    if sorted(theirs) == sorted(ours) and theirs != ours:
+        raise ValueError(
+            f"{folder}: its classes are {theirs}, the data's {ours}: the same in another order. Number the data's "
+            "labels as the folder does."
+        )
 
 
 def held_out(columns: Mapping[str, Any], share: float) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -171,16 +220,7 @@ def _build(config: AxformerStudy, prune: Any, loaded: _Loaded) -> Program:
     """AdamW as in all studies on texts; once it is over, the gates are chosen and the weights masked."""
     task, shape = loaded.task, loaded.shape
     module: Any = task.module
-    plan = functools.partial(bucketed(config), task)
-    loader, steps = planned_loader(plan, config.seeds, int(config.budget.amount), config.batch_size)
-    falling = optax.linear_schedule(config.learning_rates[0], 0.0, steps)
-    trained = supervised(
-        task._replace(init=lambda key: task.init(jax.random.split(key)[0])),
-        adamw_by_batch_size(falling, weight_decay=config.weight_decay, reference=config.batch_size),
-        steps=steps,
-        loader=loader,
-        options=config.train,
-    )
+    trained = _untrained(task) if loaded.tuned else _trained(config, task)
     (phase,) = trained.phases
 
     def init(key: jax.Array) -> PrunedState:
@@ -217,13 +257,49 @@ def _build(config: AxformerStudy, prune: Any, loaded: _Loaded) -> Program:
     )
 
 
+def _trained(config: AxformerStudy, task: Task) -> Program:
+    """AdamW on planned batches, as in all studies on texts."""
+    plan = functools.partial(bucketed(config), task)
+    loader, steps = planned_loader(plan, config.seeds, int(config.budget.amount), config.batch_size)
+    falling = optax.linear_schedule(config.learning_rates[0], 0.0, steps)
+    return supervised(
+        task._replace(init=lambda key: task.init(jax.random.split(key)[0])),
+        adamw_by_batch_size(falling, weight_decay=config.weight_decay, reference=config.batch_size),
+        steps=steps,
+        loader=loader,
+        options=config.train,
+    )
+
+
+def _untrained(task: Task) -> Program:
+    """A step that does nothing: the model was fine-tuned before."""
+
+    def init(key: jax.Array) -> TrainState:
+        return TrainState.start(task.init(key), lambda params: (), key)
+
+    def step(state: TrainState, batch: Any, aux: Any) -> tuple[TrainState, Mapping[str, jax.Array]]:
+        return state._replace(step=state.step + 1), {"loss": jnp.float32(0)}
+
+    return Program(task, init, (Phase(step, 1),), lambda state: state.variables, Loader(None, 1))
+
+
 def _export(task: Task, shape: PruneShape, state: PrunedState, out: Path, *, merged: bool = False) -> None:
-    """A Hugging Face folder of the small model, and its ``prune_spec.json``; ``merged`` changes nothing."""
+    """A Hugging Face folder of the small model, ``prune_spec.json``, and ``latency.json``: milliseconds of a batch."""
     spec = PruneSpec.of_gates(jax.device_get(state.gates), shape)
     module: Any = task.module
-    whole = load_pretrained(task.pretrained.folder, classes=module.classes)
-    save_pretrained(out, slice_pretrained(whole, spec, state.train.params))
+    whole = load_pretrained(task.pretrained.folder, classes=module.classes, pool=module.pool)
+    small = slice_pretrained(whole, spec, state.train.params)
+    save_pretrained(out, small)
     spec.save(Path(out) / "prune_spec.json")
+    models = {"whole": (whole.module, state.train.params), "small": (small.module, small.params)}
+    ids = np.ones((32, task.example_inputs["input_ids"].shape[1]), np.int32)
+    calls = {}
+    for name, (own, params) in models.items():
+        run = jax.jit(own.apply)
+        for rows in (1, 32):
+            calls[name, rows] = functools.partial(run, {"params": params}, ids[:rows])
+    found = {f"{name}, batch {rows}": timing.median_ms for (name, rows), timing in time_interleaved(calls).items()}
+    write_json(Path(out) / "latency.json", {"tokens": ids.shape[1], "median_ms": found})
 
 
 def _search(fitted: _Fitted, **rules: Any) -> PruneSpec:
