@@ -238,11 +238,14 @@ def _build(config: AxformerStudy, prune: Any, loaded: _Loaded) -> Program:
     def params_of(state: PrunedState) -> dict[str, Any]:
         return {"params": mask_params(module, state.train.params, state.gates)}
 
+    # What a model scores that collapsed to one class.
+    majority = float(np.bincount(np.asarray(task.test["label"])).max() / len(task.test["label"]))
+
     def evaluate(state: PrunedState) -> dict[str, Any]:
         spec = PruneSpec.of_gates(jax.device_get(state.gates), shape)
         layers = shape.layers * (shape.params_of("attention") + shape.params_of("mlp"))
         sizes = {"kept_params": 1 - spec.removed_params / layers, "kept_macs": spec.kept_macs(loaded.length)}
-        return {**task.evaluate(params_of(state)), **sizes}
+        return {**task.evaluate(params_of(state)), **sizes, "majority": majority}
 
     return Program(
         task,
