@@ -41,6 +41,7 @@ from .tasks.language import lm_task as lm_task
 from .tasks.prompt import prompt_task as prompt_task
 from .tasks.sequence import sequence_task as sequence_task
 from .tasks.text import text_task as text_task
+from .transformers.axformer import axformer as axformer
 from .transformers.icpc import icpc as icpc
 from .transformers.token_drop import token_drop as token_drop
 from .vision.dynamic_inference import dynamic_inference as dynamic_inference

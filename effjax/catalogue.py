@@ -128,6 +128,25 @@ METHODS: dict[str, Method] = {
             paper="Nagarajan, Raghunathan 2023, arXiv:2312.12385 (ECML PKDD 2024)",
         ),
         Method(
+            stem="axformer",
+            summary="accuracy-driven pruning of the blocks, heads and neurons of a fine-tuned transformer",
+            modules=(
+                "effjax.transformers.axformer",
+                "effjax.transformers.axformer_rules",
+                "effjax.transformers.prune_spec",
+                "effjax.transformers.gated",
+                "effjax.transformers.evaluator",
+                "effjax.transformers.validation",
+                "effjax.transformers.slicing",
+                "effjax.transformers.significance",
+                "effjax.transformers.prune_rivals",
+                "effjax.transformers.fisher",
+                "effjax.transformers.repair",
+            ),
+            kind="search over pure functions",
+            paper="Nagarajan, Sen, Stevens, Raghunathan 2022, arXiv:2010.03688",
+        ),
+        Method(
             stem="irnn",
             summary="incremental RNN: the state is the increment of an ODE run at every input",
             modules=(

@@ -22,6 +22,9 @@ from .mobilenet import DepthwiseSeparable as DepthwiseSeparable
 from .pretrained import Pretrained as Pretrained
 from .pretrained import load_pretrained as load_pretrained
 from .pretrained import save_pretrained as save_pretrained
+from .pruned import Gates as Gates
+from .pruned import LayerShape as LayerShape
+from .pruned import keep_largest as keep_largest
 from .residual_blocks import BasicBlock as BasicBlock
 from .residual_blocks import Bottleneck as Bottleneck
 from .residual_blocks import PreactivationBlock as PreactivationBlock

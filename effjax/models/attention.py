@@ -1,5 +1,6 @@
 """What the encoder and the decoder share: embeddings, attention, feed-forward blocks, stacks of layers."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import wide_dtype
+from effjax.models.pruned import Gates, LayerShape, check_layer_shapes, keep_largest
 
 Tokens = Int[Array | np.ndarray, "batch length"]
 Mask = Bool[Array | np.ndarray, "batch length"]
@@ -28,7 +30,11 @@ _init = nn.initializers.normal(0.02)
 
 
 class LayerSpec(NamedTuple):
-    """Sizes and choices of one transformer layer; see ``Layer``."""
+    """Sizes and choices of one transformer layer; see ``Layer``.
+
+    Without ``attention`` or ``mlp`` that block is gone: only a norm after its residual stays. With 0 heads or neurons
+    only the block's output bias is left.
+    """
 
     hidden_size: int
     num_heads: int
@@ -45,6 +51,10 @@ class LayerSpec(NamedTuple):
     dropout: float = 0.1
     attention_dropout: float = 0.1
     dtype: DTypeLike = jnp.float32
+    head_size: int | None = None
+    attention: bool = True
+    mlp: bool = True
+    top_k: int | float | None = None
 
 
 def check_tokens(
@@ -141,7 +151,7 @@ def attend(
       value: like ``key``.
       mask: bool, broadcastable to [batch, 1, queries, keys]; True where a key is seen.
       causal: besides, hide keys after the query.
-      drop: applied to the probabilities (dropout in training); the fused path is left then.
+      drop: applied to the probabilities (dropout in training, hard attention); the fused path is left then.
 
     Returns:
       [batch, queries, heads, width].
@@ -225,11 +235,18 @@ def _dense(features: int, spec: LayerSpec, name: str) -> nn.Dense:
     return nn.Dense(features, use_bias=spec.use_bias, dtype=spec.dtype, kernel_init=_init, name=name)
 
 
-def _residual(spec: LayerSpec, x: jax.Array, change: Callable, train: bool) -> jax.Array:
-    """``x + drop(change(norm(x)))`` or ``norm(x + drop(change(x)))``."""
+def _residual(
+    spec: LayerSpec, x: jax.Array, change: Callable | None, train: bool, gate: jax.Array | None = None
+) -> jax.Array:
+    """``x + drop(change(norm(x)))`` or ``norm(x + drop(change(x)))``; of a block that is gone, ``x`` or ``norm(x)``."""
+    if change is None and spec.norm_first:
+        return x
     norm = norm_module(spec.norm, spec.norm_eps, spec.dtype, "norm")
+    if change is None:
+        return norm(x)
     drop = nn.Dropout(spec.dropout, deterministic=not train)
-    return x + drop(change(norm(x))) if spec.norm_first else norm(x + drop(change(x)))
+    gated = lambda y: drop(change(y)) if gate is None else drop(change(y)) * gate.astype(x.dtype)
+    return x + gated(norm(x)) if spec.norm_first else norm(x + gated(x))
 
 
 class _Attention(nn.Module):
@@ -238,12 +255,15 @@ class _Attention(nn.Module):
     cache_length: int | None
 
     @nn.compact
-    def __call__(self, x, mask, rope, start):
-        return _residual(self.spec, x, lambda y: self._attend(y, mask, rope, start), self.train)
+    def __call__(self, x, mask, rope, start, gates=None):
+        change = (lambda y: self._attend(y, mask, rope, start, gates)) if self.spec.attention else None
+        return _residual(self.spec, x, change, self.train, None if gates is None else gates.attention)
 
-    def _attend(self, x, mask, rope, start):
+    def _attend(self, x, mask, rope, start, gates):
         spec = self.spec
-        width = spec.hidden_size // spec.num_heads
+        if spec.num_heads == 0:
+            return _dense(spec.hidden_size, spec, "output")(x[..., :0])
+        width = spec.head_size or spec.hidden_size // spec.num_heads
         kv_heads = spec.num_kv_heads or spec.num_heads
         heads = lambda name, count: _dense(count * width, spec, name)(x).reshape(*x.shape[:2], count, width)
         query, key, value = heads("query", spec.num_heads), heads("key", kv_heads), heads("value", kv_heads)
@@ -252,11 +272,27 @@ class _Attention(nn.Module):
             query, key = rotate(query, cosine, sine, spec.rope_style), rotate(key, cosine, sine, spec.rope_style)
         if self.cache_length is not None:
             key, value = self._cached("keys", key, start), self._cached("values", value, start)
-        drop = None
+        causal = spec.causal and self.cache_length is None
+        y = attend(query, key, value, mask, causal=causal, drop=self._drop(gates))
+        if gates is not None:
+            y = y * jnp.repeat(gates.heads, spec.num_heads // kv_heads)[None, None, :, None].astype(y.dtype)
+        y = y.reshape(*x.shape[:2], -1)
+        self.sow("taps", "context", y)
+        return _dense(spec.hidden_size, spec, "output")(y)
+
+    def _drop(self, gates) -> Callable[[jax.Array], jax.Array] | None:
+        """What is applied to the probabilities: dropout, then hard attention."""
+        spec, steps = self.spec, []
         if self.train and spec.attention_dropout:
-            drop = nn.Dropout(spec.attention_dropout, deterministic=False, name="probabilities")
-        y = attend(query, key, value, mask, causal=spec.causal and self.cache_length is None, drop=drop)
-        return _dense(spec.hidden_size, spec, "output")(y.reshape(x.shape))
+            steps.append(nn.Dropout(spec.attention_dropout, deterministic=False, name="probabilities"))
+        if spec.top_k is not None:
+            top_k = spec.top_k
+            hard = lambda p: keep_largest(p, top_k)
+            # A switch: only where it is on is the K-th largest looked for.
+            steps.append(hard if gates is None else lambda p: jax.lax.cond(gates.hard > 0, hard, _same, p))
+        elif gates is not None:
+            steps.append(_same)  # by one program, whichever layers are hard
+        return (lambda p: functools.reduce(lambda p, step: step(p), steps, p)) if steps else None
 
     def _cached(self, name, new, start):
         shape = (new.shape[0], self.cache_length, *new.shape[2:])
@@ -265,19 +301,30 @@ class _Attention(nn.Module):
         return cache.value
 
 
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
 class _MLP(nn.Module):
     spec: LayerSpec
     train: bool
 
     @nn.compact
-    def __call__(self, x):
-        return _residual(self.spec, x, self._change, self.train)
+    def __call__(self, x, gates=None):
+        change = (lambda y: self._change(y, gates)) if self.spec.mlp else None
+        return _residual(self.spec, x, change, self.train, None if gates is None else gates.mlp)
 
-    def _change(self, x):
+    def _change(self, x, gates):
         spec = self.spec
         activation = ACTIVATIONS[check_choice("activation", spec.activation, ACTIVATIONS)]
+        if spec.intermediate_size == 0:
+            return _dense(spec.hidden_size, spec, "down")(x[..., :0])
         up = _dense(spec.intermediate_size, spec, "up")(x)
         hidden = activation(_dense(spec.intermediate_size, spec, "gate")(x)) * up if spec.gated else activation(up)
+        if gates is not None:
+            size = spec.intermediate_size // gates.groups.shape[-1]
+            hidden = hidden * jnp.repeat(gates.groups, size)[None, None].astype(hidden.dtype)
+        self.sow("taps", "hidden", hidden)
         return _dense(spec.hidden_size, spec, "down")(hidden)
 
 
@@ -292,8 +339,8 @@ class Layer(nn.Module):
 
     Returns:
       When called with x [batch, length, hidden], a mask (``attention_mask``), angles (``rope_angles``)
-      or None, and the first position's index in the cache: the pair (array like x, None), as
-      ``nn.scan`` wants it.
+      or None, the first position's index in the cache, and the layer's ``Gates`` or None: the pair (array
+      like x, None), as ``nn.scan`` wants it. What the output layers of both blocks read is sown in ``taps``.
     """
 
     spec: LayerSpec
@@ -301,9 +348,27 @@ class Layer(nn.Module):
     cache_length: int | None = None
 
     @nn.compact
-    def __call__(self, x, mask=None, rope=None, start=0):
-        x = _Attention(self.spec, self.train, self.cache_length, name="attention")(x, mask, rope, start)
-        return _MLP(self.spec, self.train, name="mlp")(x), None
+    def __call__(self, x, mask=None, rope=None, start=0, gates: Gates | None = None):
+        x = _Attention(self.spec, self.train, self.cache_length, name="attention")(x, mask, rope, start, gates)
+        return _MLP(self.spec, self.train, name="mlp")(x, gates), None
+
+
+def shaped(spec: LayerSpec, shape: LayerShape) -> LayerSpec:
+    """The layer of which ``shape`` is left; ``spec`` is the whole one.
+
+    Example:
+      >>> shaped(LayerSpec(8, 4, 16), LayerShape(3, 3, None))[:4]
+      (8, 3, 0, 3)
+    """
+    return spec._replace(
+        head_size=spec.head_size or spec.hidden_size // spec.num_heads,
+        num_heads=shape.heads or 0,
+        num_kv_heads=shape.kv_heads or 0,
+        intermediate_size=shape.intermediate or 0,
+        attention=shape.heads is not None,
+        mlp=shape.intermediate is not None,
+        top_k=shape.top_k,
+    )
 
 
 def run_layers(
@@ -318,6 +383,7 @@ def run_layers(
     scan_layers: bool,
     remat: bool,
     cache_length: int | None = None,
+    layer_shapes: tuple[LayerShape, ...] | None = None,
 ) -> Float[Array, "batch length hidden"]:
     """Run a stack of layers inside the calling module's compact method.
 
@@ -335,23 +401,29 @@ def run_layers(
       scan_layers: one scanned layer instead of unrolled ones.
       remat: recompute each layer in the backward pass.
       cache_length: see ``Layer``.
+      layer_shapes: what is left of each layer, where layers differ; not with ``scan_layers``.
 
     Returns:
       What the last layer gives.
     """
     _check_spec(spec, num_layers)
+    if layer_shapes is not None:
+        check_layer_shapes(layer_shapes, num_layers)
+        if scan_layers:
+            raise ValueError("scan_layers=True needs layers of one shape, but layer_shapes are given. Leave it False.")
+    specs = [spec] * num_layers if layer_shapes is None else [shaped(spec, shape) for shape in layer_shapes]
     layer = nn.remat(Layer, prevent_cse=not scan_layers) if remat else Layer
     if scan_layers:
         layer = nn.scan(
             layer,
-            variable_axes={"params": 0, "cache": 0},
+            variable_axes={"params": 0, "cache": 0, "taps": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=num_layers,
         )
         return layer(spec, train, cache_length, name="layers")(x, mask, rope, start)[0]
-    for index in range(num_layers):
-        x, _ = layer(spec, train, cache_length, name=f"layer_{index}")(x, mask, rope, start)
+    for index, own in enumerate(specs):
+        x, _ = layer(own, train, cache_length, name=f"layer_{index}")(x, mask, rope, start)
     return x
 
 

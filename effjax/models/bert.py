@@ -19,6 +19,7 @@ from effjax.models.attention import (
     run_layers,
     token_positions,
 )
+from effjax.models.pruned import LayerShape
 
 __all__ = ["Bert", "BertClassifier"]
 
@@ -49,6 +50,7 @@ class Bert(nn.Module):
       scan_layers: one scanned layer, parameters stacked under ``layers``, instead of ``layer_{i}``.
       remat: recompute each layer in the backward pass.
       dtype: compute dtype; parameters, softmax and LayerNorm statistics are float32.
+      layer_shapes: what is left of each layer of a pruned model; None for whole layers. Not with ``scan_layers``.
 
     Returns:
       When called with ``input_ids`` [batch, length]: hidden states [batch, length, H] in ``dtype``.
@@ -85,6 +87,37 @@ class Bert(nn.Module):
     scan_layers: bool = False
     remat: bool = False
     dtype: DTypeLike = jnp.float32
+    layer_shapes: tuple[LayerShape, ...] | None = None
+
+    @nn.nowrap
+    def make_embeddings(self) -> Embeddings:
+        """The module whose parameters lie under ``embeddings``."""
+        return Embeddings(
+            self.vocab_size,
+            self.embedding_size or self.hidden_size,
+            max_positions=self.max_positions,
+            position_offset=self.position_offset,
+            type_vocab_size=self.type_vocab_size,
+            output_size=self.hidden_size,
+            norm_eps=self.layer_norm_eps,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            name="embeddings",
+        )
+
+    @nn.nowrap
+    def layer_spec(self) -> LayerSpec:
+        """Sizes and choices of a whole layer."""
+        return LayerSpec(
+            self.hidden_size,
+            self.num_heads,
+            self.intermediate_size,
+            activation=self.activation,
+            norm_eps=self.layer_norm_eps,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            dtype=self.dtype,
+        )
 
     @nn.compact
     def __call__(
@@ -98,37 +131,16 @@ class Bert(nn.Module):
         train: bool = False,
     ) -> Float[Array, "batch length hidden"]:
         check_tokens(input_ids, self.max_positions, mask, segment_ids)
-        embeddings = Embeddings(
-            self.vocab_size,
-            self.embedding_size or self.hidden_size,
-            max_positions=self.max_positions,
-            position_offset=self.position_offset,
-            type_vocab_size=self.type_vocab_size,
-            output_size=self.hidden_size,
-            norm_eps=self.layer_norm_eps,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            name="embeddings",
-        )
         positions = token_positions(input_ids, segment_ids) if position_ids is None else position_ids
-        spec = LayerSpec(
-            self.hidden_size,
-            self.num_heads,
-            self.intermediate_size,
-            activation=self.activation,
-            norm_eps=self.layer_norm_eps,
-            dropout=self.dropout,
-            attention_dropout=self.attention_dropout,
-            dtype=self.dtype,
-        )
         return run_layers(
-            spec,
+            self.layer_spec(),
             self.num_layers,
-            embeddings(input_ids, positions, token_type_ids, train=train),
+            self.make_embeddings()(input_ids, positions, token_type_ids, train=train),
             attention_mask(mask, segment_ids),
             train=train,
             scan_layers=self.scan_layers,
             remat=self.remat,
+            layer_shapes=self.layer_shapes,
         )
 
 
@@ -166,7 +178,6 @@ class BertClassifier(nn.Module):
     dropout: float = 0.1
     pool_activation: str = "tanh"
 
-    @nn.compact
     def __call__(
         self,
         input_ids: Tokens,
@@ -178,7 +189,6 @@ class BertClassifier(nn.Module):
         segments: int | None = None,
         train: bool = False,
     ) -> Float[Array, "batch classes"] | Float[Array, "batch segments classes"]:
-        check_choice("pool", self.pool, ("mean", "cls"))
         if (segments is None) != (segment_ids is None):
             raise ValueError(
                 f"segments={segments} and segment_ids belong together: segments is the most texts packed in a row."
@@ -186,6 +196,20 @@ class BertClassifier(nn.Module):
         hidden = self.encoder(
             input_ids, mask, token_type_ids, position_ids=position_ids, segment_ids=segment_ids, train=train
         )
+        return self.classify(hidden, mask, segment_ids=segment_ids, segments=segments, train=train)
+
+    @nn.compact
+    def classify(
+        self,
+        hidden: Float[Array, "batch length hidden"],
+        mask: Mask | None = None,
+        *,
+        segment_ids: Tokens | None = None,
+        segments: int | None = None,
+        train: bool = False,
+    ) -> Float[Array, "batch classes"] | Float[Array, "batch segments classes"]:
+        """Logits from the encoder's hidden states: what comes after it when the module is called."""
+        check_choice("pool", self.pool, ("mean", "cls"))
         members = _members(hidden, mask, segment_ids, segments)
         x = _mean(hidden, members) if self.pool == "mean" else _first(hidden, members)
         x = x.astype(self.encoder.dtype)

@@ -23,6 +23,7 @@ from effjax.models.attention import (
     run_layers,
     token_positions,
 )
+from effjax.models.pruned import LayerShape
 
 __all__ = ["Decoder", "generate"]
 
@@ -60,6 +61,7 @@ class Decoder(nn.Module):
       scan_layers: one scanned layer, parameters stacked under ``layers``, instead of ``layer_{i}``.
       remat: recompute each layer in the backward pass.
       dtype: compute dtype; parameters, softmax and norm statistics are float32.
+      layer_shapes: what is left of each layer of a pruned model; None for whole layers. Not with ``scan_layers``.
 
     Returns:
       When called with ``input_ids`` [batch, length]: logits float32 [batch, length, vocab]. Optional:
@@ -102,40 +104,25 @@ class Decoder(nn.Module):
     scan_layers: bool = False
     remat: bool = False
     dtype: DTypeLike = jnp.float32
+    layer_shapes: tuple[LayerShape, ...] | None = None
 
-    @nn.compact
-    def __call__(
-        self,
-        input_ids: Tokens,
-        mask: Mask | None = None,
-        *,
-        position_ids: Tokens | None = None,
-        segment_ids: Tokens | None = None,
-        cache_length: int | None = None,
-        train: bool = False,
-    ) -> Float[Array, "batch length vocab"]:
-        check_choice("mlp", self.mlp, ("swiglu", "relu"))
-        check_choice("positions", self.positions, ("rope", "learned"))
-        check_tokens(input_ids, self.max_positions, mask, segment_ids)
-        learned = self.positions == "learned"
-        start, seen = 0, attention_mask(mask, segment_ids)
-        if cache_length is not None:
-            check_number("cache_length", cache_length, low=1, high=self.max_positions, integer=True)
-            if seen is not None:
-                raise ValueError("cache_length goes with neither mask nor segment_ids: give rows of one length.")
-            start, seen = self._advance(jnp.shape(input_ids)[1], cache_length)
-        if position_ids is None:
-            position_ids = start + token_positions(input_ids, segment_ids)
-        embeddings = Embeddings(
+    @nn.nowrap
+    def make_embeddings(self) -> Embeddings:
+        """The module whose parameters lie under ``embeddings``."""
+        return Embeddings(
             self.vocab_size,
             self.hidden_size,
-            max_positions=self.max_positions if learned else 0,
+            max_positions=self.max_positions if self.positions == "learned" else 0,
             position_offset=self.position_offset,
             dropout=self.dropout,
             dtype=self.dtype,
             name="embeddings",
         )
-        spec = LayerSpec(
+
+    @nn.nowrap
+    def layer_spec(self) -> LayerSpec:
+        """Sizes and choices of a whole layer."""
+        return LayerSpec(
             self.hidden_size,
             self.num_heads,
             self.intermediate_size,
@@ -152,22 +139,64 @@ class Decoder(nn.Module):
             attention_dropout=self.attention_dropout,
             dtype=self.dtype,
         )
+
+    @nn.nowrap
+    def angles(self, position_ids: Tokens) -> tuple[jax.Array, jax.Array] | None:
+        """Rotary angles of positions [rows, length]; None of a model with a table of positions."""
+        if self.positions == "learned":
+            return None
+        return rope_angles(position_ids, self.hidden_size // self.num_heads, self.rope_theta)
+
+    @nn.nowrap
+    def make_norm(self) -> nn.Module:
+        """The norm before the output layer, whose parameters lie under ``norm``."""
+        return norm_module(self.norm, self.norm_eps, self.dtype, "norm")
+
+    @nn.nowrap
+    def make_head(self) -> nn.Dense:
+        """The output layer where it is not tied, whose parameters lie under ``head``."""
+        return nn.Dense(self.vocab_size, use_bias=False, dtype=self.dtype, name="head")
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Tokens,
+        mask: Mask | None = None,
+        *,
+        position_ids: Tokens | None = None,
+        segment_ids: Tokens | None = None,
+        cache_length: int | None = None,
+        train: bool = False,
+    ) -> Float[Array, "batch length vocab"]:
+        check_choice("mlp", self.mlp, ("swiglu", "relu"))
+        check_choice("positions", self.positions, ("rope", "learned"))
+        check_tokens(input_ids, self.max_positions, mask, segment_ids)
+        start, seen = 0, attention_mask(mask, segment_ids)
+        if cache_length is not None:
+            check_number("cache_length", cache_length, low=1, high=self.max_positions, integer=True)
+            if seen is not None:
+                raise ValueError("cache_length goes with neither mask nor segment_ids: give rows of one length.")
+            start, seen = self._advance(jnp.shape(input_ids)[1], cache_length)
+        if position_ids is None:
+            position_ids = start + token_positions(input_ids, segment_ids)
+        embeddings = self.make_embeddings()
         x = run_layers(
-            spec,
+            self.layer_spec(),
             self.num_layers,
             embeddings(input_ids, position_ids, train=train),
             seen,
-            None if learned else rope_angles(position_ids, self.hidden_size // self.num_heads, self.rope_theta),
+            self.angles(position_ids),
             start,
             train=train,
             scan_layers=self.scan_layers,
             remat=self.remat,
             cache_length=cache_length,
+            layer_shapes=self.layer_shapes,
         )
-        x = norm_module(self.norm, self.norm_eps, self.dtype, "norm")(x)
+        x = self.make_norm()(x)
         if self.tie_embeddings:
             return wide(embeddings.attend(x))
-        return wide(nn.Dense(self.vocab_size, use_bias=False, dtype=self.dtype, name="head")(x))
+        return wide(self.make_head()(x))
 
     def _advance(self, length: int, cache_length: int) -> tuple[jax.Array, jax.Array]:
         """The index of the first new position, and the cached positions that each new one sees."""

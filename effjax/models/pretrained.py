@@ -30,11 +30,14 @@ from effjax.models.convert import (
     write_tensors,
 )
 from effjax.models.families import FAMILIES, META, Family, check_types, dense
+from effjax.models.pruned import check_layer_shapes, shape_of
 
 __all__ = ["Pretrained", "load_pretrained", "save_pretrained"]
 
 PyTree = Any
 _log = logging.getLogger("effjax")
+_PRUNED = "pruned_"
+"""Before the ``model_type`` of a pruned model, so that no other program takes it for a whole one."""
 _BESIDE = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -99,9 +102,9 @@ def load_pretrained(
 ) -> Pretrained:
     """A pretrained transformer from a folder in Hugging Face layout.
 
-    Reads ``config.json`` (``model_type`` bert, roberta, electra, opt, llama) and ``model.safetensors``
-    or its shards. Tensor names may or may not begin with the base model's prefix; heads that the
-    module lacks (masked-language-model heads, poolers) are passed over.
+    Reads ``config.json`` (``model_type`` bert, roberta, electra, opt, llama, or one of them pruned, as
+    ``slice_pretrained`` makes it) and ``model.safetensors`` or its shards. Tensor names may or may not begin with
+    the base model's prefix; heads that the module lacks (masked-language-model heads, poolers) are passed over.
 
     Args:
       source: a folder, or a name: ``"minilm"`` (all-MiniLM-L6-v2 from ``effjax[minilm]``),
@@ -197,6 +200,8 @@ def save_pretrained(
     # Hugging Face loads in the dtype that the configuration names, whatever the file holds.
     named = {key: jax.tree.leaves(params)[0].dtype if dtype is None else dtype for key in ("dtype", "torch_dtype")}
     config = {key: jnp.dtype(named[key]).name if key in named else value for key, value in pretrained.config.items()}
+    if config.get("pruned_layers"):
+        config["model_type"] = f"{_PRUNED}{config['model_type']}"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in _BESIDE:
@@ -231,7 +236,8 @@ def _build(
             rule._replace(target=rule.target.replace("layer_{layer}/", "layers/")) if rule.target else rule
             for rule in rules
         )
-    module: Any = kind(**{**sizes, **fields, "scan_layers": scan_layers, **more})
+    shapes = _layer_shapes(config, folder, scan_layers)
+    module: Any = kind(**{**sizes, **fields, **shapes, "scan_layers": scan_layers, **more})
     if classes is None:
         return module, rules
     check_number("classes", classes, low=1, integer=True)
@@ -243,6 +249,25 @@ def _build(
     pooler = family.pooler.format(prefix=prefix)
     heads = (*dense(family.head, "head"), *(dense(pooler, "pooler") if pool == "cls" else ()))
     return BertClassifier(module, classes, pool=pool, pool_activation=activation), (*heads, *rules)
+
+
+def _layer_shapes(config: Mapping[str, Any], folder: Path, scan_layers: bool) -> dict[str, Any]:
+    """The module's field ``layer_shapes``, of a pruned model."""
+    found = config.get("pruned_layers")
+    if found is None:
+        return {}
+    if scan_layers:
+        raise ValueError(
+            f"scan_layers=True needs layers of one shape, but {folder} holds a pruned model. Leave it False."
+        )
+    try:
+        shapes = tuple(shape_of(entry) for entry in found)
+        check_layer_shapes(shapes, config.get("num_hidden_layers", config.get("n_layers")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'}: pruned_layers: {first_line(error)} Write the folder again."
+        ) from None
+    return {"layer_shapes": shapes}
 
 
 def _shapes(module: nn.Module, path: Path, config: Mapping[str, Any], tensors: int) -> PyTree:
@@ -373,6 +398,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"{path} is no model's config.json: it lacks model_type, a text. Fetch it again.")
+    pruned = config["model_type"].startswith(_PRUNED)
+    if pruned != (config.get("pruned_layers") is not None):
+        raise ValueError(
+            f"{path}: model_type={config['model_type']!r} and pruned_layers belong together: a pruned model has both. "
+            "Write the folder again."
+        )
+    config["model_type"] = config["model_type"].removeprefix(_PRUNED)
     check_types(path, config)
     return config
 

@@ -27,7 +27,7 @@ from effjax.models.resnet import ResNet
 from effjax.models.sequence import LSTMCell
 from effjax.models.sequence_network import SequenceNetwork, step_network
 from effjax.models.vit import ViT
-from effjax.optim.batch_size import scale_by_batch_size
+from effjax.optim.batch_size import adamw_by_batch_size, scale_by_batch_size
 from effjax.optim.constraints import consistency_kl
 from effjax.optim.dcl import dcl, dcl_lagrangian
 from effjax.optim.dual_ascent import Constraint, DclConfig
@@ -44,8 +44,13 @@ from effjax.tasks.text import text_task
 from effjax.train.loaders import column_loader
 from effjax.train.loop import fit
 from effjax.train.trainer import supervised
+from effjax.transformers.axformer_rules import AxformerConfig
+from effjax.transformers.evaluator import GatedEvaluator
 from effjax.transformers.icpc import MixedLevels
+from effjax.transformers.prune_spec import prune_shape
+from effjax.transformers.slicing import mask_params
 from effjax.transformers.token_drop import token_drop_columns, vocabulary_stop_ids
+from effjax.transformers.validation import prune_batches
 from effjax.vision.gate_networks import SalienceGate
 from effjax.vision.gated_blocks import GatedBasicBlock, recorded_gates
 from effjax.vision.global_layer import GlobalLayer
@@ -208,6 +213,40 @@ def icpc_call():
     for _ in range(15):
         params, opt = step(params, opt, next(stream))
     return params, state.params["module"]
+
+
+def axformer_loop():
+    words = ("--tasks", "sms_spam/encoder-1x8", "--train-rows", 100, "--test-rows", 20, "--max-length", 16)
+    words += ("--budget.amount", 1, "--max-shapes", 1, "--dropout", 0.0, "--group-size", 8, "--validation", 0.3)
+    words += ("--learning-rates", 0.01)
+    program, state = arm("axformer", "sms_spam-encoder-1x8/axformer-loose", *words)
+
+    task = text_task("sms_spam", "encoder-1x8", max_length=16, train_rows=100, test_rows=20, dropout=0.0)
+    order = np.random.default_rng(0).permutation(100)
+    ids, labels = task.train["input_ids"], task.train["label"]
+    rest, held = np.sort(order[30:]), np.sort(order[:30])
+    columns = {"input_ids": ids.take(rest), "label": labels[rest]}
+    sampler = BucketSampler(columns, seed=0, epochs=1, pad_id=task.tokenizer.pad_id, cap=32, max_shapes=1)
+    tx = adamw_by_batch_size(optax.linear_schedule(0.01, 0.0, sampler.total_steps), weight_decay=0.0, reference=32)
+
+    @jax.jit
+    def step(params, opt, batch):
+        grads = jax.grad(lambda params: task.loss({"params": params}, batch)[0])(params)
+        updates, opt = tx.update(grads, opt, params, batch_size=batch["weight"].sum())
+        return optax.apply_updates(params, updates), opt
+
+    params = task.init(jax.random.split(KEY)[0])["params"]
+    opt = tx.init(params)
+    for batch in sampler:
+        params, opt = step(params, opt, batch)
+    lengths = ids.take(held).lengths
+    inputs = {"mask": np.arange(lengths.max()) < lengths[:, None], "input_ids": ids.pad(held, int(lengths.max()))}
+    assert task.tokenizer.pad_id == 0
+    evaluator = GatedEvaluator(task.module, params, prune_batches(inputs, labels[held], batch_size=30))
+    config = AxformerConfig(agreement=0.0, hard=False)
+    found = effjax.axformer(evaluator, prune_shape(task.module, group_size=8), config=config)
+    assert found.spec.removed_any
+    return mask_params(task.module, params, found.spec.gates()), program.params(state)["params"]
 
 
 def _layer(layer, study, name):
@@ -478,6 +517,7 @@ CASES = {
     "bucket_sampler": bucket_sampler_loop,
     "token_drop": token_drop_loop,
     "icpc": icpc_call,
+    "axformer": axformer_loop,
     "irnn": irnn_layer,
     "tarnn": tarnn_layer,
     "fptt": fptt_loop,

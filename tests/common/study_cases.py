@@ -48,6 +48,10 @@ TINY = {
         *("--train-rows", "200", "--test-rows", "60", "--batch-size", "20", "--budget.amount", "4"),
         *("--arms", "full", "icpc-late", "--seeds", "0", "1"),
     ],
+    "axformer": [
+        *(*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "1", "--group-size", "8", "--validation", "0.3"),
+        *("--arms", "finetuned", "axformer-loose", "random", "--seeds", "0", "1"),
+    ],
     "fptt": [
         *("--budget.amount", "40", "--alphas", "0.02", "--hidden", "8", "--seeds", "0", "1"),
         *("--arms", "bptt", "chunked", "fptt-0.02", "fptt-epochs"),
@@ -119,6 +123,7 @@ PAPER = {
         *("--train-rows", "32", "--test-rows", "16", "--batch-size", "4", "--budget.amount", "1"),
         *("--certify", "search"),
     ],
+    "axformer": [*_FEW_TEXTS, "--max-length", "16", "--seeds", "0", "--dropout", "0", "--group-size", "8"],
     "fptt": [
         *("--tasks", "digits-permuted", "tiny_shakespeare-chars-24", "--batch-size", "4", "--hidden", "8"),
         *("--train-rows", "32", "--test-rows", "16", "--budget.amount", "4", "--budget.unit", "steps"),
@@ -160,6 +165,7 @@ PAPER_ARMS = {
     "bucket_sampler": ["sms_spam-encoder-1x8/static-3e-05", "sms_spam-encoder-1x8/growing-4e-05"],
     "token_drop": ["sms_spam-encoder-1x8/buckets-3e-05", "sms_spam-encoder-1x8/token-drop-3e-05"],
     "icpc": ["digits-vit-8-1/icpc", "digits-vit-8-1/full"],
+    "axformer": ["sms_spam-encoder-1x8/axformer", "sms_spam-encoder-1x8/fisher-repair"],
     "fptt": ["digits-permuted-torch-lstm-8/bptt", "tiny_shakespeare-chars-24-torch-lstm-8/fptt-0.1"],
     "irnn": ["noisy-digits-12/irnn-3", "noisy-digits-12/chrono-lstm"],
     "tarnn": ["noisy-digits-12/tarnn-convex", "noisy-digits-12/lru-4"],
@@ -181,6 +187,7 @@ RESUMED = {
     "bucket_sampler": "sms_spam-encoder-1x8/buckets",
     "token_drop": "sms_spam-encoder-1x8/token-drop",
     "icpc": "digits-vit-16-1/icpc-late",
+    "axformer": "sms_spam-encoder-1x8/axformer-loose",
     "fptt": "digits-permuted-lstm-8/fptt-epochs",
     "irnn": "noisy-digits-12/irnn",
     "tarnn": "noisy-digits-12/tarnn-euler",

@@ -53,14 +53,15 @@ def complaints(part: str, source: str, package: str) -> list[str]:
             legal = FLOORS[part] >= FLOORS["study"]
         elif FLOORS[other] == FLOORS[part]:
             # Models take a family's layers as arguments, and families stand apart. But graph networks are graph
-            # layers, what is constrained in selective training and in DiSK is constrained by DCL, vision methods
-            # put their blocks into the image models, and a cascade over sizes of an input is one of the cascades of
-            # hardness, with its thresholds.
+            # layers, what is constrained in selective training and in DiSK is constrained by DCL, vision methods put
+            # their blocks into the image models, AxFormer makes transformers smaller, and a cascade over sizes of an
+            # input is one of the cascades of hardness, with its thresholds.
             legal = other == "data" or (part, other) in (
                 ("models", "graph"),
                 ("hardness", "optim"),
                 ("vision", "models"),
                 ("transformers", "hardness"),
+                ("transformers", "models"),
             )
         else:
             legal = FLOORS[other] < FLOORS[part]

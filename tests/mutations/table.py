@@ -691,6 +691,56 @@ MUTATIONS = (
         "request.reshape(-1)",
         ("vision/test_gates.py",),
     ),
+    # axformer
+    Mutation(
+        "axformer-agreement",
+        "strictness",
+        "unhurt.sum() <= np.floor(config.agreement * counted.sum())",
+        "unhurt.sum() < np.floor(config.agreement * counted.sum())",
+        ("transformers/test_axformer.py",),
+    ),
+    Mutation(
+        "axformer-base-updated",
+        "stale value",
+        "unhurt = (losses <= base.losses + config.tolerance) & counted",
+        "unhurt = (losses <= state.losses + config.tolerance) & counted",
+        ("transformers/test_axformer.py",),
+    ),
+    Mutation(
+        "axformer-order-of-layers",
+        "order",
+        "for layer in reversed(layers) for kind in kinds",
+        "for layer in layers for kind in kinds",
+        ("transformers/test_axformer.py",),
+    ),
+    Mutation(
+        "axformer-stored-states",
+        "off by one",
+        "return layer\n    return depth - 1",
+        "return layer + 1\n    return depth - 1",
+        ("transformers/test_axformer.py",),
+    ),
+    Mutation(
+        "hard-attention-strict",
+        "strictness",
+        "jnp.where(p >= edge, p, jnp.zeros_like(p))",
+        "jnp.where(p > edge, p, jnp.zeros_like(p))",
+        ("transformers/test_gated.py",),
+    ),
+    Mutation(
+        "slicing-drops-norm",
+        "dropped part",
+        "if not spec.shape.norm_first:\n                blocks[name]",
+        "if False:\n                blocks[name]",
+        ("transformers/test_slicing.py",),
+    ),
+    Mutation(
+        "repair-without-stream",
+        "forgotten term",
+        "((wanted - inputs) @ first + stream)",
+        "((wanted - inputs) @ first)",
+        ("transformers/test_prune_rivals.py",),
+    ),
     # study
     Mutation(
         "arm-of-another-config-taken-over",
