@@ -141,7 +141,8 @@ def test_swaps_lower_the_full_form():
         assert now <= before + 1e-9
 
 
-@pytest.mark.parametrize("name", ["bert", pytest.param("opt", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["bert", "opt"])
 def test_repair_restores_what_kept_columns_can_say(name):
     """Where a head and a group are copies of others, the model without them becomes the whole one again."""
     options = {"norm": "layer", "mlp": "relu", "positions": "learned", "use_bias": True}
