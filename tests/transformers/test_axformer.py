@@ -52,7 +52,7 @@ def rows_of(trace):
     ]
 
 
-@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("name", [pytest.param("a", marks=pytest.mark.nightly), "b"])
 def test_search_is_the_authors(name):
     data, module, _, shape, top_k, _ = reference(name)
     scorer = evaluator(name)

@@ -76,6 +76,7 @@ def test_a_fine_tuned_checkpoint_is_pruned_as_it_is(tmp_path, monkeypatch, token
     assert len(json.loads((tmp_path / "small" / "latency.json").read_text())["median_ms"]) == 4
 
 
+@pytest.mark.nightly
 def test_heads_that_do_not_fit_are_told(tmp_path, monkeypatch, tokenizer):
     write_classifier(tmp_path / "bare", tokenizer, head=False)
     assert not study_of(tmp_path / "bare", monkeypatch).load().tuned

@@ -57,7 +57,10 @@ def inputs_of(name):
     return {"input_ids": IDS, "mask": MASK}
 
 
-@pytest.mark.parametrize("name", MODELS)
+NIGHTLY = pytest.mark.nightly
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", *(pytest.param(name, marks=NIGHTLY) for name in ("scanned", "opt"))])
 def test_sliced_model_equals_the_gated_one_and_so_do_its_gradients(name):
     module, params, spec = MODELS[name], drawn(name), spec_of(name)
     small, sliced = slice_model(module, params, spec)
@@ -101,7 +104,7 @@ def test_what_is_removed_is_counted_by_closed_form(name):
         assert abs(everything.kept_macs(7)) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["scanned", "opt"])
+@pytest.mark.parametrize("name", ["scanned", pytest.param("opt", marks=NIGHTLY)])
 def test_masked_weights_are_the_gated_model(name):
     module, params, spec = MODELS[name], drawn(name), dataclasses.replace(spec_of(name), hard=())
     gates = spec.gates()
@@ -131,7 +134,7 @@ def test_a_pruned_decoder_generates_from_its_cache():
     np.testing.assert_array_equal(found, ids)
 
 
-@pytest.mark.parametrize("source", ["bert", "llama"])
+@pytest.mark.parametrize("source", ["bert", pytest.param("llama", marks=NIGHTLY)])
 def test_a_folder_of_a_pruned_model_is_read_back(source, tmp_path):
     module = Bert(30, 16, 2, 4, 24, max_positions=8) if source == "bert" else None
     if source == "llama":
