@@ -276,8 +276,9 @@ class _Attention(nn.Module):
         y = attend(query, key, value, mask, causal=causal, drop=self._drop(gates))
         if gates is not None:
             y = y * jnp.repeat(gates.heads, spec.num_heads // kv_heads)[None, None, :, None].astype(y.dtype)
-        y = y.reshape(*x.shape[:2], -1)
-        self.sow("taps", "context", y)
+        y = y.reshape(*x.shape[:2], spec.num_heads * width)
+        if not self.is_initializing():  # taps are no variables of the module
+            self.sow("taps", "context", y)
         return _dense(spec.hidden_size, spec, "output")(y)
 
     def _drop(self, gates) -> Callable[[jax.Array], jax.Array] | None:
@@ -324,7 +325,8 @@ class _MLP(nn.Module):
         if gates is not None:
             size = spec.intermediate_size // gates.groups.shape[-1]
             hidden = hidden * jnp.repeat(gates.groups, size)[None, None].astype(hidden.dtype)
-        self.sow("taps", "hidden", hidden)
+        if not self.is_initializing():
+            self.sow("taps", "hidden", hidden)
         return _dense(spec.hidden_size, spec, "down")(hidden)
 
 
