@@ -12,12 +12,13 @@
 # ---
 
 # %% [markdown]
-# # Transformers made smaller: AxFormer
+# # Transformers made smaller
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/effjax/effjax/blob/main/notebooks/60_transformers.ipynb)
 #
 # A small encoder learns to tell spam from short messages. `effjax.axformer` then tries what it can do without: a block,
-# a head, a group of neurons at a time, judged on messages that it was not trained on. No gradients are needed.
+# a head, a group of neurons at a time, judged on messages that it was not trained on. No gradients are needed. At the
+# end `effjax.icpc`: one vision transformer for images of several sizes, which spends effort by difficulty.
 
 # %%
 import sys
@@ -107,3 +108,78 @@ masked = task.module.apply({"params": mask_params(task.module, trained.params, s
 np.testing.assert_allclose(small.apply({"params": small_params}, ids, mask), masked, atol=1e-4)
 print(task.evaluate({"params": mask_params(task.module, trained.params, spec.gates())}))
 print(f"{spec.removed_params} of the layers' parameters are gone, {spec.kept_macs(24):.0%} of the operations stay.")
+
+# %% [markdown]
+# ## Images of several sizes
+# ICPC trains one vision transformer on a mixture of sizes, here half of every batch at 16 pixels and half at 28. An
+# image of fewer patches reads rows of the one table of positions: those of a corner (the paper's way), or spread.
+
+# %%
+_, axes = plt.subplots(1, 2, figsize=(5, 2.4))
+for axis, how in zip(axes, ("crop", "spread"), strict=True):
+    rows = effjax.transformers.position_rows((7, 7), (4, 4), how)[1:] - 1
+    read = np.zeros(49)
+    read[rows] = 1
+    axis.imshow(read.reshape(7, 7), cmap="Blues", vmax=1.5)
+    axis.set_title(f"4 x 4 patches: {how}", fontsize=9)
+plt.show()
+
+# %%
+SIZES = (16, 28)
+data = effjax.load_data("fashion_mnist").splits
+as_images = lambda rows: np.asarray(rows["image"], np.float32).reshape(-1, 28, 28, 1) / 255 - 0.5
+model = effjax.models.ViT(
+    classes=10,
+    patch=4,
+    grid=(7, 7),
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    positions=effjax.transformers.position_selector("crop"),
+)
+apply = lambda params, images, *, key=None: model.apply({"params": params}, images)
+mixed = effjax.icpc(apply, SIZES, shares=(1, 1))
+tx = optax.adam(2e-3)
+
+
+@jax.jit
+def step(params, opt, images, labels):
+    loss = lambda params: optax.softmax_cross_entropy_with_integer_labels(mixed(params, images), labels).mean()
+    updates, opt = tx.update(jax.grad(loss)(params), opt)
+    return optax.apply_updates(params, updates), opt
+
+
+params = model.init(jax.random.key(0), np.zeros((1, 28, 28, 1), np.float32))["params"]
+opt, rng = tx.init(params), np.random.default_rng(0)
+photos, labels = as_images(data["train"]), np.asarray(data["train"]["label"], np.int32)
+for _ in range(10 if SMOKE else 600):
+    rows = rng.integers(len(labels), size=64)
+    params, opt = step(params, opt, photos[rows], labels[rows])
+
+# %% [markdown]
+# ## Effort and accuracy
+# A cascade answers from the small image where it is sure enough, and looks at the full one where it is not. What it
+# costs counts both. The threshold is the knob; `effjax.transformers.level_thresholds` finds one with a guarantee.
+
+# %%
+small, full = (
+    np.asarray(jax.jit(lambda p, x, size=size: apply(p, effjax.transformers.resize_images(x, size)))(params, images))
+    for images in [as_images(data["test"])[:1000]]
+    for size in SIZES
+)
+truth, tokens = np.asarray(data["test"]["label"][:1000]), np.array([4 * 4 + 1, 7 * 7 + 1])
+confidence = np.asarray(jax.nn.softmax(small)).max(1)
+costs, accuracies = [], []
+for threshold in np.linspace(0, 1, 21):
+    stops = confidence >= threshold
+    answers = np.where(stops, small.argmax(1), full.argmax(1))
+    cost = effjax.transformers.evaluated_cost(np.where(stops, 0, 1), tokens / tokens[1])
+    costs.append(cost.mean())
+    accuracies.append((answers == truth).mean())
+plt.figure(figsize=(5, 3))
+plt.plot(costs, accuracies, "o-", markersize=3, label="cascade")
+plt.plot(1, (full.argmax(1) == truth).mean(), "s", label="full size")
+plt.xlabel("tokens per image, of the full size's")
+plt.ylabel("test accuracy")
+plt.legend()
+plt.show()
