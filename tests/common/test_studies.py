@@ -80,8 +80,13 @@ def check_shapes(program, name):
     assert metrics["loss"].shape == (), name
 
 
-# Books, report and picture do not depend on JAX's version; what a study trains is in the other matrices.
-WHOLE = [pytest.param(stem, marks=[pytest.mark.once] * (stem != "samuel")) for stem in STEMS]
+# Books, report and picture do not depend on JAX's version; what a study trains is in the other matrices. Studies of ten
+# seconds and more come with `-m nightly`.
+LONG = {"axformer", "bucket_sampler", "disk", "fastrain", "geeni", "hybrid", "icpc", "token_drop"}
+WHOLE = [
+    pytest.param(stem, marks=[pytest.mark.nightly] if stem in LONG else [pytest.mark.once] * (stem != "samuel"))
+    for stem in STEMS
+]
 
 
 @pytest.mark.study
@@ -156,7 +161,7 @@ def bits(tree):
 
 
 @pytest.mark.study
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", [pytest.param(stem, marks=[pytest.mark.once] * (stem in LONG)) for stem in STEMS])
 def test_a_run_that_is_cut_continues_bit_for_bit(stem, tmp_path):
     study = resolve(f"{stem}:smoke", TINY[stem])
     program = study.build(RESUMED[stem])
