@@ -89,7 +89,9 @@ def _pads(padding: str | int | Sequence[tuple[int, int]], sizes: Sequence[int], 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _shift(x: jax.Array, kernel: jax.Array, strides: int, pads: Pads) -> jax.Array:
-    return _named(_sum_of_shifts, "products", kernel)(jnp.pad(x, ((0, 0), *pads, (0, 0))), kernel, strides)
+    # Otherwise XLA computes what made x, normalisation and activation, anew for every tap.
+    padded = lax.optimization_barrier(jnp.pad(x, ((0, 0), *pads, (0, 0))))
+    return _named(_sum_of_shifts, "products", kernel)(padded, kernel, strides)
 
 
 def _shift_fwd(x, kernel, strides, pads):
@@ -98,6 +100,7 @@ def _shift_fwd(x, kernel, strides, pads):
 
 def _shift_bwd(strides, pads, saved, g):
     x, kernel = saved
+    g = lax.optimization_barrier(g)
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     dx = _transposed(g, kernel, strides, pads, x.shape[1:3])
     return dx, _named(_kernel_gradient, "kernel", kernel)(padded, g, kernel, strides)
