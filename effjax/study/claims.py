@@ -17,7 +17,6 @@ COST_WORDS = {
     "peak_bytes": "peak memory of a step",
     "temp_bytes": "temporary memory of a step",
     "step_ms": "step time",
-    "call_ms": "time of an inference call",
     "macs_per_example": "number of multiply-adds",
     "train_s": "training time",
     "total_s": "total time",
@@ -250,6 +249,11 @@ def _named(side: str | float) -> str:
     return f"the best of {some}" if side.startswith("best ") else some
 
 
+def costs_of(arm: Mapping[str, Any]) -> dict[str, Any]:
+    """The costs of an arm of results.json; those of inference by names such as ``inference_call_ms``."""
+    return {**{f"inference_{name}": found for name, found in arm.get("inference", {}).items()}, **arm["cost"]}
+
+
 def value(arm: Mapping[str, Any], name: str) -> float:
     """A metric's mean over seeds, a cost, or a cost of inference; NaN where it is null or absent.
 
@@ -257,8 +261,7 @@ def value(arm: Mapping[str, Any], name: str) -> float:
       >>> value({"metrics": {"accuracy": {"mean": 0.5}}, "cost": {"step_ms": 2.0}}, "step_ms")
       2.0
     """
-    costs = {**arm.get("inference", {}), **arm["cost"]}
-    found = arm["metrics"][name]["mean"] if name in arm["metrics"] else costs.get(name)
+    found = arm["metrics"][name]["mean"] if name in arm["metrics"] else costs_of(arm).get(name)
     return math.nan if found is None else found
 
 

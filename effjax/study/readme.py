@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from effjax.study.claims import costs_of
 from effjax.study.report import hardware_name, in_table, number, read_results
 from effjax.study.resolve import configs_folder
 
@@ -87,7 +88,7 @@ def _cell(arm: Mapping[str, Any] | None, field: str) -> str:
         return "-"
     value = arm["metrics"].get(field)
     if value is None:
-        return number({**arm.get("inference", {}), **arm["cost"]}.get(field))
+        return number(costs_of(arm).get(field))
     spread = f" ± {number(value['std'])}" if len(value["values"]) > 1 else ""
     return number(value["mean"]) + spread
 

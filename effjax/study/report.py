@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from effjax.core.files import read_json
 from effjax.study.advice import clocks, level, members, number, ranked, short, spread, take
-from effjax.study.claims import value
+from effjax.study.claims import costs_of, value
 from effjax.study.curves import about_curves
 from effjax.study.frontier import pareto
 from effjax.study.plots import draw, picture
@@ -285,10 +285,10 @@ def group_table(arms: Mapping[str, Mapping[str, Any]], metric: Mapping[str, str]
     others = sorted({name for arm in arms.values() for name in arm["metrics"]} - {metric["name"]})
     trained = any(arm["metrics"] for arm in arms.values())
     costs = _COSTS | {
-        name: what for name, what in _MORE_COSTS.items() if any(name in arm["cost"] for arm in arms.values())
+        name: what for name, what in _MORE_COSTS.items() if any(name in costs_of(arm) for arm in arms.values())
     }
     costs = {
-        name: what for name, what in costs.items() if any(arm["cost"].get(name) is not None for arm in arms.values())
+        name: what for name, what in costs.items() if any(costs_of(arm).get(name) is not None for arm in arms.values())
     }
     arrow = "lower is better" if metric["goal"] == "min" else "higher is better"
     front = set(_front(arms, metric)[0])
@@ -311,7 +311,7 @@ def group_table(arms: Mapping[str, Mapping[str, Any]], metric: Mapping[str, str]
             label + (" \\*" if name in front else ""),
             *([spread(arm, metric["name"])] if trained else []),
         ]
-        row += [number(_scaled(arm["cost"].get(cost), factor)) for cost, (_, factor) in costs.items()]
+        row += [number(_scaled(costs_of(arm).get(cost), factor)) for cost, (_, factor) in costs.items()]
         rows.append(row + [spread(arm, other) for other in others])
     return Table(head, rows)
 

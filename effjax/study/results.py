@@ -36,14 +36,9 @@ COST_FIELDS = (
     "total_s",
 )
 
-_INFERENCE = ("call_ms", "examples_per_s", "macs_per_example")
-OPTIONAL_COST_FIELDS = (
-    *("temp_bytes", "tokens", "examples", "trained_params", "between_ms"),
-    *(f"inference_{name}" for name in _INFERENCE),
-)
+OPTIONAL_COST_FIELDS = ("temp_bytes", "tokens", "examples", "trained_params", "between_ms")
 """The part of ``peak_bytes`` that is scratch. And where the arm's Program tells: positions processed in one run,
-padding included, and examples; numbers that the optimizer moves; the first work between two phases, such as a knot.
-And of one call of inference what claims and tables of cards may read."""
+padding included, and examples; numbers that the optimizer moves; the first work between two phases, such as a knot."""
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
@@ -67,8 +62,6 @@ def arm_result(runs: Sequence[Mapping[str, Any]], cost: Mapping[str, Any], name:
     metrics = {metric: summary([run["metrics"].get(metric, math.nan) for run in runs]) for metric in names}
     merged: dict[str, Any] = {field: cost.get(field) for field in COST_FIELDS}
     merged |= {field: cost[field] for field in OPTIONAL_COST_FIELDS if field in cost}
-    inference = dict(cost.get("inference", {}))
-    merged |= {f"inference_{name}": inference[name] for name in _INFERENCE if name in inference}
     if runs:
         merged["train_s"] = statistics.fmean(run["train_s"] for run in runs)
         merged["evaluate_s"] = statistics.fmean(run["evaluate_s"] for run in runs)
@@ -78,7 +71,7 @@ def arm_result(runs: Sequence[Mapping[str, Any]], cost: Mapping[str, Any], name:
         "status": "diverged" if diverged else "ok",
         "metrics": metrics,
         "cost": merged,
-        "inference": inference,
+        "inference": dict(cost.get("inference", {})),
     }
     curves = [run.get("curve") for run in runs]
     result |= {"curve": curves} if any(curves) else {}
