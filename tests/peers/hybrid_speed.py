@@ -338,7 +338,8 @@ def torch_is_there() -> bool:
 
 def benchmark(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What goes into the results file, after each pair and share."""
-    from effjax.study.results import SCHEMA, environment
+    from effjax.study.report import SCHEMA
+    from effjax.study.results import environment
 
     arms: dict[str, Any] = {}
     claims: list[Mapping[str, Any]] = []
