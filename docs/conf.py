@@ -78,8 +78,7 @@ def api_page(name: str) -> str:
         if inspect.ismodule(found) or not callable(found):
             continue
         kind = "autoclass" if inspect.isclass(found) else "autofunction"
-        index = "" if name == "effjax" or public not in effjax.__all__ else "\n   :no-index:"
-        parts.append(f"```{{eval-rst}}\n.. {kind}:: {found.__module__}.{public}{index}\n```\n")
+        parts.append(f"```{{eval-rst}}\n.. {kind}:: {name}.{public}\n```\n")
     return "\n".join(parts)
 
 
@@ -97,7 +96,7 @@ def moved(page: str, origin: Path, target: Path) -> str:
             if page != file:
                 break
         else:
-            return f"{text} (`{file}`)"
+            return text if file.endswith(".json") else f"{text} (`{file}`)"
         return f"[{text}]({os.path.relpath(HERE / page, target)}{'#' + anchor if anchor else ''})"
 
     page = re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", replaced, page)
@@ -111,7 +110,12 @@ def setup(app) -> None:
         if not name.startswith("_pages/"):
             source[0] = moved(source[0], HERE, HERE)
 
+    def not_a_list(app, what, name, found, options, lines: list[str]) -> None:
+        """``classes: K.`` says a number's name, and does not begin a list."""
+        lines[:] = [re.sub(r"^(\s*:\w+ \w+: )([A-Z])\.$", r"\1:math:`\2`.", line) for line in lines]
+
     app.connect("source-read", move_links)
+    app.connect("autodoc-process-docstring", not_a_list, priority=900)  # after napoleon
 
 
 write_pages()
