@@ -301,8 +301,22 @@ MUTATIONS = (
     Mutation(
         "ties-by-order",
         "skipped mask",
-        "differs = jnp.concatenate([minus[1:] != minus[:-1], jnp.ones(min(size, 1), bool)])",
+        "differs = jnp.concatenate([place[1:] != place[:-1], jnp.ones(min(size, 1), bool)])",
         "differs = jnp.ones(size, bool)",
+        ("hardness/test_risk_coverage.py",),
+    ),
+    Mutation(
+        "negative-confidences-upside-down",
+        "sign",
+        "place = jnp.where(bits >= sign, bits, bits ^ (sign - 1))",
+        "place = bits ^ (sign - 1)",
+        ("hardness/test_risk_coverage.py",),
+    ),
+    Mutation(
+        "zeros-of-two-signs",
+        "dropped case",
+        "bits = jnp.where(bits == sign, jnp.uint32(0), bits)  # of the two zeros one",
+        "",
         ("hardness/test_risk_coverage.py",),
     ),
     Mutation(

@@ -340,8 +340,9 @@ def benchmark(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What goes into the results file, after each pair and share."""
     from effjax.study.results import SCHEMA, environment
 
-    arms: dict[str, Any] = {}
-    claims: list[Mapping[str, Any]] = []
+    before = json.loads(options.out.read_text()) if options.add and options.out.exists() else {}
+    arms: dict[str, Any] = before.get("arms", {})
+    claims: list[Mapping[str, Any]] = before.get("claims", [])
     for name in options.pairs:
         x, labels = (column[: options.rows] for column in images(name))
         found = fitted(PAIRS[name](), x, labels, options.shares)
@@ -354,8 +355,9 @@ def benchmark(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         batches = [x[start : start + options.batch_size] for start in starts]
         for share in options.shares:
             more, decided = measure(name, share, found[share], batches, options)
-            arms |= more
-            claims += decided
+            group = f"{name}-{round(100 * share)}"
+            arms = {key: arm for key, arm in arms.items() if arm["group"] != group} | more
+            claims = [claim for claim in claims if not claim["text"].startswith(f"{group}:")] + decided
             print(f"{name}, {share:.0%} asked: done", flush=True)
             yield {
                 "schema": SCHEMA,
@@ -374,6 +376,7 @@ def benchmark(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the results file")
+    parser.add_argument("--add", action="store_true", help="keep the other groups of a file that is there")
     parser.add_argument("--pairs", nargs="+", choices=tuple(PAIRS), default=list(PAIRS))
     parser.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.2, 0.3], help="of the rows that ask")
     parser.add_argument("--arms", nargs="+", choices=("*", *ARMS), default=["*"])
