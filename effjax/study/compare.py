@@ -22,9 +22,9 @@ from effjax.study.metering import measure
 from effjax.study.own import own_study
 from effjax.study.own_files import check_unchanged
 from effjax.study.progress import Progress
-from effjax.study.report import read_results, write_report
+from effjax.study.report import SCHEMA, read_results, write_report
 from effjax.study.resolve import Study, bounded, lasting, resolve
-from effjax.study.results import SCHEMA, arm_result, environment, idle_arms, sweep_result
+from effjax.study.results import arm_result, environment, idle_arms, sweep_result
 from effjax.study.results_view import Results
 from effjax.tasks.task import Task
 from effjax.train.checkpoint import checksums, describe_difference, layout

@@ -18,8 +18,6 @@ from effjax.core.cost import hardware
 from effjax.study.claims import value
 from effjax.study.curves import mean_curves
 
-SCHEMA = 2
-
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "datasets", "grain", "jraph")
 
 COST_FIELDS = (

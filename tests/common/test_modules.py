@@ -91,6 +91,7 @@ def test_nnx_wrapped_module_gives_equal_outputs(name):
     assert_close(result, outputs(name, *inputs), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.once
 def test_every_parameter_gets_a_finite_gradient(name):
     case, (module, variables) = CASES[name], started(name)
     state = {kind: value for kind, value in variables.items() if kind != "params"}

@@ -58,6 +58,7 @@ def test_refusals_name_cases_and_combinations():
     assert {combination for _, combination in REFUSALS} <= combinations
 
 
+@pytest.mark.once
 def test_unknown_keywords_are_ignored(name):
     _, params, state, step = begin(name)
     assert_equal(step(params, state), step(params, state, unheard_of=jnp.ones(())))
@@ -112,6 +113,7 @@ def test_init_traces_and_tells_the_truth(name):
     assert kinds(jax.eval_shape(tx.init, params)) == kinds(tx.init(params))
 
 
+@pytest.mark.once
 def test_buffers_may_be_donated(name):
     case, params, state, step = begin(name)
     donating = jax.jit(stepper(case, case.make()), donate_argnums=(0, 1))
@@ -141,6 +143,8 @@ def test_learning_rate_can_be_read(name):
     assert rate is None or (rate.shape == () and rate.dtype == jnp.float32 and rate > 0)
 
 
+# Both Pythons resolve to one Optax, so that one of them is enough for its wrappers.
+@pytest.mark.once
 def test_inside_multi_steps(name):
     case = CASES[name]
 
@@ -170,6 +174,7 @@ def inject(case, keyword, value):
     return optax.inject_hyperparams(factory)(**{keyword: value})
 
 
+@pytest.mark.once
 def test_inside_inject_hyperparams(name):
     case = CASES[name]
     keyword, value = case.injected
@@ -193,6 +198,7 @@ def every_second(params):
     return jax.tree.unflatten(structure, [bool(i % 2) for i in range(structure.num_leaves)])
 
 
+@pytest.mark.once
 def test_inside_partition(name):
     case = CASES[name]
 
@@ -205,6 +211,7 @@ def test_inside_partition(name):
     assert_refused(name, "partition", run)
 
 
+@pytest.mark.once
 def test_inside_masked(name):
     case = CASES[name]
 

@@ -271,7 +271,8 @@ def claims_of(graph: str, rows: Mapping[str, Row], timings: Mapping[str, Any]) -
 
 def benchmark(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What goes into the results file, after each graph."""
-    from effjax.study.results import SCHEMA, environment
+    from effjax.study.report import SCHEMA
+    from effjax.study.results import environment
 
     where = environment()
     arms, claims = {}, []

@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from effjax.study.results import COST_FIELDS, SCHEMA, environment, summary
+from effjax.study.report import SCHEMA
+from effjax.study.results import COST_FIELDS, environment, summary
 
 RATE = 0.01
 HIDDEN, HEADS = 64, 8

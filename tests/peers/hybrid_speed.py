@@ -338,7 +338,8 @@ def torch_is_there() -> bool:
 
 def benchmark(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What goes into the results file, after each pair and share."""
-    from effjax.study.results import SCHEMA, environment
+    from effjax.study.report import SCHEMA
+    from effjax.study.results import environment
 
     before = json.loads(options.out.read_text()) if options.add and options.out.exists() else {}
     arms: dict[str, Any] = before.get("arms", {})

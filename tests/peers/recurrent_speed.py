@@ -430,7 +430,8 @@ def benchmark(sizes: str, device: str, rounds: int, min_time: float, threads: in
     """What goes into the results file, after each size."""
     import torch
 
-    from effjax.study.results import SCHEMA, environment
+    from effjax.study.report import SCHEMA
+    from effjax.study.results import environment
 
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")  # of GPUs: TensorFloat-32, which is JAX's default there

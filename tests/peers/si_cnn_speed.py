@@ -196,7 +196,8 @@ def main(words: Sequence[str] | None = None) -> None:
         import torch
 
         torch.set_num_threads(options.threads)
-    from effjax.study.results import SCHEMA, environment
+    from effjax.study.report import SCHEMA
+    from effjax.study.results import environment
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
     arms: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The README tells what the committed results say, and its Python blocks run."""
+"""README, results page and cards tell what the committed results say, and the Python blocks of all pages run."""
 
 import json
 import operator
@@ -11,8 +11,8 @@ import pytest
 
 import effjax
 from effjax.study.claims import decide
-from effjax.study.readme import BEGIN, END, replace_card_tables, replace_table, results_table
-from effjax.study.report import read_results
+from effjax.study.readme import BEGIN, END, methods_table, replace_card_tables, replace_table, results_table
+from effjax.study.report import SCHEMA, read_results
 from effjax.study.resolve import configs_folder, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,8 +20,54 @@ README = (ROOT / "README.md").read_text()
 RESULTS = sorted((ROOT / "configs").glob("*/results/*.json"))
 
 
-def test_the_table_is_generated_from_the_committed_results():
-    assert replace_table(README, results_table(configs_folder())) == README
+@pytest.mark.parametrize(("page", "table"), [("README.md", methods_table), ("docs/results.md", results_table)])
+def test_tables_are_generated_from_the_committed_results(page, table):
+    text = (ROOT / page).read_text()
+    assert replace_table(text, table(configs_folder())) == text
+
+
+def test_the_readme_is_short_and_shows_every_method():
+    assert len(README.splitlines()) <= 150
+    assert all(f"](configs/{stem}/README.md)" in README for stem in effjax.METHODS)
+
+
+@pytest.fixture
+def configs(tmp_path):
+    """One study with one result: plain takes 4.0 s, quick 1.0."""
+    (tmp_path / "samuel" / "results").mkdir(parents=True)
+    arms = {
+        f"mine/{name}": {"group": "mine", "metrics": {"s": {"mean": s}}, "cost": {}}
+        for name, s in (("plain", 4.0), ("quick", 1.0))
+    }
+    hardware = {"platform": "cpu", "cpu": "Some CPU", "cores": 2}
+    results = {"study": "samuel", "preset": "cpu", "config": {}, "claims": [], "cost_claims": [], "arms": arms}
+    results |= {"schema": SCHEMA, "seeds": [0], "budget": {}, "groups": {"mine": {}}}
+    path = tmp_path / "samuel" / "results" / "here.json"
+    path.write_text(json.dumps(results | {"environment": {"hardware": hardware}}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("saves", "expected"),
+    [("{quick s} s, not {plain s}", "1 s, not 4"), ("{quick s / plain s %} of it", "25 % of it"), ("{nobody s}", None)],
+)
+def test_a_headline_has_the_numbers_of_its_results(configs, monkeypatch, saves, expected):
+    monkeypatch.setattr("effjax.study.readme.METHODS", {"samuel": None})
+    card = f"# Title\n\n<!-- headline here mine\nsaves: {saves}\nquality: good\nloses: never\n-->\n"
+    (configs / "samuel" / "README.md").write_text(card)
+    if expected is None:
+        with pytest.raises(ValueError, match="no 'mine/nobody' with 's'"):
+            methods_table(configs)
+        return
+    link = "[cpu](configs/samuel/results/here.json), Some CPU, 2 cores"
+    assert f"| [Title](configs/samuel/README.md) | {expected} | good | never | {link} |" in methods_table(configs)
+
+
+def test_a_card_needs_a_headline(configs, monkeypatch):
+    monkeypatch.setattr("effjax.study.readme.METHODS", {"samuel": None})
+    (configs / "samuel" / "README.md").write_text("# Title\n\nText.\n")
+    with pytest.raises(ValueError, match=r"samuel/README\.md must begin with its title and a headline"):
+        methods_table(configs)
 
 
 def test_markers_are_needed():
@@ -88,8 +134,9 @@ def test_a_tables_marker_must_make_sense():
         replace_card_tables(marker.format("rows: nobody\naccuracy = digits-mlp-64-offline accuracy"), results)
 
 
-# The README's blocks by day, those of the cards by night.
-PAGES = [pytest.param(path, marks=pytest.mark.nightly, id=path.parent.name) for path in CARDS]
+# The README's blocks by day, those of the other pages by night.
+PAGES = [*CARDS, *(path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text())]
+PAGES = [pytest.param(path, marks=pytest.mark.nightly, id=f"{path.parent.name}-{path.stem}") for path in PAGES]
 
 
 @pytest.mark.parametrize("path", [pytest.param(ROOT / "README.md", id="main"), *PAGES])
@@ -97,7 +144,7 @@ def test_python_blocks_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where blocks write
     blocks = re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
     assert blocks
-    names = {"__name__": "readme"}  # the blocks of a page follow one another
+    names = {"__name__": path.stem}  # the blocks of a page follow one another
     with jax.numpy_rank_promotion("allow"):  # as users have it
         for block in blocks:
             exec(compile(block, str(path), "exec"), names)
