@@ -22,6 +22,7 @@ from effjax.hardness.hybrid import hybrid_examples, hybrid_init
 from effjax.hardness.hybrid_config import HybridConfig, HybridExamples, HybridNetworks
 from effjax.models.resnet import SIZES, pretrained_resnet
 from effjax.optim.batch_size import adamw_by_batch_size
+from effjax.recipes.image_checkpoints import is_checkpoint, load_checkpoint
 from effjax.recipes.images import check_model, named_image_task
 from effjax.tasks.image import standardised, unit_images
 from effjax.tasks.task import Task
@@ -186,19 +187,38 @@ def _check_costs(small: Network, large: Network, inputs: PyTree, base: str, expe
 
 def _images(config: Any, data: DataSet, names: tuple[str, str], pretrained: bool) -> list[Network]:
     inputs = lambda columns: np.asarray(columns["image"])
-    check_model("expert", names[1])
+    for role, name in zip(("model", "expert"), names, strict=True):
+        if not is_checkpoint(name):
+            check_model(role, name)
     found = []
-    for name in names:
-        task = named_image_task(data, name, config.train)
-        params = pretrained_resnet(name)[1] if pretrained else _trained_on_images(config, task)
+    for role, name in zip(("model", "expert"), names, strict=True):
+        if is_checkpoint(name):
+            task, params, fresh = load_checkpoint(role, name, data)
+            said = "as it is" if not fresh else f"with a new head, fine-tuned in {config.tune_steps} steps"
+            task = task._replace(source=f"{task.source} {name} is taken {said}.")
+            # The head has learnt nothing yet, the rest must not lose what it knows.
+            params = _trained_on_images(config, task, params) if fresh else params
+        else:
+            task = named_image_task(data, name, config.train)
+            params = pretrained_resnet(name)[1] if pretrained else _trained_on_images(config, task)
         found.append(Network(task, params, _image_apply(task), inputs))
     return found
 
 
-def _trained_on_images(config: Any, task: Task) -> PyTree:
-    rate = optax.linear_schedule(config.pair_rate, 0.0, config.pair_steps)
+def _trained_on_images(config: Any, task: Task, start: PyTree = None) -> PyTree:
+    """From scratch, or from the weights of a pretrained network, whose head learns at the larger rate."""
     size = min(config.pair_batch, len(task.train["label"]))
-    made = supervised(task, optax.adam(rate), steps=config.pair_steps, batch_size=size)
+    if start is None:
+        steps, tx = config.pair_steps, optax.adam(optax.linear_schedule(config.pair_rate, 0.0, config.pair_steps))
+    else:
+        steps = config.tune_steps
+        rates = {"head": config.pair_rate, "rest": config.tune_rate}
+        tx = optax.partition(
+            {part: optax.adam(optax.linear_schedule(rate, 0.0, steps)) for part, rate in rates.items()},
+            lambda params: {name: "head" if name == "head" else "rest" for name in params},
+        )
+        task = task._replace(init=lambda key: start)
+    made = supervised(task, tx, steps=steps, batch_size=size)
     return jax.tree.map(jnp.asarray, fit(made, seed=0).state.variables)
 
 

@@ -492,6 +492,20 @@ MUTATIONS = (
         ("study/test_curves.py",),
     ),
     Mutation(
+        "checkpoint-in-measured-colours",
+        "wrong argument",
+        "task = image_task(data, module, statistics=statistics)",
+        "task = image_task(data, module)",
+        ("hardness/test_hybrid_study.py",),
+    ),
+    Mutation(
+        "checkpoint-keeps-no-head",
+        "dropped condition",
+        'fresh = getattr(module, "classes", None) != len(data.classes)',
+        "fresh = True",
+        ("hardness/test_hybrid_study.py",),
+    ),
+    Mutation(
         "router-for-nothing",
         "dropped term",
         "return HybridCost(base / expert, 1.0, router / expert)",
@@ -537,7 +551,7 @@ MUTATIONS = (
     Mutation(
         "dispatch-padding-asks",
         "wrong row",
-        "taken = jnp.where(real, slots, jnp.argmin(request))",
+        "taken = jnp.where(real, slots, jnp.argmin(request).astype(slots.dtype))",
         "taken = jnp.where(real, slots, jnp.argmax(request))",
         ("hardness/test_cascades.py",),
     ),
