@@ -214,8 +214,11 @@ def arms_of(pair: Pair, share: float, threshold: float, batches: Sequence[Any], 
     asking, expert_params = Asking(pair.params[0], np.float32(threshold)), pair.params[1]
     first = with_query(pair.base)
     ladder = [size for size in (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024) if size < rows]
-    around = [size for size in ladder if 0.7 * share * rows <= size <= 1.6 * share * rows]  # each costs a compilation
     device = [jax.device_put(batch) for batch in batches]
+    # Each costs a compilation: those near the share, up to the one that holds the most requests of these batches.
+    asked = max(int(np.sum(jax.jit(first)(asking, x)[1])) for x in device)
+    enough = min((size for size in ladder if size >= asked), default=rows)
+    around = [size for size in ladder if 0.7 * share * rows <= size <= max(1.6 * share * rows, enough)]
 
     def inside(dispatch: Callable[..., Any], **options: Any) -> Callable[[], Any]:
         def answer(asking: Any, params: Any, x: Any) -> Any:
