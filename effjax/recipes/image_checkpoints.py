@@ -43,6 +43,16 @@ def is_checkpoint(model: str) -> bool:
     return model in MOBILENETS or "/" in model or model.endswith(".safetensors")
 
 
+def model_name(model: str) -> str:
+    """A short name of a model that may be given by a path.
+
+    Example:
+      >>> model_name("nets/resnet20.safetensors"), model_name("mlp-64")
+      ('resnet20', 'mlp-64')
+    """
+    return Path(model).name.removesuffix(".safetensors")
+
+
 def load_checkpoint(argument: str, model: str, data: DataSet) -> Checkpoint:
     """A classifier from its weights; a new head where it tells another number of classes than the images have.
 
@@ -75,4 +85,4 @@ def load_checkpoint(argument: str, model: str, data: DataSet) -> Checkpoint:
     if fresh:
         module, variables = new_head(module, variables, len(data.classes))
     task = image_task(data, module, statistics=statistics)
-    return Checkpoint(task._replace(name=f"{data.name}/{Path(model).stem}"), variables, fresh)
+    return Checkpoint(task._replace(name=f"{data.name}/{model_name(model)}"), variables, fresh)

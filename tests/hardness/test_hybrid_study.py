@@ -101,7 +101,7 @@ def test_a_model_given_by_its_weights_is_taken_as_it_is_or_with_a_new_head(tmp_p
     monkeypatch.setattr(pairs, "_trained_on_images", train)
     small, _ = pairs._images(STUDY, read_data("image", path), ("resnet_cifar10/resnet20", "mlp-5"), False)
     assert trained == [("3/resnet20", False), ("3/mlp-5", True)]
-    assert "new head, fine-tuned in 100 steps" in small.task.source
+    assert small.note == " The weights of resnet20 are taken with a new head, fine-tuned in 100 steps."
     wanted = pretrained_resnet("resnet20")[1]
     for found, head in ((whole.variables, True), (small.params, False)):
         same = jax.tree.map(np.array_equal, found, wanted)
