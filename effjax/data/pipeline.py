@@ -176,6 +176,9 @@ def batches(source: Any, batch_size: int, *, seed: int, prefetch: int = 0, **opt
     Returns:
       A resumable iterator.
 
+    Raises:
+      ValueError: ``prefetch`` below 0, or what ``Batches`` refuses.
+
     Example:
       >>> data = batches({"x": np.arange(4)}, 2, seed=0, epochs=1, shuffle=False)
       >>> [batch["x"].tolist() for batch in data]
@@ -276,6 +279,9 @@ def prefetch_to_device(iterator: ResumableIterator, size: int = 2, sharding: Any
 
     Returns:
       A resumable iterator with ``close``; also a context manager.
+
+    Raises:
+      ValueError: ``size`` below 1.
 
     Example:
       >>> with prefetch_to_device(Batches({"x": np.arange(4)}, 2, seed=0, shuffle=False)) as data:

@@ -74,7 +74,7 @@ class LoraConfig:
     """What ``lora_init`` makes; hashable, so it may be a static argument.
 
     Attributes:
-      rules: ``LoraRule``s, first match wins; a plain pattern stands for a rule with the default rank and alpha.
+      rules: one ``LoraRule`` or several, the first match wins; a pattern alone has the default rank and alpha.
       dropout: rate on the adapters' input, for ``lora_apply``.
       init: how ``a`` starts, with n the fan-in of the kernel: ``"peft"`` U(-1/sqrt(n), 1/sqrt(n)), the default of
         Hugging Face PEFT; ``"gaussian"`` N(0, 1/r^2), its other one; ``"flax"`` U(-sqrt(6/n), sqrt(6/n)), of

@@ -57,6 +57,9 @@ def calibrate(
     Returns:
       Calibrated logits.
 
+    Raises:
+      ValueError: an adjacency that is not square, or logits of other nodes or classes.
+
     Example:
       >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> logits = jnp.array([[2.0, 1.0], [0.0, 3.0]])

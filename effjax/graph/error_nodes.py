@@ -57,6 +57,9 @@ def error_scores(probabilities: Float[Array, "members nodes classes"]) -> ErrorS
     Returns:
       ``ErrorScores``.
 
+    Raises:
+      ValueError: not [K, N, C], or not floating.
+
     Example:
       >>> scores = error_scores(jnp.array([[[0.8, 0.2]], [[0.4, 0.6]]]))
       >>> scores.label.tolist(), scores.vote_share.tolist(), round(float(scores.score[0]), 4)

@@ -123,6 +123,9 @@ def fastrain_init(
     Returns:
       A ``FastrainState``. No label outside the mask is in it.
 
+    Raises:
+      ValueError: a problem whose shapes do not fit, a mask without nodes, or labels outside [0, classes).
+
     Example:
       >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> graph, mask = gcn_adjacency([0, 1], [1, 0], 2), jnp.array([True, True])
@@ -153,7 +156,16 @@ def fastrain_init(
 
 
 def fastrain_graph(state: FastrainState, problem: NodeProblem, config: FastrainConfig) -> StageGraph:
-    """What the steps of a state's stage read: the pruned graph, or the pool of its subsets. Runs on the host."""
+    """What the steps of a state's stage read: the pruned graph, or the pool of its subsets. Runs on the host.
+
+    Args:
+      state: at the start of a stage.
+      problem: the graph and its labels.
+      config: settings.
+
+    Returns:
+      A ``StageGraph`` for ``fastrain_step``.
+    """
     matrix = problem.adjacency
     if config.pruned:
         matrix = select_to_ladder(matrix, np.asarray(state.edges))
@@ -236,12 +248,29 @@ def fastrain_next(
 
 
 def fastrain_params(state: FastrainState) -> PyTree:
-    """Parameters of the network that the state's stage trains. Runs on the host."""
+    """Parameters of the network that the state's stage trains. Runs on the host.
+
+    Args:
+      state: at any stage.
+
+    Returns:
+      The parameters that ``init`` made, as trained so far.
+    """
     return state.params[int(state.deep) if len(state.params) == 2 else 0]
 
 
 def fastrain_scores(state: FastrainState, apply: Apply, problem: NodeProblem, config: FastrainConfig) -> jax.Array:
-    """Logits [N, C] of the network as it stands, on the pruned graph; with ``smoothed``, smoothed probabilities."""
+    """Logits [N, C] of the network as it stands, on the pruned graph; with ``smoothed``, smoothed probabilities.
+
+    Args:
+      state: after any step.
+      apply: ``(params, features, adjacency) -> logits [N, C]``.
+      problem: the graph and its labels.
+      config: settings.
+
+    Returns:
+      [N, C]; an argmax over the last axis predicts.
+    """
     matrix = problem.adjacency
     matrix = matrix._replace(values=jnp.where(state.edges, matrix.values, 0))
     scores = _predict(apply, fastrain_params(state), problem.features, matrix)

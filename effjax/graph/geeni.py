@@ -143,6 +143,14 @@ def geeni_views(state: GeeniState, problem: GeeniProblem, *, config: GeeniConfig
     """What each member sees in training, drawn from the state's key: the same before every step.
 
     The first member sees everything.
+
+    Args:
+      state: of ``geeni_init``.
+      problem: the graph.
+      config: of the method.
+
+    Returns:
+      ``GeeniViews``: the edges and features of every member.
     """
     matrix, weights = member_graphs(problem, config)
     return _views(state.key, matrix, weights, state.members.kernel_0.shape[1], config)
@@ -173,6 +181,9 @@ def geeni_step(
 
     Returns:
       The state, and ``{"loss": mean cross-entropy per network and epoch}``.
+
+    Raises:
+      ValueError: a stage that ``config.stages`` lacks.
     """
     check_choice("stage", stage, config.stages)
     loop = check_choice("loop", config.loop, LOOPS)
@@ -218,6 +229,9 @@ def geeni_next(state: GeeniState, problem: GeeniProblem, *, config: GeeniConfig,
 
     Returns:
       The state, of unchanged structure.
+
+    Raises:
+      ValueError: a stage that ``config.stages`` lacks.
     """
     check_choice("stage", stage, config.stages)
     if stage != config.stages[-1]:

@@ -216,6 +216,10 @@ def strongest_edges(matrix: SparseMatrix, fraction: float) -> Bool[np.ndarray, "
     Returns:
       bool [nnz].
 
+    Raises:
+      TypeError: no ``SparseMatrix``.
+      ValueError: ``fraction`` out of [0, 1].
+
     Example:
       >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> path = gcn_adjacency([0, 1, 1, 2], [1, 0, 2, 1], 3)
@@ -269,6 +273,9 @@ def alike_edges(
 
     Returns:
       bool [nnz].
+
+    Raises:
+      ValueError: ``threshold`` out of [0, 1], or features of other nodes.
 
     Example:
       >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency

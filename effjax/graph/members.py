@@ -72,6 +72,9 @@ def init_members(key: jax.Array, count: int, inputs: int, hidden: int, classes: 
     Returns:
       ``GcnMembers`` in float32.
 
+    Raises:
+      ValueError: a number below 1.
+
     Example:
       >>> init_members(jax.random.key(0), 2, 2, 4, 2).kernel_0.shape
       (2, 2, 4)
@@ -120,6 +123,9 @@ def prune_width(members: GcnMembers, width: int) -> GcnMembers:
 
     Returns:
       Members of that width; the units keep their order.
+
+    Raises:
+      ValueError: ``width`` out of [1, H].
 
     Example:
       >>> prune_width(init_members(jax.random.key(0), 2, 2, 4, 2), 3).kernel_1.shape
@@ -312,6 +318,12 @@ def ensemble_probabilities(
 ) -> Float[Array, "nodes classes"]:
     """Mean of the members' softmax, in float32 or wider.
 
+    Args:
+      logits: [K, N, C], of ``ensemble_logits``.
+
+    Returns:
+      [N, C]; rows sum to 1.
+
     Example:
       >>> ensemble_probabilities(jnp.zeros((3, 1, 2))).tolist()
       [[0.5, 0.5]]
@@ -326,6 +338,12 @@ def _mean_softmax(logits: jax.Array) -> jax.Array:
 
 def member_probabilities(logits: Float[Array, "members nodes classes"]) -> Float[Array, "members nodes classes"]:
     """Softmax of every member, in float32 or wider; what ``error_scores`` takes.
+
+    Args:
+      logits: [K, N, C], of ``ensemble_logits``.
+
+    Returns:
+      [K, N, C]; rows sum to 1.
 
     Example:
       >>> member_probabilities(jnp.zeros((1, 1, 2))).tolist()
@@ -420,6 +438,18 @@ def ensemble_macs(
     members: GcnMembers, features: SparseMatrix | jax.Array, adjacency: SparseMatrix, *, propagated: bool = False
 ) -> EnsembleMacs:
     """What ``ensemble_logits`` multiplies and adds: isolation lowers ``aggregate``, narrow members all three.
+
+    Args:
+      members: K networks.
+      features: X, [N, F]; of a sparse one only the entries count.
+      adjacency: S.
+      propagated: whether S X is stored, so that the first product with S is left out.
+
+    Returns:
+      ``EnsembleMacs``: multiply-adds of the products with features, adjacency and second kernel.
+
+    Raises:
+      ValueError: an adjacency that is not [N, N], or not one for all or for each member.
 
     Example:
       >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency

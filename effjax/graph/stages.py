@@ -115,6 +115,10 @@ def drop_edges(key: jax.Array, matrix: SparseMatrix, keep_rate: float | jax.Arra
     Returns:
       A ``SparseMatrix`` of the same pattern.
 
+    Raises:
+      TypeError: no ``SparseMatrix``.
+      ValueError: ``keep_rate`` out of [0, 1].
+
     Example:
       >>> from effjax.graph.sparse.adjacency_matrices import gcn_adjacency
       >>> matrix = gcn_adjacency([0, 1], [1, 0], 2)
@@ -464,5 +468,13 @@ def evaluate_stages(
 
 
 def adam_l2(learning_rate: float = 0.01, weight_decay: float = 5e-4) -> optax.GradientTransformation:
-    """Adam with L2 added to the gradient, of biases too, as PyTorch's ``weight_decay`` does; not AdamW."""
+    """Adam with L2 added to the gradient, of biases too, as PyTorch's ``weight_decay`` does; not AdamW.
+
+    Args:
+      learning_rate: a number.
+      weight_decay: factor of the parameters in the gradient.
+
+    Returns:
+      An Optax transformation.
+    """
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))

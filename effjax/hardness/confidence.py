@@ -22,14 +22,14 @@ def confidence_score(logits: Logits, score: str = "log_odds") -> Float[Array, "*
 
     With the probabilities :math:`p = \mathrm{softmax}(z)` in descending order
 
-    ===================== ==================================================================
-    ``'log_odds'``        :math:`\log p_{(1)} - \log(1 - p_{(1)})`
-    ``'max_probability'`` :math:`p_{(1)}`
-    ``'margin'``          :math:`p_{(1)} - p_{(2)}`
+    ====================== =================================================================================
+    ``'log_odds'``         :math:`\log p_{(1)} - \log(1 - p_{(1)})`
+    ``'max_probability'``  :math:`p_{(1)}`
+    ``'margin'``           :math:`p_{(1)} - p_{(2)}`
     ``'negative_entropy'`` :math:`\sum_k p_k \log p_k`
-    ``'max_logit'``       :math:`z_{(1)}`
-    ``'abstain_logit'``   :math:`\log(1 - p_{K+1}) - \log p_{K+1}`, the last column is the choice to abstain
-    ===================== ==================================================================
+    ``'max_logit'``        :math:`z_{(1)}`
+    ``'abstain_logit'``    :math:`\log(1 - p_{K+1}) - \log p_{K+1}`, the last column is the choice to abstain
+    ====================== =================================================================================
 
     The first two rank alike (softmax response), but a float32 probability ends at 1 where the log odds go on: many
     of the surest predictions would share one confidence, and no threshold could part them.

@@ -82,7 +82,7 @@ def dispatch_capacity(
       axis: name of the batch's axis in the mesh.
 
     Returns:
-      A ``Dispatched``. ``overflowed`` holds max(0, |R| - C) rows.
+      A ``Dispatched``. ``overflowed`` holds :math:`\max(0, |R| - C)` rows.
 
     Raises:
       ValueError: shapes that do not fit, an expert whose answers differ in form from ``outputs``, or numbers out of

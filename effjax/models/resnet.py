@@ -30,7 +30,7 @@ class ResNet(nn.Module):
     first has stride 2.
 
     Args:
-      stages: for each stage its number of ``block``s, or a tuple of block factories of its own.
+      stages: for each stage its number of blocks, or a tuple of block factories of its own.
       widths: channels of each stage.
       block: factory ``(features, strides=, norm=, dtype=, name=) -> module``, called as
         ``module(x, train)``; ``functools.partial(BasicBlock, shortcut="project")`` is one.

@@ -142,6 +142,9 @@ def class_counts(
       mask: rows that take part; None for all.
       axis: mesh axes that the rows are spread over inside ``shard_map``.
 
+    Returns:
+      [K], float32.
+
     Example:
       >>> class_counts(jnp.array([0, 2, 2, -1]), 3).tolist()
       [1.0, 0.0, 2.0]

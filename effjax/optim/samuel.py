@@ -227,6 +227,9 @@ def samuel_init(params: PyTree, experts: int) -> PyTree:
     Returns:
       Pytree of arrays ``[E, ...]``, of the same dtypes.
 
+    Raises:
+      ValueError: ``experts`` below 1.
+
     Example:
       >>> samuel_init({"w": jnp.zeros(3)}, experts=2)["w"].shape
       (2, 3)

@@ -283,6 +283,9 @@ def qbar_init(classes: int, parts: int, *, uniform: bool = True) -> Float[Array,
     Returns:
       Float32 ``[C, parts, C]``: for each label and part, a distribution over the classes.
 
+    Raises:
+      ValueError: fewer than two classes, or no part.
+
     Example:
       >>> qbar_init(4, 10).shape
       (4, 10, 4)
@@ -306,6 +309,9 @@ def qbar_first_errors(
 
     Returns:
       The new targets. The last full part's, which nothing reads, stay as they are.
+
+    Raises:
+      ValueError: more or less than one label for each sequence.
 
     Example:
       >>> logits = jnp.asarray([[[0.0, 9.0]], [[9.0, 0.0]]])
@@ -336,6 +342,9 @@ def qbar_sums(
 
     Returns:
       The new sums.
+
+    Raises:
+      ValueError: more or less than one label for each sequence.
 
     Example:
       >>> qbar_sums(jnp.zeros((2, 1, 2)), jnp.zeros((1, 3, 2)), jnp.asarray([0, 0, 1])).tolist()

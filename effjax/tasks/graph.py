@@ -271,6 +271,13 @@ def draw_split(
 
     The training set is that of ``draw_labelled`` with the same key.
 
+    Args:
+      key: the same key draws the same nodes.
+      labels: int [N], -1 for nodes without a class, which are in no set.
+      classes: C.
+      train_per_class: training nodes of a class.
+      val_per_class: validation nodes of a class.
+
     Returns:
       Three bool [N] without common nodes.
     """

@@ -10,10 +10,9 @@ from public_calls import CASES
 
 import effjax
 
-# Bits of two programs are compared. Of these they are equal only as users compile them.
-# Compiling them so takes long: two of the three come with `-m nightly`.
+# Bits of two programs are compared. Of these they are equal only as users compile them, which takes long: nightly.
 OPTIMIZED = {"samuel", "bucket_sampler", "token_drop"}
-MARKS = {stem: [pytest.mark.optimized, *[pytest.mark.nightly] * (stem != "samuel")] for stem in OPTIMIZED}
+MARKS = {stem: [pytest.mark.optimized, pytest.mark.nightly] for stem in OPTIMIZED}
 STEMS = [pytest.param(stem, marks=MARKS.get(stem, ())) for stem in effjax.METHODS]
 
 

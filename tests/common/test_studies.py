@@ -81,11 +81,11 @@ def check_shapes(program, name):
     assert metrics["loss"].shape == (), name
 
 
-# Books, report and picture do not depend on JAX's version; what a study trains is in the other matrices. Studies of ten
-# seconds and more come with `-m nightly`.
-LONG = {"axformer", "bucket_sampler", "disk", "fastrain", "geeni", "hybrid", "icpc", "token_drop"}
+# Books, report and picture do not depend on JAX's version; what a study trains is in the other matrices. By day some
+# stems of every family, the others with `-m nightly`.
+BY_DAY = {"samuel", "cola", "irnn", "selective", "si_cnn", "tarnn"}
 WHOLE = [
-    pytest.param(stem, marks=[pytest.mark.nightly] if stem in LONG else [pytest.mark.once] * (stem != "samuel"))
+    pytest.param(stem, marks=[pytest.mark.once] * (stem != "samuel") if stem in BY_DAY else [pytest.mark.nightly])
     for stem in STEMS
 ]
 

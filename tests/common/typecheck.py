@@ -74,11 +74,11 @@ def _holds_shape(hint: Any) -> bool:
 
 
 def _beartyped(function: types.FunctionType) -> types.FunctionType:
-    checked = typechecked(function)
+    checked = functools.cache(lambda: typechecked(function))  # when it is first called: a process calls few of them
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return (function if jaxtyping.config.jaxtyping_disable else checked)(*args, **kwargs)
+        return (function if jaxtyping.config.jaxtyping_disable else checked())(*args, **kwargs)
 
     return call
 

@@ -23,14 +23,8 @@ def test_notebook_is_stripped_and_equals_its_script(path):
     assert "colab-badge" in notebook.cells[0].source
 
 
-# The README's is in the default suite; the others come with `-m nightly`.
-RUN = [
-    pytest.param(path, id=path.stem, marks=pytest.mark.study if path is NOTEBOOKS[0] else pytest.mark.nightly)
-    for path in NOTEBOOKS
-]
-
-
-@pytest.mark.parametrize("path", RUN)
+@pytest.mark.nightly
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # The kernel's own sockets and processes complain when they are collected.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -4,6 +4,8 @@ import json
 import operator
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -155,3 +157,23 @@ def test_the_readme_has_exactly_two_set_up_lines():
     assert len(lines) == 2
     assert "effjax compare samuel:smoke" in lines[0]
     assert "pytest" in lines[1]
+
+
+@pytest.mark.nightly
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx", reason="needs the extra docs")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(ROOT / "docs"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "_pages" / "api" / "optim.html").exists()
+
+
+def links(path):
+    """Targets of the links and pictures of a page that are files."""
+    found = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL))
+    return {link.partition("#")[0] for link in found if not re.match(r"[a-z]+:|#", link)}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *CARDS, *(ROOT / "docs").glob("*.md")], ids=str)
+def test_links_lead_to_files(path):
+    assert [link for link in links(path) if not (path.parent / link).exists()] == []

@@ -124,6 +124,17 @@ def gcn_adjacency(
 ) -> SparseMatrix:
     """``gcn_normalize`` of the adjacency with self-loops; arguments as for ``adjacency``.
 
+    Args:
+      senders: [E] source nodes.
+      receivers: [E] target nodes.
+      nodes: N.
+      weights: [E]; None for ones.
+      capacity: entries to pad to, self-loops included.
+      buckets: whether rows are also sorted into buckets of like length, for the kernel ``'buckets'``.
+
+    Returns:
+      A ``SparseMatrix`` [N, N].
+
     Raises:
       ValueError: as ``adjacency``; or a weight is negative or not finite, so that degrees have no square root.
 
@@ -141,6 +152,12 @@ def gcn_adjacency(
 
 def row_normalize(matrix: SparseMatrix) -> SparseMatrix:
     """Rows divided by their sums, as mean aggregation and bag-of-words features have it; zero rows stay zero.
+
+    Args:
+      matrix: [R, C], entries at least 0.
+
+    Returns:
+      The same pattern with other values, floating.
 
     Raises:
       ValueError: numbers that are negative or not finite, whose sums are no measure of a row (unless traced).

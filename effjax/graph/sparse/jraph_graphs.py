@@ -248,6 +248,9 @@ def zero_out_padding(graph: jraph.GraphsTuple) -> jraph.GraphsTuple:
     Returns:
       The same graph, real features unchanged. NaN in the padding becomes zero too (jraph multiplies by a mask).
 
+    Raises:
+      ValueError: features with more or fewer rows than the graph has nodes, edges or graphs.
+
     Example:
       >>> graph = jraph.pad_with_graphs(get_fully_connected_graph(2, 1, node_features=jnp.ones(2)), 4, 8)
       >>> zero_out_padding(graph._replace(nodes=jnp.full(4, 7.0))).nodes.tolist()

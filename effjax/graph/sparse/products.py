@@ -98,6 +98,10 @@ def fastest_spmm(matrix: SparseMatrix, width: int) -> Kernel:
     Returns:
       The name of a kernel.
 
+    Raises:
+      TypeError: no ``SparseMatrix``.
+      ValueError: ``width`` below 1.
+
     Example:
       >>> from effjax.graph import sparse_matrix
       >>> fastest_spmm(sparse_matrix([0, 1], [1, 0], None, (2, 2)), 4) in KERNELS
@@ -159,6 +163,13 @@ _spmm.defvjp(_spmm_forward, _spmm_backward)
 def take_rows(pattern: SparsePattern, x: jax.Array) -> jax.Array:
     """``x[row]`` for every entry: [R, ...] -> [nnz, ...]; its gradient is ``row_sums``.
 
+    Args:
+      pattern: of a matrix [R, C].
+      x: [R, ...].
+
+    Returns:
+      [nnz, ...].
+
     Raises:
       ValueError: ``x`` has not R rows.
     """
@@ -167,6 +178,13 @@ def take_rows(pattern: SparsePattern, x: jax.Array) -> jax.Array:
 
 def take_columns(pattern: SparsePattern, x: jax.Array) -> jax.Array:
     """``x[column]`` for every entry: [C, ...] -> [nnz, ...]; its gradient is ``column_sums``.
+
+    Args:
+      pattern: of a matrix [R, C].
+      x: [C, ...].
+
+    Returns:
+      [nnz, ...].
 
     Raises:
       ValueError: ``x`` has not C rows.
@@ -178,6 +196,13 @@ def row_sums(pattern: SparsePattern, entries: jax.Array) -> jax.Array:
     """Sums over the entries of every row, [nnz, ...] -> [R, ...], by the CSR kernel on CPU.
 
     Padding counts as part of the last row: make it zero (``pattern.valid``). Sums of integers are exact.
+
+    Args:
+      pattern: of a matrix [R, C].
+      entries: [nnz, ...], in the pattern's order.
+
+    Returns:
+      [R, ...].
 
     Raises:
       ValueError: ``entries`` holds more or less than one for every entry of the pattern.
@@ -195,7 +220,18 @@ def row_sums(pattern: SparsePattern, entries: jax.Array) -> jax.Array:
 
 
 def column_sums(pattern: SparsePattern, entries: jax.Array) -> jax.Array:
-    """Sums over the entries of every column, [nnz, ...] -> [C, ...]; as ``row_sums``."""
+    """Sums over the entries of every column, [nnz, ...] -> [C, ...]; as ``row_sums``.
+
+    Args:
+      pattern: of a matrix [R, C].
+      entries: [nnz, ...], in the pattern's order.
+
+    Returns:
+      [C, ...].
+
+    Raises:
+      ValueError: ``entries`` holds more or less than one for every entry of the pattern.
+    """
     entries = check_entries("entries", pattern, entries)
     if not jnp.issubdtype(entries.dtype, jnp.inexact):
         return _exact_sums(entries, pattern.columns, pattern.shape[1])
