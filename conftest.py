@@ -64,8 +64,7 @@ def _only_jax_flax_and_optax(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 _PURE = tuple(
-    str(ROOT / folder)
-    for folder in ("tests/core", "tests/graph", "tests/recurrent", "tests/transformers", "tests/vision")
+    str(ROOT / "tests" / folder) for folder in ("core", "graph", "hardness", "recurrent", "transformers", "vision")
 )
 
 

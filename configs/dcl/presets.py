@@ -59,3 +59,13 @@ paper = DclStudy(
 )
 """effjax compare dcl:paper. No set-up of the thesis is known: 200 epochs of CIFAR-10 with 40 % noisy labels stand in
 for it. Hours on one GPU."""
+
+overhead = DclStudy(
+    tasks=("fashion_mnist/cnn",),
+    settings=("noise", "tail"),
+    budget=Budget(100),
+    seeds=(0,),
+    arms=("erm", "fixed-1", "dcl-0.1", "adjusted", "marginal", "risk"),
+)
+"""effjax compare dcl:overhead --cost-only. Two CPU cores, a minute. Step times of a network of convolutions, with fixed
+weights and with multipliers."""

@@ -78,3 +78,14 @@ paper = SelectiveStudy(
 )
 """effjax compare selective:paper. CIFAR-10, 45,000 / 5,000 / 10,000 images, ResNet-32, 200 epochs, AdamW at 0.01 with
 a cosine, as in the authors' later program, without its augmentation."""
+
+overhead = SelectiveStudy(
+    tasks=("fashion_mnist/cnn",),
+    pool=1,
+    train_rows=2000,
+    budget=Budget(100),
+    seeds=(0,),
+    arms=("ce", "osp-30", "osp-saddle", "gamblers", "sat", "selectivenet"),
+)
+"""effjax compare selective:overhead --cost-only. Two CPU cores, a minute. Step times of a network of convolutions under
+every loss."""

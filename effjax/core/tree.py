@@ -164,6 +164,17 @@ def wide_dtype(dtype: DTypeLike) -> np.dtype:
     return dtype if dtype.kind in "fc" and dtype.itemsize >= 4 else np.dtype(np.float32)
 
 
+def holding_both(one: DTypeLike, other: DTypeLike) -> np.dtype:
+    """The dtype that holds the values of two, also where the user lets no dtypes meet unasked.
+
+    Example:
+      >>> holding_both(jnp.bfloat16, jnp.float32).name
+      'float32'
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(one, other)
+
+
 def copied(tree: PyTree) -> PyTree:
     """The same arrays, placed as they are, in buffers of their own that may be donated; compiles nothing.
 

@@ -14,7 +14,7 @@ from effjax.data.npz_files import read_arrays
 from effjax.data.pictures import Options, decode_pictures
 from effjax.data.sets import DataSet
 from effjax.data.splits import data_set, own_splits, part
-from effjax.data.tables import SPLITS, Column, Table, existing, pick, read_splits
+from effjax.data.tables import SPLITS, Column, Table, existing, parquet_folder, pick, read_splits
 
 _ENDINGS = ("png", "jpg", "jpeg", "bmp", "webp", "tif", "tiff", "gif", "ppm", "pgm")
 _IMAGES = ("image", "img", "picture", "pixels", "x", "file_name", "file", "path")
@@ -43,7 +43,8 @@ def image_data(
       folders in both;
     - an ``.npz`` file with an array of pictures, [n, height, width] or [n, height, width, channels], and one of
       labels; or with ``x_train``, ``y_train``, ``x_test`` and ``y_test``;
-    - a Parquet file or Hugging Face data set with a column of encoded pictures;
+    - a Parquet file, or a Hugging Face data set (saved by ``save_to_disk``, copied from the hub with its Parquet
+      files, or ``hf:owner/name``), with a column of encoded pictures;
     - a CSV or JSON lines file with a column of paths, relative to its folder.
 
     Nothing is changed unasked: pictures of unlike size or channels, transparency and 16-bit values are refused unless
@@ -117,7 +118,8 @@ def _read(path: str | os.PathLike) -> dict[str, Table]:
     if given.startswith("hf:"):
         return read_splits(given)
     file = existing(given)
-    if file.is_dir() and not (file / "dataset_info.json").is_file() and not (file / "dataset_dict.json").is_file():
+    saved = any((file / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    if file.is_dir() and not saved and not parquet_folder(file):
         return _folders(file)
     if file.suffix.lower().lstrip(".") in _ENDINGS:
         raise ValueError(f"{file} is one picture; give the folder of class folders, {file.parent.parent}.")

@@ -86,7 +86,7 @@ def read_splits(path: str | os.PathLike, *, quotes: bool = True) -> dict[str, Ta
     """Read a file, or a folder or named set with splits: ``train``, ``validation``, ``test``, or ``""`` for one table.
 
     A folder may also hold ``train.csv`` and ``test.csv``, or shards such as ``train-00000-of-00002.parquet``, of any
-    format of ``read_table``.
+    format of ``read_table``; or such Parquet files in a folder of its own, as a copy of a hub's set does.
     """
     given = os.fspath(path)
     if given.startswith("hf:"):
@@ -380,18 +380,41 @@ _READERS: dict[str, Callable] = {
 def _folder(path: Path, quotes: bool) -> dict[str, Table]:
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         return _saved(path)
-    parts: dict[str, list[Table]] = {}
-    for file in sorted(path.iterdir()):
-        match = _SPLIT_FILE.fullmatch(file.name.lower().removesuffix(".gz").rpartition(".")[0])
-        if file.is_file() and match and file.name.lower().removesuffix(".gz").rpartition(".")[2] in _READERS:
-            parts.setdefault(SPLITS[match[1].lower()], []).append(read_file(file, quotes))
-    if "train" not in parts:
+    files = _split_files(path, tuple(_READERS))
+    if "train" not in files and (within := parquet_folder(path)):
+        files = _split_files(within, ("parquet",))
+    if "train" not in files:
         raise ValueError(
             f"{path}: a folder of tables holds train.csv (and test.csv), train.jsonl, train-00000-of-00002.parquet or "
             "the like, or was saved by Dataset.save_to_disk; found "
             f"{sorted(item.name for item in path.iterdir())[:10]}."
         )
-    return {split: join_tables(tables) for split, tables in parts.items()}
+    return {split: join_tables([read_file(file, quotes) for file in parts]) for split, parts in files.items()}
+
+
+def parquet_folder(path: Path) -> Path | None:
+    """Where the Parquet files of splits lie: the folder or, as in copies of a hub's sets, one in it; None for nowhere.
+
+    Raises:
+      ValueError: several folders in it hold such files.
+    """
+    if "train" in _split_files(path, ("parquet",)):
+        return path
+    found = [item for item in sorted(path.iterdir()) if item.is_dir() and "train" in _split_files(item, ("parquet",))]
+    if len(found) > 1:
+        raise ValueError(f"{path}: holds several sets, {[item.name for item in found]}. Give the folder of one.")
+    return found[0] if found else None
+
+
+def _split_files(folder: Path, endings: Sequence[str]) -> dict[str, list[Path]]:
+    """The files that are named after splits, such as ``train-00000-of-00002.parquet``."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        name, _, ending = file.name.lower().removesuffix(".gz").rpartition(".")
+        match = _SPLIT_FILE.fullmatch(name)
+        if match and ending in endings and file.is_file():
+            found.setdefault(SPLITS[match[1].lower()], []).append(file)
+    return found
 
 
 def join_tables(tables: list[Table]) -> Table:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from effjax.core.errors import check_number, check_shape
 from effjax.core.shapes import check_ladder
 from effjax.core.slots import in_least_bucket, mesh_parts, over_mesh, request_slots
+from effjax.core.tree import holding_both
 
 __all__ = [
     "Dispatched",
@@ -261,12 +262,16 @@ def serve_slots(
         return Dispatched(outputs, jnp.zeros(rows, jnp.int32), request, nobody)
     # Where a place is empty some row does not ask. Its answer is dropped; models of a cascade see that it does not ask.
     real = slots < rows
-    taken = jnp.where(real, slots, jnp.argmin(request))
+    taken = jnp.where(real, slots, jnp.argmin(request).astype(slots.dtype))
     check_answers(apply, params, inputs, outputs, size)
     answers = apply(params, jax.tree.map(lambda leaf: jnp.asarray(leaf)[taken], inputs))
     bad = functools.reduce(jnp.logical_or, map(_any_nan, jax.tree.leaves(answers)))
     good = jnp.where(bad, rows, slots)
-    place = lambda own, given: _like(own, given).at[good].set(given, mode="drop")
+
+    def place(own: Any, given: jax.Array) -> jax.Array:
+        both = _like(own, given)
+        return both.at[good].set(given.astype(both.dtype), mode="drop")
+
     tried = nobody.at[slots].set(True, mode="drop")
     return Dispatched(
         jax.tree.map(place, outputs, answers),
@@ -278,7 +283,7 @@ def serve_slots(
 
 def _like(own: Any, given: Any) -> jax.Array:
     """The base's answers in a dtype that holds both without loss."""
-    return jnp.asarray(own, jnp.promote_types(jnp.result_type(own), given.dtype))
+    return jnp.asarray(own, holding_both(jnp.result_type(own), given.dtype))
 
 
 def _any_nan(answers: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from effjax.core.errors import check_number
 from effjax.core.shapes import check_ladder, smallest_fit
+from effjax.core.tree import holding_both
 from effjax.hardness.dispatch import Dispatched, check_answers, check_batch, serve_slots
 
 __all__ = ["HostDispatch"]
@@ -186,7 +187,7 @@ def _common_dtypes(stages: Sequence[Stage], params: Sequence[PyTree], inputs: Py
         form = outputs if final else (outputs, request)
         found = check_answers(stage, params[place], inputs, form, rows)
         leaves = jax.tree.leaves(found if final else found[0])
-        dtypes = [jnp.promote_types(one, leaf.dtype) for one, leaf in zip(dtypes, leaves, strict=True)]
+        dtypes = [holding_both(one, leaf.dtype) for one, leaf in zip(dtypes, leaves, strict=True)]
     return tuple(dtypes)
 
 

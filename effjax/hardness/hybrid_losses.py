@@ -139,7 +139,7 @@ def hybrid_weights(
       >>> [weights.tolist() for weights in hybrid_weights(jnp.array([True, False]))]
       [[1.0, 2.0], [2.0, 1.0]]
     """
-    r = jax.lax.stop_gradient(jnp.asarray(request, jnp.promote_types(request.dtype, jnp.float32)))
+    r = jax.lax.stop_gradient(wide(request))
     return 2 - r, 1 + r
 
 

@@ -242,11 +242,12 @@ def vue_update(
     """
     predictions, label = _predictions(state, predictions), jnp.asarray(label, jnp.int32)
     told = (acted.coin if config.feedback == "coin" else acted.action < 0) & (label >= 0)
-    feedbacks = state.feedbacks + told
+    feedbacks = state.feedbacks + told.astype(jnp.int32)
     wrong = told & (predictions >= 0) & (predictions != label)
-    mistakes = state.mistakes + wrong
-    allowed = config.tolerance * feedbacks
-    alive = state.alive & ~(wrong & (mistakes > allowed + jnp.sqrt(2.0 * allowed)))
+    mistakes = state.mistakes + wrong.astype(jnp.int32)
+    allowed = config.tolerance * feedbacks.astype(state.log_weights.dtype)
+    most = allowed + jnp.sqrt(2.0 * allowed)
+    alive = state.alive & ~(wrong & (mistakes.astype(most.dtype) > most))
     eta = _rate(config, state.count) if config.discount is None else config.discount
     log_weights = state.log_weights + jnp.where(predictions < 0, jnp.log1p(-jnp.minimum(eta, 1.0 - 1e-7)), 0.0)
     left = alive.any()

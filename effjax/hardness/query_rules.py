@@ -268,7 +268,7 @@ def track_coverage(
     check_number("rate", rate, low=0, open_low=True)
     asked = jnp.sum(request, dtype=jnp.float32) / max(request.size, 1)
     # Without rows there is nothing to learn from.
-    return jnp.asarray(threshold, jnp.float32) + rate * (asked - (1 - coverage)) * bool(request.size)
+    return jnp.asarray(threshold, jnp.float32) + rate * (asked - (1 - coverage)) * float(bool(request.size))
 
 
 class HybridCost(NamedTuple):

@@ -142,8 +142,9 @@ def cyclic_level(start: float, end: float, period: int, decay: float = 1.0) -> S
 
     def level(step: ArrayLike) -> Array:
         step = jnp.asarray(step)
-        first = start * jnp.power(jnp.asarray(decay, float), step // period)
-        return first + (end - first) * (1 - jnp.cos(jnp.pi * (step % period) / period)) / 2
+        cycles, within = ((step // period).astype(float), (step % period).astype(float))
+        first = start * jnp.power(jnp.asarray(decay, float), cycles)
+        return first + (end - first) * (1 - jnp.cos(jnp.pi * within / period)) / 2
 
     return level
 

@@ -13,12 +13,14 @@ import optax
 
 from effjax.core.errors import Count, Limits, Positive
 from effjax.core.macs import count_macs
+from effjax.data.files import fitting_modality
 from effjax.hardness.cascades import confidence_need
 from effjax.hardness.dispatch import dispatch_capacity, expert_capacity
 from effjax.hardness.hybrid import hybrid_batch, hybrid_data, hybrid_examples, hybrid_init, hybrid_next, hybrid_step
 from effjax.hardness.hybrid_config import HybridConfig, HybridExamples, HybridNetworks, HybridState, Stage
 from effjax.hardness.query_rules import HybridCost, hybrid_curve, hybrid_score, query_threshold
 from effjax.hardness.router import Router, router_need
+from effjax.recipes.image_checkpoints import is_checkpoint
 from effjax.recipes.pairs import Pair, is_pretrained, load_pair, seen_by
 from effjax.recipes.spec import Arm, Claim, CurveText, Group, Role, StudyConfig
 from effjax.tasks.task import Metric
@@ -51,7 +53,9 @@ class HybridStudy(StudyConfig):
     ResNets are pretrained, and what the router learns from is taken off the test images. Texts: encoder-1x32 has one
     layer of width 32; minilm, ... are pretrained and fine-tuned."""
     expert: str | None = None
-    """Name of the expert for data of one's own; None for cnn on images and minilm on texts."""
+    """The expert for data of one's own, by name; None for cnn on images and minilm on texts. Both models may be given
+    by their weights: of images a file called after its architecture, as resnet20.safetensors, or
+    mobilenet_v2_10_224; of texts the folder of a checkpoint."""
     coverage: Open = 0.8
     """Share of the rows that the base model answers."""
     coverages: tuple[Open, ...] = (0.9, 0.8, 0.7, 0.5)
@@ -167,7 +171,11 @@ def groups(config: HybridStudy) -> list[Group]:
     found = []
     for task in config.tasks:
         data, base, expert = _named(config, task)
-        pretrained = config.own is None and is_pretrained(data, base, str(expert))
+        if config.own is None:
+            pretrained = is_pretrained(data, base, str(expert))
+        else:
+            images = fitting_modality(MODALITY, dict(config.own.columns)) == "image"
+            pretrained = images and is_checkpoint(config.model(base)) and is_checkpoint(str(expert))
         arms = [
             Arm(name, variant.role, functools.partial(program, config, variant), variant.label)
             for name, variant in VARIANTS.items()

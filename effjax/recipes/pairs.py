@@ -22,6 +22,7 @@ from effjax.hardness.hybrid import hybrid_examples, hybrid_init
 from effjax.hardness.hybrid_config import HybridConfig, HybridExamples, HybridNetworks
 from effjax.models.resnet import SIZES, pretrained_resnet
 from effjax.optim.batch_size import adamw_by_batch_size
+from effjax.recipes.image_checkpoints import is_checkpoint, load_checkpoint, model_name
 from effjax.recipes.images import check_model, named_image_task
 from effjax.tasks.image import standardised, unit_images
 from effjax.tasks.task import Task
@@ -44,12 +45,14 @@ class Network(NamedTuple):
       params: its variables.
       apply: ``(variables, inputs, *, key=None) -> (logits, features)``, the features those of its last layer.
       inputs: from columns of the data set to its inputs.
+      note: a sentence about its weights, after a space, where they were given.
     """
 
     task: Task
     params: PyTree
     apply: Callable[..., tuple[jax.Array, jax.Array]]
     inputs: Callable[[Columns], PyTree]
+    note: str = ""
 
 
 class Pair(NamedTuple):
@@ -131,9 +134,10 @@ def load_pair(config: Any, given: str | DataSet, base: str, expert: str) -> Pair
     train, test = data.splits["train"], data.splits["test"]
     tested = rows(test)
     _check_costs(small, large, tested[0], base, expert)
-    source = f"{small.task.source} A router learns from {len(held['label'])} rows that the networks have not seen."
+    learned = f" A router learns from {len(held['label'])} rows that the networks have not seen."
+    source = f"{small.task.source}{small.note}{large.note}{learned}"
     return Pair(
-        small.task._replace(name=f"{data.name}/{base}/{expert}", source=source),
+        small.task._replace(name=f"{data.name}/{'/'.join(map(model_name, (base, expert)))}", source=source),
         small.apply,
         lambda variables, inputs, *, key=None: large.apply(variables, inputs, key=key)[0],
         (small.params, large.params),
@@ -186,19 +190,38 @@ def _check_costs(small: Network, large: Network, inputs: PyTree, base: str, expe
 
 def _images(config: Any, data: DataSet, names: tuple[str, str], pretrained: bool) -> list[Network]:
     inputs = lambda columns: np.asarray(columns["image"])
-    check_model("expert", names[1])
+    for role, name in zip(("model", "expert"), names, strict=True):
+        if not is_checkpoint(name):
+            check_model(role, name)
     found = []
-    for name in names:
-        task = named_image_task(data, name, config.train)
-        params = pretrained_resnet(name)[1] if pretrained else _trained_on_images(config, task)
-        found.append(Network(task, params, _image_apply(task), inputs))
+    for role, name in zip(("model", "expert"), names, strict=True):
+        note = ""
+        if is_checkpoint(name):
+            task, params, fresh = load_checkpoint(role, name, data)
+            said = "as it is" if not fresh else f"with a new head, fine-tuned in {config.tune_steps} steps"
+            note = f" The weights of {model_name(name)} are taken {said}."
+            params = _trained_on_images(config, task, params) if fresh else params
+        else:
+            task = named_image_task(data, name, config.train)
+            params = pretrained_resnet(name)[1] if pretrained else _trained_on_images(config, task)
+        found.append(Network(task, params, _image_apply(task), inputs, note))
     return found
 
 
-def _trained_on_images(config: Any, task: Task) -> PyTree:
-    rate = optax.linear_schedule(config.pair_rate, 0.0, config.pair_steps)
+def _trained_on_images(config: Any, task: Task, start: PyTree = None) -> PyTree:
+    """From scratch, or from given weights: their new head learns at the larger rate, the rest keeps what it knows."""
     size = min(config.pair_batch, len(task.train["label"]))
-    made = supervised(task, optax.adam(rate), steps=config.pair_steps, batch_size=size)
+    if start is None:
+        steps, tx = config.pair_steps, optax.adam(optax.linear_schedule(config.pair_rate, 0.0, config.pair_steps))
+    else:
+        steps = config.tune_steps
+        rates = {"head": config.pair_rate, "rest": config.tune_rate}
+        tx = optax.partition(
+            {part: optax.adam(optax.linear_schedule(rate, 0.0, steps)) for part, rate in rates.items()},
+            lambda params: {name: "head" if name == "head" else "rest" for name in params},
+        )
+        task = task._replace(init=lambda key: start)
+    made = supervised(task, tx, steps=steps, batch_size=size)
     return jax.tree.map(jnp.asarray, fit(made, seed=0).state.variables)
 
 

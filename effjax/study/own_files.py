@@ -52,7 +52,7 @@ def own_options() -> type:
     def option(kind: Any, default: Any, **shown: str) -> tuple[Any, Any]:
         return Annotated[kind, tyro.conf.DisallowNone, tyro.conf.arg(**shown)], dataclasses.field(default=default)
 
-    about = "text, image: a model by name; text: also the folder of a checkpoint"
+    about = "text, image: a model by name; text: also the folder of a checkpoint; hybrid: weights of images too"
     found = {
         "data": option(str | None, None, metavar="PATH", help="your own: a file, a folder, or hf:owner/name"),
         "model": option(str | None, None, metavar="NAME", help=about),

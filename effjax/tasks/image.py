@@ -1,6 +1,6 @@
 """Image classification: data, normalisation, model, loss and evaluation as pure functions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -43,6 +43,7 @@ def image_task(
     test_rows: int | None = None,
     label_smoothing: float = 0.0,
     eval_batch: int = 256,
+    statistics: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Task:
     """Bundle an image data set with a classifier.
 
@@ -59,6 +60,8 @@ def image_task(
       test_rows: the same for the test images.
       label_smoothing: ``s``, in [0, 1).
       eval_batch: images in one evaluation batch; the last one is padded.
+      statistics: mean and standard deviation of every channel of images in [0, 1], by which they are normalised, where
+        the model was trained on others; None measures the training images.
 
     Returns:
       A ``Task``. Its columns are ``image`` [rows, height, width, channels] and ``label`` int32 [rows]; images are
@@ -85,7 +88,7 @@ def image_task(
     train = _columns(dataset, "train", train_rows)
     test = _columns(dataset, "test", test_rows)
     module = _module(model, classes, dtype, remat)
-    mean, std = _statistics("" if dataset.facts else dataset.name, train["image"])
+    mean, std = _statistics("" if dataset.facts else dataset.name, train["image"], statistics)
     example = test["image"][:1]
 
     def inputs(images: Images) -> jax.Array:
@@ -185,9 +188,11 @@ def standardised(images: jax.Array, details: Mapping[str, Any]) -> jax.Array:
     return (images - aligned(details["mean"], images)) / aligned(details["std"], images)
 
 
-def _statistics(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if name in _STATISTICS:
-        mean, std = _STATISTICS[name]
+def _statistics(name: str, images: np.ndarray, given: Any) -> tuple[np.ndarray, np.ndarray]:
+    if given is not None or name in _STATISTICS:
+        mean, std = (np.asarray(column, np.float32) for column in given or _STATISTICS[name])
+        for which, column in (("mean", mean), ("standard deviation", std)):
+            check_shape(f"statistics: the {which}", column, images.shape[-1:], "One number for each channel.")
     else:
         sample = images[:_MEASURED_ROWS].astype(np.float32) / (255 if images.dtype == np.uint8 else 1)
         mean = sample.mean((0, 1, 2), np.float64)

@@ -1,3 +1,4 @@
+import shutil
 import struct
 import zlib
 
@@ -273,11 +274,24 @@ def test_a_saved_data_set_of_pictures(tmp_path):
     rows = datasets.Dataset.from_dict({"img": images, "label": [0, 1] * 4}, features=features)
     rows.save_to_disk(tmp_path / "saved")
     rows.to_parquet(tmp_path / "pets.parquet")
-    for path in ("saved", "pets.parquet"):
+    # Copies of a hub's set hold its Parquet files in a folder, beside its card.
+    for folder in ("copy/data", "flat"):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in (0, 1):
+            shard = rows.shard(2, number, contiguous=True)
+            shard.to_parquet(tmp_path / folder / f"train-0000{number}-of-00002.parquet")
+    (tmp_path / "copy/README.md").write_text("---\n")
+    wanted = read_data("image", tmp_path / "saved", image="img")
+    assert wanted.facts.rows == {"train": 6, "test": 2}
+    for path in ("saved", "pets.parquet", "copy", "flat"):
         data = read_data("image", tmp_path / path, image="img")
         assert data.classes == ("cat", "dog")
+        assert data.facts.fingerprint == wanted.facts.fingerprint
         for columns in data.splits.values():
             np.testing.assert_array_equal(columns["image"][:, 0, 0, 0] % 2, columns["label"])
+    shutil.copytree(tmp_path / "copy/data", tmp_path / "copy/other")
+    with pytest.raises(ValueError, match=r"copy: holds several sets, \['data', 'other'\]. Give the folder of one"):
+        image_data(tmp_path / "copy")
 
 
 def test_labels_of_one_column_too_many_say_which(tmp_path):

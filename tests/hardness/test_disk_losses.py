@@ -137,6 +137,7 @@ GUIDES = {
 }
 
 
+@pytest.mark.promotes  # batch normalisation in Flax
 @pytest.mark.parametrize("name", GUIDES)
 def test_parity_of_the_guide_networks(name):
     guide, inputs, routing, convs = GUIDES[name]

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from effjax.core.errors import NoEffectWarning
+from effjax.data.files import read_data
 from effjax.recipes import pairs
 from effjax.recipes.hybrid import VARIANTS, HybridStudy, _load, groups, program
+from effjax.recipes.image_checkpoints import load_checkpoint
 from effjax.recipes.pairs import parts_of
 from effjax.recipes.spec import OwnData
 from effjax.train.options import Budget
@@ -79,6 +81,46 @@ def test_models_of_own_data_are_named_as_they_were_given(tmp_path):
     study = dataclasses.replace(own(path, expert="mlp-5"), own=OwnData(path=str(path), model="small"))
     with pytest.raises(ValueError, match="model='small' is not one of"):
         groups(study)[0].load()
+
+
+def test_a_model_given_by_its_weights_is_taken_as_it_is_or_with_a_new_head(tmp_path, monkeypatch):
+    from effjax.models.resnet import pretrained_resnet
+
+    rng = np.random.default_rng(0)
+    images, paths = rng.integers(0, 255, (20, 32, 32, 3), np.uint8), {n: tmp_path / f"{n}.npz" for n in (10, 3)}
+    for classes, path in paths.items():
+        np.savez(path, image=images, label=np.arange(20) % classes)
+    whole = load_checkpoint("model", "resnet_cifar10/resnet20", read_data("image", paths[10]))
+    assert not whole.fresh
+    trained = []
+
+    def train(config, task, start=None):
+        trained.append((task.name, start is None))
+        return start
+
+    monkeypatch.setattr(pairs, "_trained_on_images", train)
+    small, _ = pairs._images(STUDY, read_data("image", path), ("resnet_cifar10/resnet20", "mlp-5"), False)
+    assert trained == [("3/resnet20", False), ("3/mlp-5", True)]
+    assert small.note == " The weights of resnet20 are taken with a new head, fine-tuned in 100 steps."
+    wanted = pretrained_resnet("resnet20")[1]
+    for found, head in ((whole.variables, True), (small.params, False)):
+        same = jax.tree.map(np.array_equal, found, wanted)
+        assert same["params"].pop("head") == {"kernel": head, "bias": head}
+        assert all(jax.tree.leaves(same))
+    # Normalised as it was trained, not by the statistics of these images.
+    np.testing.assert_allclose(small.task.details["mean"], [0.485, 0.456, 0.406])
+    given = OwnData(path=str(path), model="resnet_cifar10/resnet20")
+    study = dataclasses.replace(STUDY, own=given, tasks=("own/resnet20",))
+    weights = dataclasses.replace(study, expert="resnet_cifar10/resnet56")
+    assert "router-seen" not in [arm.name for arm in groups(weights)[0].arms]
+    (tmp_path / "mine.safetensors").write_bytes(b"")
+    grey = npz(tmp_path / "grey.npz", 60)
+    for expert, data, text in (
+        ("resnet_cifar10/resnet20", grey, r"expert='resnet_cifar10/resnet20' takes images of 3 channels, and .* has 1"),
+        (str(tmp_path / "mine.safetensors"), path, r"file is called 'mine', not after its architecture"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            load_checkpoint("expert", expert, read_data("image", data))
 
 
 def test_an_expert_cheaper_than_the_base_model_is_told(tmp_path):

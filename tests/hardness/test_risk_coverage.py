@@ -113,6 +113,32 @@ _all = jax.jit(
 _at_joint = jax.jit(lambda c, e, target, w: coverage_at_joint_error(c, e, target, where=w))
 
 
+@pytest.mark.parametrize("x64", [False, True])
+def test_every_kind_of_float_is_in_its_place(x64):
+    """Against NumPy, bit for bit: ties, both zeros, infinities, the least floats, and NaN that does not count."""
+    rng = np.random.default_rng(5)
+    kinds = np.array([-np.inf, -2.5, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1e-38, 0.3, 1.0, 1.0 + 1e-7, 40.0, np.inf, np.nan])
+    confidence = rng.choice(kinds, 600).astype(np.float64 if x64 else np.float32)
+    errors, where = rng.random(600) < 0.4, ~np.isnan(confidence) & (rng.random(600) < 0.9)
+    kept = confidence[where]
+    thresholds = np.unique(kept)[::-1]
+    accepted, wrong = np.array(
+        [(of[:, None] & (kept[:, None] >= thresholds)).sum(0) for of in (np.ones(len(kept), bool), errors[where])]
+    )
+    with jax.enable_x64(x64):
+        curve = jax.device_get(jax.jit(risk_coverage_curve)(confidence, errors, where=where))
+    np.testing.assert_array_equal(curve.threshold[curve.last], thresholds)
+    np.testing.assert_array_equal(curve.accepted[curve.last], accepted)
+    np.testing.assert_array_equal(curve.errors[curve.last], wrong)
+    # The rows of a group have its counts, and those that do not count have none.
+    np.testing.assert_array_equal(
+        curve.accepted, np.append(np.repeat(accepted, np.diff(accepted, prepend=0)), [0] * (600 - len(kept)))
+    )
+    assert np.isnan(curve.coverage[len(kept) :]).all()
+    for ratio, of in ((curve.selective_risk, accepted), (curve.joint_error, len(kept))):
+        np.testing.assert_allclose(ratio[curve.last], wrong / of, rtol=2 * np.finfo(ratio.dtype).eps)
+
+
 def test_areas_have_their_extremes():
     rng = np.random.default_rng(0)
     errors = rng.random(500) < 0.3

@@ -301,8 +301,22 @@ MUTATIONS = (
     Mutation(
         "ties-by-order",
         "skipped mask",
-        "differs = jnp.concatenate([minus[1:] != minus[:-1], jnp.ones(min(size, 1), bool)])",
+        "differs = jnp.concatenate([place[1:] != place[:-1], jnp.ones(min(size, 1), bool)])",
         "differs = jnp.ones(size, bool)",
+        ("hardness/test_risk_coverage.py",),
+    ),
+    Mutation(
+        "negative-confidences-upside-down",
+        "sign",
+        "place = jnp.where(bits >= sign, bits, bits ^ (sign - 1))",
+        "place = bits ^ (sign - 1)",
+        ("hardness/test_risk_coverage.py",),
+    ),
+    Mutation(
+        "zeros-of-two-signs",
+        "dropped case",
+        "bits = jnp.where(bits == sign, jnp.uint32(0), bits)  # of the two zeros one",
+        "",
         ("hardness/test_risk_coverage.py",),
     ),
     Mutation(
@@ -478,6 +492,20 @@ MUTATIONS = (
         ("study/test_curves.py",),
     ),
     Mutation(
+        "checkpoint-in-measured-colours",
+        "wrong argument",
+        "task = image_task(data, module, statistics=statistics)",
+        "task = image_task(data, module)",
+        ("hardness/test_hybrid_study.py",),
+    ),
+    Mutation(
+        "checkpoint-keeps-no-head",
+        "dropped condition",
+        'fresh = getattr(module, "classes", None) != len(data.classes)',
+        "fresh = True",
+        ("hardness/test_hybrid_study.py",),
+    ),
+    Mutation(
         "router-for-nothing",
         "dropped term",
         "return HybridCost(base / expert, 1.0, router / expert)",
@@ -523,7 +551,7 @@ MUTATIONS = (
     Mutation(
         "dispatch-padding-asks",
         "wrong row",
-        "taken = jnp.where(real, slots, jnp.argmin(request))",
+        "taken = jnp.where(real, slots, jnp.argmin(request).astype(slots.dtype))",
         "taken = jnp.where(real, slots, jnp.argmax(request))",
         ("hardness/test_cascades.py",),
     ),

@@ -214,8 +214,11 @@ def arms_of(pair: Pair, share: float, threshold: float, batches: Sequence[Any], 
     asking, expert_params = Asking(pair.params[0], np.float32(threshold)), pair.params[1]
     first = with_query(pair.base)
     ladder = [size for size in (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024) if size < rows]
-    around = [size for size in ladder if 0.7 * share * rows <= size <= 1.6 * share * rows]  # each costs a compilation
     device = [jax.device_put(batch) for batch in batches]
+    # Each costs a compilation: those near the share, up to the one that holds the most requests of these batches.
+    asked = max(int(np.sum(jax.jit(first)(asking, x)[1])) for x in device)
+    enough = min((size for size in ladder if size >= asked), default=rows)
+    around = [size for size in ladder if 0.7 * share * rows <= size <= max(1.6 * share * rows, enough)]
 
     def inside(dispatch: Callable[..., Any], **options: Any) -> Callable[[], Any]:
         def answer(asking: Any, params: Any, x: Any) -> Any:
@@ -341,8 +344,9 @@ def benchmark(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from effjax.study.report import SCHEMA
     from effjax.study.results import environment
 
-    arms: dict[str, Any] = {}
-    claims: list[Mapping[str, Any]] = []
+    before = json.loads(options.out.read_text()) if options.add and options.out.exists() else {}
+    arms: dict[str, Any] = before.get("arms", {})
+    claims: list[Mapping[str, Any]] = before.get("claims", [])
     for name in options.pairs:
         x, labels = (column[: options.rows] for column in images(name))
         found = fitted(PAIRS[name](), x, labels, options.shares)
@@ -355,8 +359,9 @@ def benchmark(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         batches = [x[start : start + options.batch_size] for start in starts]
         for share in options.shares:
             more, decided = measure(name, share, found[share], batches, options)
-            arms |= more
-            claims += decided
+            group = f"{name}-{round(100 * share)}"
+            arms = {key: arm for key, arm in arms.items() if arm["group"] != group} | more
+            claims = [claim for claim in claims if not claim["text"].startswith(f"{group}:")] + decided
             print(f"{name}, {share:.0%} asked: done", flush=True)
             yield {
                 "schema": SCHEMA,
@@ -375,6 +380,7 @@ def benchmark(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the results file")
+    parser.add_argument("--add", action="store_true", help="keep the other groups of a file that is there")
     parser.add_argument("--pairs", nargs="+", choices=tuple(PAIRS), default=list(PAIRS))
     parser.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.2, 0.3], help="of the rows that ask")
     parser.add_argument("--arms", nargs="+", choices=("*", *ARMS), default=["*"])

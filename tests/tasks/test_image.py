@@ -34,6 +34,15 @@ def small():
     return task, jax.jit(task.init)(KEY)
 
 
+def test_images_are_normalised_as_a_model_was_trained(small):
+    task, variables = small
+    other = image_task(toy(), task.module, statistics=((0.25,), (0.5,)))
+    x = (task.test["image"].astype(np.float32) / 255 - 0.25) / 0.5
+    wanted = task.module.apply(variables, jnp.asarray(x))
+    np.testing.assert_allclose(other.infer(variables, task.test["image"]), wanted, rtol=1e-4, atol=1e-5)
+    assert (other.details["mean"], other.details["std"]) == (0.25, 0.5)
+
+
 def test_evaluation_equals_the_plain_mean_whatever_the_batch(small):
     task, variables = small
     logits = np.asarray(task.infer(variables, task.test["image"]), np.float64)
@@ -174,6 +183,7 @@ IMAGES = np.zeros((4, 2, 2, 1), np.uint8)
         (toy(), {"label_smoothing": 1.0}, "label_smoothing=1.0"),
         (toy(), {"eval_batch": 0}, "eval_batch=0"),
         (toy(), {"dtype": "bfloat"}, "Did you mean 'bfloat16'"),
+        (toy(), {"statistics": ((0.5, 0.5), (0.5, 0.5))}, r"statistics: the mean has shape \(2,\); expected \(1,\)"),
         (toy(), {"model": "resnet-20"}, "Did you mean 'resnet20'"),
         (toy(), {"model": MLP((4,), classes=5)}, r"returns shape \(1, 5\).*has 3 classes"),
         (toy(), {"model": MLP((4,), classes=3), "remat": True}, r"Set them on the module: MLP\("),
