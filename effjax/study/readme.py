@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from effjax.catalogue import METHODS
 from effjax.study.claims import costs_of, value
 from effjax.study.report import hardware_name, in_table, number, read_results
 from effjax.study.resolve import configs_folder
@@ -42,7 +41,7 @@ _PLACE = re.compile(r"\{([^{}]*)\}")
 def methods_table(configs: Path) -> str:
     """A row per method: what it saved at which quality, where it does not pay, and what it was measured on."""
     lines = ["| method | what it saved | quality | where it does not pay | measured |", "|---" * 5 + "|"]
-    lines += [_method_row(configs / stem) for stem in METHODS]
+    lines += [_method_row(presets.parent) for presets in sorted(configs.glob("*/presets.py"))]
     holds = [claim["holds"] for _, _, claim in _claims(configs)]
     count = f"Of {len(holds)} claims that were measured, {holds.count(False)} fail: [all of them](docs/results.md)."
     return "\n".join([*lines, "", count])

@@ -44,6 +44,7 @@ def configs(tmp_path):
     hardware = {"platform": "cpu", "cpu": "Some CPU", "cores": 2}
     results = {"study": "samuel", "preset": "cpu", "config": {}, "claims": [], "cost_claims": [], "arms": arms}
     results |= {"schema": SCHEMA, "seeds": [0], "budget": {}, "groups": {"mine": {}}}
+    (tmp_path / "samuel" / "presets.py").touch()
     path = tmp_path / "samuel" / "results" / "here.json"
     path.write_text(json.dumps(results | {"environment": {"hardware": hardware}}))
     return tmp_path
@@ -53,8 +54,7 @@ def configs(tmp_path):
     ("saves", "expected"),
     [("{quick s} s, not {plain s}", "1 s, not 4"), ("{quick s / plain s %} of it", "25 % of it"), ("{nobody s}", None)],
 )
-def test_a_headline_has_the_numbers_of_its_results(configs, monkeypatch, saves, expected):
-    monkeypatch.setattr("effjax.study.readme.METHODS", {"samuel": None})
+def test_a_headline_has_the_numbers_of_its_results(configs, saves, expected):
     card = f"# Title\n\n<!-- headline here mine\nsaves: {saves}\nquality: good\nloses: never\n-->\n"
     (configs / "samuel" / "README.md").write_text(card)
     if expected is None:
@@ -65,8 +65,7 @@ def test_a_headline_has_the_numbers_of_its_results(configs, monkeypatch, saves, 
     assert f"| [Title](configs/samuel/README.md) | {expected} | good | never | {link} |" in methods_table(configs)
 
 
-def test_a_card_needs_a_headline(configs, monkeypatch):
-    monkeypatch.setattr("effjax.study.readme.METHODS", {"samuel": None})
+def test_a_card_needs_a_headline(configs):
     (configs / "samuel" / "README.md").write_text("# Title\n\nText.\n")
     with pytest.raises(ValueError, match=r"samuel/README\.md must begin with its title and a headline"):
         methods_table(configs)
