@@ -196,13 +196,15 @@ class _Chosen(nn.Module):
     module: ViT
     whole: Size
     patches: tuple[int, ...] = ()
+    shares: tuple[int, ...] = ()
     kept: int = 0
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> Any:
         if train and self.patches:
             run = lambda module, pair: module(resize_images(pair[0], self.whole), patch=pair[1], train=True)
-            return icpc(run, self.patches, compress=lambda images, patch: (images, patch))(self.module, images)
+            pairs = lambda images, patch: (images, patch)
+            return icpc(run, self.patches, shares=self.shares, compress=pairs)(self.module, images)
         keep = None
         if train and self.kept:
             total = self.module.grid[0] * self.module.grid[1]
@@ -228,7 +230,11 @@ def _arms(config: IcpcStudy) -> Iterator[Arm]:
     steps = len(config.scales) - 2
     ladder = [(0.5, at(0)), *((0.3 / steps, at(1 + place)) for place in range(steps)), (0.2 if steps else 0.5, full)]
     yield arm("progressive", "alternative", "progressive resizing", "interp", *ladder)
-    flexible = lambda loaded, model: _Chosen(model, loaded.sizes[-1], patches=_patches(loaded, model))
+
+    def flexible(loaded: Loaded, model: ViT) -> nn.Module:
+        sides = _patches(loaded, model)
+        return _Chosen(model, loaded.sizes[-1], patches=sides, shares=_dividing(config.batch_size, len(sides)))
+
     yield arm("flexible-patches", "alternative", "larger patches (FlexiViT)", "interp", (1.0, flexible))
     some = lambda loaded, model: _Chosen(
         model, loaded.sizes[-1], kept=max(1, round(config.kept * model.grid[0] * model.grid[1]))
@@ -241,6 +247,12 @@ def _patches(loaded: Loaded, model: ViT) -> tuple[int, ...]:
     height, width = loaded.sizes[-1]
     sides = range(model.patch, min(height, width) // 2 + 1)
     return tuple(side for side in sides if height % side == 0 and width % side == 0)[:4]
+
+
+def _dividing(rows: int, count: int) -> tuple[int, ...]:
+    """Shares of ``count`` patches whose sum divides the batch: 1 each, and for the own one what is over."""
+    whole = next((total for total in range(count, rows + 1) if rows % total == 0), count)
+    return (whole - count + 1, *(1,) * (count - 1))
 
 
 def _program(config: IcpcStudy, how: How, parts: Sequence[Part], loaded: Loaded) -> Program:
