@@ -53,6 +53,18 @@ audio = IcpcStudy(
 """effjax compare icpc:audio. Two CPU cores, some minutes by estimate; needs the spoken digits (EFFJAX_DATA).
 Spectrograms with fewer frames and bands."""
 
+text = IcpcStudy(
+    tasks=("sst2/encoder-2x64",),
+    batch_size=40,
+    learning_rate=1e-3,
+    weight_decay=0.0,
+    budget=Budget(6, "epochs"),
+    seeds=(0, 1, 2),
+    certify="search",
+)
+"""effjax compare icpc:text. Two CPU cores; needs SST-2 (EFFJAX_DATA or a hub). Texts without all, half and none of
+their stop words, an encoder from scratch: a sixth of the tokens goes, so that no large saving can be seen."""
+
 gpu = IcpcStudy(
     tasks=("cifar10/vit_small_patch4_32",),
     scales=(0.5, 0.625, 0.75, 1.0),

@@ -334,7 +334,8 @@ def _export(
 
 def searched(fitted: Fitted, **rules: Any) -> tuple[PruneSpec, Any]:
     """AxFormer's search, without hard attention, which is not in the weights and saves nothing, unless it is asked."""
-    config = AxformerConfig(**{"hard": False, "loss_batch": fitted.config.search_batch, **rules})
+    chosen: dict[str, Any] = {"hard": False, "loss_batch": fitted.config.search_batch, **rules}
+    config = AxformerConfig(**chosen)
     return fitted.loaded.search(fitted.seed, config), fitted.params
 
 
@@ -398,9 +399,10 @@ def static_spec(shape: PruneShape, macs: float, length: int) -> PruneSpec:
     count = max(1, int(np.ceil(macs * shape.layers - 1e-9)))
     kept = np.unique(np.arange(count) * shape.layers // count).tolist()
     gone = tuple(layer for layer in range(shape.layers) if layer not in kept)
-    for removed in range(shape.groups + 1):
+
+    def without(removed: int) -> PruneSpec:
         groups = tuple((layer, index) for layer in kept for index in range(shape.groups - removed, shape.groups))
-        spec = PruneSpec(shape, attention=gone, mlp=gone, groups=groups)
-        if spec.kept_macs(length) <= macs + 1e-9:
-            return spec
-    return spec
+        return PruneSpec(shape, attention=gone, mlp=gone, groups=groups)
+
+    specs = (without(removed) for removed in range(shape.groups))
+    return next((spec for spec in specs if spec.kept_macs(length) <= macs + 1e-9), without(shape.groups))
