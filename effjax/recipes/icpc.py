@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from effjax.core.errors import Count, Natural, NotNegative, Positive, Rate, Share
+from effjax.core.errors import Count, Limits, Natural, NotNegative, Positive, Rate, Share
 from effjax.core.shapes import pad_to
 from effjax.data.augment import random_crop_flip
 from effjax.data.sequences import sequence_data
@@ -56,7 +56,7 @@ class IcpcStudy(StudyConfig):
     """Levels as shares of the full sides, rounded to whole patches, increasing; the last is 1."""
     shares: tuple[Count, ...] = (1, 1, 1, 1, 1)
     """Rows of each level among as many neighbouring rows of a batch."""
-    dropped: tuple[Rate, ...] = (1.0, 0.5, 0.0)
+    dropped: tuple[Annotated[float, Limits(low=0, high=1)], ...] = (1.0, 0.5, 0.0)
     """Levels of texts, as shares of their stop words that are left out, decreasing; the last is 0."""
     max_length: Count = 64
     """Tokens of a text; longer ones are truncated."""

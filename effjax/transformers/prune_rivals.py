@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 
 from effjax.models.bert import BertClassifier
 from effjax.models.pruned import Gates
-from effjax.transformers.prune_spec import PruneSpec, check_shapes_agree, prune_shape
+from effjax.transformers.prune_spec import PruneSpec, prune_shape
 
 __all__ = ["magnitude_scores", "random_spec", "ranked_spec"]
 
@@ -129,12 +129,3 @@ def magnitude_scores(module: nn.Module, params: PyTree, *, group_size: int = 256
 def _kernel(held: PyTree, layer: int, name: str, scanned: bool) -> Any:
     block, part = name.split("/")
     return held["layers"][block][part]["kernel"][layer] if scanned else held[f"layer_{layer}"][block][part]["kernel"]
-
-
-def check_spec(module: nn.Module, spec: PruneSpec) -> None:
-    """Refuse a spec of another model.
-
-    Raises:
-      ValueError: as ``slice_model``.
-    """
-    check_shapes_agree(spec, prune_shape(module, group_size=max(spec.shape.group_size, 1)))

@@ -11,7 +11,7 @@ from effjax.core.tree import path_name
 from effjax.models.bert import BertClassifier
 from effjax.models.pretrained import Pretrained
 from effjax.models.pruned import Gates, LayerShape
-from effjax.transformers.prune_spec import PruneShape, PruneSpec, check_shapes_agree, prune_shape
+from effjax.transformers.prune_spec import PruneSpec, check_made_for
 
 __all__ = ["mask_params", "slice_model", "slice_pretrained"]
 
@@ -50,7 +50,7 @@ def slice_model(module: nn.Module, params: PyTree, spec: PruneSpec) -> tuple[nn.
       >>> sorted(params["layer_0"]["attention"])
       ['norm']
     """
-    shape = _agreed(module, spec)
+    shape = check_made_for(module, spec)
     body = module.encoder if isinstance(module, BertClassifier) else module
     held = params["encoder"] if isinstance(module, BertClassifier) else params
     layers = {f"layer_{i}": _layer_of(held, i, body.scan_layers) for i in range(shape.layers)}
@@ -155,17 +155,6 @@ def layer_shapes(spec: PruneSpec, head_size: int) -> tuple[LayerShape, ...]:
         hard = layer in spec.hard and kv_heads
         shapes.append(LayerShape(heads, kv_heads, intermediate, spec.top_k if hard else None))
     return tuple(shapes)
-
-
-def _agreed(module: nn.Module, spec: PruneSpec) -> PruneShape:
-    if not spec.shape.group_size:
-        raise ValueError(f"spec was made for sizes that are not known: {spec.shape}. Search with prune_shape(module).")
-    body: Any = module.encoder if isinstance(module, BertClassifier) else module
-    # A group size that does not divide is one more way to be another model.
-    fits = getattr(body, "intermediate_size", 0) % spec.shape.group_size == 0
-    shape = prune_shape(module, group_size=spec.shape.group_size if fits else 1)
-    check_shapes_agree(spec, shape)
-    return shape
 
 
 def _layer_of(held: PyTree, index: int, scanned: bool) -> PyTree:
