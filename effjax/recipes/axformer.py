@@ -36,7 +36,9 @@ from effjax.tasks.text import text_task
 from effjax.transformers.prune_spec import prune_shape
 from effjax.transformers.validation import prune_batches
 
-__all__ = ["CLAIMS", "MODALITY", "AxformerStudy", "groups"]
+__all__ = ["CLAIMS", "MODALITY", "OWN_PRESET", "AxformerStudy", "groups"]
+
+OWN_PRESET = "own"
 
 CLAIMS = {
     "*": (
