@@ -22,7 +22,7 @@ from effjax.data.sequences import sequence_data
 from effjax.data.sets import DataSet, load
 from effjax.models.vit import ViT, named_vit
 from effjax.recipes.icpc_measures import CURVES, METRIC, level_measures
-from effjax.recipes.icpc_texts import is_text, text_group
+from effjax.recipes.icpc_texts import MODALITY, is_text, text_group
 from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig
 from effjax.recipes.texts import check_epochs
 from effjax.tasks.image import image_task, standardised, unit_images
@@ -36,7 +36,9 @@ from effjax.transformers.icpc import MixedLevels, icpc
 from effjax.transformers.level_sampling import level_tokens
 from effjax.transformers.position_tables import How, position_selector
 
-MODALITY = ("image", "text")
+__all__ = ["CLAIMS", "MODALITY", "OWN_MODEL", "IcpcStudy", "groups"]
+
+OWN_MODEL = {"image": "vit-64-4", "text": "encoder-2x64"}
 _NAME = re.compile(r"vit-([1-9]\d*)-([1-9]\d*)")
 Size = tuple[int, int]
 
@@ -79,7 +81,7 @@ class IcpcStudy(StudyConfig):
     test_rows: Count | None = None
     """Number of test images; all when None."""
     batch_size: Count = 100
-    """Examples of one step; a multiple of the sum of shares."""
+    """Examples of one step; a multiple of the sum of shares. Of texts it is rounded down to a multiple of 8."""
     learning_rate: Positive = 1.5e-3
     """Largest learning rate of AdamW, after a warm-up; it ends at 0, by a cosine. Of texts it falls from the
     start, linearly."""
@@ -93,9 +95,9 @@ class IcpcStudy(StudyConfig):
         for task in self.tasks:
             if task.count("/") != 1:
                 raise ValueError(f"tasks={task!r} must be DATA/MODEL, such as 'fashion_mnist/vit-64-4'.")
-            if not is_text(task) and not _NAME.fullmatch(task.partition("/")[2]):
+            if not is_text(self, task) and not _NAME.fullmatch(task.partition("/")[2]):
                 named_vit(task.partition("/")[2])
-            if is_text(task):
+            if is_text(self, task):
                 check_epochs(self)
         if list(self.scales) != sorted(set(self.scales)) or len(self.scales) < 2 or self.scales[-1] != 1:
             raise ValueError(f"scales={self.scales} must be two or more increasing shares that end with 1.")
@@ -135,7 +137,7 @@ CLAIMS = {
 
 def groups(config: IcpcStudy) -> list[Group]:
     """One for each data set and model."""
-    return [text_group(config, name) if is_text(name) else _image_group(config, name) for name in config.tasks]
+    return [text_group(config, name) if is_text(config, name) else _image_group(config, name) for name in config.tasks]
 
 
 def _image_group(config: IcpcStudy, name: str) -> Group:

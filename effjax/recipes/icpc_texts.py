@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from effjax.core.shapes import pad_to
+from effjax.data.files import fitting_modality
 from effjax.data.ragged import Ragged, padded_columns
 from effjax.optim.batch_size import adamw_by_batch_size
 from effjax.recipes.icpc_measures import CURVES, METRIC, level_measures
@@ -23,19 +24,17 @@ from effjax.train.trainer import supervised
 from effjax.transformers.compressions import compress_text, compressed_text_columns
 from effjax.transformers.token_drop import drop_as_many, vocabulary_stop_ids
 
+MODALITY = ("image", "text")
 _NAME = re.compile(r"encoder-\d+x\d+|minilm")
 
 # (task, seed) to the columns of every epoch.
 Columns = Callable[["Loaded", int], Callable[[int], Any]]
 
 
-def is_text(task: str) -> bool:
-    """Whether a task DATA/MODEL is one of texts.
-
-    Example:
-      >>> is_text("sst2/encoder-2x64"), is_text("fashion_mnist/vit-64-4")
-      (True, False)
-    """
+def is_text(config: Any, task: str) -> bool:
+    """Whether a task DATA/MODEL is one of texts: by its model, one's own data by their columns."""
+    if config.own is not None:
+        return fitting_modality(MODALITY, dict(config.own.columns)) == "text"
     return _NAME.fullmatch(task.rpartition("/")[2]) is not None
 
 
@@ -135,15 +134,15 @@ def _at_random(mixed: Columns, loaded: Loaded, seed: int) -> Callable[[int], Any
 
 def _program(config: Any, columns: Columns, share: float | None, loaded: Loaded) -> Program:
     """AdamW on planned batches; ``share`` of the steps, None for that of ICPC's tokens."""
-    task = loaded.task
-    plan = lambda seed, epochs: bucketed(config, lambda task, seed: columns(loaded, seed))(task, seed, epochs)
-    loader, steps = planned_loader(plan, config.seeds, int(config.budget.amount), config.batch_size)
+    task, size = loaded.task, max(8, config.batch_size // 8 * 8)
+    plan = lambda seed, epochs: bucketed(config, lambda task, seed: columns(loaded, seed), cap=size)(task, seed, epochs)
+    loader, steps = planned_loader(plan, config.seeds, int(config.budget.amount), size)
     share = float(np.mean(loaded.tokens) / loaded.tokens[-1]) if share is None else share
     steps = max(1, round(share * steps))
     falling = optax.linear_schedule(config.learning_rate, 0.0, steps)
     program = supervised(
         task._replace(init=lambda key: task.init(jax.random.split(key)[0])),
-        adamw_by_batch_size(falling, weight_decay=config.weight_decay, reference=config.batch_size),
+        adamw_by_batch_size(falling, weight_decay=config.weight_decay, reference=size),
         steps=steps,
         loader=loader,
         options=config.train,
