@@ -14,20 +14,16 @@ from effjax.data.ragged import Ragged, padded_columns
 from effjax.data.sets import DataSet, load
 from effjax.models.bert import BertClassifier
 from effjax.models.pretrained import Pretrained, load_pretrained
-from effjax.recipes.axformer_arms import (
-    Loaded,
-    Prune,
+from effjax.recipes.axformer_arms import Loaded, Prune, finetuned, pruned, trained_on
+from effjax.recipes.axformer_choices import (
     at_random,
     by_fisher,
     by_magnitude,
     fewer_layers,
-    finetuned,
     loose,
-    pruned,
     repaired,
     searched,
     to_target,
-    trained_on,
 )
 from effjax.recipes.spec import Arm, Claim, Group, Role
 from effjax.recipes.texts import MODALITY, TextStudy, group_name, text_metric

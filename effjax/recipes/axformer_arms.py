@@ -1,4 +1,4 @@
-"""How AxFormer's arms prune a fine-tuned encoder, and train it on: what the study's groups are made of."""
+"""Programs of the AxFormer study: a fine-tuned encoder, pruned as an arm chooses, measured, trained on, exported."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -29,14 +29,9 @@ from effjax.train.program import Loader, Phase, Program
 from effjax.train.trainer import TrainState, check_options, supervised
 from effjax.transformers.axformer import axformer
 from effjax.transformers.axformer_rules import AxformerConfig
-from effjax.transformers.block_costs import macs_of_blocks
-from effjax.transformers.cost_search import prune_to_cost
 from effjax.transformers.evaluator import GatedEvaluator
-from effjax.transformers.fisher import fisher_spec, gate_fisher
 from effjax.transformers.gated import axformer_step, gated_apply
-from effjax.transformers.prune_rivals import magnitude_scores, random_spec, ranked_spec
 from effjax.transformers.prune_spec import PruneShape, PruneSpec, all_gates
-from effjax.transformers.repair import repair_outputs
 from effjax.transformers.slicing import mask_params, slice_pretrained
 from effjax.transformers.validation import PruneBatch, prune_batches
 
@@ -71,17 +66,12 @@ class Loaded:
     def __init__(
         self, config: Any, task: Task, shape: PruneShape, held: Sequence[PruneBatch], length: int, tuned: bool
     ):
-        self.config, self.task, self.shape, self.held, self.length, self.tuned = (
-            config,
-            task,
-            shape,
-            held,
-            length,
-            tuned,
-        )
+        self.config, self.task, self.shape = config, task, shape
+        self.held, self.length, self.tuned = held, length, tuned
         self.training = _untrained(task) if tuned else _trained(config, task)
         self.search = functools.cache(self._search)
         self._params: dict[int, Any] = {}
+        self._evaluators: dict[int | float, GatedEvaluator] = {}
 
     def seed_of(self, state: TrainState) -> int:
         """The seed that a state was started from; of one that only measures the cost, the first."""
@@ -105,8 +95,11 @@ class Loaded:
         return axformer(self.evaluator(seed, rules.top_k), self.shape, config=rules).spec
 
     def evaluator(self, seed: int, top_k: int | float = 30) -> GatedEvaluator:
-        """Of a seed's fine-tuned parameters on the held-out texts."""
-        return GatedEvaluator(self.task.module, self.params(seed), self.held, top_k=top_k)
+        """Of a seed's fine-tuned parameters on the held-out texts; the seeds share one program."""
+        params = self.params(seed)
+        if top_k not in self._evaluators:
+            self._evaluators[top_k] = GatedEvaluator(self.task.module, params, self.held, top_k=top_k)
+        return self._evaluators[top_k].with_params(params)
 
     @functools.cached_property
     def scores(self) -> Callable[[Any, Gates], dict[str, float]]:
@@ -327,82 +320,3 @@ def _export(
             calls[name, rows] = functools.partial(run, {"params": params}, ids[:rows])
     found = {f"{name}, batch {rows}": timing.median_ms for (name, rows), timing in time_interleaved(calls).items()}
     write_json(Path(out) / "latency.json", {"tokens": ids.shape[1], "median_ms": found})
-
-
-# What goes
-
-
-def searched(fitted: Fitted, **rules: Any) -> tuple[PruneSpec, Any]:
-    """AxFormer's search, without hard attention, which is not in the weights and saves nothing, unless it is asked."""
-    chosen: dict[str, Any] = {"hard": False, "loss_batch": fitted.config.search_batch, **rules}
-    config = AxformerConfig(**chosen)
-    return fitted.loaded.search(fitted.seed, config), fitted.params
-
-
-def loose(fitted: Fitted) -> tuple[PruneSpec, Any]:
-    """The search whose sizes the rivals have."""
-    return searched(fitted, agreement=fitted.config.loose_agreement)
-
-
-def to_target(fitted: Fitted) -> tuple[PruneSpec, Any]:
-    """The search to a stated share of the multiply-accumulates."""
-    loaded, config = fitted.loaded, fitted.config
-    costs = macs_of_blocks(loaded.shape, loaded.length)
-    target = config.target * costs.of(PruneSpec(loaded.shape))
-    found = prune_to_cost(loaded.evaluator(fitted.seed), loaded.shape, costs, target=target, beam=config.beam)
-    return found.spec, fitted.params
-
-
-def at_random(fitted: Fitted) -> tuple[PruneSpec, Any]:
-    """As many elements at random."""
-    return random_spec(fitted.key, loose(fitted)[0]), fitted.params
-
-
-def by_magnitude(fitted: Fitted) -> tuple[PruneSpec, Any]:
-    """As many elements of the smallest weights."""
-    scores = magnitude_scores(fitted.module, fitted.params, group_size=fitted.config.group_size)
-    return ranked_spec(scores, loose(fitted)[0]), fitted.params
-
-
-def by_fisher(fitted: Fitted) -> tuple[PruneSpec, Any]:
-    """As many multiply-accumulates, by Fisher information."""
-    loaded, found = fitted.loaded, loose(fitted)[0]
-    share = found.kept_macs(loaded.length)
-    if share >= 1 or share <= 0:
-        return PruneSpec(loaded.shape) if share >= 1 else found, fitted.params
-    fisher = gate_fisher(gated_apply(fitted.module), fitted.params, loaded.shape, loaded.held)
-    return fisher_spec(fisher, loaded.shape, macs=share, length=loaded.length), fitted.params
-
-
-def repaired(fitted: Fitted) -> tuple[PruneSpec, Any]:
-    """The same, the output layers refitted."""
-    spec, params = by_fisher(fitted)
-    return spec, repair_outputs(fitted.module, params, spec, fitted.loaded.held, ridge=fitted.config.ridge)
-
-
-def fewer_layers(fitted: Fitted) -> tuple[PruneSpec, Any]:
-    """As many multiply-accumulates in fewer and narrower layers, of the model as it was before it was fine-tuned."""
-    loaded = fitted.loaded
-    fresh = fitted.params if loaded.tuned else loaded.task.init(jax.random.split(fitted.key)[0])["params"]
-    return static_spec(loaded.shape, loose(fitted)[0].kept_macs(loaded.length), loaded.length), fresh
-
-
-def static_spec(shape: PruneShape, macs: float, length: int) -> PruneSpec:
-    """Evenly spaced layers, the first among them, each without as many groups as a share of the operations asks for.
-
-    Example:
-      >>> shape = PruneShape(4, 2, 4, hidden_size=8, head_width=4, kv_width=4, group_size=8)
-      >>> spec = static_spec(shape, 0.45, length=1)
-      >>> spec.mlp, spec.removed["groups"], spec.kept_macs(1) <= 0.45
-      ((1, 3), 2, True)
-    """
-    count = max(1, int(np.ceil(macs * shape.layers - 1e-9)))
-    kept = np.unique(np.arange(count) * shape.layers // count).tolist()
-    gone = tuple(layer for layer in range(shape.layers) if layer not in kept)
-
-    def without(removed: int) -> PruneSpec:
-        groups = tuple((layer, index) for layer in kept for index in range(shape.groups - removed, shape.groups))
-        return PruneSpec(shape, attention=gone, mlp=gone, groups=groups)
-
-    specs = (without(removed) for removed in range(shape.groups))
-    return next((spec for spec in specs if spec.kept_macs(length) <= macs + 1e-9), without(shape.groups))

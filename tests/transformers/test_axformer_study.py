@@ -12,7 +12,7 @@ from effjax.models.convert import save_weights
 from effjax.models.families import FAMILIES, dense
 from effjax.models.pretrained import load_pretrained
 from effjax.recipes.axformer import AxformerStudy, groups
-from effjax.recipes.axformer_arms import static_spec
+from effjax.recipes.axformer_choices import static_spec
 from effjax.recipes.spec import Budget
 from effjax.train.loop import fit
 from effjax.transformers.prune_spec import PruneShape, PruneSpec
