@@ -22,21 +22,23 @@ model trained on all three is some twenty points above the other at 12 pixels, a
 cpu = IcpcStudy(
     train_rows=10_000,
     test_rows=4000,
-    budget=Budget(8, "epochs"),
+    budget=Budget(6, "epochs"),
     seeds=(0, 1),
-    arms=("*", "!icpc-fractional"),
+    arms=("*", "!icpc-fractional", "!icpc-spread"),
 )
-"""effjax compare icpc (= icpc:cpu). Two CPU cores, a quarter of an hour by estimate. Fashion-MNIST at five sizes, 8
-epochs from scratch, every arm: no gain at full size is expected from scratch, but robustness and cost are."""
+"""effjax compare icpc (= icpc:cpu). Two CPU cores, half an hour by estimate. Fashion-MNIST at five sizes, 6 epochs from
+scratch, all arms but two ways of positions: no gain at full size is expected from scratch, but robustness and cost are.
+"""
 
 cifar10 = IcpcStudy(
     tasks=("cifar10/vit-64-4",),
     scales=(0.5, 0.625, 0.75, 0.875, 1.0),
     train_rows=8000,
     test_rows=3000,
-    budget=Budget(8, "epochs"),
+    budget=Budget(6, "epochs"),
     seeds=(0, 1),
     crop=4,
+    arms=("*", "!icpc-fractional", "!icpc-spread"),
 )
 """effjax compare icpc:cifar10. Two CPU cores, half an hour by estimate; needs CIFAR-10 (EFFJAX_DATA or a hub)."""
 

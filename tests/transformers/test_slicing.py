@@ -130,21 +130,23 @@ def test_an_empty_spec_gives_the_bits_of_the_whole_model():
 @pytest.mark.nightly
 def test_a_chain_of_adapters_trains_a_sliced_model():
     """COLA on what is left: adapters of the small shapes, a knot, and merged weights that slice as before."""
-    from effjax.finetune import ColaConfig, cola_init, cola_merge, cola_next, cola_params
+    from effjax.finetune import ColaConfig, LoraRule, cola_extend, cola_init, cola_merge
 
     module, params, spec = MODELS["bert"], drawn("bert"), spec_of("bert")
     small, sliced = slice_model(module, params, spec)
-    config = ColaConfig("(query|value|up)/kernel", rank=2, knots=(1,))
+    config = ColaConfig(LoraRule("(query|value|up)/kernel", rank=2), knots=(1,))
     state = cola_init(jax.random.key(0), sliced, config)
-    assert {path.split("/")[1] for path in state.lora} == {"layer_0", "layer_1", "layer_2"}
+    assert {path.split("/")[1] for path in state.lora} == {"layer_0", "layer_1"}  # of layer 2 nothing is left
     assert state.lora["encoder/layer_1/attention/query/kernel"]["b"].shape == (2, 12)  # three of four heads
     run = jax.jit(lambda params: small.apply({"params": params}, IDS, MASK))
     whole = run(sliced)
-    np.testing.assert_array_equal(run(cola_params(state, config)), whole)
+    np.testing.assert_array_equal(run(cola_merge(state, config)), whole)
     moved = state._replace(lora=jax.tree.map(lambda leaf: leaf + 0.1, state.lora))
-    tied = cola_next(moved, config)
-    np.testing.assert_allclose(run(cola_params(tied, config)), run(cola_params(moved, config)), atol=1e-4)
-    assert np.abs(run(cola_merge(tied, config)) - whole).max() > 1e-2
+    trained = run(cola_merge(moved, config))
+    assert np.abs(trained - whole).max() > 1e-2
+    tied = cola_extend(moved, config)
+    assert int(tied.link) == 1
+    np.testing.assert_allclose(run(cola_merge(tied, config)), trained, atol=1e-4)
 
 
 def test_a_pruned_decoder_generates_from_its_cache():
