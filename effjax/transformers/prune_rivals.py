@@ -100,9 +100,10 @@ def magnitude_scores(module: nn.Module, params: PyTree, *, group_size: int = 256
     Example:
       >>> from effjax.models import Bert
       >>> module = Bert(30, 8, num_layers=2, num_heads=2, intermediate_size=16)
-      >>> params = jax.jit(module.init)(jax.random.key(0), np.ones((1, 3), int))["params"]
-      >>> magnitude_scores(module, params, group_size=4).groups.shape
-      (2, 4)
+      >>> shapes = jax.eval_shape(module.init, jax.random.key(0), np.ones((1, 3), int))["params"]
+      >>> params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5), shapes)
+      >>> magnitude_scores(module, params, group_size=4).groups.tolist()
+      [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]
     """
     shape = prune_shape(module, group_size=group_size)
     body: Any = module.encoder if isinstance(module, BertClassifier) else module

@@ -93,7 +93,7 @@ def test_heads_that_do_not_fit_are_told(tmp_path, monkeypatch, tokenizer):
 def test_arms_that_train_on_move_what_is_left_alone(tmp_path, monkeypatch, tokenizer):
     """Rows of removed parts get no gradient; a teacher moves the others elsewhere than labels do."""
     params = write_classifier(tmp_path / "tuned", tokenizer)
-    group = study_of(tmp_path / "tuned", monkeypatch, dropout=0.0, learning_rates=(1e-2,))
+    group = study_of(tmp_path / "tuned", monkeypatch, dropout=0.0, learning_rates=(1e-2,), tune_epochs=3)
     loaded = group.load()
     builds = {arm.name: arm.build for arm in group.arms}
     states = {}
@@ -110,7 +110,7 @@ def test_arms_that_train_on_move_what_is_left_alone(tmp_path, monkeypatch, token
     np.testing.assert_array_equal(down(tuned)[~kept], down(loose)[~kept])
     head = lambda state: np.asarray(state.train.params["head"]["kernel"])
     assert np.abs(head(tuned) - head(loose)).max() > 1e-3
-    assert np.abs(head(distilled) - head(tuned)).max() > 1e-4
+    assert np.abs(head(distilled) - head(tuned)).max() > 1e-5
     assert not loose.gates.hard.any()
 
 
