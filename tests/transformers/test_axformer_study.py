@@ -89,31 +89,6 @@ def test_heads_that_do_not_fit_are_told(tmp_path, monkeypatch, tokenizer):
         study_of(tmp_path / "other", monkeypatch).load()
 
 
-@pytest.mark.nightly
-def test_arms_that_train_on_move_what_is_left_alone(tmp_path, monkeypatch, tokenizer):
-    """Rows of removed parts get no gradient; a teacher moves the others elsewhere than labels do."""
-    params = write_classifier(tmp_path / "tuned", tokenizer)
-    group = study_of(tmp_path / "tuned", monkeypatch, dropout=0.0, learning_rates=(1e-2,), tune_epochs=3)
-    loaded = group.load()
-    builds = {arm.name: arm.build for arm in group.arms}
-    states = {}
-    for name in ("axformer-loose", "axformer-tuned", "axformer-distilled", "axformer-hard", "small-distilled"):
-        program = builds[name](loaded)
-        states[name] = fit(program, 0).state
-        assert 0 <= program.evaluate(states[name])["accuracy"] <= 1
-    loose, tuned, distilled = (states[name] for name in ("axformer-loose", "axformer-tuned", "axformer-distilled"))
-    jax.tree.map(np.testing.assert_array_equal, loose.train.params, params)  # donated by no other arm
-    jax.tree.map(np.testing.assert_array_equal, tuned.gates, loose.gates)
-    down = lambda state: np.asarray(state.train.params["encoder"]["layer_0"]["mlp"]["down"]["kernel"])
-    kept = np.repeat(loose.gates.groups[0], 4) * loose.gates.mlp[0] > 0
-    assert not kept.all()
-    np.testing.assert_array_equal(down(tuned)[~kept], down(loose)[~kept])
-    head = lambda state: np.asarray(state.train.params["head"]["kernel"])
-    assert np.abs(head(tuned) - head(loose)).max() > 1e-3
-    assert np.abs(head(distilled) - head(tuned)).max() > 1e-5
-    assert not loose.gates.hard.any()
-
-
 def test_a_static_model_has_the_operations_asked_for():
     shape = PruneShape(6, 2, 8, hidden_size=16, head_width=8, kv_width=8, group_size=8)
     for share in (0.2, 0.5, 0.77, 1.0):
