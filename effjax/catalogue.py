@@ -142,6 +142,8 @@ METHODS: dict[str, Method] = {
                 "effjax.transformers.prune_rivals",
                 "effjax.transformers.fisher",
                 "effjax.transformers.repair",
+                "effjax.transformers.block_costs",
+                "effjax.transformers.cost_search",
             ),
             kind="search over pure functions",
             paper="Nagarajan, Sen, Stevens, Raghunathan 2022, arXiv:2010.03688",

@@ -22,12 +22,40 @@ smoke = AxformerStudy(
 cpu = AxformerStudy(
     tasks=("sst2/encoder-4x64",),
     budget=Budget(5, "epochs"),
-    seeds=(0, 1),
+    seeds=(0, 1, 2),
     max_length=48,
     max_shapes=3,
 )
 """effjax compare axformer (= axformer:cpu). Two CPU cores; needs SST-2 (EFFJAX_DATA or a hub). An encoder that was
 trained until it over-fits: the authors' agreement of one half removes little, without it a good part goes."""
+
+minilm = AxformerStudy(
+    tasks=("sst2/minilm",),
+    budget=Budget(2, "epochs"),
+    seeds=(0, 1, 2),
+    train_rows=3000,
+    validation=0.1,
+    max_length=48,
+    max_shapes=2,
+    learning_rates=(1e-4,),
+    group_size=128,
+    arms=("*", "!axformer-tolerant", "!axformer-target", "!fisher"),
+)
+"""effjax compare axformer:minilm. Two CPU cores; needs SST-2 and `effjax[minilm]`. A pretrained encoder of 6 layers, on
+3,000 of the training texts, of which 300 are searched on; `gpu` takes all."""
+
+own = AxformerStudy(
+    tasks=("sst2/minilm",),
+    budget=Budget(2, "epochs"),
+    seeds=(0,),
+    max_length=64,
+    max_shapes=3,
+    learning_rates=(1e-4,),
+    group_size=128,
+    arms=("finetuned", "axformer", "axformer-loose", "axformer-distilled", "random", "fisher-repair"),
+)
+"""effjax compare axformer --data texts.csv --model FOLDER (= axformer:own with them). Your fine-tuned classifier, or an
+encoder that is fine-tuned first."""
 
 gpu = AxformerStudy(
     tasks=("sst2/minilm", "glue/rte/minilm", "glue/cola/minilm"),

@@ -74,7 +74,7 @@ def load_vit(
     Example:
       >>> import tempfile
       >>> model = ViT(classes=3, patch=4, grid=(2, 2), hidden_size=8, num_layers=1, num_heads=2)
-      >>> params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+      >>> params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     save_vit(folder, model, params, layout="timm")
       ...     load_vit(folder).module.grid

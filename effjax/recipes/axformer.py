@@ -2,43 +2,39 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from effjax.core.errors import Count, Limits, NotNegative, Positive, Rate
-from effjax.core.timing import time_interleaved
 from effjax.data.ragged import Ragged, padded_columns
 from effjax.data.sets import DataSet, load
 from effjax.models.bert import BertClassifier
-from effjax.models.pretrained import Pretrained, load_pretrained, save_pretrained
-from effjax.models.pruned import Gates
-from effjax.optim.batch_size import adamw_by_batch_size
+from effjax.models.pretrained import Pretrained, load_pretrained
+from effjax.recipes.axformer_arms import Loaded, Prune, finetuned, pruned, trained_on
+from effjax.recipes.axformer_choices import (
+    at_random,
+    by_fisher,
+    by_magnitude,
+    fewer_layers,
+    loose,
+    repaired,
+    searched,
+    to_target,
+)
 from effjax.recipes.spec import Arm, Claim, Group, Role
-from effjax.recipes.texts import MODALITY, TextStudy, bucketed, group_name, text_metric
+from effjax.recipes.texts import MODALITY, TextStudy, group_name, text_metric
 from effjax.tasks.task import Task
 from effjax.tasks.text import text_task
-from effjax.train.loaders import planned_loader
-from effjax.train.logging import write_json
-from effjax.train.program import Loader, Phase, Program
-from effjax.train.trainer import TrainState, supervised
-from effjax.transformers.axformer import axformer
-from effjax.transformers.axformer_rules import AxformerConfig
-from effjax.transformers.evaluator import GatedEvaluator
-from effjax.transformers.fisher import fisher_spec, gate_fisher
-from effjax.transformers.gated import gated_apply
-from effjax.transformers.prune_rivals import magnitude_scores, random_spec, ranked_spec
-from effjax.transformers.prune_spec import PruneShape, PruneSpec, all_gates, prune_shape
-from effjax.transformers.repair import repair_outputs
-from effjax.transformers.slicing import mask_params, slice_pretrained
-from effjax.transformers.validation import PruneBatch, prune_batches
+from effjax.transformers.prune_spec import prune_shape
+from effjax.transformers.validation import prune_batches
 
-__all__ = ["CLAIMS", "MODALITY", "AxformerStudy", "groups"]
+__all__ = ["CLAIMS", "MODALITY", "OWN_PRESET", "AxformerStudy", "groups"]
+
+OWN_PRESET = "own"
 
 CLAIMS = {
     "*": (
@@ -48,6 +44,10 @@ CLAIMS = {
         Claim("axformer-loose", ">=", "random", why="it matters what goes"),
         Claim("axformer-loose", ">=", "magnitude", why="it matters what goes"),
         Claim("axformer-loose", ">=", "fisher-repair", why="the search is worth its time"),
+        Claim("axformer-hard", ">=", "axformer-loose", why="hard attention is a knob of accuracy"),
+        Claim("axformer-target", ">=", "finetuned", plus=-0.01, why="at the stated cost"),
+        Claim("axformer-distilled", ">=", "axformer-tuned", why="the whole model teaches more than labels"),
+        Claim("axformer-distilled", ">=", "small-distilled", why="beside a small model of as many operations"),
     )
 }
 
@@ -73,6 +73,18 @@ class AxformerStudy(TextStudy):
     trained; None where the folder has a head for the task's classes."""
     search_batch: Count = 128
     """Texts of a batch of the search; the loss is the mean over such batches, as the authors take it."""
+    hard_share: Annotated[float, Limits(low=0, high=1, open_low=True, open_high=True)] = 0.5
+    """Share of its seen keys that a query keeps under hard attention, in the arm axformer-hard."""
+    target: Annotated[float, Limits(low=0, high=1, open_low=True, open_high=True)] = 0.7
+    """Share of the layers' multiply-accumulates that the arm axformer-target may keep."""
+    beam: Count = 1
+    """Models that its search follows side by side."""
+    tune_epochs: Count = 1
+    """Epochs for which the arms axformer-tuned and axformer-distilled train the pruned model on."""
+    distil_weight: Rate = 0.5
+    """Weight of the whole model's answers beside the labels, in the arms that distil."""
+    temperature: Positive = 2.0
+    """Temperature of both softmaxes in distillation."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -84,67 +96,62 @@ class AxformerStudy(TextStudy):
 
 def groups(config: AxformerStudy) -> list[Group]:
     """Every arm on every task."""
-    arms: dict[str, tuple[Role, str, Any]] = {
-        "finetuned": ("baseline", "fine-tuned, whole", None),
-        "axformer": ("method", f"AxFormer, agreement {config.agreement:g}", _searched(agreement=config.agreement)),
-        "axformer-tolerant": (
-            "method",
-            f"AxFormer, tolerance {config.tolerance:g}",
-            _searched(agreement=config.agreement, tolerance=config.tolerance),
-        ),
-        "axformer-loose": ("method", f"AxFormer, agreement {config.loose_agreement:g}", _loose),
-        "random": ("control", "as many elements at random", _random),
-        "magnitude": ("alternative", "as many of the smallest weights", _magnitude),
-        "fisher": ("alternative", "Fisher information, as many operations", _fisher),
-        "fisher-repair": ("alternative", "Fisher information and least-squares repair", _repaired),
-    }
     return [
         Group(
             group_name(task),
             config.metric(task, MODALITY, text_metric),
             functools.partial(_load, config, task),
-            [
-                Arm(name, role, functools.partial(_build, config, prune), label)
-                for name, (role, label, prune) in arms.items()
-            ],
+            list(_arms(config)),
+            about=_about,
         )
         for task in config.tasks
     ]
 
 
-class PrunedState(NamedTuple):
-    """The state of a run.
+def _arms(config: AxformerStudy) -> Iterator[Arm]:
+    def arm(name: str, role: Role, label: str, prune: Prune, **options: Any) -> Arm:
+        return Arm(name, role, functools.partial(pruned, config, prune, **options), label)
 
-    Attributes:
-      train: of the fine-tuning.
-      gates: all on until it is over.
-    """
+    def on(name: str, role: Role, label: str, prune: Prune, weight: float, epochs: int) -> Arm:
+        return Arm(name, role, functools.partial(trained_on, config, prune, weight, epochs), label)
 
-    train: TrainState
-    gates: Gates
-
-
-class _Loaded(NamedTuple):
-    """What the arms of a group share."""
-
-    task: Task
-    shape: PruneShape
-    held: list[PruneBatch]
-    length: int
-    tuned: bool
-
-
-class _Fitted(NamedTuple):
-    """A fine-tuned model and what it is pruned on."""
-
-    config: AxformerStudy
-    loaded: _Loaded
-    module: BertClassifier
-    params: Any
-    key: jax.Array
+    rules = lambda **rules: functools.partial(searched, **rules)
+    own, free, share = config.agreement, config.loose_agreement, config.hard_share
+    yield Arm("finetuned", "baseline", functools.partial(finetuned, config), "fine-tuned, whole")
+    yield arm("axformer", "method", f"AxFormer, agreement {own:g}", rules(agreement=own))
+    tolerant = rules(agreement=own, tolerance=config.tolerance)
+    yield arm("axformer-tolerant", "method", f"AxFormer, tolerance {config.tolerance:g}", tolerant)
+    yield arm("axformer-loose", "method", f"AxFormer, agreement {free:g}", loose)
+    hard = rules(agreement=free, hard=True, top_k=share)
+    yield arm("axformer-hard", "method", f"+ hard attention, {share:g} of the keys", hard, hard=True)
+    epochs, weight = config.tune_epochs, config.distil_weight
+    yield on("axformer-tuned", "method", f"+ fine-tuned again, epochs: {epochs}", loose, 0.0, epochs)
+    yield on("axformer-distilled", "method", f"+ distilled, epochs: {epochs}", loose, weight, epochs)
+    yield arm("axformer-target", "method", f"search to {config.target:g} of the operations", to_target)
+    yield arm("random", "control", "as many elements at random", at_random)
+    yield arm("magnitude", "alternative", "as many of the smallest weights", by_magnitude)
+    yield arm("fisher", "alternative", "Fisher information, as many operations", by_fisher)
+    yield arm("fisher-repair", "alternative", "Fisher information and least-squares repair", repaired)
+    small = "fewer layers, as many operations, distilled"
+    yield on("small-distilled", "alternative", small, fewer_layers, weight, int(config.budget.amount))
 
 
-def _load(config: AxformerStudy, name: str) -> _Loaded:
+def _about(loaded: Loaded) -> list[str]:
+    """Where the time went, and how the small model is had."""
+    once = "The model came fine-tuned" if loaded.tuned else "Each seed is fine-tuned once, in the arm finetuned"
+    found = [
+        f"{once}: the training seconds of the other arms are those of pruning and of what they train on. The gated "
+        "model that the arms are measured with is as large as the whole one; the sliced one is small."
+    ]
+    if loaded.task.pretrained is not None:
+        found.append(
+            "`effjax train` with the words of this comparison and --arm axformer-loose, then `effjax export FOLDER "
+            "--out SMALL`, writes the small model as a Hugging Face folder, with its latency beside the whole one's."
+        )
+    return found
+
+
+def _load(config: AxformerStudy, name: str) -> Loaded:
     data, _, model = name.rpartition("/")
     made: dict[str, Any] = {"max_length": config.max_length, "dropout": config.dropout, **config.made}
     dataset = config.data(data, MODALITY)
@@ -168,7 +175,7 @@ def _load(config: AxformerStudy, name: str) -> _Loaded:
     shape = prune_shape(module, group_size=config.group_size)
     batches = prune_batches(inputs, held["label"], batch_size=min(config.search_batch, len(held["label"])))
     source = f"{task.source} {len(held['label'])} training texts were held out for the search."
-    return _Loaded(task._replace(train=rest, source=source), shape, batches, length, tuned is not None)
+    return Loaded(config, task._replace(train=rest, source=source), shape, batches, length, tuned is not None)
 
 
 def _tuned(config: AxformerStudy, dataset: DataSet, task: Task) -> Pretrained | None:
@@ -214,135 +221,3 @@ def held_out(columns: Mapping[str, Any], share: float) -> tuple[dict[str, Any], 
         name: column.take(chosen) if isinstance(column, Ragged) else column[chosen] for name, column in columns.items()
     }
     return take(np.sort(order[count:])), take(np.sort(order[:count]))
-
-
-def _build(config: AxformerStudy, prune: Any, loaded: _Loaded) -> Program:
-    """AdamW as in all studies on texts; once it is over, the gates are chosen and the weights masked."""
-    task, shape = loaded.task, loaded.shape
-    module: Any = task.module
-    trained = _untrained(task) if loaded.tuned else _trained(config, task)
-    (phase,) = trained.phases
-
-    def init(key: jax.Array) -> PrunedState:
-        return PrunedState(trained.init(key), jax.tree.map(jnp.asarray, all_gates(shape)))
-
-    def step(state: PrunedState, batch: Any, aux: Any) -> tuple[PrunedState, Mapping[str, jax.Array]]:
-        train, metrics = phase.step(state.train, batch, aux)
-        return state._replace(train=train), metrics
-
-    def leave(state: PrunedState) -> PrunedState:
-        spec, params = prune(_Fitted(config, loaded, module, state.train.params, state.train.key))
-        gates = jax.tree.map(jnp.asarray, spec.gates())
-        return PrunedState(state.train._replace(params=params), gates)
-
-    def params_of(state: PrunedState) -> dict[str, Any]:
-        return {"params": mask_params(module, state.train.params, state.gates)}
-
-    # What a model scores that collapsed to one class.
-    majority = float(np.bincount(np.asarray(task.test["label"])).max() / len(task.test["label"]))
-
-    def evaluate(state: PrunedState) -> dict[str, Any]:
-        spec = PruneSpec.of_gates(jax.device_get(state.gates), shape)
-        layers = shape.layers * (shape.params_of("attention") + shape.params_of("mlp"))
-        sizes = {"kept_params": 1 - spec.removed_params / layers, "kept_macs": spec.kept_macs(loaded.length)}
-        return {**task.evaluate(params_of(state)), **sizes, "majority": majority}
-
-    return Program(
-        task,
-        init,
-        (Phase(step, phase.steps, leave=None if prune is None else leave),),
-        params_of,
-        trained.loader,
-        evaluate,
-        trained=lambda state: state.train.params,
-        export=None if task.pretrained is None else functools.partial(_export, task, shape),
-        train_metrics=lambda means: {},
-    )
-
-
-def _trained(config: AxformerStudy, task: Task) -> Program:
-    """AdamW on planned batches, as in all studies on texts."""
-    plan = functools.partial(bucketed(config), task)
-    loader, steps = planned_loader(plan, config.seeds, int(config.budget.amount), config.batch_size)
-    falling = optax.linear_schedule(config.learning_rates[0], 0.0, steps)
-    return supervised(
-        task._replace(init=lambda key: task.init(jax.random.split(key)[0])),
-        adamw_by_batch_size(falling, weight_decay=config.weight_decay, reference=config.batch_size),
-        steps=steps,
-        loader=loader,
-        options=config.train,
-    )
-
-
-def _untrained(task: Task) -> Program:
-    """A step that does nothing: the model was fine-tuned before."""
-
-    def init(key: jax.Array) -> TrainState:
-        return TrainState.start(task.init(key), lambda params: (), key)
-
-    def step(state: TrainState, batch: Any, aux: Any) -> tuple[TrainState, Mapping[str, jax.Array]]:
-        return state._replace(step=state.step + 1), {"loss": jnp.float32(0)}
-
-    return Program(task, init, (Phase(step, 1),), lambda state: state.variables, Loader(None, 1))
-
-
-def _export(task: Task, shape: PruneShape, state: PrunedState, out: Path, *, merged: bool = False) -> None:
-    """A Hugging Face folder of the small model, ``prune_spec.json``, and ``latency.json``: milliseconds of a batch."""
-    spec = PruneSpec.of_gates(jax.device_get(state.gates), shape)
-    module: Any = task.module
-    whole = load_pretrained(task.pretrained.folder, classes=module.classes, pool=module.pool)
-    small = slice_pretrained(whole, spec, state.train.params)
-    save_pretrained(out, small)
-    spec.save(Path(out) / "prune_spec.json")
-    models = {"whole": (whole.module, state.train.params), "small": (small.module, small.params)}
-    ids = np.ones((32, task.example_inputs["input_ids"].shape[1]), np.int32)
-    calls = {}
-    for name, (own, params) in models.items():
-        run = jax.jit(own.apply)
-        for rows in (1, 32):
-            calls[name, rows] = functools.partial(run, {"params": params}, ids[:rows])
-    found = {f"{name}, batch {rows}": timing.median_ms for (name, rows), timing in time_interleaved(calls).items()}
-    write_json(Path(out) / "latency.json", {"tokens": ids.shape[1], "median_ms": found})
-
-
-def _search(fitted: _Fitted, **rules: Any) -> PruneSpec:
-    # Hard attention is not in the weights and saves nothing.
-    config = AxformerConfig(hard=False, loss_batch=fitted.config.search_batch, **rules)
-    evaluator = GatedEvaluator(fitted.module, fitted.params, fitted.loaded.held, top_k=config.top_k)
-    return axformer(evaluator, fitted.loaded.shape, config=config).spec
-
-
-def _searched(**rules: Any) -> Any:
-    return lambda fitted: (_search(fitted, **rules), fitted.params)
-
-
-def _found(fitted: _Fitted) -> PruneSpec:
-    return _search(fitted, agreement=fitted.config.loose_agreement)
-
-
-def _loose(fitted: _Fitted) -> tuple[PruneSpec, Any]:
-    return _found(fitted), fitted.params
-
-
-def _random(fitted: _Fitted) -> tuple[PruneSpec, Any]:
-    return random_spec(fitted.key, _found(fitted)), fitted.params
-
-
-def _magnitude(fitted: _Fitted) -> tuple[PruneSpec, Any]:
-    scores = magnitude_scores(fitted.module, fitted.params, group_size=fitted.config.group_size)
-    return ranked_spec(scores, _found(fitted)), fitted.params
-
-
-def _fisher(fitted: _Fitted) -> tuple[PruneSpec, Any]:
-    loaded, found = fitted.loaded, _found(fitted)
-    share = found.kept_macs(loaded.length)
-    if share >= 1 or share <= 0:
-        return PruneSpec(loaded.shape) if share >= 1 else found, fitted.params
-    fisher = gate_fisher(gated_apply(fitted.module), fitted.params, loaded.shape, loaded.held)
-    return fisher_spec(fisher, loaded.shape, macs=share, length=loaded.length), fitted.params
-
-
-def _repaired(fitted: _Fitted) -> tuple[PruneSpec, Any]:
-    spec, params = _fisher(fitted)
-    held = fitted.loaded.held
-    return spec, repair_outputs(fitted.module, params, spec, held, ridge=fitted.config.ridge)

@@ -1,44 +1,44 @@
-"""The ICPC study: vision transformers that train on several sizes, beside one size and other ways to fewer tokens.
+"""The ICPC study: transformers that train on several sizes, beside one size and other ways to fewer tokens.
 
-Spectrograms of spoken digits are images too, time along the rows.
+Spectrograms of spoken digits are images too, time along the rows; texts are in ``icpc_texts``.
 """
 
 import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scipy import special
 
-from effjax.core.errors import Count, Natural, NotNegative, Positive, Rate, Share
+from effjax.core.errors import Count, Limits, Natural, NotNegative, Positive, Rate, Share
 from effjax.core.shapes import pad_to
 from effjax.data.augment import random_crop_flip
 from effjax.data.sequences import sequence_data
 from effjax.data.sets import DataSet, load
 from effjax.models.vit import ViT, named_vit
-from effjax.recipes.spec import Arm, Claim, CurveText, Group, Role, StudyConfig
+from effjax.recipes.icpc_measures import CURVES, METRIC, level_measures
+from effjax.recipes.icpc_texts import MODALITY, is_text, text_group
+from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig
+from effjax.recipes.texts import check_epochs
 from effjax.tasks.image import image_task, standardised, unit_images
-from effjax.tasks.task import Metric, Task
+from effjax.tasks.task import Task
 from effjax.train.loaders import column_loader
-from effjax.train.program import Curve, Program
+from effjax.train.program import Program
 from effjax.train.trainer import supervised
 from effjax.transformers.compressions import resize_images
 from effjax.transformers.flexible_patches import random_patches, resize_patch_kernel
 from effjax.transformers.icpc import MixedLevels, icpc
-from effjax.transformers.level_calibration import level_thresholds, stop_levels
-from effjax.transformers.level_cascade import evaluated_cost
 from effjax.transformers.level_sampling import level_tokens
 from effjax.transformers.position_tables import How, position_selector
 
-MODALITY = "image"
-_METRIC = Metric("accuracy", "max", "test accuracy")
-_CURVES = {"sizes": CurveText("Accuracy by size", "tokens, share of the full size's", "test accuracy")}
+__all__ = ["CLAIMS", "MODALITY", "OWN_MODEL", "IcpcStudy", "groups"]
+
+OWN_MODEL = {"image": "vit-64-4", "text": "encoder-2x64"}
 _NAME = re.compile(r"vit-([1-9]\d*)-([1-9]\d*)")
 Size = tuple[int, int]
 
@@ -49,7 +49,7 @@ class IcpcStudy(StudyConfig):
 
     tasks: tuple[str, ...] = ("fashion_mnist/vit-64-4",)
     """Data set and model: fashion_mnist/vit-64-4 (width 64, 4 layers), cifar10/vit_small_patch4_32 (a name of timm's),
-    spoken_digits/vit-64-2 (spectrograms of recordings)."""
+    spoken_digits/vit-64-2 (spectrograms of recordings), sst2/encoder-2x64 or sst2/minilm (texts)."""
     patch: Count = 4
     """Side of a patch of vit-WIDTH-DEPTH, in pixels."""
     pixels: Count | None = None
@@ -58,6 +58,14 @@ class IcpcStudy(StudyConfig):
     """Levels as shares of the full sides, rounded to whole patches, increasing; the last is 1."""
     shares: tuple[Count, ...] = (1, 1, 1, 1, 1)
     """Rows of each level among as many neighbouring rows of a batch."""
+    dropped: tuple[Annotated[float, Limits(low=0, high=1)], ...] = (1.0, 0.5, 0.0)
+    """Levels of texts, as shares of their stop words that are left out, decreasing; the last is 0."""
+    max_length: Count = 64
+    """Tokens of a text; longer ones are truncated."""
+    max_shapes: Count = 4
+    """Number of batch shapes of texts."""
+    tokens: Count = 8192
+    """Most padded tokens of a batch of texts."""
     late: Rate = 0.2
     """Share of a run at its end that the arm icpc-late trains on the full size."""
     kept: Share = 0.5
@@ -73,9 +81,10 @@ class IcpcStudy(StudyConfig):
     test_rows: Count | None = None
     """Number of test images; all when None."""
     batch_size: Count = 100
-    """Examples of one step; a multiple of the sum of shares."""
+    """Examples of one step; a multiple of the sum of shares. Of texts it is rounded down to a multiple of 8."""
     learning_rate: Positive = 1.5e-3
-    """Largest learning rate of AdamW, after a warm-up; it ends at 0, by a cosine."""
+    """Largest learning rate of AdamW, after a warm-up; it ends at 0, by a cosine. Of texts it falls from the
+    start, linearly."""
     warmup: Rate = 0.1
     """Share of the run in which the learning rate rises from 0."""
     weight_decay: NotNegative = 0.05
@@ -86,18 +95,32 @@ class IcpcStudy(StudyConfig):
         for task in self.tasks:
             if task.count("/") != 1:
                 raise ValueError(f"tasks={task!r} must be DATA/MODEL, such as 'fashion_mnist/vit-64-4'.")
-            if not _NAME.fullmatch(task.partition("/")[2]):
+            if not is_text(self, task) and not _NAME.fullmatch(task.partition("/")[2]):
                 named_vit(task.partition("/")[2])
+            if is_text(self, task):
+                check_epochs(self)
         if list(self.scales) != sorted(set(self.scales)) or len(self.scales) < 2 or self.scales[-1] != 1:
             raise ValueError(f"scales={self.scales} must be two or more increasing shares that end with 1.")
         if len(self.shares) != len(self.scales):
             raise ValueError(f"shares={self.shares} must hold one integer for each of scales={self.scales}.")
+        if list(self.dropped) != sorted(set(self.dropped), reverse=True) or len(self.dropped) < 2 or self.dropped[-1]:
+            raise ValueError(f"dropped={self.dropped} must be two or more decreasing shares that end with 0.")
         if self.batch_size % sum(self.shares):
             raise ValueError(f"batch_size={self.batch_size} is no multiple of the sum of shares={self.shares}.")
 
 
+_TEXTS = (
+    Claim("icpc", ">=", "full", of="small", plus=0.02, why="at the shortest texts"),
+    Claim("icpc", ">=", "full", plus=-0.01),
+    Claim("icpc", ">=", "icpc-random", why="it matters which words go"),
+    Claim("icpc", ">=", "full-short", why="in as many tokens"),
+    Claim("icpc", "<=", "full", of="macs_per_example", times=0.9),
+    Claim("icpc", "<=", 0.005, of="cascade_loss"),
+)
 CLAIMS = {
-    "*": (
+    "*-encoder-*": _TEXTS,
+    "*-minilm": _TEXTS,
+    "*-vit*": (
         Claim("icpc", "<=", "full", of="macs_per_example", times=0.67),
         Claim("icpc", "<=", "full", of="step_ms", times=0.8),
         Claim("icpc", ">=", "full", of="small", plus=0.3, why="at the smallest size"),
@@ -108,18 +131,18 @@ CLAIMS = {
         Claim("icpc-interp", ">=", "icpc", why="positions that keep their place"),
         Claim("icpc", "<=", 0.65, of="cascade_cost"),
         Claim("icpc", "<=", 0.01, of="cascade_loss"),
-    )
+    ),
 }
 
 
 def groups(config: IcpcStudy) -> list[Group]:
     """One for each data set and model."""
-    return [
-        Group(
-            name.replace("/", "-"), _METRIC, functools.partial(_load, config, name), list(_arms(config)), curves=_CURVES
-        )
-        for name in config.tasks
-    ]
+    return [text_group(config, name) if is_text(config, name) else _image_group(config, name) for name in config.tasks]
+
+
+def _image_group(config: IcpcStudy, name: str) -> Group:
+    load = functools.partial(_load, config, name)
+    return Group(name.replace("/", "-"), METRIC, load, list(_arms(config)), curves=CURVES)
 
 
 class Loaded(NamedTuple):
@@ -141,7 +164,7 @@ class Loaded(NamedTuple):
 def _load(config: IcpcStudy, name: str) -> Loaded:
     data_name, model = name.split("/")
     sounds = data_name == "spoken_digits" and config.own is None
-    data = _spectrograms() if sounds else config.data(data_name, MODALITY)
+    data = _spectrograms() if sounds else config.data(data_name, "image")
     data = load(data) if isinstance(data, str) else data
     height, width = data.splits["train"]["image"].shape[1:3]
     if config.pixels:
@@ -196,13 +219,15 @@ class _Chosen(nn.Module):
     module: ViT
     whole: Size
     patches: tuple[int, ...] = ()
+    shares: tuple[int, ...] = ()
     kept: int = 0
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> Any:
         if train and self.patches:
             run = lambda module, pair: module(resize_images(pair[0], self.whole), patch=pair[1], train=True)
-            return icpc(run, self.patches, compress=lambda images, patch: (images, patch))(self.module, images)
+            pairs = lambda images, patch: (images, patch)
+            return icpc(run, self.patches, shares=self.shares, compress=pairs)(self.module, images)
         keep = None
         if train and self.kept:
             total = self.module.grid[0] * self.module.grid[1]
@@ -228,7 +253,11 @@ def _arms(config: IcpcStudy) -> Iterator[Arm]:
     steps = len(config.scales) - 2
     ladder = [(0.5, at(0)), *((0.3 / steps, at(1 + place)) for place in range(steps)), (0.2 if steps else 0.5, full)]
     yield arm("progressive", "alternative", "progressive resizing", "interp", *ladder)
-    flexible = lambda loaded, model: _Chosen(model, loaded.sizes[-1], patches=_patches(loaded, model))
+
+    def flexible(loaded: Loaded, model: ViT) -> nn.Module:
+        sides = _patches(loaded, model)
+        return _Chosen(model, loaded.sizes[-1], patches=sides, shares=_dividing(config.batch_size, len(sides)))
+
     yield arm("flexible-patches", "alternative", "larger patches (FlexiViT)", "interp", (1.0, flexible))
     some = lambda loaded, model: _Chosen(
         model, loaded.sizes[-1], kept=max(1, round(config.kept * model.grid[0] * model.grid[1]))
@@ -241,6 +270,12 @@ def _patches(loaded: Loaded, model: ViT) -> tuple[int, ...]:
     height, width = loaded.sizes[-1]
     sides = range(model.patch, min(height, width) // 2 + 1)
     return tuple(side for side in sides if height % side == 0 and width % side == 0)[:4]
+
+
+def _dividing(rows: int, count: int) -> tuple[int, ...]:
+    """Shares of ``count`` patches whose sum divides the batch: 1 each, and for the own one what is over."""
+    whole = next((total for total in range(count, rows + 1) if rows % total == 0), count)
+    return (whole - count + 1, *(1,) * (count - 1))
 
 
 def _program(config: IcpcStudy, how: How, parts: Sequence[Part], loaded: Loaded) -> Program:
@@ -294,18 +329,9 @@ def _measured(config: IcpcStudy, loaded: Loaded, task: Task, model: ViT, state: 
     variables = {"params": state.variables["params"]["module"]}
     logits = np.stack([_logits(loaded.logits(model, size), variables, task) for size in loaded.sizes], 1)
     labels = np.asarray(task.test["label"])
-    hit = logits.argmax(-1) == labels[:, None]
-    accuracy = hit.mean(0)
     tokens = [level_tokens(size, model.patch, prefix=model.prefix) for size in loaded.sizes]
-    names = [f"accuracy_{height}" + (f"x{width}" if width != height else "") for height, width in loaded.sizes]
-    return {
-        "accuracy": float(accuracy[-1]),
-        "small": float(accuracy[0]),
-        "spread": float(accuracy.max() - accuracy.min()),
-        **{name: float(value) for name, value in zip(names, accuracy, strict=True)},
-        **_cascaded(config, logits[:, [0, -1]], hit[:, [0, -1]], (tokens[0], tokens[-1])),
-        "sizes": Curve([count / tokens[-1] for count in tokens], accuracy.tolist()),
-    }
+    names = [f"{height}" + (f"x{width}" if width != height else "") for height, width in loaded.sizes]
+    return level_measures(config, logits, labels, tokens, names)
 
 
 def _logits(run: Callable[..., jax.Array], variables: Mapping[str, Any], task: Task, size: int = 250) -> np.ndarray:
@@ -315,18 +341,3 @@ def _logits(run: Callable[..., jax.Array], variables: Mapping[str, Any], task: T
     starts = range(0, rows, size)
     parts = [run(variables, ready(pad_to(images[start : start + size], size))) for start in starts]
     return np.concatenate(jax.device_get(parts))[:rows]
-
-
-def _cascaded(config: IcpcStudy, logits: np.ndarray, hit: np.ndarray, tokens: tuple[int, int]) -> dict[str, float]:
-    """Threshold from the even rows, measures on the odd ones."""
-    confidence = special.softmax(logits.astype(np.float64), -1).max(-1)
-    held, rest = slice(0, None, 2), slice(1, None, 2)
-    found = level_thresholds(confidence[held], ~hit[held], loss=config.loss, method=config.certify)
-    stop = stop_levels(confidence[rest], found.values)
-    accuracy = np.take_along_axis(hit[rest], stop[:, None], 1).mean()
-    return {
-        "cascade_accuracy": float(accuracy),
-        "cascade_loss": float(hit[rest][:, -1].mean() - accuracy),
-        "cascade_cost": float(evaluated_cost(stop, tokens).mean() / tokens[-1]),
-        "threshold": min(found.values[0], 1.0),
-    }

@@ -5,9 +5,15 @@ from .axformer_rules import AxformerState as AxformerState
 from .axformer_rules import Trial as Trial
 from .axformer_rules import axformer_init as axformer_init
 from .axformer_rules import axformer_next as axformer_next
+from .block_costs import BlockCosts as BlockCosts
+from .block_costs import latency_of_blocks as latency_of_blocks
+from .block_costs import macs_of_blocks as macs_of_blocks
 from .compressions import compress_spectrogram as compress_spectrogram
 from .compressions import compress_text as compress_text
+from .compressions import compressed_text_columns as compressed_text_columns
 from .compressions import resize_images as resize_images
+from .cost_search import PrunedToCost as PrunedToCost
+from .cost_search import prune_to_cost as prune_to_cost
 from .evaluator import GatedEvaluator as GatedEvaluator
 from .fisher import GateFisher as GateFisher
 from .fisher import fisher_spec as fisher_spec

@@ -1,6 +1,7 @@
 """The rules of AxFormer's search: what is tested in which order, and what is accepted."""
 
 import dataclasses
+import itertools
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -124,13 +125,9 @@ class AxformerState:
         """The next candidates, if each is rejected: up to ``count``, as far as they are known."""
         if self.base is None or not self.pending:
             return (self.candidate,)
-        known = self.pending[:count]
-        if known[0].kind in FINE:  # what follows a block depends on its loss
-            known = known[:1]
-        kinds = [element.kind for element in known]
-        while kinds[-1] in FINE and len(kinds) > 1:
-            kinds.pop()
-        return tuple(self.spec.adding(element) for element in known[: len(kinds)])
+        # What follows a block depends on its loss.
+        known = list(itertools.takewhile(lambda element: element.kind not in FINE, self.pending[:count]))
+        return tuple(self.spec.adding(element) for element in known or self.pending[:1])
 
 
 def axformer_init(shape: PruneShape, config: AxformerConfig | None = None) -> AxformerState:
@@ -248,7 +245,7 @@ def _judged(state: AxformerState, scores: Scores, losses: np.ndarray) -> Trial:
     counted = _counted(config, base.losses)
     unhurt = (losses <= base.losses + config.tolerance) & counted
     failed = []
-    if not _low_enough(state, loss, weights):
+    if not _low_enough(state, loss):
         failed.append("loss")
     if scores.complete:
         if unhurt.sum() <= np.floor(config.agreement * counted.sum()):
@@ -278,7 +275,7 @@ def loss_bound(state: AxformerState) -> float:
     return float(weights @ state.base.losses) * (1 + budget)
 
 
-def _low_enough(state: AxformerState, loss: float, weights: np.ndarray) -> bool:
+def _low_enough(state: AxformerState, loss: float) -> bool:
     bound = loss_bound(state)
     # Hard attention saves nothing, so that it must lower the loss whatever the budget.
     within = state.config.loss_budget is not None and state.pending[0].kind != "hard"

@@ -1,6 +1,6 @@
 """Smaller versions of an input, by modality: images, spectrograms, texts. A level is a size, or a share of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from effjax.core.tree import wide
 from effjax.data.ragged import Ragged
 from effjax.transformers.token_drop import drop_as_many, word_hash
 
-__all__ = ["compress_spectrogram", "compress_text", "resize_images"]
+__all__ = ["compress_spectrogram", "compress_text", "compressed_text_columns", "resize_images"]
 
 
 def resize_images(
@@ -144,6 +144,50 @@ def compress_text(
     priority = np.where(droppable, draws >> np.uint64(1), np.uint64(2**64 - 1))
     kept = drop_as_many(ids, counts, priority)
     return ids.keep(kept), kept
+
+
+def compressed_text_columns(
+    columns: Mapping[str, Any], stop_of_id: Integer[np.ndarray, "vocab"], shares: Sequence[float], *, seed: int
+) -> Callable[[int], dict[str, Any]]:
+    """The columns of every epoch, equal parts of the texts at each level: what ``BucketSampler`` takes.
+
+    A text meets the levels in turn, from epoch to epoch. Buckets of lengths turn its shorter versions into smaller
+    batches, so that the level of every single text costs no padding.
+
+    Args:
+      columns: ``input_ids``, a ``Ragged``, and others; those with one entry per token lose what ``input_ids`` lose.
+      stop_of_id: as of ``compress_text``.
+      shares: the levels: of the droppable tokens, what is left out.
+      seed: 0 or more; of the first levels and of the words that go.
+
+    Returns:
+      ``epoch -> columns``.
+
+    Raises:
+      ValueError: no levels, or as ``compress_text``.
+
+    Example:
+      >>> columns = {"input_ids": Ragged.of([[0, 1, 1, 0]] * 4), "label": np.arange(4)}
+      >>> read = compressed_text_columns(columns, np.array([-1, 0]), (1.0, 0.0), seed=0)
+      >>> first, second = (read(epoch)["input_ids"].lengths for epoch in (0, 1))
+      >>> sorted(first.tolist()), (first + second).tolist()
+      ([2, 2, 4, 4], [6, 6, 6, 6])
+    """
+    if not len(shares):
+        raise ValueError("shares=() must hold one level or more; 0.0 is the whole text.")
+    ids: Ragged = columns["input_ids"]
+    first = np.random.default_rng(check_number("seed", seed, low=0, integer=True)).permutation(len(ids))
+
+    def read(epoch: int) -> dict[str, Any]:
+        places = (first + epoch) % len(shares)
+        stays = np.ones(len(ids.values), bool)
+        for place, share in enumerate(shares):
+            rows = np.flatnonzero(places == place)
+            _, kept = compress_text(ids.take(rows), stop_of_id, share, seed=seed, epoch=epoch, row_ids=rows)
+            stays[(places == place)[ids.rows]] = kept
+        return {name: column.keep(stays) if isinstance(column, Ragged) else column for name, column in columns.items()}
+
+    return read
 
 
 def _resized(images: Any, size: tuple[int, int], antialias: bool) -> jax.Array:

@@ -1,5 +1,6 @@
 """Scores of gates on a validation set: one program for all that is tried, and states that are not computed again."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,24 +68,34 @@ class GatedEvaluator:
         self._sharding: tuple[Any, ...] = (
             () if mesh is None else (NamedSharding(mesh, P(axis)), NamedSharding(mesh, P()))
         )
-        self._params = jax.device_put(params, self._sharding[1]) if self._sharding else params
         self._batches = [self._placed((batch.inputs, batch.labels), mesh, axis) for batch in batches]
         self._cut: Any = parts(model, top_k=top_k) if isinstance(model, nn.Module) else None
         self._run: Any
-        self.layers_run = 0
         if self._cut is None:
             out = self._sharding[1] if self._sharding else None
             whole = lambda params, gates, batch: axformer_step(model, params, gates, batch, loss=loss)[:2]
             self._run = jax.jit(whole, out_shardings=out)
         else:
-            self._layers = jax.jit(self._cut.stack)(self._params)
+            self._stack = jax.jit(self._cut.stack)
             self._embed = jax.jit(self._cut.embed)
             out = (*self._sharding, self._sharding[1]) if self._sharding else None
             self._run = jax.jit(_runner(self._cut, loss), out_shardings=out)
-        self._kept: Any = None  # gates, and the inputs of layers in each batch
+        self._hold(params)
         self._stride = self._fitting_stride(cache_bytes) if self._cut else 0
         if loss is sample_losses:
             self._check_labels(batches, model)
+
+    def with_params(self, params: PyTree) -> "GatedEvaluator":
+        """The same for other parameters of the same model, such as another seed's: nothing is compiled again."""
+        other = copy.copy(self)
+        other._hold(params)
+        return other
+
+    def _hold(self, params: PyTree) -> None:
+        self._params = jax.device_put(params, self._sharding[1]) if self._sharding else params
+        self._layers = None if self._cut is None else self._stack(self._params)
+        self._kept: Any = None  # gates, and the inputs of layers in each batch
+        self.layers_run = 0
 
     @property
     def compiles(self) -> int:

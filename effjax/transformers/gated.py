@@ -84,9 +84,9 @@ def gated_apply(module: nn.Module, *, top_k: int | float = 30) -> Apply:
       >>> from effjax.transformers.prune_spec import PruneShape, PruneSpec
       >>> module = Bert(30, 8, num_layers=2, num_heads=2, intermediate_size=8)
       >>> ids = jnp.ones((1, 3), int)
-      >>> params = jax.jit(module.init)(jax.random.key(0), ids)["params"]
+      >>> params = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
       >>> gates = PruneSpec(PruneShape(layers=2, heads=2, groups=1), mlp=(1,)).gates()
-      >>> gated_apply(module)(params, {"input_ids": ids}, gates).shape
+      >>> jax.eval_shape(gated_apply(module), params, {"input_ids": ids}, gates).shape
       (1, 3, 8)
     """
     cut = parts(module, top_k=top_k)

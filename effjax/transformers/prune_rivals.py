@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 
 from effjax.models.bert import BertClassifier
 from effjax.models.pruned import Gates
-from effjax.transformers.prune_spec import PruneSpec, check_shapes_agree, prune_shape
+from effjax.transformers.prune_spec import PruneSpec, prune_shape
 
 __all__ = ["magnitude_scores", "random_spec", "ranked_spec"]
 
@@ -100,9 +100,10 @@ def magnitude_scores(module: nn.Module, params: PyTree, *, group_size: int = 256
     Example:
       >>> from effjax.models import Bert
       >>> module = Bert(30, 8, num_layers=2, num_heads=2, intermediate_size=16)
-      >>> params = jax.jit(module.init)(jax.random.key(0), np.ones((1, 3), int))["params"]
-      >>> magnitude_scores(module, params, group_size=4).groups.shape
-      (2, 4)
+      >>> shapes = jax.eval_shape(module.init, jax.random.key(0), np.ones((1, 3), int))["params"]
+      >>> params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5), shapes)
+      >>> magnitude_scores(module, params, group_size=4).groups.tolist()
+      [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]
     """
     shape = prune_shape(module, group_size=group_size)
     body: Any = module.encoder if isinstance(module, BertClassifier) else module
@@ -129,12 +130,3 @@ def magnitude_scores(module: nn.Module, params: PyTree, *, group_size: int = 256
 def _kernel(held: PyTree, layer: int, name: str, scanned: bool) -> Any:
     block, part = name.split("/")
     return held["layers"][block][part]["kernel"][layer] if scanned else held[f"layer_{layer}"][block][part]["kernel"]
-
-
-def check_spec(module: nn.Module, spec: PruneSpec) -> None:
-    """Refuse a spec of another model.
-
-    Raises:
-      ValueError: as ``slice_model``.
-    """
-    check_shapes_agree(spec, prune_shape(module, group_size=max(spec.shape.group_size, 1)))

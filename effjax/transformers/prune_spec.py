@@ -314,23 +314,31 @@ class PruneSpec:
             raise ValueError(f"{path}: {error}") from None
 
 
-def check_shapes_agree(spec: PruneSpec, shape: PruneShape) -> None:
-    """Refuse a spec that was made for a model of another shape.
+def check_made_for(module: Any, spec: PruneSpec) -> PruneShape:
+    """Refuse a spec that was made for another model; returns the model's elements.
 
     Raises:
-      ValueError: the fields that differ.
+      ValueError: the fields that differ, or a spec that says no sizes.
 
     Example:
-      >>> check_shapes_agree(PruneSpec(PruneShape(2, 3, 4)), PruneShape(3, 3, 4))
+      >>> module = Bert(30, 8, num_layers=2, num_heads=2, intermediate_size=16)
+      >>> check_made_for(module, PruneSpec(prune_shape(module.clone(num_layers=3), group_size=4)))
       Traceback (most recent call last):
-      ValueError: spec is of another model: layers=2, here 3. Search this model, or give the one that was searched.
+      ValueError: spec is of another model: layers=3, here 2. Search this model, or give the one that was searched.
     """
+    if not spec.shape.group_size:
+        raise ValueError(f"spec was made for sizes that are not known: {spec.shape}. Search with prune_shape(module).")
+    body = module.encoder if isinstance(module, BertClassifier) else module
+    # A group size that does not divide is one more way to be another model.
+    fits = getattr(body, "intermediate_size", 0) % spec.shape.group_size == 0
+    shape = prune_shape(module, group_size=spec.shape.group_size if fits else 1)
     mine, here = dataclasses.asdict(spec.shape), dataclasses.asdict(shape)
     wrong = [f"{name}={mine[name]}, here {here[name]}" for name in mine if mine[name] != here[name]]
     if wrong:
         raise ValueError(
             f"spec is of another model: {'; '.join(wrong)}. Search this model, or give the one that was searched."
         )
+    return shape
 
 
 def _place(value: Any) -> Any:

@@ -14,8 +14,7 @@ from effjax.models.attention import norm_module
 from effjax.models.bert import BertClassifier
 from effjax.models.parts import Parts, parts
 from effjax.models.pruned import Gates
-from effjax.transformers.prune_rivals import check_spec
-from effjax.transformers.prune_spec import PruneSpec, all_gates
+from effjax.transformers.prune_spec import PruneSpec, all_gates, check_made_for
 from effjax.transformers.validation import PruneBatch
 
 __all__ = ["repair_outputs"]
@@ -68,7 +67,7 @@ def repair_outputs(
     for each kept element.
     """
     check_number("ridge", ridge, low=0, open_low=True)
-    check_spec(module, spec)
+    check_made_for(module, spec)
     if not batches:
         raise ValueError("batches are empty. Give at least one, of prune_batches.")
     body: Any = module.encoder if isinstance(module, BertClassifier) else module

@@ -11,7 +11,7 @@ from effjax.core.tree import path_name
 from effjax.models.bert import BertClassifier
 from effjax.models.pretrained import Pretrained
 from effjax.models.pruned import Gates, LayerShape
-from effjax.transformers.prune_spec import PruneShape, PruneSpec, check_shapes_agree, prune_shape
+from effjax.transformers.prune_spec import PruneSpec, check_made_for
 
 __all__ = ["mask_params", "slice_model", "slice_pretrained"]
 
@@ -41,8 +41,9 @@ def slice_model(module: nn.Module, params: PyTree, spec: PruneSpec) -> tuple[nn.
 
     Example:
       >>> from effjax.models import Bert
+      >>> from effjax.transformers.prune_spec import prune_shape
       >>> module = Bert(30, 8, num_layers=2, num_heads=2, intermediate_size=16)
-      >>> params = jax.jit(module.init)(jax.random.key(0), jnp.ones((1, 3), int))["params"]
+      >>> params = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, 3), int))["params"]
       >>> spec = PruneSpec(prune_shape(module, group_size=4), attention=(0,), groups=((1, 0), (1, 3)))
       >>> small, params = slice_model(module, params, spec)
       >>> small.layer_shapes[1].intermediate, params["layer_1"]["mlp"]["up"]["kernel"].shape
@@ -50,7 +51,7 @@ def slice_model(module: nn.Module, params: PyTree, spec: PruneSpec) -> tuple[nn.
       >>> sorted(params["layer_0"]["attention"])
       ['norm']
     """
-    shape = _agreed(module, spec)
+    shape = check_made_for(module, spec)
     body = module.encoder if isinstance(module, BertClassifier) else module
     held = params["encoder"] if isinstance(module, BertClassifier) else params
     layers = {f"layer_{i}": _layer_of(held, i, body.scan_layers) for i in range(shape.layers)}
@@ -79,8 +80,10 @@ def mask_params(module: nn.Module, params: PyTree, gates: Gates) -> PyTree:
 
     Example:
       >>> from effjax.models import Bert
+      >>> from effjax.transformers.prune_spec import prune_shape
       >>> module = Bert(30, 8, num_layers=2, num_heads=2, intermediate_size=16)
-      >>> params = jax.jit(module.init)(jax.random.key(0), jnp.ones((1, 3), int))["params"]
+      >>> shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, 3), int))["params"]
+      >>> params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
       >>> gates = PruneSpec(prune_shape(module, group_size=4), mlp=(1,)).gates()
       >>> float(jnp.abs(mask_params(module, params, gates)["layer_1"]["mlp"]["down"]["kernel"]).sum())
       0.0
@@ -142,6 +145,7 @@ def layer_shapes(spec: PruneSpec, head_size: int) -> tuple[LayerShape, ...]:
     """What a spec leaves of each layer; ``head_size`` is the width of one query head.
 
     Example:
+      >>> from effjax.transformers.prune_spec import PruneShape
       >>> shape = PruneShape(layers=1, heads=4, groups=2, head_width=8, kv_width=8, group_size=16)
       >>> layer_shapes(PruneSpec(shape, heads=((0, 3),), hard=(0,)), 8)
       (LayerShape(heads=3, kv_heads=3, intermediate=32, top_k=30),)
@@ -155,17 +159,6 @@ def layer_shapes(spec: PruneSpec, head_size: int) -> tuple[LayerShape, ...]:
         hard = layer in spec.hard and kv_heads
         shapes.append(LayerShape(heads, kv_heads, intermediate, spec.top_k if hard else None))
     return tuple(shapes)
-
-
-def _agreed(module: nn.Module, spec: PruneSpec) -> PruneShape:
-    if not spec.shape.group_size:
-        raise ValueError(f"spec was made for sizes that are not known: {spec.shape}. Search with prune_shape(module).")
-    body: Any = module.encoder if isinstance(module, BertClassifier) else module
-    # A group size that does not divide is one more way to be another model.
-    fits = getattr(body, "intermediate_size", 0) % spec.shape.group_size == 0
-    shape = prune_shape(module, group_size=spec.shape.group_size if fits else 1)
-    check_shapes_agree(spec, shape)
-    return shape
 
 
 def _layer_of(held: PyTree, index: int, scanned: bool) -> PyTree:

@@ -50,7 +50,7 @@ TINY = {
     ],
     "axformer": [
         *(*_FEW_TEXTS, "--max-length", "16", "--max-shapes", "1", "--group-size", "8", "--validation", "0.3"),
-        *("--arms", "finetuned", "axformer-loose", "random", "--seeds", "0", "1"),
+        *("--arms", "finetuned", "axformer-loose", "axformer-tuned", "axformer-distilled", "--seeds", "0", "1"),
     ],
     "fptt": [
         *("--budget.amount", "40", "--alphas", "0.02", "--hidden", "8", "--seeds", "0", "1"),
@@ -187,7 +187,7 @@ RESUMED = {
     "bucket_sampler": "sms_spam-encoder-1x8/buckets",
     "token_drop": "sms_spam-encoder-1x8/token-drop",
     "icpc": "digits-vit-16-1/icpc-late",
-    "axformer": "sms_spam-encoder-1x8/axformer-loose",
+    "axformer": "sms_spam-encoder-1x8/axformer-tuned",
     "fptt": "digits-permuted-lstm-8/fptt-epochs",
     "irnn": "noisy-digits-12/irnn",
     "tarnn": "noisy-digits-12/tarnn-euler",

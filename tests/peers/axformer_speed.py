@@ -2,34 +2,38 @@
 
 Run it on a quiet machine, from the repository::
 
-    python tests/peers/run.py axformer_speed --model 4x64 --rows 512 --out speed.json
+    python tests/peers/run.py axformer_speed --out configs/axformer/results/speed-intel-xeon-2-cores.json
 
 The model has random weights: a search on them takes as long as any, and of a model only the shapes count for its time.
 The sliced models lack every other block, every other head and group, or both. Times of models are taken in turns.
 """
 
 import argparse
-import json
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
+from runs import results, table
+
+from effjax.train.logging import write_json
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="4x64", help="layers x width; 64 columns a head, at least 4 heads")
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--batches", type=int, nargs="+", default=(1, 32, 128))
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", default="")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a text")
+    parser.add_argument("--rows", type=int, default=256, help="texts that are searched on")
+    parser.add_argument("--batches", type=int, nargs="+", default=(1, 32, 128), help="texts answered at once")
+    parser.add_argument("--target", type=float, default=0.5, help="share of a batch's time to search for")
+    parser.add_argument("--rounds", type=int, default=20, help="samples of every model")
+    parser.add_argument("--out", type=Path, help="file for the numbers, JSON")
     words = parser.parse_args()
-    found = {"device": jax.devices()[0].device_kind, **vars(words), **measured(words)}
-    print(json.dumps(found, indent=1))
+    found = measured(words)
+    for group, rows in found.items():
+        print(table(group, rows))
     if words.out:
-        with open(words.out, "w") as file:
-            json.dump(found, file, indent=1)
+        write_json(words.out, results("axformer_speed", found, words))
 
 
 def measured(words: argparse.Namespace) -> dict:
@@ -42,10 +46,10 @@ def measured(words: argparse.Namespace) -> dict:
     ids = draws.integers(0, 1000, (words.rows, words.length)).astype(np.int32)
     params = jax.jit(module.init)(jax.random.key(0), ids[:1])["params"]
     labels = draws.integers(0, 2, words.rows)
-    return {
-        "search": searches(module, params, ids, labels, encoder.intermediate_size // 8),
-        "models": models(module, params, ids, encoder.intermediate_size // 8, words),
-    }
+    group_size = encoder.intermediate_size // 8
+    found = {"search": searches(module, params, ids, labels, group_size)}
+    specs = chosen(module, params, ids, labels, group_size, words)
+    return found | {f"answer-{rows}": models(module, params, ids[:rows], specs, words) for rows in words.batches}
 
 
 def searches(module, params, ids, labels, group_size) -> dict:
@@ -60,8 +64,8 @@ def searches(module, params, ids, labels, group_size) -> dict:
     for name, cache_bytes, keywords in (
         ("plain", 0, {}),
         ("stored", 2**34, {}),
-        ("stored, early end", 2**34, {"abort": True}),
-        ("stored, 4 ahead", 2**34, {"speculate": 4}),
+        ("stored and early end", 2**34, {"abort": True}),
+        ("stored and 4 ahead", 2**34, {"speculate": 4}),
     ):
         evaluator = GatedEvaluator(module, params, batches, cache_bytes=cache_bytes)
         evaluator(all_gates(shape))  # compiles
@@ -69,15 +73,17 @@ def searches(module, params, ids, labels, group_size) -> dict:
         result = axformer(evaluator, shape, config=AxformerConfig(hard=False), **keywords)
         seconds = time.perf_counter() - begun
         tests, run = len(result.trace), evaluator.layers_run
-        found[name] = {"seconds": seconds, "tests": tests, "layers_run": run, "compiles": evaluator.compiles}
+        found[name] = {"ms": 1e3 * seconds, "tests": tests, "layers_run": run, "compiles": evaluator.compiles}
     return found
 
 
-def models(module, params, ids, group_size, words) -> dict:
-    from effjax.core.timing import time_interleaved
-    from effjax.transformers.gated import gated_apply
+def chosen(module, params, ids, labels, group_size, words) -> dict:
+    """What goes: every other block, every other part, and what a search to a latency finds on one batch size."""
+    from effjax.transformers.block_costs import latency_of_blocks
+    from effjax.transformers.cost_search import prune_to_cost
+    from effjax.transformers.evaluator import GatedEvaluator
     from effjax.transformers.prune_spec import PruneSpec, prune_shape
-    from effjax.transformers.slicing import slice_model
+    from effjax.transformers.validation import prune_batches
 
     shape = prune_shape(module, group_size=group_size)
     odd = tuple(range(1, shape.layers, 2))
@@ -85,29 +91,41 @@ def models(module, params, ids, group_size, words) -> dict:
         "heads": tuple((layer, head) for layer in range(shape.layers) for head in range(1, shape.heads, 2)),
         "groups": tuple((layer, group) for layer in range(shape.layers) for group in range(1, shape.groups, 2)),
     }
-    blocks = {"attention": odd, "mlp": odd}
-    specs = {name: PruneSpec(shape, **fields) for name, fields in (("blocks", blocks), ("parts", parts))}
-    found: dict = {name: {"kept_macs": spec.kept_macs(words.length)} for name, spec in specs.items()}
-    apply = gated_apply(module)
-    for rows in words.batches:
-        batch, calls = ids[:rows], {}
-        jitted = jax.jit(module.apply)
-        calls["whole"] = lambda batch=batch, jitted=jitted: jitted({"params": params}, batch)
-        for name, spec in specs.items():
-            small, sliced = slice_model(module, params, spec)
-            run, gated, gates = jax.jit(small.apply), jax.jit(apply), spec.gates()
-            calls[name] = lambda batch=batch, run=run, sliced=sliced: run({"params": sliced}, batch)
-            calls[f"{name}, gated"] = lambda batch=batch, gated=gated, gates=gates: gated(
-                params, {"input_ids": batch}, gates
-            )
-        timings = time_interleaved(calls, rounds=words.rounds)
-        medians = {name: timing.median_ms for name, timing in timings.items()}
-        found[f"batch {rows}, ms"] = medians
-        found[f"batch {rows}, realised"] = {
-            name: (1 - medians[name] / medians["whole"]) / (1 - spec.kept_macs(words.length))
-            for name, spec in specs.items()
+    costs = latency_of_blocks(module, rows=words.batches[-1], length=words.length, group_size=group_size)
+    evaluator = GatedEvaluator(module, params, prune_batches({"input_ids": ids[:128]}, labels[:128]))
+    found = prune_to_cost(evaluator, shape, costs, target=words.target * costs.of(PruneSpec(shape)), tries=1)
+    return {
+        "blocks": PruneSpec(shape, attention=odd, mlp=odd),
+        "parts": PruneSpec(shape, **parts),
+        f"search to {words.target:.0%} of batch {words.batches[-1]}": found.spec,
+    }
+
+
+def models(module, params, ids, specs, words) -> dict:
+    """Of the whole, the sliced and the gated models; ``realised``: of the removed operations, what the clock shows."""
+    from effjax.core.timing import time_interleaved
+    from effjax.transformers.gated import gated_apply
+    from effjax.transformers.slicing import slice_model
+
+    jitted, gated = jax.jit(module.apply), jax.jit(gated_apply(module))
+    calls, kept = {"whole": lambda: jitted({"params": params}, ids)}, {"whole": 1.0}
+    for name, spec in specs.items():
+        small, sliced = slice_model(module, params, spec)
+        run, gates = jax.jit(small.apply), spec.gates()
+        calls[name] = lambda run=run, sliced=sliced: run({"params": sliced}, ids)
+        calls[f"{name} gated"] = lambda gates=gates: gated(params, {"input_ids": ids}, gates)
+        kept |= dict.fromkeys((name, f"{name} gated"), spec.kept_macs(words.length))
+    times = {name: timing.median_ms for name, timing in time_interleaved(calls, rounds=words.rounds).items()}
+    share = lambda name: times[name] / times["whole"]
+    return {
+        name: {
+            "ms": times[name],
+            "of_whole": share(name),
+            "kept_macs": kept[name],
+            "realised": (1 - share(name)) / (1 - kept[name]) if kept[name] < 1 else 1.0,
         }
-    return found
+        for name in calls
+    }
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Run it on a quiet machine, from the repository::
 
-    python tests/peers/run.py icpc_speed --width 64 --depth 4 --pixels 28 --patch 4
+    python tests/peers/run.py icpc_speed --out configs/icpc/results/speed-intel-xeon-2-cores.json
 
 A ViT with random weights on noise, so that only the clock means something. The threshold of each cascade is the
 quantile of the confidences of this very batch that lets the wanted share stop. All arms of a table are timed in turns
@@ -11,10 +11,13 @@ in one process, medians over the rounds.
 
 import argparse
 import functools
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from runs import results, table
+
+from effjax.train.logging import write_json
 
 
 def model_and_images(options: argparse.Namespace, rows: int) -> tuple[Callable[..., Any], Any, Any]:
@@ -75,7 +78,7 @@ def training(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     shares |= {f"{level} px": tokens[level] / tokens[levels[-1]] for level in levels[:-1]}
     full = times["full size"].median_ms
     return {
-        name: {"ms": time.median_ms, "of full": time.median_ms / full, "tokens": shares[name]}
+        name: {"ms": time.median_ms, "of_full": time.median_ms / full, "tokens": shares[name]}
         for name, time in times.items()
     }
 
@@ -106,29 +109,21 @@ def cascades(options: argparse.Namespace, rows: int) -> dict[str, dict[str, floa
 
     arms: dict[str, Callable[[], Any]] = {
         "full size": functools.partial(jax.jit(apply), params, images),
-        "both sizes, masked": functools.partial(jax.jit(masked), params, images),
+        "both sizes masked": functools.partial(jax.jit(masked), params, images),
     }
-    tokens = {"full size": 1.0, "both sizes, masked": sum(costs) / costs[-1]}
+    tokens = {"full size": 1.0, "both sizes masked": sum(costs) / costs[-1]}
     for share in options.stops:
         on = round(rows * (1 - share))
         threshold = (float(confidence[on - 1] + 1e-7) if on else 0.0,)
-        arms[f"cascade, {share:.0%} stop"] = lambda threshold=threshold: serve(params, images, threshold).outputs
+        arms[f"cascade {share:.0%} stop"] = lambda threshold=threshold: serve(params, images, threshold).outputs
         answered = serve(params, images, threshold).answered
-        tokens[f"cascade, {share:.0%} stop"] = float(evaluated_cost(answered, costs).mean() / costs[-1])
+        tokens[f"cascade {share:.0%} stop"] = float(evaluated_cost(answered, costs).mean() / costs[-1])
     times = time_interleaved(arms, rounds=options.rounds)
     full = times["full size"].median_ms
     return {
-        name: {"ms": time.median_ms, "of full": time.median_ms / full, "tokens": tokens[name]}
+        name: {"ms": time.median_ms, "of_full": time.median_ms / full, "tokens": tokens[name]}
         for name, time in times.items()
     }
-
-
-def table(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
-    lines = [f"{title}\n", "| arm | ms | time of full | tokens of full |", "|---|---|---|---|"]
-    lines += [
-        f"| {name} | {row['ms']:.3g} | {row['of full']:.2f} | {row['tokens']:.2f} |" for name, row in rows.items()
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -144,16 +139,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="samples of every arm")
     parser.add_argument("--out", type=Path, help="file for the numbers, JSON")
     options = parser.parse_args()
-    found = {f"training step, batch {options.batch}": training(options)}
+    found = {f"train-{options.batch}": training(options)}
     for rows in options.serve:
-        found[f"answering {rows}"] = cascades(options, rows)
-    for title, rows in found.items():
-        print(table(title, rows))
+        found[f"answer-{rows}"] = cascades(options, rows)
+    for group, rows in found.items():
+        print(table(group, rows))
     if options.out:
-        from effjax.core.cost import hardware
-
-        numbers = {"environment": hardware(), "options": {**vars(options), "out": None}, "tables": found}
-        options.out.write_text(json.dumps(numbers, indent=2) + "\n")
+        write_json(options.out, results("icpc_speed", found, options))
 
 
 if __name__ == "__main__":

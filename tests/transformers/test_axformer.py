@@ -89,27 +89,34 @@ FEW = {"rows": 16, "batch_size": 8}
 
 
 @functools.cache
+def stored():
+    return evaluator("a", **FEW)
+
+
+@functools.cache
 def plain():
-    return axformer(evaluator("a", **FEW, cache_bytes=0), reference("a")[3], config=config_of("a"))
+    """As a function, an evaluator stores nothing."""
+    scorer = stored().with_params(reference("a")[2])
+    return axformer(lambda gates: scorer(gates), reference("a")[3], config=config_of("a"))
 
 
 def decisions(result):
     return [(trial.element, trial.accepted, trial.descends) for trial in result.trace]
 
 
-def test_every_way_finds_the_same():
+NIGHTLY = pytest.mark.nightly
+LAYER = 2 * 8 * 24 * 24 * 4  # bytes of the states before one layer
+
+
+@pytest.mark.parametrize("states", ["every", pytest.param("some", marks=NIGHTLY)])
+def test_every_way_finds_the_same(states):
     """Stored states, of some layers or all, candidates ahead, and early ends save work and change no bit."""
     shape, found = reference("a")[3], plain()
     whole = 2 * shape.layers * (1 + len(found.trace))
-    layer = 2 * 8 * 24 * 24 * 4  # bytes of the states before one layer
-    some, every = (evaluator("a", **FEW, cache_bytes=size) for size in (2 * layer, 2**30))
+    every = stored().with_params(reference("a")[2])
+    scorer = every if states == "every" else evaluator("a", **FEW, cache_bytes=2 * LAYER)
     runs = {}
-    for name, scorer, keywords in (
-        ("some", some, {}),
-        ("every", every, {}),
-        ("ahead", every, {"speculate": 3}),
-        ("early", every, {"abort": True}),
-    ):
+    for name, keywords in (("plain", {}), ("ahead", {"speculate": 3}), ("early", {"abort": True})):
         before = scorer.layers_run
         again = axformer(scorer, shape, config=config_of("a"), **keywords)
         runs[name] = scorer.layers_run - before
@@ -119,9 +126,8 @@ def test_every_way_finds_the_same():
         if name != "early":
             assert again.trace == found.trace, name
         assert scorer.compiles == 1
-    assert runs["every"] < runs["some"] < whole
-    assert runs["every"] < 0.75 * whole
-    assert runs["every"] <= runs["ahead"] < whole
+    assert runs["plain"] <= runs["ahead"] < whole
+    assert runs["plain"] < (0.75 if states == "every" else 1) * whole
 
 
 def test_a_bad_candidate_is_not_scored_to_its_end():
@@ -139,15 +145,15 @@ def test_a_bad_candidate_is_not_scored_to_its_end():
     assert (scores.losses > 0).sum() == 2
 
 
-def test_devices_and_functions_of_ones_own_find_the_same():
+@pytest.mark.parametrize("way", ["devices", pytest.param("own", marks=NIGHTLY)])
+def test_devices_and_functions_of_ones_own_find_the_same(way):
     shape, found = reference("a")[3], plain()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    for options in ({"mesh": mesh}, {"own": True}):
-        scorer = evaluator("a", **FEW, **options)
-        again = axformer(scorer, shape, config=config_of("a"))
-        assert decisions(again) == decisions(found)
-        assert scorer.compiles == 1
-        np.testing.assert_allclose(rows_of(again.trace), rows_of(found.trace), atol=1e-5)
+    scorer = evaluator("a", **FEW, **({"mesh": mesh} if way == "devices" else {"own": True}))
+    again = axformer(scorer, shape, config=config_of("a"))
+    assert decisions(again) == decisions(found)
+    assert scorer.compiles == 1
+    np.testing.assert_allclose(rows_of(again.trace), rows_of(found.trace), atol=1e-5)
 
 
 def test_buckets_of_lengths_give_the_losses_of_padded_rows():
@@ -159,8 +165,14 @@ def test_buckets_of_lengths_give_the_losses_of_padded_rows():
     assert [batch.rows.tolist() for batch in batches] == [[1, 2], [0, -1]]
     table = draws.normal(size=(9, 3)).astype(np.float32)
     apply = lambda params, x, gates: (params[x["ids"]] * x["mask"][..., None]).sum(1) * gates.mlp[0]
-    score = lambda batches: GatedEvaluator(apply, table, batches)(all_gates(PruneShape(1, 0, 0)))
-    cut, padded = score(batches), score(prune_batches(inputs, labels, batch_size=4))
+    gates = all_gates(PruneShape(1, 0, 0))
+    scorer = GatedEvaluator(apply, 0 * table, batches)
+    np.testing.assert_allclose(scorer(gates).losses, np.log(3), rtol=1e-6)
+    compiled, other = scorer.compiles, scorer.with_params(table)
+    cut = other(gates)
+    assert other.compiles == compiled == 2
+    np.testing.assert_allclose(scorer(gates).losses, np.log(3), rtol=1e-6)
+    padded = GatedEvaluator(apply, table, prune_batches(inputs, labels, batch_size=4))(gates)
     assert cut.losses.shape == (3,)
     np.testing.assert_allclose(cut.losses, padded.losses, atol=1e-5)
     np.testing.assert_array_equal(cut.predicted, padded.predicted)

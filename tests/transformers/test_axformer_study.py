@@ -12,9 +12,10 @@ from effjax.models.convert import save_weights
 from effjax.models.families import FAMILIES, dense
 from effjax.models.pretrained import load_pretrained
 from effjax.recipes.axformer import AxformerStudy, groups
+from effjax.recipes.axformer_choices import static_spec
 from effjax.recipes.spec import Budget
 from effjax.train.loop import fit
-from effjax.transformers.prune_spec import PruneSpec
+from effjax.transformers.prune_spec import PruneShape, PruneSpec
 
 
 def write_classifier(folder, tokenizer, head=True, **config):
@@ -73,6 +74,7 @@ def test_a_fine_tuned_checkpoint_is_pruned_as_it_is(tmp_path, monkeypatch, token
     small = load_pretrained(tmp_path / "small", classes=2)
     assert not small.initialised
     assert count_params(params) - count_params(small.params) == spec.removed_params > 0
+    assert loaded.search.cache_info().misses == 1
     assert len(json.loads((tmp_path / "small" / "latency.json").read_text())["median_ms"]) == 4
 
 
@@ -85,3 +87,16 @@ def test_heads_that_do_not_fit_are_told(tmp_path, monkeypatch, tokenizer):
     write_classifier(tmp_path / "other", tokenizer, id2label={"0": "spam", "1": "ham"})
     with pytest.raises(ValueError, match="the same in another order"):
         study_of(tmp_path / "other", monkeypatch).load()
+
+
+def test_a_static_model_has_the_operations_asked_for():
+    shape = PruneShape(6, 2, 8, hidden_size=16, head_width=8, kv_width=8, group_size=8)
+    for share in (0.2, 0.5, 0.77, 1.0):
+        spec = static_spec(shape, share, 12)
+        assert spec.attention == spec.mlp
+        assert 0 not in spec.mlp
+        # As close as one group in each of the layers that stay.
+        step = (6 - len(spec.mlp)) * shape.macs_of("group", 12) / 6
+        step /= shape.macs_of("attention", 12) + shape.macs_of("mlp", 12)
+        assert share - step < spec.kept_macs(12) <= share + 1e-9
+    assert not static_spec(shape, 1.0, 12).removed_any

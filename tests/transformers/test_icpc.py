@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from scipy import stats
 
 from effjax.data.ragged import Ragged
-from effjax.transformers.compressions import compress_spectrogram, compress_text, resize_images
+from effjax.transformers.compressions import compress_spectrogram, compress_text, compressed_text_columns, resize_images
 from effjax.transformers.flexible_patches import random_patches, resize_patch_kernel
 from effjax.transformers.icpc import MixedLevels, icpc
 from effjax.transformers.level_sampling import (
@@ -187,6 +187,23 @@ def test_texts_lose_other_words_in_other_epochs():
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
     assert set(first) == {1, 2, 3, 6}
+
+
+def test_every_text_meets_every_level_and_each_epoch_has_equal_parts():
+    ids = Ragged.of([[0, 1, 2, 3, 6, 4]] * 12)  # four stop words each
+    columns = {"input_ids": ids, "token_type_ids": ids, "label": np.arange(12)}
+    read = compressed_text_columns(columns, STOPS, (1.0, 0.5, 0.0), seed=3)
+    epochs = [read(epoch) for epoch in range(3)]
+    lengths = np.stack([epoch["input_ids"].lengths for epoch in epochs])
+    assert (np.sort(lengths, axis=0) == np.array([[2], [4], [6]])).all()
+    assert (np.sort(lengths, axis=1) == np.repeat([2, 4, 6], 4)[None]).all()
+    whole = int(np.flatnonzero(lengths[0] == 4)[0])
+    named, _ = compress_text(ids.take([whole]), STOPS, 0.5, seed=3, epoch=0, row_ids=np.array([whole]))
+    np.testing.assert_array_equal(epochs[0]["input_ids"][whole], named[0])
+    np.testing.assert_array_equal(epochs[0]["token_type_ids"].values, epochs[0]["input_ids"].values)
+    assert epochs[1]["label"] is columns["label"]
+    with pytest.raises(ValueError, match="one level or more"):
+        compressed_text_columns(columns, STOPS, (), seed=0)
 
 
 def test_levels_are_drawn_uniformly_and_by_step_alone():

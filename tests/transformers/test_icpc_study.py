@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.recipes.icpc import IcpcStudy, _adamw
+from effjax.recipes.icpc import IcpcStudy, _adamw, _dividing
+from effjax.recipes.icpc_measures import level_measures
 from effjax.train.options import Budget
 
 
@@ -48,8 +49,29 @@ def test_positions_and_tokens_are_not_decayed():
         ({"shares": (1, 1)}, "one integer for each"),
         ({"batch_size": 64}, "batch_size=64 is no multiple"),
         ({"loss": 0.0}, "loss=0.0"),
+        ({"dropped": (0.0, 0.5)}, "decreasing"),
+        ({"dropped": (0.5, 0.1)}, "end with 0"),
+        ({"tasks": ("sst2/encoder-1x8",)}, "whole 'epochs'"),
     ],
 )
 def test_settings_that_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         study(**fields)
+
+
+@pytest.mark.parametrize(("rows", "count", "shares"), [(100, 3, (2, 1, 1)), (60, 3, (1, 1, 1)), (7, 2, (6, 1))])
+def test_shares_of_patches_divide_any_batch(rows, count, shares):
+    assert _dividing(rows, count) == shares
+
+
+def test_the_cascade_is_judged_on_other_rows_than_its_threshold():
+    """Of every second row: sure and right at the small size, or unsure and wrong where the full size is right."""
+    easy, hard = [[5.0, 0.0], [5.0, 0.0]], [[0.1, 0.0], [0.0, 5.0]]
+    logits = np.array([easy, easy, hard, hard] * 10, np.float32)
+    labels = np.array([0, 0, 1, 1] * 10)
+    found = level_measures(study(certify="search", loss=0.01), logits, labels, (1.0, 4.0), ("2", "4"))
+    assert (found["small"], found["accuracy"], found["accuracy_2"], found["spread"]) == (0.5, 1.0, 0.5, 0.5)
+    assert (found["cascade_accuracy"], found["cascade_loss"]) == (1.0, 0.0)
+    assert found["cascade_cost"] == found["cascade_least"] == 0.25 + 0.5
+    assert found["cascade_harm"] == 0.5
+    assert found["sizes"].x == [0.25, 1.0]

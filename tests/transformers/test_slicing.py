@@ -60,16 +60,18 @@ def inputs_of(name):
 NIGHTLY = pytest.mark.nightly
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", *(pytest.param(name, marks=NIGHTLY) for name in ("scanned", "opt"))])
-def test_sliced_model_equals_the_gated_one_and_so_do_its_gradients(name):
+GRADIENTS = [pytest.param(name, True, marks=NIGHTLY) for name in MODELS]
+
+
+@pytest.mark.parametrize(("name", "gradients"), [("bert", False), ("llama", False), *GRADIENTS])
+def test_sliced_model_equals_the_gated_one_and_so_do_its_gradients(name, gradients):
     module, params, spec = MODELS[name], drawn(name), spec_of(name)
     small, sliced = slice_model(module, params, spec)
     apply, inputs = gated_apply(module, top_k=3), inputs_of(name)
     target = np.random.default_rng(2).normal(size=jax.eval_shape(small.apply, {"params": sliced}, **inputs).shape)
     target = np.where(MASK[..., None], target, 0).astype(np.float32) if target.ndim == 3 else target.astype(np.float32)
-
-    # Gradients of one model are enough, as their programs are slow to compile.
-    grad = functools.partial(jax.grad, has_aux=True) if name == "bert" else lambda loss: loss
+    # By day only the values, as programs of gradients are slow to compile.
+    grad = functools.partial(jax.grad, has_aux=True) if gradients else lambda loss: loss
 
     @jax.jit
     def both(params, sliced):
@@ -80,7 +82,7 @@ def test_sliced_model_equals_the_gated_one_and_so_do_its_gradients(name):
     (grads, outputs), (own_grads, own) = both(params, sliced)
     real = MASK if outputs.ndim == 3 else slice(None)
     np.testing.assert_allclose(own[real], outputs[real], atol=1e-5)
-    if not isinstance(grads, dict):
+    if not gradients:
         return
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads))
     expected = slice_model(module, grads, spec)[1]
@@ -116,11 +118,35 @@ def test_masked_weights_are_the_gated_model(name):
 
 
 def test_an_empty_spec_gives_the_bits_of_the_whole_model():
-    module, params = MODELS["bert"], drawn("bert")
+    module = MODELS["bert"].clone(encoder=MODELS["bert"].encoder.clone(num_layers=1))
+    whole = drawn("bert")
+    params = {**whole, "encoder": {part: value for part, value in whole["encoder"].items() if part[-1] not in "12"}}
     small, sliced = slice_model(module, params, PruneSpec(prune_shape(module, group_size=8)))
     jax.tree.map(np.testing.assert_array_equal, sliced, params)
     run = lambda module: jax.jit(module.apply)({"params": params}, IDS, MASK)
     np.testing.assert_array_equal(run(small), run(module))
+
+
+@pytest.mark.nightly
+def test_a_chain_of_adapters_trains_a_sliced_model():
+    """COLA on what is left: adapters of the small shapes, a knot, and merged weights that slice as before."""
+    from effjax.finetune import ColaConfig, LoraRule, cola_extend, cola_init, cola_merge
+
+    module, params, spec = MODELS["bert"], drawn("bert"), spec_of("bert")
+    small, sliced = slice_model(module, params, spec)
+    config = ColaConfig(LoraRule("(query|value|up)/kernel", rank=2), knots=(1,))
+    state = cola_init(jax.random.key(0), sliced, config)
+    assert {path.split("/")[1] for path in state.lora} == {"layer_0", "layer_1"}  # of layer 2 nothing is left
+    assert state.lora["encoder/layer_1/attention/query/kernel"]["b"].shape == (2, 12)  # three of four heads
+    run = jax.jit(lambda params: small.apply({"params": params}, IDS, MASK))
+    whole = run(sliced)
+    np.testing.assert_array_equal(run(cola_merge(state, config)), whole)
+    moved = state._replace(lora=jax.tree.map(lambda leaf: leaf + 0.1, state.lora))
+    trained = run(cola_merge(moved, config))
+    assert np.abs(trained - whole).max() > 1e-2
+    tied = cola_extend(moved, config)
+    assert int(tied.link) == 1
+    np.testing.assert_allclose(run(cola_merge(tied, config)), trained, atol=1e-4)
 
 
 def test_a_pruned_decoder_generates_from_its_cache():
