@@ -17,8 +17,8 @@ def keep_freed_memory() -> bool:
 
     XLA takes the temporaries of a program from ``malloc`` at every call and frees them after it. By default glibc
     returns blocks of that size to the system, and the next call takes a page fault for every 4 KiB: tens of thousands a
-    step. Here one arena serves all threads (``M_ARENA_MAX`` 1), large blocks come from it too (``M_MMAP_MAX`` 0), and it
-    never shrinks (``M_TRIM_THRESHOLD`` at its maximum).
+    step. Here one arena serves all threads (``M_ARENA_MAX`` 1), large blocks come from it too (``M_MMAP_MAX`` 0), and
+    it never shrinks (``M_TRIM_THRESHOLD`` at its maximum).
 
     What it costs: the process holds the most memory that it ever held at once until it ends, with some more lost
     between blocks, and threads that allocate at the same moment wait for one lock. Call it once, before JAX computes:
@@ -59,5 +59,5 @@ def _is_set(variables: Mapping[str, str]) -> bool:
     """Whether the user has set glibc's allocator."""
     tunables = variables.get("GLIBC_TUNABLES", "")
     return "glibc.malloc." in tunables or any(
-        name.startswith("MALLOC_") and name.endswith("_") or name == "MALLOC_ARENA_MAX" for name in variables
+        (name.startswith("MALLOC_") and name.endswith("_")) or name == "MALLOC_ARENA_MAX" for name in variables
     )

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from effjax.finetune.lora import LoraConfig, LoraRule, lora_init, lora_merge, lora_scales
+from effjax.finetune.lora import lora_init, lora_merge, lora_scales
+from effjax.finetune.lora_config import LoraConfig, LoraRule
 from effjax.finetune.lora_files import load_lora, load_lora_modules, save_lora
 
 PEFT = Path(__file__).resolve().parents[1] / "reference" / "peft"
