@@ -4,6 +4,7 @@ Run it on a quiet machine, from the repository::
 
     python tests/peers/run.py finetune_speed --out configs/cola/results/speed-intel-xeon-2-cores.json
     python tests/peers/run.py finetune_speed --rows "bert/lora/*" --before ../an-older-checkout --out speed.json
+    python tests/peers/run.py finetune_speed --preset gpu --out speed-gpu.json
 
 The same weights, float32, on both sides: a BERT of MiniLM's size (6 layers of 384, 12 heads) with a classifier of two
 classes, and a decoder of Llama's type (6 layers of 512, 8 heads that share 4 of keys and values, 16,384 tokens: 26
@@ -38,6 +39,7 @@ PRESETS = {
     "gpu": ("8x128", "64x128", "32x512"),
     "tiny": ("2x16",),
 }
+METRIC = {"name": "steps_per_s", "goal": "max", "label": "steps per second"}
 ARMS = {
     "effjax": "effjax, freed memory kept",
     "effjax-default": "effjax, allocator of the system",
@@ -241,10 +243,9 @@ class Worker:
     """Another process of this file that holds one arm."""
 
     def __init__(self, arm: str, python: str, tree: Path):
-        threads = {"TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
             [python, __file__, "--serve", arm],
-            env={**os.environ, "PYTHONPATH": str(tree), **threads},
+            env={**os.environ, "PYTHONPATH": str(tree), "TOKENIZERS_PARALLELISM": "false"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -285,22 +286,38 @@ def measured(workers: Mapping[str, Worker], row: Mapping[str, str], folder: str,
     return found
 
 
-def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def results(row: Mapping[str, str], found: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's part of a results.json: arms and claims."""
+    import numpy as np
+
+    from effjax.study.results import COST_FIELDS, summary
+
+    group, peer, arms = "-".join(row.values()), found.get("peft"), {}
+    for name, one in found.items():
+        samples = np.array(one["samples_ms"])
+        ratio = float(np.median(np.array(peer["samples_ms"]) / samples)) if peer else None
+        metrics = {
+            "steps_per_s": summary((1e3 / samples).tolist()),
+            "peak_mib": summary([one["peak_mib"]]),
+            **({"speed": summary([ratio]), "memory": summary([one["peak_mib"] / peer["peak_mib"]])} if peer else {}),
+        }
+        cost = dict.fromkeys(COST_FIELDS) | {"step_ms": float(np.median(samples)), "compile_s": one["first_s"]}
+        about = {"group": group, "label": ARMS[name], "role": "baseline" if name == "peft" else "method"}
+        arms[f"{group}/{name}"] = {"status": "ok", "metrics": metrics, "cost": cost, "inference": {}} | about
+    claims = []
+    if peer and "effjax" in found:
+        speed = arms[f"{group}/effjax"]["metrics"]["speed"]["mean"]
+        text = f"{group}: effjax, freed memory kept, is at least as fast as PEFT / transformers"
+        claims.append({"text": text, "left": speed, "op": ">=", "right": 1.0, "holds": speed >= 1.0})
+    return {"arms": arms, "claims": claims}
+
+
+def table(arms: Mapping[str, Any]) -> str:
     """Milliseconds of each arm, its speed as a multiple of PEFT's, and its memory as a share."""
-    names = [name for name in ARMS if any(name in arms for arms in rows.values())]
-    lines = ["| row | " + " | ".join(ARMS[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
-    for row, arms in rows.items():
-        peer, cells = arms.get("peft"), []
-        for name in names:
-            if name not in arms:
-                cells.append("-")
-                continue
-            cell = f"{arms[name]['median_ms']:.0f} ms, {arms[name]['peak_mib']:.0f} MiB"
-            if peer and name != "peft":
-                ratio = peer["median_ms"] / arms[name]["median_ms"]
-                cell += f"; {ratio:.2f} x as fast, {arms[name]['peak_mib'] / peer['peak_mib']:.2f} of the memory"
-            cells.append(cell)
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    lines = []
+    for name, arm in arms.items():
+        metrics = {metric: f"{values['mean']:.3g}" for metric, values in arm["metrics"].items()}
+        lines.append(f"{name}: {arm['cost']['step_ms']:.0f} ms, {metrics}")
     return "\n".join(lines)
 
 
@@ -321,10 +338,30 @@ def _name(row: Mapping[str, str]) -> str:
     return "/".join(row.values())
 
 
-def _save(options: argparse.Namespace, rows: Mapping[str, Any], versions: Mapping[str, Any]) -> None:
-    if options.out:
-        numbers = {"preset": options.preset, "rounds": options.rounds, "environment": versions, "rows": rows}
-        options.out.write_text(json.dumps(numbers, indent=1) + "\n")
+def _commit(tree: Path) -> str | None:
+    found = subprocess.run(["git", "-C", str(tree), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
+def begun(options: argparse.Namespace) -> dict[str, Any]:
+    """The results file, as it is or empty."""
+    if options.out and options.out.exists():
+        return json.loads(options.out.read_text())
+    from effjax.study.results import SCHEMA, environment
+
+    more = {"threads": options.threads, "before": _commit(options.before) if options.before else None}
+    return {
+        "schema": SCHEMA,
+        "study": "finetune_speed",
+        "groups": {},
+        "preset": options.preset,
+        "seeds": [0],
+        "budget": {"amount": options.rounds, "unit": "rounds"},
+        "config": None,  # no study of `effjax compare`: this script alone
+        "arms": {},
+        "claims": [],
+        "environment": environment() | more,
+    }
 
 
 def main() -> None:
@@ -332,6 +369,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="the shapes, texts x tokens")
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns on NETWORK/MODE/SHAPE")
     parser.add_argument("--rounds", type=int, default=11, help="samples of every arm")
+    parser.add_argument("--threads", type=int, help="cores that every arm may use; all by default")
     parser.add_argument("--before", type=Path, help="an older checkout, as an arm of its own")
     parser.add_argument("--torch-python", default=sys.executable, help="a Python with torch, transformers and peft")
     parser.add_argument("--without", nargs="+", default=[], choices=sorted(ARMS), help="arms to leave out")
@@ -340,9 +378,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.serve:
         return serve(options.serve)
+    if options.threads:  # the arms' processes inherit it
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
     here = Path(__file__).resolve().parents[2]
-    rows = json.loads(options.out.read_text())["rows"] if options.out and options.out.exists() else {}
-    wanted = [row for row in chosen(options) if _name(row) not in rows]
+    document = begun(options)
+    wanted = [row for row in chosen(options) if "-".join(row.values()) not in document["groups"]]
     trees = {"effjax": here, "effjax-default": here, "before": options.before, "peft": here}
     pythons = {name: options.torch_python if name == "peft" else sys.executable for name in ARMS}
     arms = [name for name in ARMS if trees[name] and name not in options.without]
@@ -353,20 +393,15 @@ def main() -> None:
             place = f"{folder}/{row['network']}"
             if not os.path.exists(place):
                 maker.ask(network=row["network"], folder=place)
-            rows[_name(row)] = measured(workers, row, place, options.rounds)
-            print(table({_name(row): rows[_name(row)]}).splitlines()[-1], flush=True)
-            _save(options, rows, environment())
+            part = results(row, measured(workers, row, place, options.rounds))
+            document["groups"]["-".join(row.values())] = METRIC
+            document["arms"] |= part["arms"]
+            document["claims"] += part["claims"]
+            print(table(part["arms"]), flush=True)
+            if options.out:
+                options.out.write_text(json.dumps(document, indent=1) + "\n")
     for worker in {*workers.values(), maker}:
         worker.end()
-    print("\n" + table(rows))
-
-
-def environment() -> dict[str, Any]:
-    import importlib.metadata
-
-    from effjax.core.cost import hardware
-
-    return hardware() | {"effjax": importlib.metadata.version("effjax")}
 
 
 if __name__ == "__main__":
