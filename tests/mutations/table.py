@@ -172,6 +172,13 @@ MUTATIONS = (
         '"M_MMAP_MAX": (-4, 65536)',
         ("train/test_allocator.py",),
     ),
+    Mutation(
+        "allocator-cuts-large-blocks",
+        "dropped call",
+        "place, _ = libc.malloc(_SMALL_BLOCKS), libc.malloc(_SMALL_BLOCKS)",
+        "place = libc.malloc(_SMALL_BLOCKS)",
+        ("train/test_allocator.py",),
+    ),
     # bucket_sampler
     Mutation(
         "buckets-same-order-every-epoch",
