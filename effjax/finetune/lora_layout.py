@@ -74,7 +74,7 @@ def layout(path: str, rule: LoraRule, shapes: Shapes) -> Layout:
     stacked = _is_stacked(path, shape, shapes)
     if stacked and (len(shape) == 3 or Layout(1) in by_bias):
         return Layout(len(shape) - 2)
-    if not by_bias and (len(shape) == 5 or (len(shape) == 4 and not stacked)):
+    if not by_bias and _like_window(shape) and (len(shape) == 5 or not stacked):
         return Layout(len(shape) - 4, 3, 1, window=2)
     raise ValueError(
         f"rules: {path} of shape {shape} may be a stack of layers, or one layer of several input or output axes, as "
@@ -138,6 +138,11 @@ def _is_stacked(path: str, shape: Shape, shapes: Shapes) -> bool:
         if len(layers) > 1 and fitting:
             return True
     return False
+
+
+def _like_window(shape: Shape) -> bool:
+    """Whether it may be a kernel of a two-dimensional convolution, stacked or not: its sides are equal or short."""
+    return len(shape) in (4, 5) and (shape[-4] == shape[-3] or max(shape[-4:-2]) <= 16)
 
 
 def matrix(path: str, shape: Shape, b: Shape) -> tuple[Shape, int, int] | None:

@@ -214,8 +214,10 @@ def test_a_chain_on_attention_merges_what_it_trained():
         ({"kernel": (3, 3, 8, 4)}, Layout(0, 3, 1, 2)),
         ({"x/kernel": (3, 8, 4), "norm/scale": (3, 8)}, Layout(1)),
         ({"x/kernel": (3, 8, 4), "y/kernel": (3, 4, 8)}, Layout(1)),
+        ({"kernel": (1, 7, 8, 4)}, Layout(0, 3, 1, 2)),
         ({"kernel": (8, 8, 4), "bias": (8, 4)}, None),
         ({"kernel": (8, 2, 4)}, None),
+        ({"kernel": (3, 32, 2, 4)}, None),  # query, key and value as one
         ({"x/kernel": (8, 2, 4), "other/kernel": (8, 8), "other/bias": (8,)}, None),
         ({"x/kernel": (8, 2, 4), "other/kernel": (8, 8)}, None),
     ],
@@ -227,8 +229,8 @@ def test_axes_are_told_or_asked_for(shapes, expected):
         return
     with pytest.raises(ValueError, match=r"may be a stack of layers, or one layer .* outputs=2"):
         layout(path, LoraRule("kernel"), shapes)
-    assert layout(path, LoraRule("kernel", outputs=2), shapes) == Layout(0, 1, 2)
-    assert layout(path, LoraRule("kernel", inputs=1), shapes) == Layout(1, 1, 1)
+    assert layout(path, LoraRule("kernel", outputs=2), shapes) == Layout(len(shapes[path]) - 3, 1, 2)
+    assert layout(path, LoraRule("kernel", inputs=1), shapes) == Layout(len(shapes[path]) - 2, 1, 1)
 
 
 def refused(module, x, words, **axes):
