@@ -1,5 +1,6 @@
 """Parameters, ahead-of-time compiled steps with their cost and memory, compile counts, and the machine."""
 
+import concurrent.futures
 import contextlib
 import math
 import os
@@ -144,6 +145,38 @@ class Executables:
             self._by_shapes.setdefault(_shapes(args), compiled)
         return self._compiled[signature][0]
 
+    def compile_all(
+        self, arguments: Sequence[tuple[Any, ...]], on_done: Callable[[int], None] = lambda done: None
+    ) -> None:
+        """The executables for several arguments, as many compiled at a time as there are cores.
+
+        XLA compiles outside of Python's lock; tracing, which does not, is done first, one after the other.
+        ``compile_s`` grows by the seconds that all of it takes.
+
+        Args:
+          arguments: as of ``compile``, a tuple for each.
+          on_done: called with the number that are compiled, after each.
+        """
+        start = time.perf_counter()
+        lowered = {}
+        for args in arguments:
+            signature = _whole_signature(args)
+            if signature not in self._compiled and signature not in lowered:
+                traced = self._jitted.trace(*args)
+                lowered[signature] = args, traced.jaxpr, traced.lower()
+        done = len(arguments) - len(lowered)
+        # Several processes compile in the same order, one program at a time.
+        workers = min(len(lowered), _cores()) if jax.process_count() == 1 else 1
+        with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
+            waiting = {pool.submit(one[2].compile): signature for signature, one in lowered.items()}
+            for future in concurrent.futures.as_completed(waiting):
+                args, jaxpr, _ = lowered[waiting[future]]
+                self._compiled[waiting[future]] = future.result(), jaxpr
+                self._by_shapes.setdefault(_shapes(args), future.result())
+                done += 1
+                on_done(done)
+        self.compile_s += time.perf_counter() - start
+
     def analysis(self, *args: Any) -> StepAnalysis:
         """Cost and memory of the executable for these arguments; without any, of the one with the largest peak memory.
 
@@ -175,6 +208,10 @@ class Executables:
         """
         self.compile(*args)
         return count_jaxpr_macs(self._compiled[_whole_signature(args)][1])
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _shapes(args: tuple[Any, ...]) -> Any:
@@ -272,7 +309,7 @@ def hardware() -> dict[str, Any]:
         "processes": jax.process_count(),
         "device_memory_bytes": memory.get("bytes_limit"),
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": _cores(),
         "memory_bytes": _memory_bytes(),
         "system": f"{platform.system()} {platform.machine()}",
         "jax": jax.__version__,

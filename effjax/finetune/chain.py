@@ -21,15 +21,8 @@ from effjax.core.errors import NoEffectWarning
 from effjax.core.tree import leaves_at, unread, wide, with_leaves
 from effjax.finetune.chain_config import ColaConfig, ColaState
 from effjax.finetune.chain_links import active_part, beside, folded, link_scales, write_link
-from effjax.finetune.lora import (
-    Lora,
-    check_floating,
-    lora_delta,
-    lora_init,
-    lora_merge,
-    lora_params,
-    out_first,
-)
+from effjax.finetune.lora import Lora, check_floating, kernel_delta, lora_init, lora_merge, lora_params
+from effjax.finetune.lora_layout import out_first
 from effjax.finetune.restart import cola_reset
 
 __all__ = [
@@ -178,7 +171,7 @@ def cola_value_and_grad(
 
     Example:
       >>> import flax.linen as nn
-      >>> from effjax.finetune.lora import lora_apply
+      >>> from effjax.finetune.lora_linen import lora_apply
       >>> model, config = nn.Dense(8), ColaConfig("kernel", knots=(10,))
       >>> state = cola_init(jax.random.key(0), model.init(jax.random.key(1), jnp.ones((1, 16)))["params"], config)
       >>> loss = lambda params, x: lora_apply(model.apply)({"params": params}, x).sum()
@@ -268,10 +261,10 @@ def cola_extend(state: ColaState, config: ColaConfig, gradients: Kernels | None 
         written = {path: write_link(past[path], folded(lora[path], scales[path]), state.link) for path in past}
         past = optax.tree.where(hold, past, written)
     if config.merge != "lazy":
-        deltas = {path: lora_delta(adapter, jnp.where(hold, 0.0, scales[path])) for path, adapter in lora.items()}
-        deltas = {path: delta.mT if out_first(path) else delta for path, delta in deltas.items()}
-        master = None if master is None else {path: master[path] + deltas[path] for path in master}
         kernels = leaves_at(base, lora)
+        active = {path: jnp.where(hold, 0.0, scales[path]) for path in lora}
+        deltas = {path: kernel_delta(path, lora[path], active[path], kernels[path].shape) for path in lora}
+        master = None if master is None else {path: master[path] + deltas[path] for path in master}
         sums = {path: (master or {}).get(path, wide(kernel) + deltas[path]) for path, kernel in kernels.items()}
         base = with_leaves(base, {path: sums[path].astype(kernel.dtype) for path, kernel in kernels.items()})
     fresh = optax.tree.where(hold, state.lora, _fresh(state, link, config, gradients))
@@ -299,7 +292,7 @@ def cola_next(
 
     Example:
       >>> import flax.linen as nn
-      >>> from effjax.finetune.lora import lora_apply
+      >>> from effjax.finetune.lora_linen import lora_apply
       >>> model, config, tx = nn.Dense(8), ColaConfig("kernel", knots=(2, 4)), optax.adam(1e-2)
       >>> x = jnp.ones((4, 16))
       >>> loss = lambda params, x: (lora_apply(model.apply)({"params": params}, x) ** 2).mean()

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, Float, Int, UInt
 
 from effjax.core.errors import NoEffectWarning, check_choice, check_number
-from effjax.finetune.lora import Lora, LoraConfig, LoraRule
+from effjax.finetune.lora import Lora
+from effjax.finetune.lora_config import LoraConfig, LoraRule
 from effjax.finetune.restart import SCHEDULES
 
 __all__ = ["ColaConfig"]

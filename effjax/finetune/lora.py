@@ -1,28 +1,25 @@
 """LoRA: trainable low-rank adapters beside frozen kernels (Hu et al. 2021, arXiv 2106.09685)."""
 
-import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from effjax.core.errors import check_choice, check_number, near
+from effjax.core.errors import check_number, near
 from effjax.core.tree import path_name, select, wide, wide_dtype
+from effjax.finetune.lora_config import LoraConfig, LoraRule
+from effjax.finetune.lora_layout import Layout, is_kernel, is_table, layout, matrix, out_first
 
 __all__ = [
-    "LoraConfig",
-    "LoraRule",
-    "lora_apply",
     "lora_init",
     "lora_merge",
     "lora_params",
@@ -35,97 +32,19 @@ PyTree = Any
 Lora = dict[str, dict[str, Any]]  # of arrays, JAX's or NumPy's
 Scales = Any  # a number or scalar array for all adapters, or a mapping from kernel path to one
 
-_INITS = ("peft", "gaussian", "flax")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraRule:
-    """Which kernels get adapters of which size.
-
-    Attributes:
-      pattern: regular expression on the slash-joined path of the kernel (``re.search``).
-      rank: r, the width of the adapters.
-      alpha: the adapters count with the factor alpha / r, or alpha / sqrt(r) with ``rslora``.
-      window: axes of a convolution's window. None: 2 for kernels of four or five axes (two-dimensional convolutions,
-        stacked or not), else 0 (dense kernels, stacked or not).
-
-    Raises:
-      ValueError: a number out of range.
-
-    Example:
-      >>> LoraRule("attention/(query|value)/kernel$", rank=4).alpha
-      16.0
-    """
-
-    pattern: str
-    rank: int = 8
-    alpha: float = 16.0
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        check_number("rank", self.rank, low=1, integer=True)
-        check_number("alpha", self.alpha, low=0.0, open_low=True)
-        if self.window is not None:
-            check_number("window", self.window, low=0, integer=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """What ``lora_init`` makes; hashable, so it may be a static argument.
-
-    Attributes:
-      rules: one ``LoraRule`` or several, the first match wins; a pattern alone has the default rank and alpha.
-      dropout: rate on the adapters' input, for ``lora_apply``.
-      init: how ``a`` starts, with n the fan-in of the kernel: ``"peft"`` U(-1/sqrt(n), 1/sqrt(n)), the default of
-        Hugging Face PEFT; ``"gaussian"`` N(0, 1/r^2), its other one; ``"flax"`` U(-sqrt(6/n), sqrt(6/n)), of
-        ``nnx.LoRA`` and Qwix; or an initializer ``(key, shape, dtype) -> array``. ``b`` starts at zero.
-      rslora: factor alpha / sqrt(r) in place of alpha / r (Kalajdzievski 2023, arXiv 2312.03732).
-      dtype: of the adapters.
-
-    Raises:
-      ValueError: no rules, an unknown initializer, ``dropout`` out of [0, 1).
-      TypeError: ``dtype`` is not a floating type.
-
-    Example:
-      >>> config = LoraConfig((LoraRule("mlp/.*/kernel", rank=2), "query/kernel"))
-      >>> [rule.rank for rule in config.rules]
-      [2, 8]
-    """
-
-    rules: Sequence[LoraRule | str] | LoraRule | str
-    dropout: float = 0.0
-    init: str | Callable[..., jax.Array] = "peft"
-    rslora: bool = False
-    dtype: DTypeLike = jnp.float32
-
-    def __post_init__(self) -> None:
-        rules = (self.rules,) if isinstance(self.rules, (str, LoraRule)) else tuple(self.rules)
-        if not rules:
-            raise ValueError("rules=() adapts nothing. Give a pattern such as 'attention/(query|value)/kernel'.")
-        rules = tuple(LoraRule(rule) if isinstance(rule, str) else rule for rule in rules)
-        object.__setattr__(self, "rules", rules)
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        check_number("dropout", self.dropout, low=0.0, high=1.0, open_high=True)
-        if not callable(self.init):
-            check_choice("init", self.init, _INITS)
-        if not jnp.issubdtype(self.dtype, jnp.floating):
-            raise TypeError(f"dtype={self.dtype} must be a floating type, such as float32 or bfloat16.")
-
-    @property
-    def each_rule(self) -> tuple[LoraRule, ...]:
-        """``rules``, none of them a plain pattern."""
-        return cast(tuple[LoraRule, ...], self.rules)
-
 
 def lora_init(key: jax.Array, params: PyTree, config: LoraConfig) -> Lora:
     r"""Adapters for the kernels that the rules select; with them the network computes what it did before.
 
     .. math:: a \sim \mathrm{init}, \qquad b = 0
 
-    Kernels are leaves named ``kernel``, ``[..., in, out]`` as in Flax (convolutions ``[..., *window, in, out]``), or
-    ``weight``, ``[out, in]`` as in Equinox. Further leading axes are stacks of layers, as ``nn.scan`` and ``nn.vmap``
-    make them: every layer has its own adapter. Leave out the kernels of ``nn.DenseGeneral``, whose axes are no stack;
-    those that can be told by their bias are refused.
+    Kernels are leaves named ``kernel``, ``[..., in, out]`` as in Flax (convolutions ``[..., *window, in, out]``),
+    tables named ``embedding``, ``[..., tokens, out]``, or ``weight``, ``[out, in]`` as in Equinox. A kernel of
+    ``nn.DenseGeneral``, of attention or of ``nn.Einsum`` may have several axes of inputs and of outputs; its adapter
+    is that of the matrix of all inputs by all outputs. Leading axes may be a stack of layers, as ``nn.scan`` and
+    ``nn.vmap`` make them: every layer has its own adapter. Which axes are which is told by the bias, by the query and
+    output beside it, or by the layers around it; a kernel of which that cannot be told is refused until its rule says
+    so.
     An adapter's draw depends on the key and its path alone, so that another target does not change it.
 
     Args:
@@ -134,11 +53,12 @@ def lora_init(key: jax.Array, params: PyTree, config: LoraConfig) -> Lora:
       config: the rules and the initializer.
 
     Returns:
-      ``{kernel path: {"a": [..., in, r], "b": [..., r, out]}}``; of a convolution, a is ``[..., *window, in, r]``.
+      ``{kernel path: {"a": [..., in, r], "b": [..., r, out]}}``, several axes of inputs or outputs as one; of a
+      convolution, a is ``[..., *window, in, r]``.
 
     Raises:
-      ValueError: a pattern that matches nothing, a leaf that is no kernel, or a kernel of ``nn.DenseGeneral``; a rank
-        above the kernel's smaller side.
+      ValueError: a pattern that matches nothing, a leaf that is no kernel, or one whose axes cannot be told; a rank
+        above the smaller side of the matrix.
 
     Example:
       >>> params = {"query": {"kernel": jnp.ones((16, 8)), "bias": jnp.zeros(8)}}
@@ -152,75 +72,42 @@ def lora_init(key: jax.Array, params: PyTree, config: LoraConfig) -> Lora:
     others = [path for path, shape, _ in targets if not is_kernel(path, shape)]
     if others:
         raise ValueError(
-            f"rules: {len(others)} of the {len(targets)} leaves matched are no kernels (leaves named 'kernel' of two "
-            f"axes or more, or 'weight' of two), e.g. {others[0]!r}. Narrow the pattern: end it with '/kernel$'."
+            f"rules: {len(others)} of the {len(targets)} leaves matched are no kernels (leaves named 'kernel' or "
+            f"'embedding' of two axes or more, or 'weight' of two), e.g. {others[0]!r}. Narrow the pattern: end it "
+            "with '/kernel$'. Convolutions of Equinox have no adapter."
         )
     shapes = dict(leaves)
-    for path, shape, rule in targets:
-        if rule.window is None and _is_general(path, shape, shapes):
-            raise ValueError(
-                f"rules: {path} of shape {shape} is a kernel of nn.DenseGeneral (or of attention built on it), whose "
-                "axes are no stack of layers. Leave it out of the rules, or write the layer as nn.Dense and a reshape."
-            )
-    return {path: _adapter(key, path, shape, rule, config) for path, shape, rule in targets}
-
-
-def _is_general(path: str, shape: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether a kernel of three axes is of ``nn.DenseGeneral``, by the layers beside it: no stack of kernels.
-
-    The bias of a stack is [layers, out], that of [in, heads, size] is [heads, size]. Without one, attention is known by
-    the kernels of its query and its output.
-    """
-    if len(shape) != 3 or out_first(path):
-        return False
-    parent, _, _ = path.rpartition("/")
-    bias = tuple(shapes.get(f"{parent}/bias" if parent else "bias", ()))
-    if len(bias) == 2:
-        return bias == tuple(shape[1:]) and bias != (shape[0], shape[2])
-    beside = parent.rpartition("/")[0]
-    query, out = (tuple(shapes.get(f"{beside}/{name}/kernel".lstrip("/"), ())) for name in ("query", "out"))
-    heads = len(query) == len(out) == 3 and query[1:] == out[:2]
-    return heads and parent.rpartition("/")[2] in ("query", "key", "value", "out")
-
-
-def is_kernel(path: str, shape: Sequence[int]) -> bool:
-    """Whether a leaf can have an adapter, by its name and number of axes."""
-    name = path.rsplit("/", 1)[-1]
-    return (name == "kernel" and len(shape) >= 2) or (name == "weight" and len(shape) == 2)
-
-
-def out_first(path: str) -> bool:
-    """Whether the kernel lies as ``[out, in]``, as Equinox's ``weight`` does."""
-    return path.rsplit("/", 1)[-1] == "weight"
+    settings = {path: (layout(path, rule, shapes), rule, config) for path, _, rule in targets}
+    return {path: _adapter(key, path, shapes[path], settings[path]) for path in settings}
 
 
 def _adapter(
-    key: jax.Array, path: str, shape: tuple[int, ...], rule: LoraRule, config: LoraConfig
+    key: jax.Array, path: str, shape: tuple[int, ...], settings: tuple[Layout, LoraRule, LoraConfig]
 ) -> dict[str, jax.Array]:
-    window = (2 if len(shape) in (4, 5) else 0) if rule.window is None else rule.window
-    if window > len(shape) - 2:
-        raise ValueError(f"window={window} of the rule {rule.pattern!r}: {path} has shape {shape}, too few axes.")
-    *stack, fan_in, fan_out = shape[::-1] if out_first(path) else shape
-    lead, window_shape = tuple(stack[: len(stack) - window]), tuple(stack[len(stack) - window :])
-    inputs = math.prod(window_shape) * fan_in
-    if rule.rank > min(inputs, fan_out):
+    (stack, inputs, _, window), rule, config = settings
+    lead, rest = shape[:stack], shape[stack:]
+    sides = math.prod(rest[:inputs]), math.prod(rest[inputs:])
+    fan_in, fan_out = sides[::-1] if out_first(path) else sides
+    if rule.rank > min(fan_in, fan_out):
         raise ValueError(
-            f"rank={rule.rank} of the rule {rule.pattern!r} exceeds the smaller side of {path} ({inputs} in, "
-            f"{fan_out} out). Choose a rank in [1, {min(inputs, fan_out)}], or give these kernels a rule of their own."
+            f"rank={rule.rank} of the rule {rule.pattern!r} exceeds the smaller side of {path} ({fan_in} in, "
+            f"{fan_out} out). Choose a rank in [1, {min(fan_in, fan_out)}], or give these kernels a rule of their own."
         )
     own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    a = _draw(own_key, lead, (*window_shape, fan_in, rule.rank), config)
+    own = (*rest[:window], fan_in // math.prod(rest[:window]), rule.rank)
+    a = _draw(own_key, lead, own, (config, 1 if is_table(path) else fan_in))
     return {"a": a, "b": jnp.zeros((*lead, rule.rank, fan_out), config.dtype)}
 
 
-def _draw(key: jax.Array, lead: tuple[int, ...], shape: tuple[int, ...], config: LoraConfig) -> jax.Array:
+def _draw(key: jax.Array, lead: tuple[int, ...], shape: tuple[int, ...], settings: tuple[LoraConfig, int]) -> jax.Array:
+    config, fan_in = settings
     if callable(config.init):
         keys = jax.random.split(key, math.prod(lead))
         return jax.vmap(lambda own: config.init(own, shape, config.dtype))(keys).reshape(*lead, *shape)
     draw_dtype = wide_dtype(config.dtype)
     if config.init == "gaussian":
         return (jax.random.normal(key, lead + shape, draw_dtype) / shape[-1]).astype(config.dtype)
-    bound = math.sqrt((1.0 if config.init == "peft" else 6.0) / math.prod(shape[:-1]))
+    bound = math.sqrt((1.0 if config.init == "peft" else 6.0) / fan_in)
     return jax.random.uniform(key, lead + shape, draw_dtype, -bound, bound).astype(config.dtype)
 
 
@@ -270,8 +157,9 @@ def check_fit(params: PyTree, lora: Lora) -> None:
                 f"lora: params have no kernel {path!r}.{near(path, shapes)} Pass the tree that lora_init was given."
             )
         a, b = np.shape(adapter["a"]), np.shape(adapter["b"])
-        made = (b[-1], a[-2]) if out_first(path) else (*a[:-1], b[-1])
-        if made != shapes[path] or a[-1] != b[-2] or a[: len(b) - 2] != b[:-2]:
+        lead = len(b) - 2
+        sides = matrix(path, shapes[path], b)
+        if a[-1] != b[-2] or sides != (a[:lead], math.prod(a[lead:-1]), b[-1]) or a[:lead] != b[:lead]:
             raise ValueError(
                 f"lora: the adapter of {path} with a {a} and b {b} does not fit the kernel of shape {shapes[path]}."
             )
@@ -305,11 +193,11 @@ def lora_params(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
         if not isinstance(node, Mapping):
             return node
         grown = {name: add(child, f"{prefix}{name}/") for name, child in node.items()}
-        adapter = lora.get(f"{prefix}kernel")
-        if adapter is not None:
-            b = adapter["b"]
-            grown["lora_a"] = adapter["a"]
-            grown["lora_b"] = (b * scale_of(scales, f"{prefix}kernel")).astype(b.dtype)
+        for path in (f"{prefix}kernel", f"{prefix}embedding"):
+            if path in lora:
+                b = lora[path]["b"]
+                grown["lora_a"] = lora[path]["a"]
+                grown["lora_b"] = (b * scale_of(scales, path)).astype(b.dtype)
         return grown
 
     return add(params, "")
@@ -347,8 +235,8 @@ def lora_merge(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
         name = path_name(path)
         if name not in lora:
             return kernel
-        delta = lora_delta(lora[name], scale_of(scales, name))
-        return (wide(kernel) + (delta.mT if out_first(name) else delta)).astype(kernel.dtype)
+        delta = kernel_delta(name, lora[name], scale_of(scales, name), kernel.shape)
+        return (wide(kernel) + delta).astype(kernel.dtype)
 
     return jax.tree_util.tree_map_with_path(merge, params)
 
@@ -367,131 +255,23 @@ def check_floating(params: PyTree, lora: Lora) -> None:
             )
 
 
-def lora_delta(adapter: Mapping[str, jax.Array], scale: Any) -> Float[Array, "*lead in out"]:
-    """``scale * a @ b`` of one adapter in float32 or wider at the highest precision, in Flax's layout."""
+def lora_delta(adapter: Mapping[str, Any], scale: Any) -> Float[Array, "*lead in out"]:
+    """``scale * a @ b`` of one adapter in float32 or wider at the highest precision, as ``a`` and ``b`` lie."""
     a, b = wide(adapter["a"]), wide(adapter["b"])
     b = b.reshape(*b.shape[:-2], *[1] * (a.ndim - b.ndim), *b.shape[-2:])
     return scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def lora_apply(apply: Callable[..., Any], dropout: float = 0.0) -> Callable[..., Any]:
-    r"""``module.apply`` that adds the adapters found in the parameters, in factored form.
-
-    .. math:: y = x W + \mathrm{bias} + (\mathrm{dropout}(x)\, a)\, (s\, b)
-
-    The sum W + s a b is never formed, and neither is its gradient. ``nn.Dense`` and ``nn.Conv`` are intercepted where
-    their parameters hold ``lora_a`` and ``lora_b``, inside ``nn.scan``, ``nn.remat`` and ``nn.vmap`` too; the model's
-    code stays as it is. The adapters compute in the dtype of the layer's output. The base is an argument, so
-    differentiate with respect to the adapters alone::
-
-        def loss(lora, params, batch):
-            variables = {"params": lora_params(params, lora, scales)}
-            return objective(lora_apply(module.apply)(variables, batch["input_ids"]), batch["label"])
-
-        grads = jax.grad(loss)(lora, params, batch)
-
-    Args:
-      apply: ``module.apply`` of a Linen module.
-      dropout: rate on the adapters' input. Above 0, for training, it draws from ``rngs={"dropout": key}``; make
-        another ``lora_apply(module.apply)`` for evaluation.
-
-    Returns:
-      A function with the arguments of ``apply``.
-
-    Raises:
-      ValueError: ``dropout`` out of [0, 1); at the call, adapters that no layer read, a layer that cannot use one, or
-        no key for the dropout.
-
-    Example:
-      >>> model = nn.Dense(2)
-      >>> params = {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}
-      >>> lora = {"kernel": {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 2))}}
-      >>> lora_apply(model.apply)({"params": lora_params(params, lora, 2.0)}, jnp.ones((1, 3))).tolist()
-      [[6.0, 6.0]]
-    """
-    check_number("dropout", dropout, low=0.0, high=1.0, open_high=True)
-
-    def apply_with_adapters(variables: PyTree, *args: Any, **kwargs: Any) -> Any:
-        read: set[str] = set()
-
-        def intercept(next_call: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
-            module = context.module
-            if (
-                context.method_name != "__call__"
-                or not isinstance(module, (nn.Dense, nn.Conv))
-                or not module.has_variable("params", "lora_a")
-            ):
-                return next_call(*args, **kwargs)
-            read.add("/".join(module.path))
-            a, b = (module.get_variable("params", name) for name in ("lora_a", "lora_b"))
-            x = args[0] if args else kwargs["inputs"]
-            y = next_call(*args, **kwargs)
-            return y + _low_rank(module, x, a, b, y.dtype, dropout)
-
-        with nn.intercept_methods(intercept):
-            outputs = apply(variables, *args, **kwargs)
-        _check_read(variables, read)
-        return outputs
-
-    return apply_with_adapters
-
-
-def _low_rank(
-    module: nn.Module, x: jax.Array, a: jax.Array, b: jax.Array, dtype: DTypeLike, dropout: float
-) -> jax.Array:
-    _check_layer(module, a, b)
-    x, a, b = (array.astype(dtype) for array in (jnp.asarray(x), a, b))
-    if dropout:
-        if not module.has_rng("dropout"):
-            raise ValueError(
-                f"dropout={dropout} needs a key: apply(..., rngs={{'dropout': key}}). For evaluation make another "
-                "lora_apply(module.apply) without it."
-            )
-        keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - dropout, x.shape)
-        x = jnp.where(keep, x / (1.0 - dropout), jnp.zeros_like(x))
-    if isinstance(module, nn.Dense):
-        narrow = jnp.matmul(x, a, precision=module.precision)
-    else:
-        conv = module.clone(parent=None, name=None, features=a.shape[-1], use_bias=False, dtype=dtype)
-        narrow = jnp.asarray(conv.apply({"params": {"kernel": a}}, x))
-    return jnp.matmul(narrow, b, precision=module.precision)
-
-
-def _check_layer(module: nn.Module, a: jax.Array, b: jax.Array) -> None:
-    name = "/".join(module.path)
-    if isinstance(module, nn.Conv) and (module.feature_group_count != 1 or module.mask is not None):
-        raise ValueError(
-            f"lora: {name} is a grouped or masked convolution, which has no adapter. Leave it out of the rules."
-        )
-    window = a.ndim - 2 if isinstance(module, nn.Conv) else 0
-    if b.ndim != 2 or a.ndim != window + 2:
-        raise ValueError(
-            f"lora: in {name}, a {type(module).__name__}, a has shape {a.shape} and b {b.shape}: its kernel was taken "
-            "for a stack or for a convolution. Tell the axes of its window by LoraRule(..., window=...)."
-        )
-
-
-def _check_read(variables: PyTree, read: set[str]) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(variables.get("params", {}))
-    paths = [path_name(path) for path, _ in leaves]
-    given = {path.removesuffix("lora_a").rstrip("/") for path in paths if path.split("/")[-1] == "lora_a"}
-    if not given:
-        raise ValueError(
-            "lora: the parameters hold no adapters. Pass {'params': lora_params(params, lora, scales)}, or call "
-            "module.apply itself."
-        )
-    unread = sorted(given - read)
-    if unread:
-        raise ValueError(
-            f"lora: {len(unread)} of {len(given)} adapters were not read, e.g. that of {unread[0]!r}. Only nn.Dense "
-            "and nn.Conv that this call runs read them: nn.DenseGeneral, nn.Einsum and layers of your own do not, nor "
-            "does a trace that nn.jit kept. Leave them out of the rules, write the layer as nn.Dense and a reshape, or "
-            "run the module on lora_merge(params, lora, scales)."
-        )
+def kernel_delta(path: str, adapter: Mapping[str, Any], scale: Any, shape: tuple[int, ...]) -> jax.Array:
+    """``lora_delta`` as the kernel lies."""
+    delta = lora_delta(adapter, scale)
+    return (delta.mT if out_first(path) else delta).reshape(shape)
 
 
 def lora_shardings(params_shardings: PyTree, lora: Lora) -> dict[str, dict[str, NamedSharding]]:
     """Shardings of the adapters that follow the base: ``a`` its input axis, ``b`` its output axis, r replicated.
+
+    Of several axes of inputs or outputs the first one's place is taken; outputs that cannot be told are replicated.
 
     Args:
       params_shardings: ``NamedSharding`` for every leaf of the base.
@@ -521,12 +301,14 @@ def _adapter_shardings(path: str, adapter: Mapping[str, Any], shardings: Mapping
     base = shardings[path]
     if not isinstance(base, NamedSharding):
         raise TypeError(f"params_shardings: {path} has {type(base).__name__}, but a NamedSharding is needed.")
-    lead = np.ndim(adapter["b"]) - 2
-    axes = (*base.spec, *[None] * (np.ndim(adapter["a"]) - len(base.spec)))
-    *before, fan_in, fan_out = (axes[1], axes[0]) if out_first(path) else axes
+    a, b = np.ndim(adapter["a"]), np.ndim(adapter["b"])
+    axes = (*base.spec, *[None] * (a - len(base.spec)))
+    if out_first(path):
+        return {"a": NamedSharding(base.mesh, P(axes[1], None)), "b": NamedSharding(base.mesh, P(None, axes[0]))}
     return {
-        "a": NamedSharding(base.mesh, P(*before, fan_in, None)),
-        "b": NamedSharding(base.mesh, P(*before[:lead], None, fan_out)),
+        "a": NamedSharding(base.mesh, P(*axes[: a - 1], None)),
+        # Of kernels with more axes: the first one of the outputs, or the last where there is one, if they agree.
+        "b": NamedSharding(base.mesh, P(*axes[: b - 2], None, axes[-1] if axes[a - 1] == axes[-1] else None)),
     }
 
 

@@ -18,7 +18,9 @@ from jax.typing import DTypeLike
 from effjax.core.errors import near
 from effjax.core.files import not_finite, read_json, read_safetensors
 from effjax.core.tree import path_name
-from effjax.finetune.lora import Lora, LoraConfig, LoraRule, Scales, is_kernel, lora_scales, out_first, scale_of
+from effjax.finetune.lora import Lora, Scales, lora_scales, scale_of
+from effjax.finetune.lora_config import LoraConfig, LoraRule
+from effjax.finetune.lora_layout import is_kernel, is_table, matrix, out_first
 
 __all__ = ["load_lora", "load_lora_modules", "save_lora"]
 
@@ -171,6 +173,11 @@ def _saved_names(tensors: Mapping[str, np.ndarray]) -> list[str]:
 def _modules(path: str, adapter: Mapping[str, Any], names: Names) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Module name, lora_A and lora_B in PyTorch's layout, for every layer of one adapter."""
     a, b = np.asarray(adapter["a"]), np.asarray(adapter["b"])
+    if is_table(path):
+        raise ValueError(
+            f"lora: {path} is a table of embeddings, whose adapter PEFT keeps under other names. Save the others, or "
+            "lora_merge(params, lora, scales) and save_pretrained the whole model."
+        )
     window, lead = a.ndim - b.ndim, b.ndim - 2
     if window not in (0, 2) or lead > 1:
         raise ValueError(
@@ -467,10 +474,11 @@ def _is_saved(module: str, saved: Sequence[str]) -> bool:
 def _places(params: PyTree, names: Names) -> tuple[dict[str, _Place], dict[str, tuple[int, ...]]]:
     """Module name -> kernel (and layer), and the kernels' shapes."""
     leaves = [(path_name(path), np.shape(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
-    shapes = {path: shape for path, shape in leaves if is_kernel(path, shape)}
+    shapes = {path: shape for path, shape in leaves if is_kernel(path, shape) and not is_table(path)}
     places = {}
     for path, shape in shapes.items():
-        for layer in range(shape[0]) if len(shape) in (3, 5) else [None]:
+        several = not callable(names) and isinstance(names.get(path), str)  # axes of one layer, not a stack
+        for layer in range(shape[0]) if len(shape) in (3, 5) and not several else [None]:
             try:
                 module = _name(names, path, layer)
             except ValueError:
@@ -503,6 +511,9 @@ def _check_shapes(
 ) -> None:
     *window, fan_in, fan_out = kernel if layer is None else kernel[1:]
     fan_in, fan_out = (fan_out, fan_in) if turned else (fan_in, fan_out)
+    sides = matrix("kernel", kernel, pair[1].shape[::-1]) if layer is None and pair[1].ndim == 2 else None
+    if sides and len(kernel) > 2:  # several axes of inputs or outputs
+        window, (_, fan_in, fan_out) = [], sides
     want = (rank, fan_in, *window), (fan_out, rank, *[1] * len(window))
     if (pair[0].shape, pair[1].shape) != want:
         raise ValueError(

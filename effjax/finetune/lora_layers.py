@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.tree import path_name
-from effjax.finetune.lora import Lora, Scales, check_fit, out_first, scale_of
+from effjax.finetune.lora import Lora, Scales, check_fit, scale_of
+from effjax.finetune.lora_axes import low_rank_einsum, through_axes
+from effjax.finetune.lora_layout import out_first
 
 __all__ = ["lora_hooks", "lora_kernels"]
 
@@ -23,9 +25,9 @@ class LoraKernel:
     """A frozen kernel with its adapter, which multiply a vector or matrix one after the other; see ``lora_kernels``.
 
     Attributes:
-      kernel: ``[in, out]``, or ``[out, in]`` where ``transposed``.
-      a: ``[in, r]``.
-      b: ``[r, out]``, with the scale.
+      kernel: ``[in, out]``, or ``[out, in]`` where ``transposed``; or of several axes of inputs and of outputs.
+      a: ``[in, r]``, all inputs as one axis.
+      b: ``[r, out]``, with the scale, all outputs as one axis.
       transposed: the layout.
     """
 
@@ -49,17 +51,25 @@ class LoraKernel:
     def dtype(self) -> Any:
         return self.kernel.dtype
 
-    def __getitem__(self, index: Any) -> "LoraKernel":
-        if index is not ...:  # NNX reads `variable[...]`
+    def __getitem__(self, index: Any) -> Any:
+        if index is ...:  # NNX reads `variable[...]`
+            return self
+        if self.ndim != 2 or not isinstance(index, jax.Array) or not jnp.issubdtype(index.dtype, jnp.integer):
             self._refuse("indexed")
-        return self
+        left, right = (self.b.T, self.a.T) if self.transposed else (self.a, self.b)
+        rows = self.kernel[index]  # as eqx.nn.Embedding reads its table
+        return rows + left[index].astype(rows.dtype) @ right.astype(rows.dtype)
 
     def __matmul__(self, x: jax.Array | np.ndarray) -> jax.Array:
+        if self.ndim != 2:
+            self._refuse("multiplied by `@`")
         y = self.kernel @ x
         left, right = (self.b.T, self.a.T) if self.transposed else (self.a, self.b)
         return jnp.asarray(y) + left.astype(y.dtype) @ (right.astype(y.dtype) @ x.astype(y.dtype))
 
     def __rmatmul__(self, x: jax.Array | np.ndarray) -> jax.Array:
+        if self.ndim != 2:
+            self._refuse("multiplied by `@`")
         y = x @ self.kernel
         left, right = (self.b.T, self.a.T) if self.transposed else (self.a, self.b)
         return jnp.asarray(y) + (jnp.asarray(x, y.dtype) @ left.astype(y.dtype)) @ right.astype(y.dtype)
@@ -70,8 +80,10 @@ class LoraKernel:
 
     def _refuse(self, what: str) -> NoReturn:
         raise TypeError(
-            f"A LoraKernel of shape {self.shape} was {what}, but it can only be multiplied by `@`. For nnx.Linear call "
-            "lora_hooks(model) first; for the kernels of other layers use lora_merge(params, lora, scales)."
+            f"A LoraKernel of shape {self.shape} was {what}, but it can only be multiplied by `@`, where it has two "
+            "axes. For nnx.Linear, nnx.LinearGeneral, nnx.Einsum and nnx.MultiHeadAttention call lora_hooks(model) "
+            "first; for the kernels of other layers, such as convolutions and tables of embeddings, use "
+            "lora_merge(params, lora, scales)."
         )
 
 
@@ -82,25 +94,27 @@ def lora_kernels(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
 
     For parameters that no Linen module reads:
 
-    - Equinox: ``eqx.nn.Linear`` (so ``eqx.nn.MLP`` and ``eqx.nn.MultiheadAttention`` too), as it is.
-    - NNX: ``nnx.Linear``, after ``lora_hooks(model)``; pass ``nnx.state(model, nnx.Param)`` and merge the result.
+    - Equinox: ``eqx.nn.Linear`` (so ``eqx.nn.MLP`` and ``eqx.nn.MultiheadAttention`` too) and ``eqx.nn.Embedding``, as
+      they are. Of a model that was partitioned give the whole one, ``eqx.combine(arrays, static)``.
+    - NNX: ``nnx.Linear``, ``nnx.LinearGeneral``, ``nnx.Einsum`` and ``nnx.MultiHeadAttention``, after
+      ``lora_hooks(model)``; pass ``nnx.state(model, nnx.Param)`` and merge the result.
     - Plain functions: ``x @ params["kernel"]``.
 
-    Every other use of such a kernel raises ``TypeError`` and forms nothing. For such layers (convolutions,
-    stacks of layers) use ``lora_merge`` inside the loss: the same values and gradients at the
+    Every other use of such a kernel raises ``TypeError`` and forms nothing. For such layers (convolutions, tables of
+    embeddings, stacks of layers) use ``lora_merge`` inside the loss: the same values and gradients at the
     cost of a full weight gradient. Differentiate with respect to ``lora`` alone.
 
     Args:
       params: the tree that ``lora_init`` was given; kernels ``[in, out]``, or ``[out, in]`` where they are called
         ``weight``.
-      lora: adapters of kernels of two axes.
+      lora: adapters of kernels that are no stack.
       scales: of ``lora_scales``, or one number (or traced scalar) for all.
 
     Returns:
       A tree like ``params`` with ``LoraKernel`` nodes; nothing is copied.
 
     Raises:
-      ValueError: an adapter without a kernel here, of another shape, or of more axes than two; a scale missing.
+      ValueError: an adapter without a kernel here, of another shape, or of a stack; a scale missing.
 
     Example:
       >>> params = {"kernel": jnp.zeros((3, 2))}
@@ -110,10 +124,10 @@ def lora_kernels(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
     """
     check_fit(params, lora)
     for path, adapter in lora.items():
-        if adapter["a"].ndim != 2:
+        if adapter["b"].ndim != 2:
             raise ValueError(
-                f"lora: the kernel {path} has {adapter['a'].ndim} axes, but only kernels of two are multiplied by `@`. "
-                "Give the others to lora_merge(params, lora, scales)."
+                f"lora: the kernel {path} has {adapter['b'].ndim - 2} axes of a stack of layers, but only kernels of "
+                "one layer are multiplied in factored form. Give stacks to lora_merge(params, lora, scales)."
             )
 
     def replace(path: Sequence[Any], kernel: Any) -> Any:
@@ -121,16 +135,19 @@ def lora_kernels(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
         if name not in lora:
             return kernel
         a, b = lora[name]["a"], lora[name]["b"]
-        return LoraKernel(kernel, a, (b * scale_of(scales, name)).astype(b.dtype), out_first(name))
+        return LoraKernel(
+            kernel, a.reshape(-1, a.shape[-1]), (b * scale_of(scales, name)).astype(b.dtype), out_first(name)
+        )
 
     return jax.tree_util.tree_map_with_path(replace, params)
 
 
 def lora_hooks(model: Any) -> Any:
-    """Let every ``nnx.Linear`` of a model multiply a ``LoraKernel`` in factored form.
+    """Let the dense layers of an NNX model multiply a ``LoraKernel`` in factored form.
 
-    Sets ``promote_dtype`` and ``dot_general`` of those layers, which nnx.Linear offers for such purposes; on ordinary
-    kernels they do what they did.
+    Sets ``promote_dtype`` and ``dot_general`` of every ``nnx.Linear`` and ``nnx.LinearGeneral`` (so those of
+    ``nnx.MultiHeadAttention``) and ``einsum_op`` of every ``nnx.Einsum``, which they offer for such purposes; on
+    ordinary kernels they do what they did.
 
     Args:
       model: an ``nnx.Module``; changed in place.
@@ -139,7 +156,7 @@ def lora_hooks(model: Any) -> Any:
       The same model.
 
     Raises:
-      ValueError: a model without ``nnx.Linear``.
+      ValueError: a model without such layers.
 
     Example:
       >>> from flax import nnx
@@ -151,12 +168,19 @@ def lora_hooks(model: Any) -> Any:
     """
     from flax import nnx
 
-    layers: list[Any] = [module for _, module in nnx.iter_modules(model) if isinstance(module, nnx.Linear)]
+    kinds = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+    layers: list[Any] = [module for _, module in nnx.iter_modules(model) if isinstance(module, kinds)]
     if not layers:
-        raise ValueError(f"model={type(model).__name__} holds no nnx.Linear, so there is nothing to hook.")
+        raise ValueError(
+            f"model={type(model).__name__} holds no nnx.Linear, nnx.LinearGeneral or nnx.Einsum, so there is nothing "
+            "to hook."
+        )
     for layer in layers:
         layer.promote_dtype = functools.partial(_promote, layer.promote_dtype)
-        layer.dot_general = functools.partial(_dot_general, layer.dot_general)
+        if isinstance(layer, nnx.Einsum):
+            layer.einsum_op = functools.partial(_einsum, layer.einsum_op)
+        else:
+            layer.dot_general = functools.partial(_dot_general, layer.dot_general or jax.lax.dot_general)
     return model
 
 
@@ -168,10 +192,35 @@ def _promote(plain: Any, arrays: tuple, **keywords: Any) -> tuple:
     return x, dataclasses.replace(kernel, kernel=base), bias
 
 
-def _dot_general(plain: Any, x: jax.Array, kernel: Any, *arguments: Any, **keywords: Any) -> jax.Array:
+def _dot_general(plain: Any, x: jax.Array, kernel: Any, numbers: Any, **keywords: Any) -> jax.Array:
     if not isinstance(kernel, LoraKernel):
-        return plain(x, kernel, *arguments, **keywords)
-    y = plain(x, kernel.kernel, *arguments, **keywords)
-    precision = keywords.get("precision")
-    narrow = jnp.matmul(x.astype(y.dtype), kernel.a.astype(y.dtype), precision=precision)
-    return y + jnp.matmul(narrow, kernel.b.astype(y.dtype), precision=precision)
+        return plain(x, kernel, numbers, **keywords)
+    (axes, own), (batch, _) = numbers
+    if batch:
+        raise ValueError(
+            f"lora: a layer with batch_axis has a kernel of shape {kernel.shape} for each entry of a batch, which has "
+            "no adapter. Leave it out of the rules."
+        )
+    y = plain(x, kernel.kernel, numbers, **keywords)
+    term = kernel.a.astype(y.dtype), kernel.b.astype(y.dtype), kernel.shape[len(own) :]
+    check = functools.partial(_check_sides, kernel)
+    return y + through_axes(x.astype(y.dtype), tuple(axes), term, (keywords.get("precision"), check))
+
+
+def _check_sides(kernel: LoraKernel, sides: tuple[int, int]) -> None:
+    found = kernel.a.shape[0], kernel.b.shape[1]
+    if found != sides:
+        raise ValueError(
+            f"lora: a layer with a kernel of shape {kernel.shape} has {sides[0]} inputs and {sides[1]} outputs, but "
+            f"its adapter {found[0]} and {found[1]}. Tell its axes by LoraRule(..., inputs=, outputs=)."
+        )
+
+
+def _einsum(plain: Any, string: str, x: jax.Array, kernel: Any, **keywords: Any) -> jax.Array:
+    if not isinstance(kernel, LoraKernel):
+        return plain(string, x, kernel, **keywords)
+    y = plain(string, x, kernel.kernel, **keywords)
+    a, b = kernel.a.astype(y.dtype), kernel.b.astype(y.dtype)
+    return y + low_rank_einsum(
+        (string, kernel.shape), x.astype(y.dtype), (a, b), (keywords.get("precision"), "a layer")
+    )

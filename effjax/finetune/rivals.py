@@ -13,10 +13,10 @@ import optax
 from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice, check_number
-from effjax.core.tree import path_name, wide
+from effjax.core.tree import leaves_at, path_name, wide
 from effjax.finetune.chain import cola_extend
 from effjax.finetune.chain_config import ColaConfig, ColaState
-from effjax.finetune.lora import Lora, Scales, check_floating, lora_delta, lora_scales, out_first, scale_of
+from effjax.finetune.lora import Lora, Scales, check_floating, kernel_delta, lora_scales, scale_of
 from effjax.finetune.restart import cola_reset
 
 PyTree = Any
@@ -264,11 +264,11 @@ def plora_unload(
     check_floating(params, lora)
 
     def blended(path: str) -> jax.Array:
-        delta = lora_delta(lora[path], scale_of(scales, path))
-        delta = delta.mT if out_first(path) else delta
+        delta = kernel_delta(path, lora[path], scale_of(scales, path), kernels[path].shape)
         before = jnp.zeros_like(delta) if momentum is None else momentum[path]
         return decay * before + (1.0 - decay) * delta
 
+    kernels = leaves_at(params, lora)
     after = {path: blended(path) for path in lora}
 
     def unload(path: Any, leaf: jax.Array) -> jax.Array:

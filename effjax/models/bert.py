@@ -8,18 +8,11 @@ from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice
 from effjax.core.tree import wide
-from effjax.models.attention import (
-    ACTIVATIONS,
-    Embeddings,
-    LayerSpec,
-    Mask,
-    Tokens,
-    attention_mask,
-    check_tokens,
-    run_layers,
-    token_positions,
-)
+from effjax.models.activations import ACTIVATIONS
+from effjax.models.attention import Mask, Tokens, attention_mask, token_positions
+from effjax.models.embeddings import Embeddings, check_tokens
 from effjax.models.pruned import LayerShape
+from effjax.models.transformer import LayerSpec, run_layers
 
 __all__ = ["Bert", "BertClassifier"]
 

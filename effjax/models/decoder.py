@@ -11,19 +11,10 @@ from jaxtyping import Array, Float, Int
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import wide
-from effjax.models.attention import (
-    Embeddings,
-    LayerSpec,
-    Mask,
-    Tokens,
-    attention_mask,
-    check_tokens,
-    norm_module,
-    rope_angles,
-    run_layers,
-    token_positions,
-)
+from effjax.models.attention import Mask, Tokens, attention_mask, rope_angles, token_positions
+from effjax.models.embeddings import Embeddings, check_tokens, norm_module
 from effjax.models.pruned import LayerShape
+from effjax.models.transformer import LayerSpec, run_layers
 
 __all__ = ["Decoder", "generate"]
 

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from effjax.models.attention import Layer, LayerSpec, attention_mask, check_tokens, token_positions
+from effjax.models.attention import attention_mask, token_positions
 from effjax.models.bert import Bert, BertClassifier
 from effjax.models.decoder import Decoder
+from effjax.models.embeddings import check_tokens
 from effjax.models.pruned import Gates
+from effjax.models.transformer import Layer, LayerSpec
 
 PyTree = Any
 Inputs = Mapping[str, Any]

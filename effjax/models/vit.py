@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Integer
 
 from effjax.core.errors import check_choice, check_number, near
 from effjax.core.tree import wide
-from effjax.models.attention import LayerSpec, norm_module, run_layers
+from effjax.models.embeddings import norm_module
 from effjax.models.layers import Images
+from effjax.models.transformer import LayerSpec, run_layers
 
 __all__ = ["ViT", "named_vit"]
 

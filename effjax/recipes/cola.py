@@ -14,7 +14,7 @@ from effjax.data.ragged import Ragged, padded_columns
 from effjax.data.sets import load
 from effjax.finetune.chain import cola_next
 from effjax.finetune.chain_config import ColaConfig
-from effjax.finetune.lora import LoraConfig, LoraRule
+from effjax.finetune.lora_config import LoraConfig, LoraRule
 from effjax.finetune.restart import cola_reset
 from effjax.finetune.rivals import plora_next, rac_lora, relora_reset, relora_schedule
 from effjax.models.pretrained import is_decoder

@@ -12,8 +12,10 @@ from effjax.core.tree import leaf_paths, leaves_at, select, with_leaves
 from effjax.finetune.chain import cola_init, cola_merge, cola_params
 from effjax.finetune.chain_config import ColaConfig, ColaState
 from effjax.finetune.chain_links import cola_export, cola_links
-from effjax.finetune.lora import Lora, LoraConfig, Scales, lora_apply, lora_init, lora_merge, lora_params, lora_scales
+from effjax.finetune.lora import Lora, Scales, lora_init, lora_merge, lora_params, lora_scales
+from effjax.finetune.lora_config import LoraConfig
 from effjax.finetune.lora_files import save_lora
+from effjax.finetune.lora_linen import lora_apply
 from effjax.models.convert import write_tensors
 from effjax.models.decoder import Decoder
 from effjax.models.pretrained import save_pretrained

@@ -1,3 +1,4 @@
+from .allocator import keep_freed_memory as keep_freed_memory
 from .loaders import column_loader as column_loader
 from .loaders import planned_loader as planned_loader
 from .loop import FitResult as FitResult

@@ -125,9 +125,9 @@ class Prepared:
         step = self.step(phase)
         if step in self._warm or not shapes:
             return
-        for index, shape in enumerate(shapes):
-            on_compile(index, len(shapes))
-            step.compile(state, self.put(shape.batch), aux)
+        on_compile(0, len(shapes))
+        arguments = [(state, self.put(shape.batch), aux) for shape in shapes]
+        step.compile_all(arguments, lambda done: on_compile(done, len(shapes)) if done < len(shapes) else None)
         if self.compiles > self._program.compiles:
             raise ValueError(
                 f"compiles={self._program.compiles}, but the {len(shapes)} batch shapes of the loader needed "
@@ -160,8 +160,9 @@ def fit(
       directory: of checkpoints and ``log.jsonl``; None keeps nothing.
       identity: JSON-able description of the run, checked on resume.
       on_steps: called now and then with the number of steps done.
-      on_compile: called with (done, total) before each executable of a program with several batch shapes is
-        compiled, and when all are; all of it happens before the first step, also when a run continues.
+      on_compile: called with (done, total) before the executables of a program with several batch shapes are compiled,
+        as many at a time as there are cores, and after each; all of it happens before the first step, also when a run
+        continues.
 
     Returns:
       A ``FitResult``.

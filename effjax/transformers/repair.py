@@ -10,8 +10,8 @@ import numpy as np
 
 from effjax.core.errors import check_number
 from effjax.core.tree import with_leaves
-from effjax.models.attention import norm_module
 from effjax.models.bert import BertClassifier
+from effjax.models.embeddings import norm_module
 from effjax.models.parts import Parts, parts
 from effjax.models.pruned import Gates
 from effjax.transformers.prune_spec import PruneSpec, all_gates, check_made_for

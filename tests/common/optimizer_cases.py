@@ -13,7 +13,8 @@ import optax
 from effjax.finetune.chain import cola_init
 from effjax.finetune.chain_config import ColaConfig
 from effjax.finetune.cola import cola
-from effjax.finetune.lora import LoraRule, lora_merge
+from effjax.finetune.lora import lora_merge
+from effjax.finetune.lora_config import LoraRule
 from effjax.optim.batch_size import scale_by_batch_size
 from effjax.optim.dcl import dcl, dcl_lagrangian
 from effjax.optim.dual_ascent import Constraint, DclConfig, scale_by_nupi

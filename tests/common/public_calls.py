@@ -20,7 +20,8 @@ from effjax.data.pipeline import batches
 from effjax.data.sequences import sequence_data
 from effjax.finetune.chain import cola_init, cola_merge, cola_next, cola_value_and_grad
 from effjax.finetune.chain_config import ColaConfig
-from effjax.finetune.lora import LoraRule, lora_apply
+from effjax.finetune.lora_config import LoraRule
+from effjax.finetune.lora_linen import lora_apply
 from effjax.models.mlp import MLP
 from effjax.models.residual_blocks import BasicBlock
 from effjax.models.resnet import ResNet

@@ -1,6 +1,7 @@
 """Executables, compile counts, memory and timing."""
 
 import json
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -83,6 +84,26 @@ def test_executables_follow_a_change_of_state():
         new, _ = step(state, 1.0)
         assert jax.tree.structure(new) == jax.tree.structure(state)
     assert step.compiles == 3
+
+
+def test_several_shapes_are_compiled_at_the_same_time(monkeypatch):
+    both, plain, told = threading.Barrier(2, timeout=20), jax.stages.Lowered.compile, []
+
+    def compile_when_another_one_does(lowered):
+        both.wait()
+        return plain(lowered)
+
+    monkeypatch.setattr("effjax.core.cost._cores", lambda: 2)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_when_another_one_does)
+    step, state = Executables(make_step()), make_state()
+    step.compile_all([(state, make_batch(rows)) for rows in (2, 5, 2)], told.append)
+    assert (step.compiles, told) == (2, [2, 3])
+    assert step.compile_s > 0
+    with count_compiles() as log:
+        for rows in (2, 5):
+            state, _ = step(state, make_batch(rows))
+        step.compile_all([(state, make_batch(2))])
+    assert (log.count, step.compiles) == (0, 2)
 
 
 def test_compile_ahead_with_abstract_arguments_runs_nothing():

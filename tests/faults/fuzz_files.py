@@ -39,7 +39,8 @@ import scipy.sparse
 
 import effjax
 from effjax.data.graph_tables import graph_from_files
-from effjax.finetune.lora import LoraConfig, LoraRule, lora_init
+from effjax.finetune.lora import lora_init
+from effjax.finetune.lora_config import LoraConfig, LoraRule
 from effjax.finetune.lora_files import load_lora, load_lora_modules, save_lora
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"

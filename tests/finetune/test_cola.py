@@ -29,17 +29,9 @@ from effjax.finetune.chain import (
 from effjax.finetune.chain_config import ColaConfig
 from effjax.finetune.chain_links import cola_export, cola_links
 from effjax.finetune.cola import cola, cola_state
-from effjax.finetune.lora import (
-    LoraConfig,
-    LoraRule,
-    lora_apply,
-    lora_init,
-    lora_merge,
-    lora_params,
-    lora_scales,
-    lora_shardings,
-    scale_lora_b,
-)
+from effjax.finetune.lora import lora_init, lora_merge, lora_params, lora_scales, lora_shardings, scale_lora_b
+from effjax.finetune.lora_config import LoraConfig, LoraRule
+from effjax.finetune.lora_linen import lora_apply
 from effjax.finetune.restart import cola_reset
 from effjax.finetune.slope_knot import SlopeKnot
 

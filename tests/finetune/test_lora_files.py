@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from effjax.finetune.lora import LoraConfig, LoraRule, lora_init, lora_merge, lora_scales
+from effjax.finetune.lora import lora_init, lora_merge, lora_scales
+from effjax.finetune.lora_config import LoraConfig, LoraRule
 from effjax.finetune.lora_files import load_lora, load_lora_modules, save_lora
 
 PEFT = Path(__file__).resolve().parents[1] / "reference" / "peft"
@@ -334,3 +335,22 @@ def test_adapters_of_integers_or_nan_are_refused(tmp_path, change, words):
     save_file(tensors | {first: change(tensors[first])}, folder / TENSORS)
     with pytest.raises(ValueError, match=f"{TENSORS}: the tensor '{first}' {words}"):
         load_lora(folder, PARAMS, NAMES)
+
+
+def test_layers_of_several_axes_are_written_as_the_matrices_that_peft_knows(tmp_path):
+    params = {
+        "query": {"kernel": np.zeros((6, 2, 5), "f"), "bias": np.zeros((2, 5), "f")},
+        "out": {"kernel": np.zeros((2, 5, 6), "f"), "bias": np.zeros(6, "f")},
+        "table": {"embedding": np.zeros((7, 6), "f")},
+    }
+    names = {"query/kernel": "attention.query", "out/kernel": "attention.out", "table/embedding": "word"}
+    config = LoraConfig(LoraRule("kernel$", 2))
+    lora = adapters(params, config)
+    save_lora(tmp_path / "a", lora, config, names)
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    shapes = [tensors[f"base_model.model.attention.{name}.weight"].shape for name in ("query.lora_A", "query.lora_B")]
+    assert shapes == [(2, 6), (10, 2)]
+    assert_same(load_lora(tmp_path / "a", params, names)[0], lora)
+    config = LoraConfig(LoraRule("embedding$", 2))
+    with pytest.raises(ValueError, match="table/embedding is a table of embeddings"):
+        save_lora(tmp_path / "b", adapters(params, config), config, names)

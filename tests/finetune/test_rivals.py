@@ -12,7 +12,8 @@ import pytest
 from effjax.finetune.chain import cola_extend, cola_init
 from effjax.finetune.chain_config import ColaConfig
 from effjax.finetune.cola import cola, cola_state
-from effjax.finetune.lora import LoraRule, lora_merge
+from effjax.finetune.lora import lora_merge
+from effjax.finetune.lora_config import LoraRule
 from effjax.finetune.rivals import plora_unload, rac_lora, rac_precondition, relora_reset, relora_schedule
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "cola"

@@ -128,6 +128,57 @@ MUTATIONS = (
         "jnp.where(keep, x, jnp.zeros_like(x))",
         ("finetune/test_lora.py", "finetune/test_cola.py"),
     ),
+    Mutation(
+        "lora-attention-axes",
+        "wrong axis",
+        'Layout(stack, 2, 1) if name == "out"',
+        'Layout(stack, 1, 2) if name == "out"',
+        ("finetune/test_lora_kinds.py",),
+    ),
+    Mutation(
+        "lora-kernel-taken-for-a-stack",
+        "dropped check",
+        "len(of) < 2 + is_kernel(other, of)",
+        "len(of) < 1",
+        ("finetune/test_lora_kinds.py",),
+    ),
+    Mutation(
+        "lora-einsum-factors",
+        "swapped arguments",
+        "left, right = (a, b) if takes_a else (b, a)",
+        "left, right = a, b",
+        ("finetune/test_lora_kinds.py",),
+    ),
+    # models
+    Mutation(
+        "attention-softmax-gradient",
+        "dropped term",
+        "- y * change.sum(-1, keepdims=True)",
+        "",
+        ("models/test_attention.py",),
+    ),
+    Mutation(
+        "attention-gradient-of-masked",
+        "dropped mask",
+        "d_scores = jnp.where(mask, d_scores, 0.0)",
+        "d_scores = d_scores + 0.0",
+        ("models/test_attention.py",),
+    ),
+    # train
+    Mutation(
+        "allocator-maps-large-blocks",
+        "wrong constant",
+        '"M_MMAP_MAX": (-4, 0)',
+        '"M_MMAP_MAX": (-4, 65536)',
+        ("train/test_allocator.py",),
+    ),
+    Mutation(
+        "allocator-cuts-large-blocks",
+        "dropped call",
+        "place, _ = libc.malloc(_SMALL_BLOCKS), libc.malloc(_SMALL_BLOCKS)",
+        "place = libc.malloc(_SMALL_BLOCKS)",
+        ("train/test_allocator.py",),
+    ),
     # bucket_sampler
     Mutation(
         "buckets-same-order-every-epoch",

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from effjax.finetune.lora import LoraConfig, LoraRule, lora_apply, lora_init, lora_merge, lora_params, lora_scales
+from effjax.finetune.lora import lora_init, lora_merge, lora_params, lora_scales
+from effjax.finetune.lora_config import LoraConfig, LoraRule
 from effjax.finetune.lora_files import load_lora, save_lora
+from effjax.finetune.lora_linen import lora_apply
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
 

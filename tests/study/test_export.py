@@ -8,8 +8,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from effjax.cli import main
-from effjax.finetune.lora import lora_apply, lora_params, lora_scales
+from effjax.finetune.lora import lora_params, lora_scales
 from effjax.finetune.lora_files import load_lora
+from effjax.finetune.lora_linen import lora_apply
 from effjax.models.convert import module_name
 from effjax.models.pretrained import load_pretrained
 

@@ -5,7 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from effjax.finetune.lora import LoraConfig, LoraRule, lora_merge
+from effjax.finetune.lora import lora_merge
+from effjax.finetune.lora_config import LoraConfig, LoraRule
 from effjax.tasks.adapted import adapted_task, lora_task
 from effjax.tasks.image import image_task
 from effjax.train.loop import fit
