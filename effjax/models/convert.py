@@ -17,6 +17,7 @@ from effjax.core.errors import near
 from effjax.core.files import not_finite, read_json, read_safetensors
 from effjax.core.folders import PACKAGED, held
 from effjax.core.tree import path_name
+from effjax.models.mapped import Entry, MappedTensors, Source, gathered, map_safetensors, placed
 
 PyTree = Any
 Kind = Literal["none", "dense", "conv", "pointwise"]
@@ -84,6 +85,7 @@ def import_weights(
     *,
     origin: str = "tensors",
     optional: Collection[str] = (),
+    shardings: PyTree = None,
 ) -> PyTree:
     """Arrange named tensors as the variables of a model.
 
@@ -93,6 +95,8 @@ def import_weights(
       rules: the layout table, first match wins; None for files that hold our own paths and layouts.
       origin: where the tensors came from, for the message.
       optional: paths that keep ``target``'s leaf where the tensors lack them: new heads.
+      shardings: a ``NamedSharding`` for every leaf, for global arrays of which each process reads what its devices
+        hold; ``tensors`` are then mapped. None for one device.
 
     Returns:
       A tree like ``target`` with its shapes and dtypes (float16 kernels become float32).
@@ -120,6 +124,8 @@ def import_weights(
             continue
         leaf, layers = wanted[match.path], found.setdefault(match.path, {})
         problem = _misfit(tensor, leaf.shape if match.layer is None else leaf.shape[1:], leaf.dtype, match.kind)
+        if not problem and shardings is None and not_finite(tensor):
+            problem = "holds NaN or infinity"
         if match.layer in layers:
             problem = "filled by another tensor before"
         misfits += [f"{name} -> {match.path}: {problem}"] if problem else []
@@ -138,8 +144,26 @@ def import_weights(
         raise ValueError(
             f"{origin} does not hold the weights of this model. {listed}. Build the model with the sizes of the file."
         )
+    if shardings is not None:
+        return jax.tree.unflatten(structure, _all_placed(tensors, wanted, found, jax.tree.leaves(shardings), origin))
     arrays = [leaf if path in absent else _joined(found[path], leaf.dtype) for path, leaf in wanted.items()]
     return jax.tree.unflatten(structure, arrays)
+
+
+def _all_placed(
+    tensors: Mapping[str, np.ndarray],
+    wanted: Mapping[str, Any],
+    found: Mapping[str, Mapping[int | None, np.ndarray]],
+    shardings: Sequence[Any],
+    origin: str,
+) -> list[Any]:
+    arrays = []
+    for (path, leaf), sharding in zip(wanted.items(), shardings, strict=True):
+        arrays.append(placed(Source(found[path], f"{origin}: {path}"), leaf, sharding) if path in found else leaf)
+        if isinstance(tensors, MappedTensors):
+            jax.block_until_ready(arrays[-1])
+            tensors.release()
+    return arrays
 
 
 def export_weights(variables: PyTree, rules: Sequence[Rule] | None = None) -> dict[str, np.ndarray]:
@@ -175,6 +199,27 @@ def export_weights(variables: PyTree, rules: Sequence[Rule] | None = None) -> di
     if unnamed:
         raise ValueError(f"rules: no rule names {_listed(unnamed)}. Add one for each, or save with rules=None.")
     return tensors
+
+
+def exported_in_turn(variables: PyTree, rules: Sequence[Rule]) -> list[Entry]:
+    """As ``export_weights``, each tensor gathered when it is written."""
+    entries, unnamed = [], []
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        path = path_name(key_path)
+        sources = _sources_of(path, leaf, rules)
+        unnamed += [] if sources else [path]
+        for name, kind, layer in sources:
+            to_source = _LAYOUTS[kind].to_source
+            inner = np.shape(leaf) if layer is None else np.shape(leaf)[1:]
+            shape = to_source(np.broadcast_to(np.zeros((), bool), inner)).shape
+            get = lambda leaf=leaf, layer=layer, to_source=to_source: to_source(gathered(leaf, layer))
+            entries.append(Entry(name, shape, np.dtype(leaf.dtype), get))
+    names = [entry.name for entry in entries]
+    if unnamed:
+        raise ValueError(f"rules: no rule names {_listed(unnamed)}. Add one for each, or save with rules=None.")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"rules: several leaves are named {_listed(twice)}.")
+    return entries
 
 
 def load_weights(source: str | os.PathLike[str], target: PyTree, rules: Sequence[Rule] | None = None) -> PyTree:
@@ -228,12 +273,32 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return _read_shards(path) if path.name.endswith(".index.json") else read_safetensors(path)
 
 
-def _read_shards(index: Path) -> dict[str, np.ndarray]:
+def map_tensors(path: Path) -> MappedTensors:
+    """As ``read_tensors``, with the names of ``without_wrappers``; tensors are mapped and read where they are used."""
+    if not path.name.endswith(".index.json"):
+        found = map_safetensors(path)
+        tensors, maps = found, found.maps
+    else:
+        parts: list[MappedTensors] = []
+
+        def mapped(part: Path) -> MappedTensors:
+            parts.append(map_safetensors(part))
+            return parts[-1]
+
+        tensors = _read_shards(path, mapped)
+        maps = tuple(whole for part in parts for whole in part.maps)
+    names = without_wrappers(tensors, str(path))
+    return MappedTensors({names[name]: tensor for name, tensor in tensors.items()}, maps)
+
+
+def _read_shards(
+    index: Path, read: Callable[[Path], Mapping[str, np.ndarray]] = read_safetensors
+) -> dict[str, np.ndarray]:
     """Every tensor from the file that the index places it in; a copy in another file is not read."""
     places = _shards(index)
     tensors: dict[str, np.ndarray] = {}
     for part in sorted(set(places.values())):
-        held = read_safetensors(index.parent / part)
+        held = read(index.parent / part)
         if absent := [name for name, place in places.items() if place == part and name not in held]:
             raise ValueError(
                 f"{index} places {_listed(absent)} in {part}, which does not hold them. Fetch all the files again."
@@ -498,8 +563,6 @@ def _misfit(tensor: np.ndarray, shape: tuple[int, ...], dtype: Any, kind: Kind) 
         return f"shape {given} in our layout, but the model has {shape}"
     if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(dtype, jnp.floating):
         return f"dtype {tensor.dtype}, but the model has {dtype}"
-    if not_finite(tensor):
-        return "holds NaN or infinity"
     return ""
 
 
