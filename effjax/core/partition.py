@@ -142,5 +142,28 @@ def spread(
     return tuple(axes)
 
 
+def by_rows(x: jax.Array, *, inner: bool = False) -> jax.Array:
+    """An activation whose first axis stays split over ``data``, where a mesh with that axis is current.
+
+    Without it XLA may gather activations of the whole batch in place of split kernels. A mesh is current under
+    ``jax.set_mesh``, and in the steps of ``effjax.train.fit`` where ``mesh.rules`` split parameters; else nothing is
+    done.
+
+    Args:
+      x: [rows, ...].
+      inner: whether the last axis may be split over ``model``, between two kernels; else every device has all of it.
+
+    Example:
+      >>> by_rows(jax.numpy.ones((2, 3))).shape
+      (2, 3)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if kinds.get("data") != AxisType.Auto or x.ndim < 2 or x.shape[0] % mesh.shape["data"]:
+        return x
+    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1) if inner else ()
+    return jax.lax.with_sharding_constraint(x, PartitionSpec("data", *rest))
+
+
 STACKED = re.compile(r"(^|/)layers/")
 """Paths of layers that are stacked on a leading axis and scanned."""

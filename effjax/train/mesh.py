@@ -120,7 +120,8 @@ def shard(params: PyTree, rules: Layout | Rules, mesh: Mesh) -> PyTree:
     """Put a tree of arrays on a mesh, for a training loop of one's own.
 
     The optimizer's state is made from what this returns (``tx.init(params)``) and lies as it does, adapters after
-    ``shard(lora, rules, mesh)``. A batch goes where ``NamedSharding(mesh, P("data"))`` says.
+    ``shard(lora, rules, mesh)``. A batch goes where ``NamedSharding(mesh, P("data"))`` says. Call the jitted step under
+    ``jax.set_mesh(mesh)``: activations then keep their rows over ``data``, and XLA gathers kernels, not activations.
 
     Args:
       params: parameters, adapters, or an optimizer's state; in several processes each gives the whole arrays.

@@ -34,6 +34,7 @@ class Prepared:
             jax.config.update("jax_compilation_cache_dir", options.compile_cache)
         self._program = program
         self._mesh = mesh = options.mesh.built
+        self._split = mesh is not None and options.mesh.rules != "data"
         self._warm: set[Executables] = set()
         shapes = jax.eval_shape(program.init, jax.random.key(0))
         shardings = state_shardings(mesh, shapes, program.sharding, options.mesh.rules)
@@ -45,12 +46,24 @@ class Prepared:
         self.init = _copied(program.init) if mesh is None else jax.jit(program.init, out_shardings=shardings)
         self._steps = {
             step: Executables(
-                _skip_nonfinite(step, program.params) if options.nonfinite == "skip" else step,
+                self._current(_skip_nonfinite(step, program.params) if options.nonfinite == "skip" else step),
                 donate_argnums=(0,) if options.donate else (),
                 out_shardings=None if mesh is None else (shardings, None),
             )
             for step in dict.fromkeys(phase.step for phase in program.phases)
         }
+
+    def _current(self, step: Callable) -> Callable:
+        """The step, traced with the mesh current where parameters are split, so that activations keep their rows."""
+        mesh = self._mesh
+        if mesh is None or not self._split:
+            return step
+
+        def on_mesh(state, batch, aux):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return step(state, batch, aux)
+
+        return on_mesh
 
     def step(self, phase: Phase) -> Executables:
         """The step of a phase, compiled ahead of time once per input signature; shared by phases with the same step."""

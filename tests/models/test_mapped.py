@@ -46,6 +46,10 @@ def test_every_part_is_read_once_and_nothing_else(mesh, axes, parts):
     found = placed(Source(stack, "x"), jax.ShapeDtypeStruct((2, 8, 8), jnp.float32), sharding)
     assert [64 // parts] * 2 * parts == Recorded.asked
     np.testing.assert_array_equal(found, np.stack([whole, whole + 1]))
+    by_layer = placed(
+        Source(stack, "x"), jax.ShapeDtypeStruct((2, 8, 8), jnp.float32), NamedSharding(mesh, PartitionSpec("model"))
+    )
+    np.testing.assert_array_equal(by_layer, found)
 
 
 def test_a_part_that_is_not_finite_is_named(mesh):

@@ -1,5 +1,8 @@
 """How backbones, adapters and states lie on a mesh of eight devices, and that what is learned does not depend on it."""
 
+import contextlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +10,16 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from effjax.core.partition import by_rows
 from effjax.core.tree import leaf_paths
 from effjax.finetune.lora import LoraConfig, LoraRule, lora_init
 from effjax.models import Bert, BertClassifier, Bottleneck, Decoder, NodeClassifier, ResNet, ViT
-from effjax.train.loop import Prepared
+from effjax.tasks.adapted import lora_task
+from effjax.tasks.language import lm_task
+from effjax.train.loop import Prepared, fit
 from effjax.train.mesh import shard, shardings
 from effjax.train.options import MeshOptions, TrainOptions
+from effjax.train.trainer import supervised
 
 KEY = jax.random.key(0)
 IDS = jax.ShapeDtypeStruct((8, 4), jnp.int32)
@@ -120,12 +127,64 @@ def test_a_loop_of_ones_own_learns_what_one_device_learns(layout):
     rows = NamedSharding(mesh, PartitionSpec("data"))
     for params, batch in ((start, ids), (shard(start, layout, mesh), jax.device_put(ids, rows))):
         opt = jax.jit(tx.init)(params)
-        for _ in range(2):
-            params, opt, loss = step(params, opt, batch)
+        with jax.set_mesh(mesh) if losses else contextlib.nullcontext():
+            for _ in range(2):
+                params, opt, loss = step(params, opt, batch)
         losses.append(float(loss))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     kernel = params["layer_0"]["mlp"]["up"]["kernel"]
     parts = {"data": 1, "fsdp": 4, "tensor": 2, "fsdp+tensor": 8}[layout]
+    assert kernel.addressable_shards[0].data.size == kernel.size // parts
+
+
+def test_kernels_are_gathered_and_not_activations():
+    model, mesh = Decoder(**{**SIZES, "num_layers": 1}), mesh_of(8, 1)
+    shapes = jax.eval_shape(model.init, KEY, IDS)["params"]
+    placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    params = jax.tree.map(placed, shapes, shardings(shapes, "fsdp", mesh))
+    ids = jax.ShapeDtypeStruct((24, 4), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    with jax.set_mesh(mesh):
+        text = jax.jit(lambda params, ids: model.apply({"params": params}, ids)).lower(params, ids).compile().as_text()
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", text)
+    assert {"8,8", "16,8", "8,16"} <= set(gathered)
+    assert not re.search(r"f32\[24,4[\d,]*\]", text.partition("ENTRY")[2])
+
+
+def test_the_mesh_is_current_where_a_layout_splits_parameters():
+    import toy
+
+    seen = []
+
+    def traced(state, batch, aux):
+        seen.append(jax.sharding.get_abstract_mesh().axis_names)
+        return {**state, "n": state["n"] + 1}, {"loss": by_rows(batch["x"]).sum()}
+
+    for rules, names in (("data", ()), ("fsdp", ("data", "model", "expert"))):
+        options = TrainOptions(mesh=MeshOptions(data=8, rules=rules))
+        program = toy.toy(1)
+        state = lambda key: {"params": {"w": jnp.zeros((8, 8))}, "n": jnp.int32(0)}
+        program = program._replace(
+            init=state, phases=(program.phases[0]._replace(step=traced),), params=lambda state: state["params"]
+        )
+        result = fit(program, 0, options=options)
+        assert set(seen) == {names}
+        seen.clear()
+    assert result.state["params"]["w"].addressable_shards[0].data.shape == (1, 8)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("rules", ["fsdp", "tensor", "fsdp+tensor"])
+def test_adapters_of_a_pretrained_decoder_learn_what_they_learn_on_one_device(rules):
+    losses = []
+    for mesh in (MeshOptions(), MeshOptions(data=2, model=2, rules=rules)):
+        options = TrainOptions(mesh=mesh)
+        task = lora_task(lm_task(length=16, train_rows=16, test_rows=8), LoraConfig("(query|value)/kernel"))
+        program = supervised(task, optax.adam(1e-2), steps=4, batch_size=8, options=options)
+        result = fit(program, 0, options=options)
+        losses.append(result.train["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    kernel = result.state.model["frozen"]["layer_0"]["mlp"]["up"]["kernel"]
+    parts = {"fsdp": 2, "tensor": 2, "fsdp+tensor": 4}[rules]
     assert kernel.addressable_shards[0].data.size == kernel.size // parts
 
 
