@@ -157,13 +157,11 @@ def _all_placed(
     shardings: Sequence[Any],
     origin: str,
 ) -> list[Any]:
-    arrays = []
-    for (path, leaf), sharding in zip(wanted.items(), shardings, strict=True):
-        arrays.append(placed(Source(found[path], f"{origin}: {path}"), leaf, sharding) if path in found else leaf)
-        if isinstance(tensors, MappedTensors):
-            jax.block_until_ready(arrays[-1])
-            tensors.release()
-    return arrays
+    release = tensors.release if isinstance(tensors, MappedTensors) else lambda: None
+    return [
+        placed(Source(found[path], f"{origin}: {path}", release), leaf, sharding) if path in found else leaf
+        for (path, leaf), sharding in zip(wanted.items(), shardings, strict=True)
+    ]
 
 
 def export_weights(variables: PyTree, rules: Sequence[Rule] | None = None) -> dict[str, np.ndarray]:

@@ -103,35 +103,37 @@ class Source(NamedTuple):
     Attributes:
       layers: tensors in our layout by their index on the leading axis; one of index None for a leaf that is no stack.
       where: for messages.
+      release: called after each read, to give back the memory of what has been read.
     """
 
     layers: Mapping[int | None, np.ndarray]
     where: str
+    release: Callable[[], None] = lambda: None
 
 
 def placed(source: Source, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
-    """A global array of which this process reads what its devices hold.
+    """A global array of which this process reads what its devices hold, once.
 
-    In host memory there is at any time one device's part, or all parts of one leaf where the devices are the host.
+    At any time there is one part in host memory, apart from those that devices hold.
 
     Raises:
       ValueError: a part that holds NaN or infinity.
     """
-    kept: dict[Any, np.ndarray] = {}  # devices that hold the same part share it
-
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        mark = tuple((one.start, one.stop) for one in index)
-        if mark not in kept:
-            kept[mark] = _part(source, index, leaf)
-        return kept[mark]
-
-    return jax.make_array_from_callback(leaf.shape, sharding, part)
+    holders: dict[Any, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        holders.setdefault(tuple((one.start, one.stop) for one in index or ()), []).append(device)
+    arrays = []
+    for bounds, devices in holders.items():
+        part = _part(source, tuple(slice(*bound) for bound in bounds), leaf)
+        arrays += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+        del part
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
 def _part(source: Source, index: tuple[slice, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     def read(tensor: np.ndarray, inner: tuple[slice, ...]) -> np.ndarray:
         found = np.array(tensor[inner], order="C")  # a copy: JAX may keep what it is given, and files change
+        source.release()
         if not_finite(found):
             raise ValueError(f"{source.where} holds NaN or infinity. Fetch the file again.")
         return found

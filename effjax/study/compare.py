@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from effjax.core.storage import Folder, remove_tree, storage
-from effjax.core.together import together
+from effjax.core.together import check_same_everywhere, together
 from effjax.recipes.spec import Claim
 from effjax.study.books import NUMBER, read_json_checked
 from effjax.study.claims import decide, was_trained
@@ -102,6 +102,7 @@ def compare(
         else study.default_out.with_name(study.default_out.name + ("-cost" if cost_only else ""))
     )
     first = jax.process_index() == 0
+    check_same_everywhere({**study.identity, "train": study.shared_options, "out": str(out)})
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(quiet=quiet or not first))
         together(lambda: stack.enter_context(FolderLock(out, first=first, say=progress.say)))

@@ -9,7 +9,7 @@ import numpy as np
 
 from effjax.core.errors import check_choice
 from effjax.core.storage import Folder, make_folder, storage, written_locally
-from effjax.core.together import together
+from effjax.core.together import check_same_everywhere, together
 from effjax.core.tree import leaf_paths
 from effjax.study.books import read_json_checked
 from effjax.study.lock import FolderLock
@@ -39,6 +39,7 @@ def train_arm(study: Study, arm: str | None, seed: int, out: str | Folder | None
     identity = {**study.identity, "arm": arm}
     program = study.build(arm)
     first = jax.process_index() == 0
+    check_same_everywhere({**identity, "seed": seed, "train": study.shared_options, "out": str(out)})
     if study.config.own is not None:  # their files may change between two starts
         identity["source"] = program.task.source
     with contextlib.ExitStack() as stack:

@@ -176,7 +176,9 @@ class Checkpoints:
             raise CheckpointError(self._not_written(why)) from error
 
     def _not_written(self, why: str) -> str:
-        newest = max((int(path.name) for path in self.directory.glob("*") if path.name.isdigit()), default=None)
+        newest = None
+        with contextlib.suppress(Exception):  # a bucket that cannot be read either
+            newest = max((int(path.name) for path in self.directory.glob("*") if path.name.isdigit()), default=None)
         kept = "There is no checkpoint before it" if newest is None else f"The checkpoint of step {newest} is kept"
         try:
             free = f", and {megabytes(shutil.disk_usage(self.directory).free)} are free"
@@ -228,6 +230,8 @@ def _storage_reason(error: BaseException) -> str | None:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _STORAGE:
             return str(seen.strerror)
+        if isinstance(seen, PermissionError):  # of a bucket's driver, which has words of its own
+            return str(seen).partition("\n")[0]
         for number in _STORAGE:
             if os.strerror(number) in str(seen):
                 return os.strerror(number)

@@ -1,6 +1,8 @@
 """Weights read from the file in parts, onto a mesh, and written one tensor at a time."""
 
 import json
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -130,3 +132,18 @@ def test_bad_calls(mesh, tmp_path):
         load_pretrained("stories260k", mesh=three, rules="tensor")
     with pytest.raises(ValueError, match=r"'layerz' matches none"):
         load_pretrained("stories260k", mesh=mesh, rules=(("layerz", ("data",)),))
+
+
+@pytest.mark.nightly
+@pytest.mark.promotes
+def test_lora_and_cola_on_a_mesh_learn_what_one_device_learns(mesh, tmp_path):
+    """The small twin of what ``tests/peers/sharded_load.py`` does with a billion parameters."""
+    script = runpy.run_path(str(Path(__file__).parents[1] / "peers" / "sharded_load.py"))
+    script["write"](tmp_path, "small")
+    single = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    many = load_pretrained(tmp_path, scan_layers=True, mesh=mesh, rules="fsdp+tensor")
+    one = load_pretrained(tmp_path, scan_layers=True)
+    for method in ("lora", "cola"):
+        losses = script["train"](one, single, "data", method, 3)
+        assert losses[2] < losses[1] < losses[0]
+        assert script["train"](many, mesh, "fsdp+tensor", method, 3) == pytest.approx(losses, rel=1e-5)

@@ -879,9 +879,9 @@ MUTATIONS = (
     ),
     Mutation(
         "mapped-part-read-for-each-device",
-        "dropped cache",
-        "        if mark not in kept:\n",
-        "        if True:\n",
+        "dropped grouping",
+        "holders.setdefault(tuple((one.start, one.stop) for one in index or ()), [])",
+        "holders.setdefault(tuple((one.start, one.stop, (1, None)[device.id % 2]) for one in index or ()), [])",
         ("models/test_mapped.py",),
     ),
 )

@@ -147,7 +147,8 @@ def train(model, mesh, rules: str, method: str, steps: int) -> list[float]:
     for index in range(steps):
         if index in config.knots:
             state, opt = knot(state, opt)
-        state, opt, value = step(state, opt, batch)
+        with jax.set_mesh(mesh):  # activations keep their rows
+            state, opt, value = step(state, opt, batch)
         losses.append(float(value))
     return losses
 
