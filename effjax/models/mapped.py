@@ -53,7 +53,7 @@ def map_safetensors(path: Path) -> MappedTensors:
       ValueError: a damaged or foreign file, or a type of number that arrays do not have.
 
     Example:
-      >>> from effjax.models.convert import find_weights
+      >>> from effjax.models.weight_files import find_weights
       >>> map_safetensors(find_weights("stories260k"))["norm.weight"].shape
       (64,)
     """

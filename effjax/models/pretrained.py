@@ -23,19 +23,12 @@ from effjax.core.partition import Rules
 from effjax.core.together import together
 from effjax.core.tree import path_name
 from effjax.models.bert import BertClassifier
-from effjax.models.convert import (
-    Rule,
-    exported_in_turn,
-    find_weights,
-    import_weights,
-    map_tensors,
-    module_name,
-    read_unwrapped,
-)
+from effjax.models.convert import Rule, exported_in_turn, import_weights, module_name
 from effjax.models.families import FAMILIES, META, Family, check_types, dense
 from effjax.models.mapped import Entry, MappedTensors, write_in_turn
 from effjax.models.mesh_rules import Layout, mesh_shardings
 from effjax.models.pruned import check_layer_shapes, shape_of
+from effjax.models.weight_files import find_weights, map_tensors, read_unwrapped
 
 __all__ = ["Pretrained", "load_pretrained", "save_pretrained"]
 

@@ -188,6 +188,29 @@ def test_adapters_of_a_pretrained_decoder_learn_what_they_learn_on_one_device(ru
     assert kernel.addressable_shards[0].data.size == kernel.size // parts
 
 
+@pytest.mark.nightly
+def test_a_run_goes_on_under_another_layout_and_on_fewer_devices(tmp_path):
+    task = lora_task(lm_task(length=16, train_rows=16, test_rows=8), LoraConfig("(query|value)/kernel"))
+    program = supervised(task, optax.adam(1e-2), steps=6, batch_size=8)
+    whole = fit(program, 0)
+
+    class Killed(BaseException): ...
+
+    def kill(done):
+        if done >= 4:
+            raise Killed
+
+    settings = {"checkpoint_steps": 2, "read_lag": 1}
+    first = TrainOptions(mesh=MeshOptions(data=4, model=2, rules="fsdp+tensor"), **settings)
+    with pytest.raises(Killed):
+        fit(program, 0, options=first, directory=tmp_path, on_steps=kill)
+    second = TrainOptions(mesh=MeshOptions(data=4, rules="fsdp"), **settings)
+    found = fit(program, 0, options=second, directory=tmp_path)
+    for left, right in zip(jax.tree.leaves(found.state.params), jax.tree.leaves(whole.state.params), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
+    assert found.train["loss"] == pytest.approx(whole.train["loss"], rel=1e-5)
+
+
 def test_a_layout_by_its_name_in_a_config():
     import toy
 
