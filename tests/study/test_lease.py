@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from bucket import READ_ONLY, bucket
@@ -43,7 +44,7 @@ def test_another_host_that_renews_is_refused(objects):
 
     def renew():
         count = 0
-        while not ended.wait(0.05):
+        while not ended.wait(0.05) and count < 40:
             count += 1
             write_text(f"{FOLDER}/.lock", json.dumps({**OTHER, "renewed": count}))
 
@@ -95,6 +96,20 @@ def test_of_two_that_take_over_one_wins(objects):
     (winner,) = filter(None, outcomes)
     assert len(outcomes) == 2
     assert winner.release()
+
+
+def test_one_who_is_overtaken_while_taking_over_is_refused(objects, monkeypatch):
+    write_text(f"{FOLDER}/.lock", json.dumps(OTHER))
+
+    def sleep(seconds):
+        if seconds == lease.SETTLE:
+            write_text(f"{FOLDER}/.lock", json.dumps({**OTHER, "pid": 7}))
+        time.sleep(seconds)
+
+    monkeypatch.setattr(lease, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    with pytest.raises(FolderInUse, match="process 7 on node7"):
+        FolderLock(FOLDER, say=lambda note: None).__enter__()
+    assert json.loads(objects[LOCK])["pid"] == 7
 
 
 def test_a_lock_that_was_taken_over_stops_the_run_and_is_left_to_its_holder(objects, monkeypatch):
