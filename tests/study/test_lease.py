@@ -106,9 +106,10 @@ def test_one_who_is_overtaken_while_taking_over_is_refused(objects, monkeypatch)
             write_text(f"{FOLDER}/.lock", json.dumps({**OTHER, "pid": 7}))
         time.sleep(seconds)
 
+    monkeypatch.setattr(os, "kill", lambda pid, number: None)
     monkeypatch.setattr(lease, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
-    with pytest.raises(FolderInUse, match="process 7 on node7"):
-        FolderLock(FOLDER, say=lambda note: None).__enter__()
+    with pytest.raises(FolderInUse, match="process 7 on node7"), FolderLock(FOLDER, say=lambda note: None):
+        pass
     assert json.loads(objects[LOCK])["pid"] == 7
 
 
