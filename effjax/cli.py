@@ -144,24 +144,27 @@ def _verbs(verb: str, words: Sequence[str]) -> Any:
     """One dataclass per verb; those of studies hold the fields of the study that is named, if it is their turn."""
     import tyro
 
-    place, many = tyro.conf.Positional[Path], tyro.conf.Positional[tuple[Path, ...]]
+    place, many = tyro.conf.Positional[str], tyro.conf.Positional[tuple[str, ...]]  # a Path would cut gs:// short
     switch = tyro.conf.FlagCreatePairsOff[bool]
     study = {"study": (tyro.conf.Positional[str], ..., f"{_STUDY}; then --help lists the fields of its config")}
-    out = lambda name: (Path | None, None, f"folder of {name}")
+    out = lambda name: (str | None, None, f"folder of {name}, or gs://BUCKET/FOLDER")
     more, lists = _of_study(words) if verb in ("compare", "train") else ({}, "")
     own = lambda name: (more, lists) if name == verb else ({}, "")
+    joined = (switch, False, "join the other processes, or stop; else they are joined where a launcher is recognised")
     compare = study | {
         "out": out("results (default runs/STEM-PRESET)"),
+        "distributed": joined,
         "cost_only": (switch, False, "measure speed and memory, train nothing"),
     }
     train = study | {
         "arm": (str | None, None, "name of the arm; without it they are listed"),
         "seed": (int, 0, "of parameters and data order"),
         "out": out("checkpoints (default runs/STEM-PRESET-ARM-SEED)"),
+        "distributed": joined,
     }
     export = {
         "folder": (place, ..., "folder written by `effjax train`"),
-        "out": (Path, ..., "NAME.safetensors, or a folder for PEFT"),
+        "out": (str, ..., "NAME.safetensors, or a folder for PEFT"),
         "merged": (switch, False, "in that folder the network, adapters merged"),
     }
     pattern = (tyro.conf.Positional[str], "*", "shell pattern on the stem or family/stem")
@@ -220,14 +223,23 @@ def _resolve(options: Any) -> Any:
     return finish(begin(options.study, own=own is not None), options.config, own)
 
 
+def _join(options: Any) -> None:
+    """Before anything asks JAX for its devices."""
+    if options.distributed:
+        from effjax.train.mesh import start_distributed
+
+        start_distributed(required=True)
+
+
 def _compare(options: Any) -> None:
     from effjax.study.compare import compare
 
+    _join(options)
     results = compare(_resolve(options), out=options.out, cost_only=options.cost_only)
     for group, said in results.get("about", {}).items():
         print("\n".join(f"{group}: {sentence}" for sentence in said))
     _print_claims(results)
-    folder = Path(results.folder or "")
+    folder = results.folder or Path()
     print("\n" + "\n".join(str(folder / name) for name in ("report.md", "report.png", "results.json")))
 
 
@@ -243,17 +255,19 @@ def _print_claims(results: dict) -> None:
 def _train(options: Any) -> None:
     from effjax.study.single import train_arm
 
+    _join(options)
     for name, value in train_arm(_resolve(options), options.arm, options.seed, options.out).items():
         print(f"{name}: {value}")
 
 
 def _report(options: Any) -> None:
     from effjax.core.files import first_line
+    from effjax.core.storage import storage
     from effjax.study.report import write_report
 
     if not options.folders:
         raise ValueError("report needs one folder of results or more.")
-    for folder in options.folders:
+    for folder in (storage(name, "folder") for name in options.folders):
         try:
             write_report(folder)
         except (LookupError, TypeError, AttributeError) as error:  # a schema that only looks right

@@ -7,6 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.core.storage import Folder
+
 __all__: list[str] = []
 
 # What safetensors calls the types that NumPy lacks.
@@ -21,6 +23,8 @@ _PLAIN = {
     **{f"U{bits}": np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)},
     "BOOL": np.dtype(bool),
 }
+NUMBERS = {**_PLAIN, **_NARROW}
+"""What safetensors calls a type of number -> that type."""
 
 
 def first_line(error: BaseException) -> str:
@@ -28,7 +32,7 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def read_text(path: Path, way_out: str = "Fetch it again.") -> str:
+def read_text(path: Folder, way_out: str = "Fetch it again.") -> str:
     """The text of a UTF-8 file.
 
     Args:
@@ -49,7 +53,7 @@ def read_text(path: Path, way_out: str = "Fetch it again.") -> str:
         raise ValueError(f"{path} cannot be read ({error.strerror or error}). {way_out}") from None
 
 
-def read_json(path: Path, way_out: str = "Fetch it again.") -> Any:
+def read_json(path: Folder, way_out: str = "Fetch it again.") -> Any:
     """What a JSON file holds; see ``read_text``.
 
     Raises:

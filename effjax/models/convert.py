@@ -14,16 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.errors import near
-from effjax.core.files import not_finite, read_json, read_safetensors
-from effjax.core.folders import PACKAGED, held
+from effjax.core.files import not_finite
 from effjax.core.tree import path_name
+from effjax.models.mapped import Entry, MappedTensors, Source, gathered, placed
+from effjax.models.weight_files import find_weights, listed, read_tensors, read_unwrapped, write_tensors
 
 PyTree = Any
 Kind = Literal["none", "dense", "conv", "pointwise"]
-
-_LISTED = 8
-_LONGEST_NAME = 255  # bytes, of the usual file systems
-_INDEX = "model.safetensors.index.json"
 
 
 class _Layout(NamedTuple):
@@ -84,6 +81,7 @@ def import_weights(
     *,
     origin: str = "tensors",
     optional: Collection[str] = (),
+    shardings: PyTree = None,
 ) -> PyTree:
     """Arrange named tensors as the variables of a model.
 
@@ -93,6 +91,8 @@ def import_weights(
       rules: the layout table, first match wins; None for files that hold our own paths and layouts.
       origin: where the tensors came from, for the message.
       optional: paths that keep ``target``'s leaf where the tensors lack them: new heads.
+      shardings: a ``NamedSharding`` for every leaf, for global arrays of which each process reads what its devices
+        hold; ``tensors`` are then mapped. None for one device.
 
     Returns:
       A tree like ``target`` with its shapes and dtypes (float16 kernels become float32).
@@ -120,6 +120,8 @@ def import_weights(
             continue
         leaf, layers = wanted[match.path], found.setdefault(match.path, {})
         problem = _misfit(tensor, leaf.shape if match.layer is None else leaf.shape[1:], leaf.dtype, match.kind)
+        if not problem and shardings is None and not_finite(tensor):
+            problem = "holds NaN or infinity"
         if match.layer in layers:
             problem = "filled by another tensor before"
         misfits += [f"{name} -> {match.path}: {problem}"] if problem else []
@@ -134,12 +136,28 @@ def import_weights(
     ]
     problems = {"missing": missing, "unexpected": unexpected, "misfitting": misfits}
     if any(problems.values()):
-        listed = "; ".join(f"{what}: {_listed(names)}" for what, names in problems.items() if names)
+        text = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
         raise ValueError(
-            f"{origin} does not hold the weights of this model. {listed}. Build the model with the sizes of the file."
+            f"{origin} does not hold the weights of this model. {text}. Build the model with the sizes of the file."
         )
+    if shardings is not None:
+        return jax.tree.unflatten(structure, _all_placed(tensors, wanted, found, jax.tree.leaves(shardings), origin))
     arrays = [leaf if path in absent else _joined(found[path], leaf.dtype) for path, leaf in wanted.items()]
     return jax.tree.unflatten(structure, arrays)
+
+
+def _all_placed(
+    tensors: Mapping[str, np.ndarray],
+    wanted: Mapping[str, Any],
+    found: Mapping[str, Mapping[int | None, np.ndarray]],
+    shardings: Sequence[Any],
+    origin: str,
+) -> list[Any]:
+    release = tensors.release if isinstance(tensors, MappedTensors) else lambda: None
+    return [
+        placed(Source(found[path], f"{origin}: {path}", release), leaf, sharding) if path in found else leaf
+        for (path, leaf), sharding in zip(wanted.items(), shardings, strict=True)
+    ]
 
 
 def export_weights(variables: PyTree, rules: Sequence[Rule] | None = None) -> dict[str, np.ndarray]:
@@ -173,8 +191,29 @@ def export_weights(variables: PyTree, rules: Sequence[Rule] | None = None) -> di
             # safetensors writes the buffer as it lies in memory, whatever the strides say.
             tensors[name] = np.ascontiguousarray(_LAYOUTS[kind].to_source(tensor))
     if unnamed:
-        raise ValueError(f"rules: no rule names {_listed(unnamed)}. Add one for each, or save with rules=None.")
+        raise ValueError(f"rules: no rule names {listed(unnamed)}. Add one for each, or save with rules=None.")
     return tensors
+
+
+def exported_in_turn(variables: PyTree, rules: Sequence[Rule]) -> list[Entry]:
+    """As ``export_weights``, each tensor gathered when it is written."""
+    entries, unnamed = [], []
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        path = path_name(key_path)
+        sources = _sources_of(path, leaf, rules)
+        unnamed += [] if sources else [path]
+        for name, kind, layer in sources:
+            to_source = _LAYOUTS[kind].to_source
+            inner = np.shape(leaf) if layer is None else np.shape(leaf)[1:]
+            shape = to_source(np.broadcast_to(np.zeros((), bool), inner)).shape
+            get = lambda leaf=leaf, layer=layer, to_source=to_source: to_source(gathered(leaf, layer))
+            entries.append(Entry(name, shape, np.dtype(leaf.dtype), get))
+    names = [entry.name for entry in entries]
+    if unnamed:
+        raise ValueError(f"rules: no rule names {listed(unnamed)}. Add one for each, or save with rules=None.")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"rules: several leaves are named {listed(twice)}.")
+    return entries
 
 
 def load_weights(source: str | os.PathLike[str], target: PyTree, rules: Sequence[Rule] | None = None) -> PyTree:
@@ -207,104 +246,6 @@ def load_weights(source: str | os.PathLike[str], target: PyTree, rules: Sequence
     return import_weights(tensors, target, rules, origin=str(path))
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file, or of all the files that an index names.
-
-    Args:
-      path: ``*.safetensors``, or ``*.safetensors.index.json`` with its files beside it.
-
-    Returns:
-      Name -> array.
-
-    Raises:
-      FileNotFoundError: a file that the index names is not there.
-      ValueError: a damaged or foreign file, by its name.
-
-    Example:
-      >>> read_tensors(find_weights("stories260k"))["norm.weight"].shape
-      (64,)
-    """
-    path = Path(path)
-    return _read_shards(path) if path.name.endswith(".index.json") else read_safetensors(path)
-
-
-def _read_shards(index: Path) -> dict[str, np.ndarray]:
-    """Every tensor from the file that the index places it in; a copy in another file is not read."""
-    places = _shards(index)
-    tensors: dict[str, np.ndarray] = {}
-    for part in sorted(set(places.values())):
-        held = read_safetensors(index.parent / part)
-        if absent := [name for name, place in places.items() if place == part and name not in held]:
-            raise ValueError(
-                f"{index} places {_listed(absent)} in {part}, which does not hold them. Fetch all the files again."
-            )
-        for name, tensor in held.items():
-            if name not in places and name in tensors:
-                raise ValueError(
-                    f"{index.parent} holds the tensor {name!r} in two files, and {index.name} does not say which "
-                    "counts. Add it to the weight_map."
-                )
-            if places.get(name, part) == part:
-                tensors[name] = tensor
-    return tensors
-
-
-def _shards(index: Path) -> dict[str, str]:
-    """Tensor -> name of the file that holds it."""
-    found = read_json(index)
-    places = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()) or not places:
-        raise ValueError(
-            f"{index} is damaged or no safetensors index: weight_map must name a file for every tensor. Fetch it again."
-        )
-    names = sorted(set(places.values()))
-    # Names are plain: an index must not reach outside its folder.
-    foreign = [name for name in names if Path(name).name != name or "\0" in name or len(name.encode()) > _LONGEST_NAME]
-    absent = [name for name in names if name not in foreign and not (index.parent / name).is_file()]
-    if foreign:
-        raise ValueError(f"{index} names files outside its folder: {_listed([f'{name!r:.60}' for name in foreign])}.")
-    if absent:
-        raise FileNotFoundError(f"{index} names {_listed(absent)}, which is not beside it. Fetch all the files.")
-    return places
-
-
-_WRAPPERS = ("module", "language_model")
-
-
-def without_wrappers(names: Collection[str], origin: str = "tensors") -> dict[str, str]:
-    """Names as they are in a file -> names without what a compiled or wrapped model adds to them.
-
-    ``_orig_mod`` goes wherever it stands; ``module`` and ``language_model`` where every name begins with it.
-
-    Args:
-      names: of tensors.
-      origin: the file, for the message.
-
-    Raises:
-      ValueError: two names become one.
-
-    Example:
-      >>> without_wrappers(["module._orig_mod.norm.weight", "module.norm.bias"])
-      {'module._orig_mod.norm.weight': 'norm.weight', 'module.norm.bias': 'norm.bias'}
-    """
-    plain = {name: ".".join(part for part in name.split(".") if part != "_orig_mod") for name in names}
-    for _ in range(2 * len(_WRAPPERS)):
-        for wrapper in _WRAPPERS:
-            if plain and all(name.startswith(f"{wrapper}.") for name in plain.values()):
-                plain = {name: short.removeprefix(f"{wrapper}.") for name, short in plain.items()}
-    if len(set(plain.values())) < len(plain):
-        twice = [name for name, short in plain.items() if list(plain.values()).count(short) > 1]
-        raise ValueError(f"{origin} holds one tensor under several names, {_listed(twice)}. Keep one of each.")
-    return plain
-
-
-def read_unwrapped(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """``read_tensors`` with the names of ``without_wrappers``."""
-    tensors = read_tensors(path)
-    names = without_wrappers(tensors, str(path))
-    return {names[name]: tensor for name, tensor in tensors.items()}
-
-
 def save_weights(path: str | os.PathLike[str], variables: PyTree, rules: Sequence[Rule] | None = None) -> None:
     """Write the variables of a model as one safetensors file, whole or not at all.
 
@@ -321,73 +262,6 @@ def save_weights(path: str | os.PathLike[str], variables: PyTree, rules: Sequenc
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path={str(path)!r}: the folder {path.parent} does not exist. Create it first.")
     write_tensors(path, export_weights(variables, rules))
-
-
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file, whole or not at all.
-
-    Args:
-      path: the file, in a folder that exists.
-      tensors: name -> contiguous array.
-    """
-    from safetensors.numpy import save_file
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        # Hugging Face's loaders refuse a file without this entry.
-        save_file(dict(tensors), temporary, metadata={"format": "pt"})
-        temporary.chmod(mode)  # the library leaves a file that only its owner can read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def find_weights(source: str | os.PathLike[str]) -> Path:
-    """The safetensors file meant by ``source``; see ``load_weights``.
-
-    Args:
-      source: a file, a folder, or a name inside ``EFFJAX_MODELS`` or the package.
-
-    Returns:
-      The path of an existing file.
-
-    Raises:
-      FileNotFoundError: nothing there, or a folder of several files.
-
-    Example:
-      >>> find_weights("resnet_cifar10/resnet20").name
-      'resnet20.safetensors'
-    """
-    roots = [Path(os.environ["EFFJAX_MODELS"])] if os.environ.get("EFFJAX_MODELS") else []
-    places = [Path(source), *(root / source for root in (*roots, PACKAGED))]
-    for place in places:
-        files = (place, place.with_name(f"{place.name}.safetensors"), place / "model.safetensors", place / _INDEX)
-        for path in files:
-            if path.is_file():
-                return path
-        if place.is_dir():
-            return _only_file(place)
-    known = [
-        str(path.relative_to(root).with_suffix(""))
-        for root in (*roots, PACKAGED)
-        for path in root.glob("**/*.safetensors")
-    ]
-    raise FileNotFoundError(
-        f"source={str(source)!r}: no weights at {', '.join(map(str, places))} (.safetensors)."
-        f"{near(str(source), known)} Give a path, or set EFFJAX_MODELS to the folder that holds them."
-    )
-
-
-def _only_file(folder: Path) -> Path:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"source={str(folder)!r} holds no safetensors file. {held(folder)}")
-    if len(files) > 1:
-        names = ", ".join(file.stem for file in files)
-        raise FileNotFoundError(f"source={str(folder)!r} must hold one safetensors file; it holds {names}. Name one.")
-    return files[0]
 
 
 def module_name(path: str, rules: Sequence[Rule], layer: int | None = None) -> str:
@@ -498,11 +372,4 @@ def _misfit(tensor: np.ndarray, shape: tuple[int, ...], dtype: Any, kind: Kind) 
         return f"shape {given} in our layout, but the model has {shape}"
     if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(dtype, jnp.floating):
         return f"dtype {tensor.dtype}, but the model has {dtype}"
-    if not_finite(tensor):
-        return "holds NaN or infinity"
     return ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

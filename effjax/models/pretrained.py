@@ -13,24 +13,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.files import first_line, read_json
 from effjax.core.folders import model_folder
+from effjax.core.partition import Rules
+from effjax.core.together import together
 from effjax.core.tree import path_name
 from effjax.models.bert import BertClassifier
-from effjax.models.convert import (
-    Rule,
-    export_weights,
-    find_weights,
-    import_weights,
-    module_name,
-    read_unwrapped,
-    write_tensors,
-)
+from effjax.models.convert import Rule, exported_in_turn, import_weights, module_name
 from effjax.models.families import FAMILIES, META, Family, check_types, dense
+from effjax.models.mapped import Entry, MappedTensors, write_in_turn
+from effjax.models.mesh_rules import Layout, mesh_shardings
 from effjax.models.pruned import check_layer_shapes, shape_of
+from effjax.models.weight_files import find_weights, map_tensors, read_unwrapped
 
 __all__ = ["Pretrained", "load_pretrained", "save_pretrained"]
 
@@ -98,6 +96,8 @@ def load_pretrained(
     remat: bool = False,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    rules: Layout | Rules | None = None,
     **fields: Any,
 ) -> Pretrained:
     """A pretrained transformer from a folder in Hugging Face layout.
@@ -117,6 +117,10 @@ def load_pretrained(
       remat: recompute each layer in the backward pass.
       dtype: compute dtype.
       param_dtype: dtype of the parameters; bfloat16 halves a frozen base.
+      mesh: of Auto axes, for a model that one device cannot hold: the parameters become global arrays, and each
+        process reads from the files what its devices hold, of one leaf at a time (a table that ``vocab_size`` extends
+        is made whole). All processes call this alike.
+      rules: how the parameters lie on it, see ``effjax.train.shardings``; by default ``"fsdp"``.
       **fields: further fields of the module that leave its parameters as they are: ``dropout``,
         ``attention_dropout``; or ``vocab_size``, above that of the file, for tokens of one's own: the
         rows that are added are the mean of the others.
@@ -126,8 +130,9 @@ def load_pretrained(
 
     Raises:
       FileNotFoundError: the folder, or a file of it, is not there.
-      ValueError: a damaged or foreign file by its name, an architecture that is not supported, or
-        tensors missing, unexpected or of other shapes, all listed.
+      ValueError: a damaged or foreign file by its name, an architecture that is not supported, tensors missing,
+        unexpected or of other shapes, all listed, or an axis that does not divide. Where one process of several is
+        refused all are.
 
     Example:
       >>> model = load_pretrained("stories260k", scan_layers=True)
@@ -136,25 +141,60 @@ def load_pretrained(
       >>> model.module.apply({"params": model.params}, jnp.array([[1, 403]])).shape
       (1, 2, 512)
     """
+    if mesh is None and rules is not None:
+        raise ValueError(f"rules={rules!r} without mesh. Give mesh=jax.make_mesh(...) too, or leave both out.")
+    load = lambda: _load(
+        source, classes, pool, key, scan_layers, fields, mesh, rules or "fsdp", param_dtype, remat=remat, dtype=dtype
+    )
+    return load() if mesh is None else together(load)
+
+
+def _write_beside(folder: Path, origin: Path, config: Mapping[str, Any]) -> None:
+    """All files of a model but its weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _BESIDE:
+        if (origin / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(origin / name, folder / name)
+    temporary = folder / f".config.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(temporary, folder / "config.json")
+
+
+def _load(
+    source: str | os.PathLike[str],
+    classes: int | None,
+    pool: str,
+    key: jax.Array | None,
+    scan_layers: bool,
+    fields: dict[str, Any],
+    mesh: Mesh | None,
+    layout: Layout | Rules,
+    param_dtype: DTypeLike,
+    **more: Any,
+) -> Pretrained:
     folder = model_folder(source, holds="model.safetensors*")
     config = _read_config(folder / "config.json")
     family = _family(config, folder)
     path = find_weights(folder)
-    tensors = read_unwrapped(path)
+    tensors = read_unwrapped(path) if mesh is None else map_tensors(path)
+    maps = tensors.maps if isinstance(tensors, MappedTensors) else None
     config = _own_output(path, config, family, tensors)
     config, tensors = _grown(path, config, family, tensors, fields.pop("vocab_size", None))
     prefix = family.prefix if any(name.startswith(family.prefix) for name in tensors) else ""
-    module, rules = _build(family, config, prefix, folder, classes, pool, scan_layers, fields, remat=remat, dtype=dtype)
+    module, rules = _build(family, config, prefix, folder, classes, pool, scan_layers, fields, **more)
     target = _shapes(module, folder / "config.json", config, len(tensors))
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), target)
     if classes:
         tensors = _without_other_head(path, family, classes, tensors)
     heads = [path for path in _paths(target) if re.match("(head|pooler)/", path)] if classes else []
-    params = import_weights(tensors, target, rules, origin=str(path), optional=heads)
+    places = None if mesh is None else mesh_shardings(target, layout, mesh)
+    tensors = tensors if maps is None else MappedTensors(tensors, maps)
+    params = import_weights(tensors, target, rules, origin=str(path), optional=heads, shardings=places)
     initialised = tuple(name for name, leaf in _paths(params).items() if isinstance(leaf, jax.ShapeDtypeStruct))
     if initialised:
         _log.warning("%s has no %s: drawn at random.", path, ", ".join(initialised))
         params = _draw(module, params, jax.random.key(0) if key is None else key)
+        params = params if places is None else jax.device_put(params, places)
     if classes:  # a file with a head names its base model, as Hugging Face's classifiers want it
         _, rules = _build(family, config, family.prefix, folder, classes, pool, scan_layers, fields)
         config = _classifier_config(config, family, classes, pool)
@@ -172,7 +212,8 @@ def save_pretrained(
 
     ``model.safetensors``, ``config.json``, and the tokenizer files of the folder that the model came
     from. Each file is written whole or not at all, the weights last. A pooler that the module does
-    not use is carried over from there.
+    not use is carried over from there. Parameters on a mesh are gathered one tensor at a time; in several processes
+    all of them call this, and process 0 writes.
 
     Args:
       folder: made if it is not there.
@@ -194,24 +235,18 @@ def save_pretrained(
     """
     params = pretrained.params if params is None else params
     _check_same_shapes(params, pretrained.params)
-    tensors = _carried(pretrained) | export_weights(params, pretrained.rules)
-    if dtype is not None:
-        tensors = {name: np.asarray(tensor, dtype) for name, tensor in tensors.items()}
+    carried = _carried(pretrained)
+    entries = [Entry(name, x.shape, x.dtype, lambda x=x: x) for name, x in carried.items()]
+    entries += exported_in_turn(params, pretrained.rules)
     # Hugging Face loads in the dtype that the configuration names, whatever the file holds.
     named = {key: jax.tree.leaves(params)[0].dtype if dtype is None else dtype for key in ("dtype", "torch_dtype")}
     config = {key: jnp.dtype(named[key]).name if key in named else value for key, value in pretrained.config.items()}
     if config.get("pruned_layers"):
         config["model_type"] = f"{_PRUNED}{config['model_type']}"
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in _BESIDE:
-        origin = pretrained.folder / name
-        if origin.is_file() and not (folder / name).exists():
-            shutil.copyfile(origin, folder / name)
-    temporary = folder / f".config.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(temporary, folder / "config.json")
-    write_tensors(folder / "model.safetensors", tensors)
+    if jax.process_index() == 0:
+        _write_beside(folder, pretrained.folder, config)
+    write_in_turn(folder / "model.safetensors", entries, dtype)
 
 
 def _build(
@@ -311,7 +346,11 @@ _TABLES = ("embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weig
 
 
 def _equal(left: np.ndarray, right: np.ndarray) -> bool:
-    return left.shape == right.shape and np.array_equal(left.astype(np.float32), right.astype(np.float32))
+    """Whether two tables hold the same numbers, looked at a part at a time."""
+    part = lambda table, first: table[first : first + 4096].astype(np.float32)
+    return left.shape == right.shape and all(
+        np.array_equal(part(left, first), part(right, first)) for first in range(0, len(left), 4096)
+    )
 
 
 def _grown(

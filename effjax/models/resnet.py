@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from effjax.core.errors import check_choice
+from effjax.core.partition import by_rows
 from effjax.core.tree import wide
 from effjax.models.convert import Rule, batch_norm_rules, load_weights
 from effjax.models.layers import Images, call, check_images, norm_layer
@@ -96,7 +97,7 @@ class ResNet(nn.Module):
                     dtype=self.dtype,
                     name=f"stage{index}_block{position}",
                 )
-                x = call(block, x, train, remat=self.remat)
+                x = by_rows(call(block, x, train, remat=self.remat))
             out[f"stage{index}"] = x
         if self.preactivation:
             x = self._activated(x, train, "last_norm")

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice, check_number
+from effjax.core.partition import by_rows
 from effjax.models.activations import ACTIVATIONS
 from effjax.models.attention import attend, rotate
 from effjax.models.embeddings import norm_module
@@ -81,7 +82,8 @@ class _Attention(nn.Module):
             return _dense(spec.hidden_size, spec, "output")(x[..., :0])
         width = spec.head_size or spec.hidden_size // spec.num_heads
         kv_heads = spec.num_kv_heads or spec.num_heads
-        heads = lambda name, count: _dense(count * width, spec, name)(x).reshape(*x.shape[:2], count, width)
+        project = lambda name, count: by_rows(_dense(count * width, spec, name)(x), inner=True)
+        heads = lambda name, count: project(name, count).reshape(*x.shape[:2], count, width)
         query, key, value = heads("query", spec.num_heads), heads("key", kv_heads), heads("value", kv_heads)
         if rope is not None:
             cosine, sine = rope
@@ -92,7 +94,7 @@ class _Attention(nn.Module):
         y = attend(query, key, value, mask, causal=causal, drop=self._drop(gates))
         if gates is not None:
             y = y * jnp.repeat(gates.heads, spec.num_heads // kv_heads)[None, None, :, None].astype(y.dtype)
-        y = y.reshape(*x.shape[:2], spec.num_heads * width)
+        y = by_rows(y.reshape(*x.shape[:2], spec.num_heads * width), inner=True)
         if not self.is_initializing():  # taps are no variables of the module
             self.sow("taps", "context", y)
         return _dense(spec.hidden_size, spec, "output")(y)
@@ -136,7 +138,7 @@ class _MLP(nn.Module):
         activation = ACTIVATIONS[check_choice("activation", spec.activation, ACTIVATIONS)]
         if spec.intermediate_size == 0:
             return _dense(spec.hidden_size, spec, "down")(x[..., :0])
-        up = _dense(spec.intermediate_size, spec, "up")(x)
+        up = by_rows(_dense(spec.intermediate_size, spec, "up")(x), inner=True)
         hidden = activation(_dense(spec.intermediate_size, spec, "gate")(x)) * up if spec.gated else activation(up)
         if gates is not None:
             size = spec.intermediate_size // gates.groups.shape[-1]
@@ -167,8 +169,9 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask=None, rope=None, start=0, gates: Gates | None = None):
-        x = _Attention(self.spec, self.train, self.cache_length, name="attention")(x, mask, rope, start, gates)
-        return _MLP(self.spec, self.train, name="mlp")(x, gates), None
+        attention = _Attention(self.spec, self.train, self.cache_length, name="attention")
+        x = by_rows(attention(by_rows(x), mask, rope, start, gates))
+        return by_rows(_MLP(self.spec, self.train, name="mlp")(x, gates)), None
 
 
 def shaped(spec: LayerSpec, shape: LayerShape) -> LayerSpec:

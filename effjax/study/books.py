@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
+
+from effjax.core.storage import Folder, storage
 
 NUMBER = (int, float, type(None))
 """A number as it is written: NaN and infinities are null."""
@@ -13,7 +14,9 @@ class BooksError(ValueError):
     """A working file is missing, cut short, or not what this version writes."""
 
 
-def read_json_checked(path: str | Path, required_keys: Collection[str] | Mapping[str, Any] | type, way_out: str) -> Any:
+def read_json_checked(
+    path: str | Folder, required_keys: Collection[str] | Mapping[str, Any] | type, way_out: str
+) -> Any:
     """Read a JSON file and check what it holds.
 
     Args:
@@ -31,7 +34,7 @@ def read_json_checked(path: str | Path, required_keys: Collection[str] | Mapping
     Example:
       ``read_json_checked(path, {arm: {"step_ms": NUMBER} for arm in arms}, "Delete it to measure again.")``
     """
-    path = Path(path)
+    path = storage(path)
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
@@ -43,7 +46,7 @@ def read_json_checked(path: str | Path, required_keys: Collection[str] | Mapping
     except OSError as error:
         raise BooksError(f"{path} cannot be read ({error.strerror or error}). {way_out}") from None
     except json.JSONDecodeError as error:
-        state = f"is cut short or damaged at line {error.lineno}" if path.stat().st_size else "is empty"
+        state = f"is cut short or damaged at line {error.lineno}" if error.doc else "is empty"
         raise BooksError(f"{path} {state}. {way_out}") from None
     problem = _problem(found, required_keys, "")
     if problem:

@@ -4,15 +4,15 @@ import contextlib
 import dataclasses
 import json
 import math
-import shutil
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from effjax.core.storage import Folder, remove_tree, storage
+from effjax.core.together import check_same_everywhere, together
 from effjax.recipes.spec import Claim
 from effjax.study.books import NUMBER, read_json_checked
 from effjax.study.claims import decide, was_trained
@@ -30,7 +30,7 @@ from effjax.tasks.task import Task
 from effjax.train.checkpoint import checksums, describe_difference, layout
 from effjax.train.logging import read_jsonl, write_json
 from effjax.train.loop import FitResult, NonFiniteError, Prepared, fit
-from effjax.train.mesh import start_distributed, together
+from effjax.train.mesh import start_distributed
 from effjax.train.options import Budget, TrainOptions
 from effjax.train.program import Program
 from effjax.train.signals import StopSignal, check_stop
@@ -38,6 +38,7 @@ from effjax.train.signals import StopSignal, check_stop
 __all__ = ["compare"]
 
 CURVE_POINTS = 200
+_REMOVED = "removed.json"
 _START_AGAIN = "Delete {0} to start again, or choose another --out."
 
 
@@ -51,7 +52,7 @@ def compare(
     claims: Sequence[Claim] = (),
     batch_size: int = 64,
     options: TrainOptions | None = None,
-    out: str | Path | None = None,
+    out: str | Folder | None = None,
     cost_only: bool = False,
     quiet: bool = False,
 ) -> Results:
@@ -71,7 +72,7 @@ def compare(
       claims: what you expect, as data; decided from the results.
       batch_size: rows of one step, for arms that are optimizers.
       options: how runs are executed.
-      out: folder; default ``runs/<stem>-<preset>``.
+      out: folder, on a disk or in a bucket (``gs://BUCKET/FOLDER``); default ``runs/<stem>-<preset>``.
       cost_only: measure speed and memory, train nothing.
       quiet: no progress.
 
@@ -96,11 +97,12 @@ def compare(
         )
     study = resolve(study) if isinstance(study, str) else study
     out = (
-        Path(out)
+        storage(out)
         if out is not None
         else study.default_out.with_name(study.default_out.name + ("-cost" if cost_only else ""))
     )
     first = jax.process_index() == 0
+    check_same_everywhere({**study.identity, "train": study.shared_options, "out": str(out)})
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(quiet=quiet or not first))
         together(lambda: stack.enter_context(FolderLock(out, first=first, say=progress.say)))
@@ -111,9 +113,9 @@ def compare(
 class _Comparison:
     """One study in one folder."""
 
-    def __init__(self, study: Study, out: Path, cost_only: bool, progress: Progress, first: bool):
+    def __init__(self, study: Study, out: Folder, cost_only: bool, progress: Progress, first: bool):
         self.study, self.out, self.cost_only, self.progress, self.first = study, out, cost_only, progress, first
-        self.work, self.old = out / ".work", out / ".work-old"
+        self.work = out / ".work"
         self.groups = study.groups()
         self.prepared: dict[str, Prepared] = {}
         self.evaluated: set[Any] = set()
@@ -142,26 +144,25 @@ class _Comparison:
         return results
 
     def _remove_work(self) -> None:
-        """Under another name, as a kill in the middle must leave nothing that another run would take for its own."""
-        self._sweep()
-        self.work.replace(self.old)
-        self._sweep()
+        """Marked first and the mark last, as a kill in the middle must leave nothing that a run takes for its own."""
+        with contextlib.suppress(OSError):  # a full disk, of which this frees some
+            write_json(self.work / _REMOVED, {})
+        remove_tree(self.work, last=_REMOVED)
 
     def _sweep(self) -> None:
-        """Remove what a kill during a removal has left."""
-        if self.old.exists():
-            shutil.rmtree(self.old)
+        """Remove the working files if that was begun."""
+        if (self.work / _REMOVED).exists():
+            remove_tree(self.work, last=_REMOVED)
 
     def _identity(self) -> dict[str, Any]:
         return {**self.study.identity, "cost_only": self.cost_only}
 
     def _claim_folder(self) -> dict[str, Any] | None:
         """Check that the folder is ours or new, and mark it; return its results if it is finished."""
+        together(lambda: self._sweep() if self.first else None)
         finished = together(self._look)
-        if self.first:
-            self._sweep()
-            if finished is None:
-                write_json(self.work / "identity.json", self._identity())
+        if self.first and finished is None:
+            write_json(self.work / "identity.json", self._identity())
         return finished
 
     def _look(self) -> dict[str, Any] | None:
@@ -222,7 +223,7 @@ class _Comparison:
             programs = {name: self._build(loaded, Budget(steps[name]), name)[name] for name in programs}
         return costs, programs
 
-    def _known_costs(self, path: Path, programs: Mapping[str, Program]) -> dict[str, dict]:
+    def _known_costs(self, path: Folder, programs: Mapping[str, Program]) -> dict[str, dict]:
         """What an earlier start has measured on as many devices along each axis."""
         if not path.exists():
             return {}
@@ -233,9 +234,10 @@ class _Comparison:
         self._check_sources()
         return {name: found[name] for name in shape if found[name].get("devices") == self._devices()}
 
-    def _devices(self) -> dict[str, int]:
-        mesh = self.study.config.train.mesh.built
-        return {} if mesh is None else dict(mesh.shape)
+    def _devices(self) -> dict[str, Any]:
+        options = self.study.config.train.mesh
+        rules = {} if options.rules == "data" else {"rules": options.rules}
+        return {} if options.built is None else {**options.built.shape, **rules}
 
     def _build(self, loaded: Mapping[str, Any], budget: Budget, only: str | None = None) -> dict[str, Program]:
         """Programs of all arms, or of one, under a budget."""
@@ -282,7 +284,7 @@ class _Comparison:
             del programs[name]
         return runs
 
-    def _folder(self, name: str, seed: int) -> Path:
+    def _folder(self, name: str, seed: int) -> Folder:
         return self.work / "arms" / name / str(seed)
 
     def _finished(self, name: str, seed: int) -> dict | None:
@@ -336,7 +338,7 @@ class _Comparison:
         run["compiles"] = prepared.compiles
         if self.first:
             write_json(folder / "done.json", {**run, "identity": self._arm_identity(name, seed)})
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            remove_tree(folder / "checkpoints")
         return run
 
     def _judge(self, name: str, program: Program, result: FitResult) -> dict[str, Any]:

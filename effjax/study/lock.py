@@ -1,4 +1,4 @@
-"""One folder, one run: a lock file that names its holder."""
+"""One folder, one run: a lock file that names its holder; in a bucket a lease."""
 
 import contextlib
 import datetime
@@ -13,7 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from effjax.train.logging import storage_error
+from effjax.core.storage import Folder, create, is_remote, storage
+from effjax.study.lease import Lease
 from effjax.train.signals import AT_EXIT
 
 NAME = ".lock"
@@ -37,7 +38,8 @@ class FolderLock:
     """Holds a folder while a ``with`` block runs.
 
     The lock is a file that is created only where there is none. A file left by a process of this host that is no
-    longer there is taken over; one left by another host cannot be judged from here and is refused.
+    longer there is taken over; one left by another host cannot be judged from here and is refused. In a bucket the
+    holder renews the file, and one of another host that is not renewed for a minute is taken over.
 
     Args:
       folder: created if missing.
@@ -46,7 +48,7 @@ class FolderLock:
 
     Raises:
       FolderInUse: on entering, at once.
-      ValueError: on entering, a folder that cannot be made.
+      ValueError: on entering, a folder that cannot be made, or a bucket that cannot be written.
 
     Example:
       >>> import tempfile
@@ -55,15 +57,19 @@ class FolderLock:
       True
     """
 
-    def __init__(self, folder: str | Path, *, first: bool = True, say: Callable[[str], None] | None = None):
-        self._path = Path(folder) / NAME
+    def __init__(self, folder: str | Folder, *, first: bool = True, say: Callable[[str], None] | None = None):
+        self._path = storage(folder) / NAME
         self._first = first
+        self._lease: Lease | None = None
         self._say = say or (lambda note: print(note, file=sys.stderr, flush=True))
         self._mine: dict[str, Any] | None = None
         self._made = False
 
     def __enter__(self) -> "FolderLock":
         if not self._first:
+            return self
+        if is_remote(self._path):
+            self._take_lease(_this_process())
             return self
         self._made = not self._path.parent.exists()
         try:
@@ -72,20 +78,40 @@ class FolderLock:
             raise ValueError(
                 f"--out {self._path.parent} cannot be a folder: {error.strerror}. Choose another."
             ) from None
-        mine = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "started": _started(os.getpid()),
-        }
-        while not (_create(self._path, mine) or self._take_over(mine)):
+        mine = _this_process()
+        while not (create(self._path, json.dumps(mine).encode()) or self._take_over(mine)):
             time.sleep(0.02)
         self._mine = mine
         AT_EXIT.append(self._release)  # another host could not tell that the holder is gone
         return self
 
+    def _take_lease(self, mine: dict[str, Any]) -> None:
+        def refuse(holder: Mapping[str, Any]) -> None:
+            holder = dict.fromkeys(("pid", "host", "since", "started"), "unknown") | dict(holder)
+            raise FolderInUse(self._refusal(holder), holder)
+
+        def gone(holder: Mapping[str, Any]) -> bool | None:
+            here = isinstance(holder.get("pid"), int) and holder.get("host") == socket.gethostname()
+            return not _alive(holder) if here else None
+
+        lease = Lease(self._path, mine, gone=gone, refuse=refuse, say=self._say)
+        try:
+            lease.take()
+        except FolderInUse:
+            raise
+        except Exception as error:  # each driver has errors of its own
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"--out {self._path.parent} cannot be written ({why}). Check the bucket's name and your rights, or "
+                "choose another."
+            ) from error
+        self._lease = lease
+        AT_EXIT.append(self._release)
+
     def _release(self) -> bool:
         """Give the lock back; whether it was still ours."""
+        if self._lease is not None:
+            return self._lease.release()
         mine, self._mine = self._mine, None
         if mine is None or _read(self._path) != mine:
             return False
@@ -135,23 +161,18 @@ class FolderLock:
             f"{str(folder)!r} is in use by process {holder['pid']} on {holder['host']} since {holder['since']}. "
             "Wait for it, or choose another --out."
         )
-        if holder["host"] != socket.gethostname():
+        if holder["host"] != socket.gethostname() and not is_remote(self._path):
             text += f" Whether that process still runs cannot be seen from here: if it does not, delete {self._path}."
         return text
 
 
-def _create(path: Path, mine: Mapping[str, Any]) -> bool:
-    try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
-        return False
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(mine))
-    except OSError as error:
-        path.unlink()
-        raise storage_error(error, path, len(json.dumps(mine))) from None
-    return True
+def _this_process() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "started": _started(os.getpid()),
+    }
 
 
 @contextlib.contextmanager
@@ -166,7 +187,7 @@ def _alone(handle: int) -> Generator[None]:
     yield
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Folder) -> dict[str, Any] | None:
     try:
         return _parse(path.read_text())
     except FileNotFoundError:

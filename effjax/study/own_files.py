@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from effjax.core.errors import near
+from effjax.core.storage import Folder
 from effjax.data.files import READERS, fitting_modality
 from effjax.recipes.spec import OwnData, StudyConfig
 
@@ -156,7 +157,7 @@ def with_all_rows(config: Any) -> StudyConfig:
     return dataclasses.replace(config, **dict.fromkeys(names))
 
 
-def check_unchanged(config: StudyConfig, recipe: Any, sources: Sequence[str], out: Path) -> None:
+def check_unchanged(config: StudyConfig, recipe: Any, sources: Sequence[str], out: Folder) -> None:
     """Refuse to take finished results for those of the user's data if these have changed since.
 
     Raises:

@@ -4,15 +4,14 @@ import io
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from effjax.core.storage import Folder, write_bytes
 from effjax.study.advice import chosen, members, ranked, spread
 from effjax.study.axes import COLOURS, plain_axis
 from effjax.study.claims import value
 from effjax.study.curves import curve_panels, curves_in, panel_rows
 from effjax.study.frontier import pareto
-from effjax.train.logging import write_bytes
 
 MARKERS = {"method": "D", "baseline": "o", "alternative": "s", "control": "^", "sweep": "P"}
 NUMBER_HEIGHT, MARK = 13, 5  # pixels
@@ -42,7 +41,7 @@ COSTS = (
 )
 
 
-def draw(results: Mapping[str, Any], curves: Mapping[str, Any], path: Path) -> None:
+def draw(results: Mapping[str, Any], curves: Mapping[str, Any], path: Folder) -> None:
     """Write the picture as a PNG file."""
     write_bytes(path, picture(results, curves))
 

@@ -4,16 +4,15 @@ import base64
 import html as _html
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from effjax.core.files import read_json
+from effjax.core.storage import Folder, storage, write_text
 from effjax.study.advice import clocks, level, members, number, ranked, short, spread, take
 from effjax.study.claims import costs_of, value
 from effjax.study.curves import about_curves
 from effjax.study.frontier import pareto
 from effjax.study.plots import draw, picture
-from effjax.train.logging import write_text
 
 SCHEMA = 2
 _KEYS = ("schema", "study", "preset", "seeds", "budget", "groups", "arms", "claims", "environment")
@@ -69,14 +68,15 @@ Block = str | Table | Heading
 """A part of the report; a string is a paragraph, or a list whose lines begin with '- '."""
 
 
-def write_report(out: Path) -> None:
+def write_report(out: Folder) -> None:
     """Write ``report.md`` and ``report.png`` beside a folder's ``results.json``."""
+    out = storage(out, "folder")
     results = read_results(out / "results.json")
     write_text(out / "report.md", render(results))
     draw(results, read_curves(out), out / "report.png")
 
 
-def read_curves(out: Path) -> dict[str, Any]:
+def read_curves(out: Folder) -> dict[str, Any]:
     """The curves beside a folder's results; empty if there are none."""
     path = out / "curves.json"
     way_out = "Delete it to write the report without curves."
@@ -86,13 +86,13 @@ def read_curves(out: Path) -> dict[str, Any]:
     return found
 
 
-def read_results(path: Path) -> dict[str, Any]:
+def read_results(path: Folder) -> dict[str, Any]:
     """Read a results.json.
 
     Raises:
       FileNotFoundError, ValueError: it is missing, or not what this version writes.
     """
-    path = Path(path)
+    path = storage(path, "folder")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Run `effjax compare` with --out {path.parent} first.")
     results = read_json(path, "Run the study again.")

@@ -87,6 +87,12 @@ class Study(NamedTuple):
         return {"study": self.stem, "preset": self.preset, "config": lasting(self.config_dict)}
 
     @property
+    def shared_options(self) -> dict[str, Any]:
+        """How runs are executed, as far as all processes of one must do it alike."""
+        train = self.config_dict.get("train", {})
+        return {name: value for name, value in train.items() if name not in ("compile_cache", "prefetch")}
+
+    @property
     def default_out(self) -> Path:
         """``runs/<stem>-<preset>``, with 8 hex digits of the config if what identifies it was overridden."""
         name = f"{self.stem}-{self.preset}"

@@ -1,9 +1,9 @@
 """A study's results as what a notebook shows."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from effjax.core.storage import Folder, storage
 from effjax.study.advice import members
 from effjax.study.plots import figure
 from effjax.study.report import group_table, html, read_curves, read_results, render
@@ -22,16 +22,16 @@ class Results(dict):
     """
 
     def __init__(
-        self, results: Mapping[str, Any], curves: Mapping[str, Any] | None = None, *, folder: str | Path | None = None
+        self, results: Mapping[str, Any], curves: Mapping[str, Any] | None = None, *, folder: str | Folder | None = None
     ):
         super().__init__(results)
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else storage(folder, "folder")
         self.curves = dict((read_curves(self.folder) if self.folder else {}) if curves is None else curves)
 
     @classmethod
-    def read(cls, folder: str | Path) -> "Results":
+    def read(cls, folder: str | Folder) -> "Results":
         """The results in a folder that ``effjax compare`` wrote."""
-        return cls(read_results(Path(folder) / "results.json"), folder=folder)
+        return cls(read_results(storage(folder, "folder") / "results.json"), folder=folder)
 
     def table(self) -> dict[str, list[dict[str, str]]]:
         """Per group its arms as rows, best first, from column to text: what a data frame takes."""

@@ -2,13 +2,14 @@
 
 import contextlib
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from effjax.core.errors import check_choice
+from effjax.core.storage import Folder, make_folder, storage, written_locally
+from effjax.core.together import check_same_everywhere, together
 from effjax.core.tree import leaf_paths
 from effjax.study.books import read_json_checked
 from effjax.study.lock import FolderLock
@@ -17,13 +18,13 @@ from effjax.study.resolve import Study, resolve_saved
 from effjax.train.checkpoint import Checkpoints, describe_difference
 from effjax.train.logging import write_json
 from effjax.train.loop import fit
-from effjax.train.mesh import start_distributed, together
+from effjax.train.mesh import start_distributed
 from effjax.train.program import Program
 
 NOTE = "arm.json"
 
 
-def train_arm(study: Study, arm: str | None, seed: int, out: Path | None) -> dict[str, Any]:
+def train_arm(study: Study, arm: str | None, seed: int, out: str | Folder | None) -> dict[str, Any]:
     """Train one arm of a study into a folder with checkpoints and ``log.jsonl``; resumes if started again.
 
     Returns:
@@ -33,10 +34,12 @@ def train_arm(study: Study, arm: str | None, seed: int, out: Path | None) -> dic
     if arm is None:
         raise ValueError(f"--arm is missing. The arms of {study.stem}:{study.preset} are: {', '.join(study.arms)}.")
     check_choice("--arm", arm, study.arms)
-    out = out or study.default_out.with_name(f"{study.default_out.name}-{re.sub('[^A-Za-z0-9.]+', '-', arm)}-{seed}")
+    name = f"{study.default_out.name}-{re.sub('[^A-Za-z0-9.]+', '-', arm)}-{seed}"
+    out = study.default_out.with_name(name) if out is None else storage(out)
     identity = {**study.identity, "arm": arm}
     program = study.build(arm)
     first = jax.process_index() == 0
+    check_same_everywhere({**identity, "seed": seed, "train": study.shared_options, "out": str(out)})
     if study.config.own is not None:  # their files may change between two starts
         identity["source"] = program.task.source
     with contextlib.ExitStack() as stack:
@@ -61,7 +64,7 @@ def train_arm(study: Study, arm: str | None, seed: int, out: Path | None) -> dic
     return metrics
 
 
-def _mark(out: Path, note: dict[str, Any]) -> None:
+def _mark(out: Folder, note: dict[str, Any]) -> None:
     """Note what the folder holds, or refuse a folder that holds something else."""
     path = out / NOTE
     difference = describe_difference(_read_note(path), note) if path.exists() else ""
@@ -70,12 +73,12 @@ def _mark(out: Path, note: dict[str, Any]) -> None:
     write_json(path, note)
 
 
-def _read_note(path: Path) -> dict[str, Any]:
+def _read_note(path: Folder) -> dict[str, Any]:
     kinds = {"study": str, "preset": str, "arm": str, "config": dict, "seed": int}
     return read_json_checked(path, kinds, "Choose another folder, or delete this one and train again.")
 
 
-def export_arm(folder: Path, out: Path, merged: bool = False) -> int:
+def export_arm(folder: str | Folder, out: str | Folder, merged: bool = False) -> int:
     """Write what a trained arm learned, from its newest checkpoint.
 
     Args:
@@ -90,6 +93,7 @@ def export_arm(folder: Path, out: Path, merged: bool = False) -> int:
     Raises:
       ValueError: an arm or a network that has no such folder.
     """
+    folder, out = storage(folder, "folder"), storage(out)
     note_path = folder / NOTE
     if not note_path.exists():
         raise FileNotFoundError(f"{note_path} does not exist. Give a folder written by `effjax train`.")
@@ -112,25 +116,27 @@ def export_arm(folder: Path, out: Path, merged: bool = False) -> int:
         raise ValueError(
             f"--out {out}: the arm {note['arm']!r} has no adapters to put in a folder. Name a .safetensors."
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    program.export(state, out, merged=merged)
-    return sum(_count_tensors(path) for path in out.glob("*.safetensors"))
+    make_folder(out.parent)
+    with written_locally(out) as local:
+        program.export(state, local, merged=merged)
+        return sum(_count_tensors(path) for path in local.glob("*.safetensors"))
 
 
-def _count_tensors(path: Path) -> int:
+def _count_tensors(path: Folder) -> int:
     from safetensors import safe_open
 
     with safe_open(path, "numpy") as tensors:
         return len(tensors.keys())
 
 
-def _export_file(program: Program, state: Any, out: Path, note: dict[str, Any]) -> int:
+def _export_file(program: Program, state: Any, out: Folder, note: dict[str, Any]) -> int:
     from safetensors.numpy import save_file
 
     params = program.params(state)
     tensors = {name: np.asarray(leaf) for name, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True)}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    save_file(tensors, partial, metadata={"format": "flax", "study": note["study"], "arm": note["arm"]})
-    partial.replace(out)
+    make_folder(out.parent)
+    with written_locally(out) as local:
+        partial = local.with_name(local.name + ".partial")
+        save_file(tensors, partial, metadata={"format": "flax", "study": note["study"], "arm": note["arm"]})
+        partial.replace(local)
     return len(tensors)

@@ -3,6 +3,8 @@ from .loaders import column_loader as column_loader
 from .loaders import planned_loader as planned_loader
 from .loop import FitResult as FitResult
 from .loop import fit as fit
+from .mesh import shard as shard
+from .mesh import shardings as shardings
 from .options import Budget as Budget
 from .options import MeshOptions as MeshOptions
 from .options import TrainOptions as TrainOptions

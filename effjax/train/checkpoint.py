@@ -14,14 +14,13 @@ import shutil
 import sys
 import zlib
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from effjax.core.storage import Folder, is_remote, megabytes, storage
 from effjax.core.tree import leaf_paths
-from effjax.train.logging import megabytes
 
 PyTree = Any
 
@@ -44,14 +43,15 @@ class Checkpoints:
         smaller is better.
     """
 
-    def __init__(self, directory: Path, identity: dict, *, keep: int = 2, best_metric: str | None = None):
+    def __init__(self, directory: Folder, identity: dict, *, keep: int = 2, best_metric: str | None = None):
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
         self._ocp = ocp
         self._need = 0
         _quieten()
-        self.directory = Path(directory).absolute()
+        directory = storage(directory, "directory")
+        self.directory = directory if is_remote(directory) else directory.absolute()
         self.identity = json.loads(json.dumps(identity))
         kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
         if best_metric:
@@ -140,7 +140,7 @@ class Checkpoints:
             raise CheckpointError(_damaged(where, f"the bytes of {wrong[:3]} changed since they were written"))
         return step, state, meta["extra"]
 
-    def _read(self, step: int, where: Path) -> dict:
+    def _read(self, step: int, where: Folder) -> dict:
         args = self._ocp.args
         try:
             return self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
@@ -176,7 +176,9 @@ class Checkpoints:
             raise CheckpointError(self._not_written(why)) from error
 
     def _not_written(self, why: str) -> str:
-        newest = max((int(path.name) for path in self.directory.glob("*") if path.name.isdigit()), default=None)
+        newest = None
+        with contextlib.suppress(Exception):  # a bucket that cannot be read either
+            newest = max((int(path.name) for path in self.directory.glob("*") if path.name.isdigit()), default=None)
         kept = "There is no checkpoint before it" if newest is None else f"The checkpoint of step {newest} is kept"
         try:
             free = f", and {megabytes(shutil.disk_usage(self.directory).free)} are free"
@@ -228,6 +230,8 @@ def _storage_reason(error: BaseException) -> str | None:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _STORAGE:
             return str(seen.strerror)
+        if isinstance(seen, PermissionError):  # of a bucket's driver, which has words of its own
+            return str(seen).partition("\n")[0]
         for number in _STORAGE:
             if os.strerror(number) in str(seen):
                 return os.strerror(number)
@@ -235,7 +239,7 @@ def _storage_reason(error: BaseException) -> str | None:
     return None
 
 
-def _damaged(where: Path, why: Any) -> str:
+def _damaged(where: Folder, why: Any) -> str:
     text = str(why).strip().splitlines()
     return (
         f"{where} is damaged and was not loaded ({text[0][:300] if text else type(why).__name__}). "

@@ -3,9 +3,7 @@
 import contextlib
 import signal
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,17 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from effjax.core.cost import Executables, count_compiles
+from effjax.core.cost import count_compiles
 from effjax.core.errors import near
+from effjax.core.storage import Folder, storage
 from effjax.core.tree import leaf_paths
-from effjax.data.pipeline import prefetch_to_device, put_batch
+from effjax.data.pipeline import prefetch_to_device
 from effjax.train.checkpoint import CheckpointError, Checkpoints
 from effjax.train.grad import all_finite
 from effjax.train.logging import JsonlLog, jsonable
-from effjax.train.mesh import batch_sharding, state_shardings
 from effjax.train.options import TrainOptions
-from effjax.train.program import Phase, Program
+from effjax.train.prepared import Prepared
+from effjax.train.program import Program
 from effjax.train.signals import Preempted, StopSignal
+from effjax.train.step_books import Books
 
 __all__ = ["FitResult", "fit"]
 
@@ -64,86 +64,13 @@ class FitResult(NamedTuple):
 _all_finite = jax.jit(all_finite)
 
 
-class Prepared:
-    """A program bound to devices: shardings, and ``init`` and the steps compiled when first used. Shared by seeds.
-
-    Attributes:
-      abstract: the state's shapes, dtypes and shardings.
-      batch_sharding: where batches go; None on a single device.
-      init: ``key -> state``; compiled on a mesh only, where the state must be born in its place.
-    """
-
-    def __init__(self, program: Program, options: TrainOptions):
-        if options.compile_cache:
-            jax.config.update("jax_compilation_cache_dir", options.compile_cache)
-        self._program = program
-        self._mesh = mesh = options.mesh.built
-        self._warm: set[Executables] = set()
-        shapes = jax.eval_shape(program.init, jax.random.key(0))
-        shardings = state_shardings(mesh, shapes, program.sharding)
-        self.abstract = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
-        )
-        self.batch_sharding = batch_sharding(mesh, program.batch_size) if program.has_batches else None
-        # On one device the single operations are compiled once for all arms, a whole init for each.
-        self.init = _copied(program.init) if mesh is None else jax.jit(program.init, out_shardings=shardings)
-        self._steps = {
-            step: Executables(
-                _skip_nonfinite(step, program.params) if options.nonfinite == "skip" else step,
-                donate_argnums=(0,) if options.donate else (),
-                out_shardings=None if mesh is None else (shardings, None),
-            )
-            for step in dict.fromkeys(phase.step for phase in program.phases)
-        }
-
-    def step(self, phase: Phase) -> Executables:
-        """The step of a phase, compiled ahead of time once per input signature; shared by phases with the same step."""
-        return self._steps[phase.step]
-
-    @property
-    def compiles(self) -> int:
-        """Executables compiled so far, of all steps."""
-        return sum(step.compiles for step in self._steps.values())
-
-    @property
-    def compile_s(self) -> float:
-        """Seconds spent on them."""
-        return sum(step.compile_s for step in self._steps.values())
-
-    def put(self, batch: PyTree) -> PyTree:
-        """A batch of any size, placed as the loop places its batches."""
-        rows = np.shape(jax.tree.leaves(batch)[0])[0] * jax.process_count()
-        return put_batch(batch, sharding=batch_sharding(self._mesh, rows))
-
-    def warm_up(self, phase: Phase, state: PyTree, aux: PyTree, on_compile: Callable[[int, int], None]) -> None:
-        """Compile a phase's step for every batch shape that the program declares; nothing to do the second time.
-
-        Raises:
-          ValueError: the shapes need more executables than ``program.compiles``.
-        """
-        shapes = self._program.shapes
-        step = self.step(phase)
-        if step in self._warm or not shapes:
-            return
-        on_compile(0, len(shapes))
-        arguments = [(state, self.put(shape.batch), aux) for shape in shapes]
-        step.compile_all(arguments, lambda done: on_compile(done, len(shapes)) if done < len(shapes) else None)
-        if self.compiles > self._program.compiles:
-            raise ValueError(
-                f"compiles={self._program.compiles}, but the {len(shapes)} batch shapes of the loader needed "
-                f"{self.compiles} executables. Declare as many, or use fewer shapes."
-            )
-        on_compile(len(shapes), len(shapes))
-        self._warm.add(step)
-
-
 def fit(
     program: Program,
     seed: int,
     *,
     options: TrainOptions | None = None,
     prepared: Prepared | None = None,
-    directory: Path | None = None,
+    directory: str | Folder | None = None,
     identity: Mapping[str, Any] | None = None,
     on_steps: Callable[[int], None] = lambda done: None,
     on_compile: Callable[[int, int], None] = lambda done, total: None,
@@ -157,7 +84,7 @@ def fit(
       seed: of the parameters, the step keys and the data order.
       options: how to execute it.
       prepared: of the same program and options, to share executables between seeds.
-      directory: of checkpoints and ``log.jsonl``; None keeps nothing.
+      directory: of checkpoints and ``log.jsonl``, on a disk or in a bucket (``gs://``); None keeps nothing.
       identity: JSON-able description of the run, checked on resume.
       on_steps: called now and then with the number of steps done.
       on_compile: called with (done, total) before the executables of a program with several batch shapes are compiled,
@@ -202,10 +129,10 @@ class _Run:
         self.stop: StopSignal
         self.log = None
         self.batches = None
-        self.directory = directory
+        self.directory = directory = None if directory is None else storage(directory, "directory")
         if directory is not None:
             self.checkpoints = Checkpoints(
-                Path(directory) / "checkpoints", identity, keep=options.keep, best_metric=options.best_metric
+                directory / "checkpoints", identity, keep=options.keep, best_metric=options.best_metric
             )
         self.total = program.total_steps
         self.done = 0  # steps executed
@@ -239,8 +166,8 @@ class _Run:
         else:
             self.state = self.prepared.init(jax.random.key(self.seed))
         if self.directory is not None and jax.process_index() == 0:
-            self.log = JsonlLog(Path(self.directory) / "log.jsonl", step=self.done)
-        self.books = _Books(self.options, self.log, books)
+            self.log = JsonlLog(self.directory / "log.jsonl", step=self.done)
+        self.books = Books(self.options, self.log, books)
         if source is not None:
             self.batches = prefetch_to_device(source, size=self.options.prefetch, sharding=self.prepared.batch_sharding)
         if self.options.best_metric and not self.done:
@@ -437,6 +364,8 @@ class _Run:
             return
         self._check_books(everything=True)
         self._check_params()
+        if self.log is not None:
+            self.log.flush()
         self.checkpoints.save(
             self.done,
             self.state,
@@ -471,96 +400,8 @@ class _Run:
             self._started = None
 
 
-class _Books:
-    """Running sums of the step metrics, read from the device a few steps late."""
-
-    def __init__(self, options: TrainOptions, log: JsonlLog | None, saved: dict | None):
-        self._options, self._log = options, log
-        self._pending: deque = deque()
-        saved = saved or {}
-        self._sums = dict(saved.get("sums", {}))
-        self._count = saved.get("count", 0)
-        self._window = dict(saved.get("window", {}))
-        self._window_count = saved.get("window_count", 0)
-        self.skipped = saved.get("skipped", 0)
-        self.last_finite = saved.get("last_finite", 0)
-        self.curve: list[dict[str, float]] = list(saved.get("curve", ()))
-        self.last: dict[str, float] = {}
-
-    def push(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        self._pending.append((step, metrics))
-
-    def read(self, lag: int) -> int | None:
-        """Read all but the newest ``lag`` steps; return the first one that was not finite, if any."""
-        ready = [self._pending.popleft() for _ in range(max(0, len(self._pending) - lag))]
-        first_bad = None
-        for (step, _), metrics in zip(ready, jax.device_get([metrics for _, metrics in ready]), strict=True):
-            bad = self._add(step, {name: float(value) for name, value in metrics.items()})
-            if bad and first_bad is None:
-                first_bad = step
-                if self._options.nonfinite == "stop":
-                    break
-        return first_bad
-
-    def _add(self, step: int, metrics: dict[str, float]) -> bool:
-        skipped = bool(metrics.pop("skipped", False))
-        self.last = metrics
-        if skipped or not np.isfinite(metrics["loss"]):
-            self.skipped += skipped
-            if skipped and self._log is not None:
-                self._log.write(step=step, skipped=self.skipped, **metrics)
-            return True
-        self.last_finite = step
-        self._count += 1
-        self._window_count += 1
-        for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._window[name] = self._window.get(name, 0.0) + value
-        if step % self._options.log_steps == 0:
-            self.end_window(step)
-        return False
-
-    def end_window(self, step: int) -> None:
-        if self._window_count and self._log is not None:
-            self._log.write(step=step, **{name: total / self._window_count for name, total in self._window.items()})
-        self._window, self._window_count = {}, 0
-
-    def means(self) -> dict[str, float]:
-        return {name: total / self._count for name, total in self._sums.items()}
-
-    def snapshot(self) -> dict:
-        """Copies, as the checkpoint is written while the run goes on."""
-        return {
-            "sums": dict(self._sums),
-            "count": self._count,
-            "window": dict(self._window),
-            "window_count": self._window_count,
-            "skipped": self.skipped,
-            "last_finite": self.last_finite,
-            "curve": list(self.curve),
-        }
-
-
 def _shapes(batch: PyTree) -> dict[str, tuple[int, ...]]:
     return {name: np.shape(leaf) for name, leaf in zip(leaf_paths(batch), jax.tree.leaves(batch), strict=True)}
-
-
-def _copied(init: Callable) -> Callable:
-    """Leaves that share a buffer (an anchor that is the parameters) could not be donated."""
-    device = jax.local_devices()[0]
-    return lambda key: jax.device_put(init(key), device, may_alias=False)
-
-
-def _skip_nonfinite(step: Callable, params: Callable[[PyTree], PyTree]) -> Callable:
-    """The step, undone where its loss, its gradients (as far as it tells) or the parameters after it are not finite."""
-
-    def guarded(state, batch, aux):
-        new, metrics = step(state, batch, aux)
-        metrics = dict(metrics)
-        sound = jnp.isfinite(metrics["loss"]) & metrics.pop("sound", True) & all_finite(params(new))
-        return optax.tree.where(sound, new, state), {**metrics, "skipped": ~sound}
-
-    return guarded
 
 
 def _floating(tree: PyTree) -> list[jax.Array]:

@@ -1,26 +1,33 @@
-"""Device meshes with Auto axes, and shardings by rules on state paths."""
+"""Device meshes with Auto axes, and how parameters, states and batches lie on them."""
 
 import math
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from effjax.core.tree import leaf_paths, select
+from effjax.core.files import first_line
+from effjax.core.partition import Rules
+from effjax.models.mesh_rules import Layout, mesh_shardings
 from effjax.train.options import MeshOptions
 
+__all__ = ["shard", "shardings"]
+
 PyTree = Any
-Result = TypeVar("Result")
 
 
-def start_distributed() -> None:
+def start_distributed(required: bool = False) -> None:
     """Call ``jax.distributed.initialize`` where a launcher has announced several processes; else do nothing.
 
     Recognised: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, a SLURM step of
     several tasks, Open MPI, and a TPU pod slice (several worker host names).
+
+    Args:
+      required: whether the process must join others; JAX then looks for launchers that are not among these too.
+
+    Raises:
+      ValueError: nobody has announced them.
     """
     if jax.distributed.is_initialized():
         return
@@ -37,33 +44,14 @@ def start_distributed() -> None:
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")
     ):
         jax.distributed.initialize()
-
-
-def together(action: Callable[[], Result]) -> Result:
-    """Do something in every process; where one of them is refused all are, in place of waiting for it.
-
-    Raises:
-      ElsewhereError: in the processes where it worked.
-    """
-    if jax.process_count() == 1:
-        return action()
-    from jax.experimental import multihost_utils
-
-    error, result = None, None
-    try:
-        result = action()
-    except Exception as refused:
-        error = refused
-    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
-    if error is not None:
-        raise error
-    if failed.size:
-        raise ElsewhereError(f"process {failed[0]} of this run was refused; its message says why.")
-    return cast(Result, result)
-
-
-class ElsewhereError(ValueError):
-    """Another process of a distributed run was refused."""
+    elif required:
+        try:
+            jax.distributed.initialize()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"--distributed: no launcher has announced the other processes ({first_line(error)}) Set "
+                "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or leave --distributed out."
+            ) from None
 
 
 def make_mesh(options: MeshOptions) -> Mesh | None:
@@ -90,26 +78,68 @@ def make_mesh(options: MeshOptions) -> Mesh | None:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def state_shardings(mesh: Mesh | None, state: PyTree, rules: tuple[tuple[str, tuple[str | None, ...]], ...]) -> PyTree:
-    """One sharding a leaf of ``state`` (arrays or ShapeDtypeStructs); unmatched leaves are replicated."""
+def state_shardings(mesh: Mesh | None, state: PyTree, rules: Rules, layout: Layout = "data") -> PyTree:
+    """One sharding per leaf of ``state`` (arrays or ShapeDtypeStructs).
+
+    Args:
+      mesh: None for one device.
+      state: of a program.
+      rules: of the program, which go first.
+      layout: of the leaves that none of them matches.
+    """
     if mesh is None:
         single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return jax.tree.map(lambda _: single, state)
-    owners = select(state, [pattern for pattern, _ in rules], argument="sharding").tree
-    specs = [PartitionSpec(*axes) for _, axes in rules]
-    names = jax.tree.unflatten(jax.tree.structure(state), leaf_paths(state))
+    return mesh_shardings(state, layout, mesh, first=rules)
 
-    def sharding(leaf, owner, name):
-        spec = PartitionSpec() if owner < 0 else specs[owner]
-        for size, axis in zip(leaf.shape, spec, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
-                raise ValueError(
-                    f"state leaf {name!r} has {size} rows along the {axis!r} axis of {mesh.shape[axis]} devices. "
-                    f"Choose a multiple of {mesh.shape[axis]} or a smaller mesh axis."
-                )
-        return NamedSharding(mesh, PartitionSpec(*spec[: len(leaf.shape)]))
 
-    return jax.tree.map(sharding, state, owners, names)
+def shardings(tree: PyTree, rules: Layout | Rules, mesh: Mesh) -> PyTree:
+    """How a tree lies on a mesh: a ``NamedSharding`` for every leaf, for ``jax.jit`` and ``jax.device_put``.
+
+    Args:
+      tree: parameters, adapters, or an optimizer's state; arrays, or shapes of ``jax.eval_shape``.
+      rules: ``"data"`` (a copy on every device), ``"fsdp"`` (split over the mesh axis ``data``), ``"tensor"`` (heads,
+        neurons and channels of a BERT, decoder, ViT, ResNet or graph network over ``model``), ``"fsdp+tensor"``; or
+        ``((regex, axes), ...)`` of one's own: the regex over slash-joined paths, first match wins; ``axes`` a mesh axis
+        or None for each axis of the array, for the last ones where it begins with ``...``.
+      mesh: with Auto axes.
+
+    Raises:
+      ValueError: rules that match nothing, an axis that the mesh lacks or that does not divide, Explicit axes.
+
+    Example:
+      >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+      >>> params = {"layer_0": {"mlp": {"up": {"kernel": jax.numpy.ones((4, 8))}}}}
+      >>> tuple(shardings(params, "fsdp+tensor", mesh)["layer_0"]["mlp"]["up"]["kernel"].spec)
+      ('data', 'model')
+    """
+    return mesh_shardings(tree, rules, mesh)
+
+
+def shard(params: PyTree, rules: Layout | Rules, mesh: Mesh) -> PyTree:
+    """Put a tree of arrays on a mesh, for a training loop of one's own.
+
+    The optimizer's state is made from what this returns (``tx.init(params)``) and lies as it does, adapters after
+    ``shard(lora, rules, mesh)``. A batch goes where ``NamedSharding(mesh, P("data"))`` says. Call the jitted step under
+    ``jax.set_mesh(mesh)``: activations then keep their rows over ``data``, and XLA gathers kernels, not activations.
+
+    Args:
+      params: parameters, adapters, or an optimizer's state; in several processes each gives the whole arrays.
+      rules: see ``shardings``.
+      mesh: with Auto axes.
+
+    Returns:
+      Global arrays.
+
+    Raises:
+      ValueError: see ``shardings``.
+
+    Example:
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+      >>> tuple(shard({"kernel": jax.numpy.ones((4, 8))}, "fsdp", mesh)["kernel"].sharding.spec)
+      (None, 'data')
+    """
+    return jax.device_put(params, shardings(params, rules, mesh))
 
 
 def batch_sharding(mesh: Mesh | None, batch_size: int) -> jax.sharding.Sharding | None:

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
-from effjax.core.errors import Count, NotNegative, Positive, check_fields, check_number
+from effjax.core.errors import Count, NotNegative, Positive, check_choice, check_fields, check_number
 
 __all__ = ["Budget", "MeshOptions", "TrainOptions"]
 
@@ -58,9 +58,17 @@ class MeshOptions:
     """Devices that share one model's parameters."""
     expert: int = 1
     """Devices that hold different experts."""
+    rules: Literal["data", "fsdp", "tensor", "fsdp+tensor"] = "data"
+    """How parameters lie on it: a copy on every device, split over data, over model, or over both."""
 
     def __post_init__(self):
-        sizes = dataclasses.asdict(self)
+        check_choice("mesh.rules", self.rules, ("data", "fsdp", "tensor", "fsdp+tensor"))
+        sizes = {"data": self.data, "model": self.model, "expert": self.expert}
+        for name, axis in (("fsdp", "data"), ("tensor", "model")):
+            if name in self.rules and sizes[axis] == 1:
+                raise ValueError(
+                    f"mesh.rules={self.rules!r} splits parameters over mesh.{axis}, which is 1. Set mesh.{axis}."
+                )
         for axis, size in sizes.items():
             if size != -1:
                 check_number(f"mesh.{axis}", size, low=1, integer=True, hint="Use -1 for all remaining devices.")

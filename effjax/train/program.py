@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from effjax.core.partition import Rules
 from effjax.data.pipeline import ResumableIterator
 from effjax.tasks.task import Task
 
@@ -16,7 +17,6 @@ PyTree = Any
 State = PyTree
 Batch = PyTree
 Aux = PyTree
-Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
 class BatchShape(NamedTuple):

@@ -20,8 +20,8 @@ def run(times: int = 40) -> list[Row]:
             out = folder / f"out{turn}"
             begin(study, out)
             command = study.start(out)
-            renamed = out / ".work-old"
-            while command.running() and not renamed.exists():
+            mark = out / ".work" / "removed.json"
+            while command.running() and not mark.exists():
                 time.sleep(0.0002)
             time.sleep(chance.uniform(0.0, 0.004))
             if not command.running():
@@ -29,7 +29,7 @@ def run(times: int = 40) -> list[Row]:
             command.hit(signal.SIGKILL)
             command.end()
             counts["kills"] += 1
-            counts["left"] += renamed.exists()
+            counts["left"] += mark.exists()
             refused = other.start(out).end()
             again = study.start(out).end()
             wrong = f"status {again.code}: {again.said[-300:]}" if again.code else study.wrong(out)
@@ -53,7 +53,7 @@ def begin(study: Study, out) -> None:
     kept = study.folder / "all-done"
     if not kept.exists():
         command = study.start(kept)
-        while command.running() and not (kept / ".work-old").exists():
+        while command.running() and not (kept / ".work" / "removed.json").exists():
             if (kept / "report.md").exists() and (kept / ".work").exists():
                 command.hit(signal.SIGKILL)
                 break

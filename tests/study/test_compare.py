@@ -134,9 +134,13 @@ def test_what_a_kill_leaves_of_a_folder_is_swept(tmp_path):
     begun = comparison(tmp_path)
     (begun.work).mkdir()
     (begun.work / "identity.json.partial").write_text('{"stu')
-    (tmp_path / ".work-old" / "arms").mkdir(parents=True)
     assert begun._claim_folder() is None
     assert json.loads((begun.work / "identity.json").read_text()) == begun._identity()
+    write_json(begun.work / "identity.json", {"of": "another"})
+    (begun.work / "arms" / "0").mkdir(parents=True)
+    write_json(begun.work / "removed.json", {})  # the mark of a removal that was cut short
+    assert begun._claim_folder() is None
+    assert [path.name for path in begun.work.iterdir()] == ["identity.json"]
     begun._remove_work()
     assert list(tmp_path.iterdir()) == []
 

@@ -10,7 +10,7 @@ from commands import Command
 WORDS = ["samuel:smoke", "--settings", "shift", "--grid", "0.1", "--arms", "samuel", "--seeds", "0"]
 
 
-def start(out, steps, processes=2, devices=1):
+def start(out, steps, processes=2, devices=1, more=((), ())):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -18,7 +18,10 @@ def start(out, steps, processes=2, devices=1):
     shared = {"JAX_NUM_CPU_DEVICES": str(devices)}
     if processes > 1:
         shared |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
-    return [Command(*words, environment={**shared, "JAX_PROCESS_ID": str(index)}) for index in range(processes)]
+    return [
+        Command(*words, *more[index], environment={**shared, "JAX_PROCESS_ID": str(index)})
+        for index in range(processes)
+    ]
 
 
 def finish(processes):
@@ -62,3 +65,28 @@ def test_a_refusal_in_one_process_ends_both(tmp_path):
     assert codes == [2, 2]
     assert "is in use by process 1 on elsewhere" in said[0][1]
     assert "process 0 of this run was refused" in said[1][1]
+
+
+@pytest.mark.nightly
+@pytest.mark.study
+def test_parameters_split_over_two_processes_learn_what_they_learn_in_one(tmp_path):
+    split = ("--train.mesh.rules", "fsdp")
+    codes, said = finish(start(tmp_path / "one", 20, processes=1, devices=2, more=(split,)))
+    assert codes == [0], said
+    codes, said = finish(start(tmp_path / "two", 20, more=(split, split)))
+    assert codes == [0, 0], said
+    (one, _), (two, _) = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for arm in one:
+        for name, found in one[arm].items():
+            assert two[arm][name]["values"] == pytest.approx(found["values"], rel=1e-5), name
+
+
+@pytest.mark.nightly
+@pytest.mark.study
+def test_processes_with_different_settings_all_stop_and_name_them(tmp_path):
+    codes, said = finish(start(tmp_path / "out", 20, more=((), ("--momentum", "0.5"))))
+    assert codes == [2, 2]
+    for _, errors in said:
+        assert "process 1 of this run was started with other settings than process 0: " in errors
+        assert "momentum is 0.9 in process 0, 0.5 in the other" in errors
+    assert not (tmp_path / "out" / "results.json").exists()
