@@ -48,9 +48,10 @@ STEPS = 3 if SMOKE else 400
 
 # %% [markdown]
 # ## 1. What a Global layer does
-# Its map obeys an advection-diffusion equation whose velocities and diffusivities come from the features. Below a dot:
-# carried and spread by 20 explicit steps, and by one implicit step that reaches the whole map. And a picture, under a
-# diffusivity that is small where the picture has edges: flat parts become flatter, outlines stay.
+# Its map obeys an advection-diffusion equation whose velocities and diffusivities come from the features. Below a spot:
+# carried up and to the left, and spread, by 20 explicit steps; and spread by one implicit step, which reaches the whole
+# map. And a picture, under a diffusivity that is small where the picture has edges: flat parts become flatter, outlines
+# stay.
 
 # %%
 data = effjax.load_data("fashion_mnist")
@@ -66,12 +67,13 @@ def edges(h):
 still = lambda h: (jnp.zeros_like(h), jnp.zeros_like(h))
 drift = lambda h: (jnp.full_like(h, 1.0), jnp.full_like(h, 0.5))
 steps = effjax.vision.PdeConfig(K=20, border="reflect")
-implicit = effjax.vision.PdeConfig(scheme="implicit", dt=20.0, clamp=True, border="reflect")
-dot = jnp.zeros((1, 28, 28, 1)).at[0, 18, 14, 0].set(1.0)
+implicit = effjax.vision.PdeConfig(scheme="implicit", dt=20.0, border="reflect")
+rows, columns = jnp.mgrid[:28, :28]
+spot = jnp.exp(-((rows - 18) ** 2 + (columns - 14) ** 2) / 4)[None, :, :, None]
 shown = {
-    "a dot": dot,
-    "20 explicit steps": effjax.global_layer(dot, drift, (0.5, 0.5), config=steps, source=False),
-    "one implicit step": effjax.global_layer(dot, drift, (0.5, 0.5), config=implicit, source=False),
+    "a spot": spot,
+    "20 explicit steps": effjax.global_layer(spot, drift, (0.5, 0.5), config=steps, source=False),
+    "one implicit step": effjax.global_layer(spot, still, (0.5, 0.5), config=implicit, source=False),
     "a picture": photos[:1],
     "diffusivity by edges": effjax.global_layer(photos[:1], still, edges, config=steps, source=False),
     "diffusivity 0.5": effjax.global_layer(photos[:1], still, (0.5, 0.5), config=steps, source=False),

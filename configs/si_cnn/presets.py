@@ -40,12 +40,12 @@ ablations = SiCnnStudy(
     crop=2,
     test_rows=2000,
     batch_size=64,
-    budget=Budget(1000, "steps"),
+    budget=Budget(400, "steps"),
     seeds=(0, 1),
     arms=("dense", "si", "si-*", "low"),
 )
-"""effjax compare si_cnn:ablations. Two CPU cores, about a quarter of an hour by estimate; needs EFFJAX_DATA. Blends,
-cheap paths, samplings, interpolations and strides."""
+"""effjax compare si_cnn:ablations. Two CPU cores, half an hour to an hour by estimate, half of which compiles; needs
+EFFJAX_DATA. Blends, cheap paths, samplings, interpolations and strides, as the cpu preset trains them."""
 
 speed = SiCnnStudy(
     tasks=BLOCKS,

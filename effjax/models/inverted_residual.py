@@ -64,7 +64,44 @@ class SqueezeExcite(nn.Module):
         return x * y[:, None, None, :]
 
 
-class InvertedResidual(nn.Module):
+class SeparableBase(nn.Module):
+    """Fields and layers that blocks with a depthwise and a 1x1 convolution share."""
+
+    features: int
+    strides: int = 1
+    hidden: int = 0
+    kernel: int = 3
+    squeeze: int = 0
+    activation: str = "relu6"
+    norm: str = "batch"
+    padding: str = "symmetric"
+    dtype: DTypeLike = jnp.float32
+
+    def act(self, x: jax.Array) -> jax.Array:
+        return activation_of(self.activation)(x)
+
+    def normed(self, x: jax.Array, train: bool, name: str) -> jax.Array:
+        return norm_layer(self.norm, x.shape[-1], train=train, dtype=self.dtype, name=name)(x)
+
+    def pointwise(self, x: jax.Array, features: int, train: bool, name: str) -> jax.Array:
+        """A 1x1 convolution and its norm."""
+        y = Pointwise(features, use_bias=self.norm == "none", dtype=self.dtype, name=name)(x)
+        return self.normed(y, train, f"{name}_norm")
+
+    def filtered(self, x: Images, train: bool) -> jax.Array:
+        """The depthwise convolution, its norm and the activation."""
+        y = DepthwiseConv(
+            self.kernel,
+            strides=self.strides,
+            padding=pads(self.padding, self.kernel),
+            use_bias=self.norm == "none",
+            dtype=self.dtype,
+            name="depthwise",
+        )(x)
+        return self.act(self.normed(y, train, "depthwise_norm"))
+
+
+class InvertedResidual(SeparableBase):
     """Expand, filter each channel, project back, with a shortcut between the narrow ends (Sandler et al. 2018).
 
     ``y = project(squeeze(act(norm(depthwise(act(norm(expand(x))))))))``, plus x where the shape stays; no
@@ -97,41 +134,20 @@ class InvertedResidual(nn.Module):
       (1, 4, 4, 24)
     """
 
-    features: int
-    strides: int = 1
-    hidden: int = 0
-    kernel: int = 3
-    squeeze: int = 0
-    activation: str = "relu6"
-    norm: str = "batch"
-    padding: str = "symmetric"
     skip: bool = True
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Images, train: bool) -> jax.Array:
         for argument in ("features", "strides", "hidden", "kernel"):
             check_number(argument, getattr(self, argument), low=1, integer=True)
         check_number("squeeze", self.squeeze, low=0, integer=True)
-        act = activation_of(self.activation)
-        norm = functools.partial(norm_layer, self.norm, train=train, dtype=self.dtype)
-        biased = self.norm == "none"
-        pointwise = functools.partial(Pointwise, use_bias=biased, dtype=self.dtype)
         x = y = jnp.asarray(x)
         if self.hidden != x.shape[-1]:
-            y = act(norm(self.hidden, name="expand_norm")(pointwise(self.hidden, name="expand")(y)))
-        y = DepthwiseConv(
-            self.kernel,
-            strides=self.strides,
-            padding=pads(self.padding, self.kernel),
-            use_bias=biased,
-            dtype=self.dtype,
-            name="depthwise",
-        )(y)
-        y = act(norm(self.hidden, name="depthwise_norm")(y))
+            y = self.act(self.pointwise(y, self.hidden, train, "expand"))
+        y = self.filtered(y, train)
         if self.squeeze:
             y = SqueezeExcite(self.squeeze, self.activation, dtype=self.dtype, name="squeeze")(y)
-        y = norm(self.features, name="project_norm")(pointwise(self.features, name="project")(y))
+        y = self.pointwise(y, self.features, train, "project")
         return x + y if self.skip and x.shape == y.shape else y
 
 

@@ -103,8 +103,9 @@ class Pointwise(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*positions channels"]) -> jax.Array:
         kernel = self.param("kernel", fan_out, (1, 1, x.shape[-1], self.features))
-        contract = (((x.ndim - 1,), (0,)), ((), ()))
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel[0, 0].astype(self.dtype), contract)
+        # As a matrix, or the gradient of the kernel begins with a transposed copy of the output's.
+        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel[0, 0].astype(self.dtype)
+        y = y.reshape(*x.shape[:-1], self.features)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
             y = y + jnp.expand_dims(bias, tuple(range(x.ndim - 1)))

@@ -1,21 +1,18 @@
 """MobileNetV1, V2, V3 and EfficientNet-B0 by name: tables of rows for ``InvertedResidualNet``."""
 
-import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from effjax.core.errors import check_choice, check_number
-from effjax.models.inverted_residual import BlockRow, InvertedResidual, InvertedResidualNet
-from effjax.models.layers import DepthwiseConv, Images, Pointwise, activation_of, norm_layer, pads
+from effjax.models.inverted_residual import BlockRow, InvertedResidual, InvertedResidualNet, SeparableBase
+from effjax.models.layers import Images
 
 __all__ = ["DepthwiseSeparable"]
 
 
-class DepthwiseSeparable(nn.Module):
+class DepthwiseSeparable(SeparableBase):
     """A depthwise and a 1x1 convolution, each with norm and activation: the block of MobileNetV1.
 
     ``y = act(norm(project(act(norm(depthwise(x))))))``. Fields and result are those of ``InvertedResidual``, so
@@ -48,16 +45,6 @@ class DepthwiseSeparable(nn.Module):
     Applications", 2017 (arXiv 1704.04861).
     """
 
-    features: int
-    strides: int = 1
-    hidden: int = 0
-    kernel: int = 3
-    squeeze: int = 0
-    activation: str = "relu6"
-    norm: str = "batch"
-    padding: str = "symmetric"
-    dtype: DTypeLike = jnp.float32
-
     @nn.compact
     def __call__(self, x: Images, train: bool) -> jax.Array:
         if self.hidden != x.shape[-1] or self.squeeze:
@@ -65,20 +52,7 @@ class DepthwiseSeparable(nn.Module):
                 f"hidden={self.hidden}, squeeze={self.squeeze}: DepthwiseSeparable neither expands its input's "
                 f"{x.shape[-1]} channels nor squeezes. Use hidden={x.shape[-1]} and squeeze=0, or InvertedResidual."
             )
-        act = activation_of(self.activation)
-        norm = functools.partial(norm_layer, self.norm, train=train, dtype=self.dtype)
-        biased = self.norm == "none"
-        y = DepthwiseConv(
-            self.kernel,
-            strides=self.strides,
-            padding=pads(self.padding, self.kernel),
-            use_bias=biased,
-            dtype=self.dtype,
-            name="depthwise",
-        )(x)
-        y = act(norm(self.hidden, name="depthwise_norm")(y))
-        y = Pointwise(self.features, use_bias=biased, dtype=self.dtype, name="project")(y)
-        return act(norm(self.features, name="project_norm")(y))
+        return self.act(self.pointwise(self.filtered(x, train), self.features, train, "project"))
 
 
 def round_channels(channels: float, divisor: int = 8) -> int:

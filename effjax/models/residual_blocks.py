@@ -1,6 +1,6 @@
 """Blocks of residual networks: basic, bottleneck, and those that normalise before they convolve."""
 
-import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,38 @@ __all__ = ["BasicBlock", "Bottleneck", "PreactivationBlock"]
 _he = nn.initializers.he_normal()
 
 
-class BasicBlock(nn.Module):
+class ResidualBase(nn.Module):
+    """Fields and layers that residual blocks share."""
+
+    features: int
+    strides: int = 1
+    norm: str = "batch"
+    dtype: DTypeLike = jnp.float32
+
+    def conv(self, features: int, size: int, strides: int, name: str) -> nn.Conv:
+        """A convolution that keeps the map's size but for the strides."""
+        return nn.Conv(
+            features,
+            (size, size),
+            strides,
+            padding=size // 2,
+            use_bias=self.norm == "none",
+            kernel_init=_he,
+            dtype=self.dtype,
+            name=name,
+        )
+
+    def normed(self, features: int, train: bool, name: str) -> Callable[..., jax.Array]:
+        """The normalisation of that name."""
+        return norm_layer(self.norm, features, train=train, dtype=self.dtype, name=name)
+
+    def projected(self, x: Images, train: bool) -> jax.Array:
+        """The shortcut where the shape changes: a 1x1 convolution and a norm."""
+        x = self.conv(self.features, 1, self.strides, "conv_shortcut")(x)
+        return self.normed(self.features, train, "norm_shortcut")(x)
+
+
+class BasicBlock(ResidualBase):
     """Two 3x3 convolutions and a shortcut (He et al. 2016).
 
     ``y = relu(shortcut(x) + norm2(conv2(relu(norm1(conv1(x))))))``.
@@ -43,34 +74,27 @@ class BasicBlock(nn.Module):
       (1, 4, 4, 32)
     """
 
-    features: int
-    strides: int = 1
-    norm: str = "batch"
     shortcut: str = "pad"
     skip: bool = True
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Images, train: bool) -> jax.Array:
         check_choice("shortcut", self.shortcut, ("pad", "project"))
-        conv = functools.partial(
-            nn.Conv, self.features, use_bias=self.norm == "none", kernel_init=_he, dtype=self.dtype
-        )
-        norm = functools.partial(norm_layer, self.norm, self.features, train=train, dtype=self.dtype)
-        y = conv((3, 3), self.strides, padding=1, name="conv1")(x)
-        y = nn.relu(norm(name="norm1")(y))
-        y = conv((3, 3), padding=1, name="conv2")(y)
-        y = norm(name="norm2")(y)
+        y = self.conv(self.features, 3, self.strides, "conv1")(x)
+        y = nn.relu(self.normed(self.features, train, "norm1")(y))
+        y = self.conv(self.features, 3, 1, "conv2")(y)
+        y = self.normed(self.features, train, "norm2")(y)
         if not self.skip:
             return y
         if self.shortcut == "pad":
-            x = _pad_shortcut(x, self.features, self.strides)
+            x = pad_shortcut(x, self.features, self.strides)
         elif x.shape != y.shape:
-            x = norm(name="norm_shortcut")(conv((1, 1), self.strides, padding=0, name="conv_shortcut")(x))
+            x = self.projected(x, train)
         return nn.relu(x + y)
 
 
-def _pad_shortcut(x: Images, features: int, strides: int) -> jax.Array:
+def pad_shortcut(x: Images, features: int, strides: int) -> jax.Array:
+    """Every ``strides``-th pixel, zeros in the new channels on both sides."""
     extra = features - x.shape[-1]
     if extra < 0:
         raise ValueError(
@@ -80,7 +104,7 @@ def _pad_shortcut(x: Images, features: int, strides: int) -> jax.Array:
     return jnp.pad(x[:, ::strides, ::strides], ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(ResidualBase):
     """A 3x3 convolution between two 1x1 convolutions, and a shortcut (He et al. 2016).
 
     ``y = relu(shortcut(x) + norm3(conv3(relu(norm2(conv2(relu(norm1(conv1(x))))))))``.
@@ -109,32 +133,23 @@ class Bottleneck(nn.Module):
       (1, 4, 4, 32)
     """
 
-    features: int
-    strides: int = 1
-    norm: str = "batch"
     expansion: int = 4
     skip: bool = True
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Images, train: bool) -> jax.Array:
         inner, rest = divmod(self.features, self.expansion)
         if rest or not inner:
             raise ValueError(f"features={self.features} must be a multiple of expansion={self.expansion}.")
-        conv = functools.partial(nn.Conv, use_bias=self.norm == "none", kernel_init=_he, dtype=self.dtype)
-        norm = functools.partial(norm_layer, self.norm, train=train, dtype=self.dtype)
-        y = nn.relu(norm(inner, name="norm1")(conv(inner, (1, 1), name="conv1")(x)))
-        y = nn.relu(norm(inner, name="norm2")(conv(inner, (3, 3), self.strides, padding=1, name="conv2")(y)))
-        y = norm(self.features, name="norm3")(conv(self.features, (1, 1), name="conv3")(y))
+        y = nn.relu(self.normed(inner, train, "norm1")(self.conv(inner, 1, 1, "conv1")(x)))
+        y = nn.relu(self.normed(inner, train, "norm2")(self.conv(inner, 3, self.strides, "conv2")(y)))
+        y = self.normed(self.features, train, "norm3")(self.conv(self.features, 1, 1, "conv3")(y))
         if not self.skip:
             return y
-        if x.shape != y.shape:
-            x = conv(self.features, (1, 1), self.strides, padding=0, name="conv_shortcut")(x)
-            x = norm(self.features, name="norm_shortcut")(x)
-        return nn.relu(x + y)
+        return nn.relu(y + (x if x.shape == y.shape else self.projected(x, train)))
 
 
-class PreactivationBlock(nn.Module):
+class PreactivationBlock(ResidualBase):
     """Two 3x3 convolutions that each follow a norm and an activation, the block of wide ResNets.
 
     With ``z = relu(norm1(x))``: ``y = shortcut + conv2(relu(norm2(conv1(z))))``; the shortcut is x where the shape
@@ -164,25 +179,17 @@ class PreactivationBlock(nn.Module):
     Reference: Zagoruyko, Komodakis, "Wide Residual Networks", BMVC 2016 (arXiv 1605.07146).
     """
 
-    features: int
-    strides: int = 1
-    norm: str = "batch"
     dropout: float = 0.0
     skip: bool = True
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Images, train: bool) -> jax.Array:
-        conv = functools.partial(
-            nn.Conv, self.features, use_bias=self.norm == "none", kernel_init=_he, dtype=self.dtype
-        )
-        norm = functools.partial(norm_layer, self.norm, train=train, dtype=self.dtype)
-        z = nn.relu(norm(x.shape[-1], name="norm1")(x))
-        y = conv((3, 3), self.strides, padding=1, name="conv1")(z)
-        y = nn.relu(norm(self.features, name="norm2")(y))
+        z = nn.relu(self.normed(x.shape[-1], train, "norm1")(x))
+        y = self.conv(self.features, 3, self.strides, "conv1")(z)
+        y = nn.relu(self.normed(self.features, train, "norm2")(y))
         y = nn.Dropout(self.dropout)(y, deterministic=not train)
-        y = conv((3, 3), padding=1, name="conv2")(y)
+        y = self.conv(self.features, 3, 1, "conv2")(y)
         if not self.skip:
             return y
         same = self.strides == 1 and x.shape[-1] == self.features
-        return y + (x if same else conv((1, 1), self.strides, padding=0, name="conv_shortcut")(z))
+        return y + (x if same else self.conv(self.features, 1, self.strides, "conv_shortcut")(z))

@@ -48,6 +48,8 @@ class DynamicInferenceStudy(StudyConfig):
     """Channels that share a gate."""
     drop_penalty: NotNegative = 10.0
     """BlockDrop's penalty of a wrong answer."""
+    drop_curriculum: Fraction = 0.3
+    """Share of the run in which BlockDrop's policy comes to decide about all blocks, the last ones first."""
     clock_batches: tuple[Count, ...] = ()
     """Batches on which the trained networks are timed, by the ladder and without gates."""
     rungs: Annotated[int, Limits(low=2)] = 8

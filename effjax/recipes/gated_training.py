@@ -35,7 +35,7 @@ from effjax.vision.mac_target import (
     open_rate_loss,
     static_macs,
 )
-from effjax.vision.policies import block_drop_loss, block_drop_reward
+from effjax.vision.policies import block_drop_curriculum, block_drop_loss, block_drop_reward
 
 PyTree = Any
 
@@ -150,28 +150,38 @@ class Arms:
         """Loss of a batch, the statistics afterwards, and metrics."""
         variables, key = {**state.variables, "params": params}, state.step_key
         if self.variant.given == "block-drop":
-            return self._reinforced(variables, batch, key)
+            return self._reinforced(variables, batch, key, state.step, steps)
         logits, changed, gates = self.run(variables, batch["image"], key=key)
         value = cross_entropies(logits, batch["label"]).mean()
         total = value + self.penalty(gates, state.step, steps)
         return total, (changed, {"cross_entropy": value})
 
-    def _reinforced(self, variables: PyTree, batch: Any, key: jax.Array) -> Any:
-        """BlockDrop: a draw of the policy is rewarded against its likeliest pattern; both networks share weights."""
+    def _reinforced(self, variables: PyTree, batch: Any, key: jax.Array, step: jax.Array, steps: int) -> Any:
+        """BlockDrop: a draw of the policy is rewarded against its likeliest pattern; both networks share weights.
+
+        During the curriculum a trained network stays as it is, as the authors' does, and the policy decides about more
+        and more blocks; a fresh one is trained from the first step.
+        """
         images, labels = batch["image"], batch["label"]
         x = standardised(unit_images(images), self.task.details)
-        logits = self._logits(variables, x)
+        logits, length = self._logits(variables, x), round(self.config.drop_curriculum * steps)
+        free = block_drop_curriculum(step, length, len(self.names))
         # Probabilities within [0.1, 0.9], so that every pattern is tried.
         chance = 0.1 + 0.8 * jax.nn.sigmoid(jax.lax.stop_gradient(logits))
-        actions = jax.random.bernoulli(jax.random.fold_in(key, 1), chance).astype(jnp.float32)
-        likeliest = (jax.lax.stop_gradient(logits) > 0).astype(jnp.float32)
+        decided = lambda bits: jnp.where(free[None], bits, True).astype(jnp.float32)
+        actions = decided(jax.random.bernoulli(jax.random.fold_in(key, 1), chance))
+        likeliest = decided(jax.lax.stop_gradient(logits) > 0)
         found, changed, _ = self.run(variables, images, key=key, gates=actions)
         greedy, _, _ = self.run(jax.lax.stop_gradient(variables), images, gates=likeliest)
         reward = lambda actions, logits: block_drop_reward(
             actions, logits.argmax(-1) == labels, penalty=self.config.drop_penalty
         )
         value = cross_entropies(found, labels).mean()
-        learn = block_drop_loss(logits, actions, reward(actions, found), reward(likeliest, greedy))
+        learn = block_drop_loss(logits, actions, reward(actions, found), reward(likeliest, greedy), free=free)
+        if self.loaded.start is not None:
+            trains = step >= length
+            changed = jax.tree.map(functools.partial(jnp.where, trains), changed, {n: variables[n] for n in changed})
+            return jnp.where(trains, value, 0) + learn, (changed, {"cross_entropy": value})
         return value + learn, (changed, {"cross_entropy": value})
 
     def program(self) -> Program:

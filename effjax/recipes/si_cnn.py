@@ -301,14 +301,19 @@ def _sgd(config: SiCnnStudy, steps: int) -> optax.GradientTransformation:
 
 
 class Alone(nn.Module):
-    """A block behind a scale of its input's channels, so that the backward pass goes through all of it."""
+    """A block behind a scale and a bias of its input's channels, so that the backward pass goes through all of it.
+
+    Both are there as in the norm that stands before a block in a network: a compiler merges what a single sum reads
+    with that sum.
+    """
 
     block: nn.Module
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return self.block(x * scale[None, None, None, :], train)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return self.block(x * scale[None, None, None, :] + bias[None, None, None, :], train)
 
 
 def _load_block(config: SiCnnStudy, name: str) -> dict[str, Any]:

@@ -52,6 +52,7 @@ from .pde import limit_velocity as limit_velocity
 from .pde import pde_coefficients as pde_coefficients
 from .pde import pde_solve as pde_solve
 from .pde import pde_step as pde_step
+from .policies import block_drop_curriculum as block_drop_curriculum
 from .policies import block_drop_loss as block_drop_loss
 from .policies import block_drop_reward as block_drop_reward
 from .policies import distil_policy_loss as distil_policy_loss

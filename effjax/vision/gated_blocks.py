@@ -9,11 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
-from jax.typing import DTypeLike
 
 from effjax.core.errors import check_choice, check_number
-from effjax.models.layers import Images, norm_layer
-from effjax.models.residual_blocks import _pad_shortcut
+from effjax.models.layers import Images
+from effjax.models.residual_blocks import ResidualBase, pad_shortcut
 from effjax.vision.gate_networks import SalienceGate
 from effjax.vision.gated_executors import Executor, ResidualBlock, run_block
 from effjax.vision.gates import Gate
@@ -24,18 +23,13 @@ __all__ = ["GatedBasicBlock", "GatedBottleneck", "recorded_gates"]
 # (outputs, name=) -> a module called as module(x, train) that returns a Gate [rows, outputs].
 GateFactory = Callable[..., Any]
 
-_he = nn.initializers.he_normal()
 _COLLECTION, _NAME = "intermediates", "gates"
 
 
-class _GatedBlock(nn.Module):
+class _GatedBlock(ResidualBase):
     """What the two blocks share: gates, shortcut, and the executor around the branch."""
 
-    features: int
-    strides: int = 1
-    norm: str = "batch"
     shortcut: str = "pad"
-    dtype: DTypeLike = jnp.float32
     layer: GateFactory | None = SalienceGate
     channel: GateFactory | None = None
     group: int = 1
@@ -100,28 +94,9 @@ class _GatedBlock(nn.Module):
         return run_block(block, self.variables, inputs, layer.value, executor=how)[0]
 
     def _shortcut(self, x: jax.Array, train: bool) -> jax.Array:
-        features = self.features
-        if self.strides == 1 and x.shape[-1] == features:
+        if self.strides == 1 and x.shape[-1] == self.features:
             return x
-        if self.shortcut == "pad":
-            return _pad_shortcut(x, features, self.strides)
-        x = self._conv(features, 1, self.strides, "conv_shortcut")(x)
-        return self._normed("norm_shortcut", features, train)(x)
-
-    def _conv(self, features: int, size: int, strides: int, name: str) -> nn.Conv:
-        return nn.Conv(
-            features,
-            (size, size),
-            strides,
-            padding=size // 2,
-            use_bias=self.norm == "none",
-            kernel_init=_he,
-            dtype=self.dtype,
-            name=name,
-        )
-
-    def _normed(self, name: str, features: int, train: bool) -> Callable[..., jax.Array]:
-        return norm_layer(self.norm, features, train=train, dtype=self.dtype, name=name)
+        return pad_shortcut(x, self.features, self.strides) if self.shortcut == "pad" else self.projected(x, train)
 
 
 class GatedBasicBlock(_GatedBlock):
@@ -164,9 +139,9 @@ class GatedBasicBlock(_GatedBlock):
         return self.features
 
     def _branch(self, x: jax.Array, scale: jax.Array | None, train: bool) -> jax.Array:
-        h = self._conv(self.features, 3, self.strides, "conv1")(x)
-        h = _scaled(nn.relu(self._normed("norm1", self.features, train)(h)), scale)
-        return self._normed("norm2", self.features, train)(self._conv(self.features, 3, 1, "conv2")(h))
+        h = self.conv(self.features, 3, self.strides, "conv1")(x)
+        h = _scaled(nn.relu(self.normed(self.features, train, "norm1")(h)), scale)
+        return self.normed(self.features, train, "norm2")(self.conv(self.features, 3, 1, "conv2")(h))
 
     def _macs(self, height: int, width: int, channels: int) -> tuple[float, float]:
         places = -(-height // self.strides) * -(-width // self.strides)
@@ -214,10 +189,10 @@ class GatedBottleneck(_GatedBlock):
 
     def _branch(self, x: jax.Array, scale: jax.Array | None, train: bool) -> jax.Array:
         inner = self._channels()
-        h = nn.relu(self._normed("norm1", inner, train)(self._conv(inner, 1, 1, "conv1")(x)))
-        h = self._conv(inner, 3, self.strides, "conv2")(h)
-        h = _scaled(nn.relu(self._normed("norm2", inner, train)(h)), scale)
-        return self._normed("norm3", self.features, train)(self._conv(self.features, 1, 1, "conv3")(h))
+        h = nn.relu(self.normed(inner, train, "norm1")(self.conv(inner, 1, 1, "conv1")(x)))
+        h = self.conv(inner, 3, self.strides, "conv2")(h)
+        h = _scaled(nn.relu(self.normed(inner, train, "norm2")(h)), scale)
+        return self.normed(self.features, train, "norm3")(self.conv(self.features, 1, 1, "conv3")(h))
 
     def _macs(self, height: int, width: int, channels: int) -> tuple[float, float]:
         inner, places = self._channels(), -(-height // self.strides) * -(-width // self.strides)

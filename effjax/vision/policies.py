@@ -3,15 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 from effjax.core.errors import check_number, check_shape
 from effjax.core.rows import row_mean
 from effjax.core.tree import wide
 
-__all__ = ["block_drop_loss", "block_drop_reward", "distil_policy_loss", "skipnet_loss"]
+__all__ = ["block_drop_curriculum", "block_drop_loss", "block_drop_reward", "distil_policy_loss", "skipnet_loss"]
 
 Bits = Float[Array | np.ndarray, "rows blocks"]
+Step = int | float | Num[Array | np.ndarray, ""]
 Mask = Bool[Array | np.ndarray, "rows"]
 
 
@@ -39,17 +40,48 @@ def block_drop_reward(
     return jnp.where(jnp.asarray(correct), 1.0 - wide(actions).mean(-1) ** 2, -penalty)
 
 
+def block_drop_curriculum(step: Step, steps: int, blocks: int) -> Bool[Array, "blocks"]:
+    r"""Blocks about which BlockDrop's policy decides so far: the last one first, all of them after ``steps``.
+
+    .. math:: \mathrm{free}_k = [\, K - k \le 1 + \lfloor K t / T \rfloor \,], \qquad k = 0, \dots, K - 1
+
+    The others are run: an unskilled policy that decided about all blocks would leave no network to learn from.
+
+    Args:
+      step: t, steps taken.
+      steps: T, of the curriculum.
+      blocks: K.
+
+    Returns:
+      bool [blocks].
+
+    Raises:
+      ValueError: no block, or fewer than 0 steps.
+
+    Example:
+      >>> block_drop_curriculum(1, 2, 4).tolist()
+      [False, True, True, True]
+
+    Wu, Nagarajan, Kumar, Rennie, Davis, Grauman, Feris 2018 (arXiv:1711.08393), section 3.3.
+    """
+    check_number("steps", steps, low=0, integer=True)
+    check_number("blocks", blocks, low=1, integer=True)
+    share = jnp.asarray(step, jnp.float32) / steps if steps else jnp.float32(1)
+    return jnp.arange(blocks, 0, -1, dtype=jnp.float32) <= 1 + jnp.floor(blocks * share)
+
+
 def block_drop_loss(
     logits: Bits,
     actions: Bits,
     reward: Float[Array | np.ndarray, "rows"],
     baseline: Float[Array | np.ndarray, "rows"],
     *,
+    free: Bool[Array | np.ndarray, "blocks"] | None = None,
     mask: Mask | None = None,
 ) -> Float[Array, ""]:
     r"""Policy gradient of a one-shot policy with a self-critical baseline.
 
-    .. math:: -\mathrm{mean}_i\, (R(u_i) - R(\hat u_i)) \log \pi(u_i | x_i)
+    .. math:: -\mathrm{mean}_i\, (R(u_i) - R(\hat u_i)) \sum_{k \text{ free}} \log \pi(u_{ik} | x_i)
 
     with u drawn and \hat u the likeliest actions. Rewards are constants.
 
@@ -58,6 +90,7 @@ def block_drop_loss(
       actions: u, zeros and ones drawn from it.
       reward: R of the drawn actions.
       baseline: R of the likeliest ones.
+      free: blocks about which the policy decides, of ``block_drop_curriculum``; None for all.
       mask: rows that take part.
 
     Returns:
@@ -75,6 +108,9 @@ def block_drop_loss(
         check_shape(name, one, (logits.shape[0],), "One number for each row.")
     logits, actions = wide(logits), jax.lax.stop_gradient(wide(actions))
     chance = actions * jax.nn.log_sigmoid(logits) + (1 - actions) * jax.nn.log_sigmoid(-logits)
+    if free is not None:
+        check_shape("free", free, logits.shape[1:], "One bool for each block.")
+        chance = jnp.where(jnp.asarray(free)[None], chance, 0)
     gain = jax.lax.stop_gradient(wide(reward) - wide(baseline))
     return -row_mean(gain * chance.sum(-1), mask)
 

@@ -764,6 +764,20 @@ MUTATIONS = (
         ("vision/test_gates.py",),
     ),
     Mutation(
+        "fixed-blocks-are-rewarded",
+        "forgotten mask",
+        "chance = jnp.where(jnp.asarray(free)[None], chance, 0)",
+        "pass",
+        ("vision/test_gates.py",),
+    ),
+    Mutation(
+        "network-trains-in-the-curriculum",
+        "forgotten condition",
+        "trains = step >= length",
+        "trains = step >= 0",
+        ("vision/test_dynamic_inference_study.py",),
+    ),
+    Mutation(
         "pairs-in-another-order",
         "swapped axes",
         "request.T.reshape(-1)",

@@ -23,7 +23,13 @@ from effjax.vision.mac_target import (
     static_macs,
 )
 from effjax.vision.pattern_buckets import PatternServer, nearest_patterns
-from effjax.vision.policies import block_drop_loss, block_drop_reward, distil_policy_loss, skipnet_loss
+from effjax.vision.policies import (
+    block_drop_curriculum,
+    block_drop_loss,
+    block_drop_reward,
+    distil_policy_loss,
+    skipnet_loss,
+)
 from effjax.vision.skip_estimate import DEVICES, Device, break_even
 
 RNG = np.random.default_rng(0)
@@ -111,6 +117,7 @@ def test_gates_are_wide_whatever_the_logits_and_nan_shows():
         (lambda: open_channels(lambda p, x: x, W1, None, X[:1], GATES[0]), "axes name no gated channel"),
         (lambda: PatternServer(None, None, [(True, False)]), "the last one all open"),
         (lambda: block_drop_reward(GATES, np.ones(4, bool)), "correct has shape (4,); expected (5,)"),
+        (lambda: block_drop_curriculum(0, 5, 0), "blocks=0 must be an integer in [1"),
         (lambda: skipnet_loss(GATES, GATES[:, :2], X[:, 0]), "actions have shape (5, 2); expected (5, 3)"),
     ],
 )
@@ -288,6 +295,17 @@ def test_policy_gradients_by_hand():
     np.testing.assert_allclose(grads, (sigmoid(z) - actions) / 6, rtol=1e-4, atol=1e-7)
     right = np.array([True, False, True])
     np.testing.assert_allclose(block_drop_reward(actions, right, penalty=5.0), [0.75, -5, 1])
+    free = np.array([False, True])
+    grads = jax.jit(jax.grad(lambda z: block_drop_loss(z, actions, reward, baseline, free=free)))(z)
+    np.testing.assert_allclose(grads[:, 1], -(reward - baseline) * (actions - sigmoid(z))[:, 1] / 3, rtol=1e-4)
+    assert not np.asarray(grads[:, 0]).any()
+
+
+def test_blockdrop_s_policy_decides_about_the_last_blocks_first():
+    found = np.stack([jax.jit(block_drop_curriculum, static_argnums=(1, 2))(t, 8, 4) for t in range(9)])
+    assert found.sum(1).tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 4]
+    assert (np.diff(found.astype(int), axis=1) >= 0).all()  # once free, all after it are
+    assert block_drop_curriculum(0, 0, 3).all()
 
 
 # The estimate
