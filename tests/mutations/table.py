@@ -673,8 +673,8 @@ MUTATIONS = (
     Mutation(
         "preactivation-shortcut",
         "wrong argument",
-        'name="conv_shortcut")(z))',
-        'name="conv_shortcut")(x))',
+        '"conv_shortcut")(z))',
+        '"conv_shortcut")(x))',
         ("models/test_image_models.py",),
     ),
     Mutation(
