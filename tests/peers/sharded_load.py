@@ -1,6 +1,7 @@
 """A decoder of a billion random parameters, loaded in shards on eight devices: peak memory, and steps of LoRA and COLA.
 
-Run it from the repository; it needs 6 GB of memory, and 2 GB on the disk of ``--folder``::
+Run it from the repository; loading needs 3 GB of memory and 2 GB on the disk of ``--folder``. With ``--steps`` it had
+taken 15 GB when it was stopped: eight devices that gather kernels are one memory here::
 
     python tests/peers/sharded_load.py --folder /tmp/decoder-1b
 
