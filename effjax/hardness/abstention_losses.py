@@ -72,6 +72,9 @@ def sat_init(labels: Integer[Array | np.ndarray, "rows"], classes: int) -> Float
     Returns:
       float32 [rows, K]. It is part of the training state; shard it along its rows, or keep it in bfloat16.
 
+    Raises:
+      ValueError: fewer than two classes, labels that are no vector, or labels outside [-1, K).
+
     Example:
       >>> sat_init(jnp.array([1, -1]), 2).tolist()
       [[0.0, 1.0], [0.0, 0.0]]

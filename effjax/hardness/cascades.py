@@ -76,6 +76,9 @@ def with_query(apply: Apply, need: Rule | Callable[..., jax.Array] = "margin") -
     Returns:
       ``(asking, inputs) -> (logits, request)``. A row asks where its need is above the threshold, or NaN.
 
+    Raises:
+      ValueError: an unknown rule; at the call, a need that is not one number for each row.
+
     Example:
       >>> base = with_query(lambda params, x: params * x)
       >>> logits, asks = base(Asking(jnp.float32(1.0), -0.5), jnp.array([[2.0, 0.0], [1.0, 1.0]]))

@@ -156,6 +156,9 @@ def disk_init(key: jax.Array, student: Variables, guide: Variables, config: Disk
     Returns:
       A ``DiskState``.
 
+    Raises:
+      ValueError: variables without the entry ``'params'``.
+
     Example:
       >>> ones = {"params": jnp.ones(2)}
       >>> float(disk_init(jax.random.key(0), ones, ones, DiskConfig(tx=optax.sgd(0.1))).dual.multipliers["help"])

@@ -183,6 +183,9 @@ def disk_normaliser(guide_logits: Float[Any, "rows"], k: Number, mask: Mask = No
       k: classes that are helped.
       mask: rows that take part; None for all.
 
+    Returns:
+      A float32 scalar, in nats.
+
     Example:
       >>> round(float(disk_normaliser(jnp.zeros(3), 2)), 3)  # log 2
       0.693

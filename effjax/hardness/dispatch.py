@@ -199,6 +199,9 @@ def dispatch_masked(
     Returns:
       A ``Dispatched``.
 
+    Raises:
+      ValueError: inputs, outputs and request of different numbers of rows, or answers of another form.
+
     Example:
       >>> expert = lambda params, x: params * x
       >>> dispatch_masked(expert, 10.0, jnp.ones((2, 1)), jnp.zeros((2, 1)), jnp.array([True, False])).outputs.tolist()
@@ -221,6 +224,9 @@ def expert_capacity(rows: int, share: float, *, deviations: float = 3.0, multipl
 
     Returns:
       C, from 1 to B.
+
+    Raises:
+      ValueError: an argument out of its range.
 
     Example:
       >>> expert_capacity(256, 0.3), expert_capacity(256, 0.3, deviations=2.6)

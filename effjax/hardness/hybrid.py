@@ -286,6 +286,9 @@ def hybrid_next(
 
     Returns:
       The state that the next stage starts from.
+
+    Raises:
+      ValueError: an unknown stage.
     """
     check_choice("stage", stage, ("router", "base", "expert"))
     next_key = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(state.key), 2))

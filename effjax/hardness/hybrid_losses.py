@@ -41,6 +41,9 @@ def query_oracle(
       True where the row should ask. The paper's code has the opposite sign, and calls the kinds ``margin``,
       ``margin-upper`` and ``agreement``.
 
+    Raises:
+      ValueError: an unknown kind, or arrays of different lengths.
+
     Example:
       >>> query_oracle(jnp.array([0, 1, 1]), jnp.array([0, 0, 1]), jnp.array([0, 0, 0])).tolist()
       [False, True, False]
@@ -71,6 +74,9 @@ def router_loss(
 
     Returns:
       A float32 scalar; 0 where nothing counts.
+
+    Raises:
+      ValueError: an oracle of another length than the need.
 
     Example:
       >>> router_loss(jnp.zeros(2), jnp.array([True, False])).round(4).item()

@@ -158,6 +158,12 @@ def vue_init(key: jax.Array, experts: int) -> VueState:
       key: PRNG key.
       experts: N.
 
+    Returns:
+      A ``VueState``.
+
+    Raises:
+      ValueError: ``experts`` below 1.
+
     Example:
       >>> vue_init(jax.random.key(0), 4).alive.tolist()
       [True, True, True, True]

@@ -73,6 +73,9 @@ def osp_saddle_init(params: PyTree, *, tx: optax.GradientTransformation, config:
       tx: optimizer of ``(params, levels)``.
       config: settings.
 
+    Returns:
+      An ``OspSaddle``.
+
     Example:
       >>> state = osp_saddle_init(jnp.zeros(3), tx=optax.adam(1e-3), config=OspSaddleConfig(mu=2.0, classes=2))
       >>> state.levels.tolist(), state.dual.multipliers["exclude"].tolist()

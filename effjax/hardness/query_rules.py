@@ -113,6 +113,9 @@ def keep_least(need: Float[Array | np.ndarray, "rows"], coverage: float) -> Bool
     Returns:
       True where the base model answers.
 
+    Raises:
+      ValueError: ``coverage`` out of [0, 1].
+
     Example:
       >>> keep_least(jnp.array([0.5, 0.1, 0.5]), 0.5).tolist()
       [True, True, False]
@@ -135,6 +138,9 @@ def coverage_interval(kept: int, rows: int, *, confidence: float = 0.95) -> tupl
 
     Returns:
       Least and largest coverage that agree with what was seen.
+
+    Raises:
+      ValueError: ``kept`` above ``rows``, or ``confidence`` out of (0, 1).
 
     Example:
       >>> [round(edge, 3) for edge in coverage_interval(70, 100)]
@@ -260,6 +266,9 @@ def track_coverage(
     Returns:
       The next threshold. It keeps the budget, not the accuracy.
 
+    Raises:
+      ValueError: ``coverage`` out of (0, 1), or a rate that is not above 0.
+
     Example:
       >>> track_coverage(0.0, jnp.array([True, True]), 0.5).item()
       0.02500000037252903
@@ -325,6 +334,9 @@ def useful_buckets(seconds: dict[int, float], *, saving: float = 0.05) -> tuple[
 
     Returns:
       Increasing sizes; the largest always stays.
+
+    Raises:
+      ValueError: no size at all, or ``saving`` out of [0, 1).
 
     Example:
       >>> useful_buckets({8: 1.0, 16: 1.0, 32: 1.02, 64: 1.9})

@@ -209,6 +209,10 @@ def dispatch_remote(
     Returns:
       A ``Dispatched`` of NumPy arrays, in the order of the batch.
 
+    Raises:
+      ValueError: inputs, outputs and request of different numbers of rows. What the expert raises is counted, not
+        raised.
+
     Example:
       >>> def down(x):
       ...     raise ConnectionError("no route")

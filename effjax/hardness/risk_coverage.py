@@ -176,6 +176,9 @@ def optimal_aurc(errors: Errors, *, where: Errors | None = None, limit: bool = F
     Returns:
       The area.
 
+    Raises:
+      ValueError: errors that are no vector, or ``where`` of another length.
+
     Example:
       >>> float(optimal_aurc(jnp.array([True, False, False, False])))
       0.0625
@@ -296,6 +299,9 @@ def joint_error_at_coverage(
       target: in (0, 1]; a traced scalar is not checked.
       where: see ``risk_coverage_curve``.
 
+    Returns:
+      A scalar in [0, 1].
+
     Raises:
       ValueError: a target out of range.
 
@@ -317,6 +323,9 @@ def selective_risk_at_coverage(
       errors: see ``risk_coverage_curve``.
       target: in (0, 1]; a traced scalar is not checked.
       where: see ``risk_coverage_curve``.
+
+    Returns:
+      A scalar in [0, 1].
 
     Raises:
       ValueError: a target out of range.

@@ -104,6 +104,9 @@ def shardings(tree: PyTree, rules: Layout | Rules, mesh: Mesh) -> PyTree:
         or None for each axis of the array, for the last ones where it begins with ``...``.
       mesh: with Auto axes.
 
+    Returns:
+      A tree like ``tree``.
+
     Raises:
       ValueError: rules that match nothing, an axis that the mesh lacks or that does not divide, Explicit axes.
 

@@ -46,6 +46,16 @@ class BlockCosts(NamedTuple):
 def macs_of_blocks(shape: PruneShape, length: int) -> BlockCosts:
     """Multiply-accumulates of a token in sequences of ``length`` tokens, as costs.
 
+    Args:
+      shape: of the model.
+      length: tokens of a sequence.
+
+    Returns:
+      ``BlockCosts`` of a token, in multiply-accumulates.
+
+    Raises:
+      ValueError: a shape without sizes, or a length below 1.
+
     Example:
       >>> shape = PruneShape(1, 2, 1, hidden_size=4, head_width=2, kv_width=2, group_size=8)
       >>> macs_of_blocks(shape, 1)

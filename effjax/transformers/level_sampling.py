@@ -200,6 +200,12 @@ def level_tokens(size: int | Sequence[int], patch: int, *, prefix: int = 1) -> i
       patch: side of a patch in pixels; divides both.
       prefix: special tokens, ``model.prefix`` of a ``ViT``.
 
+    Returns:
+      Their number, special ones included.
+
+    Raises:
+      ValueError: a number below 1, or a side that is no multiple of the patch.
+
     Example:
       >>> level_tokens(384, 16), level_tokens(224, 16)
       (577, 197)

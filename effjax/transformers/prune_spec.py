@@ -151,6 +151,12 @@ def prune_shape(module: Any, *, group_size: int = 256) -> PruneShape:
 def all_gates(shape: PruneShape) -> Gates:
     """The gates of the whole model: everything on, no hard attention.
 
+    Args:
+      shape: of the model.
+
+    Returns:
+      ``Gates`` with a leading layer axis, float32.
+
     Example:
       >>> all_gates(PruneShape(layers=2, heads=3, groups=4)).heads.shape
       (2, 3)

@@ -167,6 +167,9 @@ def network_gates(found: DynamicResult, macs: Sequence[BlockMacs]) -> list[Block
     Returns:
       ``BlockGates`` of every block.
 
+    Raises:
+      ValueError: not one ``BlockMacs`` for each block.
+
     Example:
       >>> result = DynamicResult(jnp.ones((2, 1)), jnp.array([[0.5], [0.0]]), jnp.ones((2, 1), bool))
       >>> network_gates(result, [BlockMacs(once=1.0)])[0].layer.open.tolist()

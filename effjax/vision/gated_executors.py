@@ -153,6 +153,12 @@ def run_block(
 def block_rungs(rows: int) -> tuple[int, ...]:
     """The default ladder: eighths of a batch, rounded up to multiples of 8 from 64 rows on.
 
+    Args:
+      rows: of a batch.
+
+    Returns:
+      Increasing sizes; the last is ``rows``.
+
     Example:
       >>> block_rungs(4), block_rungs(32), block_rungs(256)
       ((1, 2, 3, 4), (4, 8, 12, 16, 20, 24, 28, 32), (32, 64, 96, 128, 160, 192, 224, 256))

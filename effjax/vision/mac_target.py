@@ -121,6 +121,9 @@ def mac_fraction(blocks: Sequence[BlockGates], *, rest: float = 0.0, mask: Mask 
     Returns:
       A number; above 1 by what the gates cost where all are open.
 
+    Raises:
+      ValueError: ``rest`` below 0.
+
     Example:
       >>> gate = jnp.array([1.0, 0.0])
       >>> mac_fraction([BlockGates(Gate(gate, gate), None, BlockMacs(once=100.0))]).item()

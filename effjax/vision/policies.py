@@ -31,6 +31,9 @@ def block_drop_reward(
     Returns:
       float32 [rows].
 
+    Raises:
+      ValueError: ``penalty`` below 0, or not one bool for each row.
+
     Example:
       >>> block_drop_reward(jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([True, False])).tolist()
       [0.75, -10.0]
@@ -96,6 +99,9 @@ def block_drop_loss(
     Returns:
       A number whose gradient is the estimate.
 
+    Raises:
+      ValueError: shapes that do not fit the logits.
+
     Example:
       >>> loss = lambda z: block_drop_loss(z, jnp.array([[1.0]]), jnp.array([2.0]), jnp.array([1.0]))
       >>> jax.grad(loss)(jnp.zeros((1, 1))).item()
@@ -139,6 +145,9 @@ def skipnet_loss(
     Returns:
       A number whose gradient is the estimate.
 
+    Raises:
+      ValueError: ``alpha`` below 0, or shapes that do not fit the logits.
+
     Example:
       >>> skipnet_loss(jnp.zeros((1, 2)), jnp.array([[0.0, 0.0]]), jnp.array([0.0])).item() > 0
       True
@@ -166,6 +175,9 @@ def distil_policy_loss(logits: Bits, gates: Bits, *, mask: Mask | None = None) -
 
     Returns:
       Nats for each row and block.
+
+    Raises:
+      ValueError: gates of another shape than the logits.
 
     Example:
       >>> round(distil_policy_loss(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]])).item(), 4)

@@ -130,3 +130,13 @@ def test_signature_keeps_the_one_convention(path):
     for parameter in signature.parameters.values():
         assert parameter.annotation is not inspect.Parameter.empty, parameter.name
     assert signature.return_annotation is not inspect.Signature.empty
+
+
+@pytest.mark.parametrize("path", FUNCTIONS)
+def test_docstring_says_what_goes_in_and_what_comes_out(path):
+    text, signature = inspect.getdoc(value(path)) or "", FUNCTIONS[path]
+    assert not signature.parameters or "Args:" in text
+    assert signature.return_annotation is None or "Returns:" in text or "Yields:" in text
+    described = re.findall(r"^  \**(\w+):", text.partition("Args:")[2].partition("\n\n")[0], re.MULTILINE)
+    assert described == [name.strip("*") for name in signature.parameters]
+    assert "raise " not in inspect.getsource(value(path)) or "Raises:" in text
