@@ -38,7 +38,7 @@ class DepthwiseSeparable(SeparableBase):
     Example:
       >>> block = DepthwiseSeparable(features=32, strides=2, hidden=16)
       >>> run = lambda key, x: block.init_with_output(key, x, False)[0]
-      >>> jax.eval_shape(run, jax.random.key(0), jnp.zeros((1, 8, 8, 16))).shape
+      >>> jax.eval_shape(run, jax.random.key(0), jax.numpy.zeros((1, 8, 8, 16))).shape
       (1, 4, 4, 32)
 
     Reference: Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile Vision
