@@ -13,8 +13,10 @@ PyTorch runs on as many threads.
 
 import argparse
 import functools
+import inspect
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,7 +202,7 @@ def fitted(pair: Pair, x: Any, labels: Any, shares: Sequence[float]) -> dict[flo
 
 
 def arms_of(pair: Pair, share: float, threshold: float, batches: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
-    """Functions that answer all batches."""
+    """Functions that answer all batches; those of JAX without a queue take other batches too."""
     import jax
     import numpy as np
 
@@ -226,7 +228,7 @@ def arms_of(pair: Pair, share: float, threshold: float, batches: Sequence[Any], 
             return dispatch(pair.expert, params, x, outputs, request)
 
         run = jax.jit(answer, **options)
-        return lambda: [run(asking, expert_params, x).outputs for x in device]
+        return lambda batches=device: [run(asking, expert_params, x).outputs for x in batches]
 
     host, host_eigen = (
         HostDispatch([first, pair.expert], buckets=ladder, compiler_options=options) for options in (None, EIGEN)
@@ -246,13 +248,13 @@ def arms_of(pair: Pair, share: float, threshold: float, batches: Sequence[Any], 
 
     remote = RemoteExpert(functools.partial(whole, expert_params), timeout_s=600.0)
     made = {
-        "expert": lambda: lambda: [whole(expert_params, x) for x in device],
+        "expert": lambda: lambda batches=device: [whole(expert_params, x) for x in batches],
         "masked": lambda: inside(dispatch_masked),
         "capacity": lambda: inside(functools.partial(dispatch_capacity, capacity=expert_capacity(rows, share))),
         "buckets": lambda: inside(in_program),
         "buckets-eigen": lambda: inside(in_program, compiler_options=EIGEN),
-        "host": lambda: lambda: [host(both, x).outputs for x in device],
-        "host-eigen": lambda: lambda: [host_eigen(both, x).outputs for x in device],
+        "host": lambda: lambda batches=device: [host(both, x).outputs for x in batches],
+        "host-eigen": lambda: lambda batches=device: [host_eigen(both, x).outputs for x in batches],
         "stream": lambda: lambda: [found.outputs for found in host.stream(both, device)],
         "queue": lambda: queued,
         "torch-expert": lambda: torch_arm(pair, threshold, batches, always=True),
@@ -306,12 +308,17 @@ def measure(
         rounds=options.rounds,
         warmup=1,
     )
+    # A batch that asks much takes longer: the mean says little about the worst one.
+    alone = {arm: call for arm, call in calls.items() if inspect.signature(call).parameters and options.latencies}
+    latencies = {arm: milliseconds(call, batches, options.latencies) for arm, call in alone.items()}
     rows, arms, claims = sum(map(len, batches)), {}, []
     for arm, timed in timings.items():
         label, role = ARMS[arm]
         metrics = {"images_per_s": summary([1000 * rows / ms for ms in timed.samples_ms])}
         if "masked" in timings:
             metrics["relative"] = summary([paired_ratio(timed, timings["masked"])])
+        for percent in (50, 99) if arm in latencies else ():
+            metrics[f"p{percent}_ms"] = summary([float(np.percentile(latencies[arm], percent))])
         whole = arm.endswith("expert")
         metrics["accuracy"] = summary([found.accuracy[2 if whole else 0]])
         metrics["asked"] = summary([1.0 if whole else found.asked])
@@ -331,6 +338,18 @@ def measure(
             text = f"{group}: {ARMS[arm][0]} takes at most {bound:g} times as long as {ARMS[over][0]}"
             claims.append({"text": text, "left": ratio, "op": "<=", "right": bound, "holds": ratio <= bound})
     return arms, claims
+
+
+def milliseconds(call: Callable[[Any], Any], batches: Sequence[Any], count: int) -> list[float]:
+    """Of each of ``count`` calls, every one with the next batch alone."""
+    import jax
+
+    device, found = [jax.device_put(batch) for batch in batches], []
+    for index in range(count):
+        start = time.perf_counter()
+        jax.block_until_ready(call([device[index % len(device)]]))
+        found.append(1e3 * (time.perf_counter() - start))
+    return found
 
 
 def torch_is_there() -> bool:
@@ -388,6 +407,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, default=2, help="answered in one round")
     parser.add_argument("--rows", type=int, help="images used, half for thresholds; all if left out")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--latencies", type=int, default=0, help="calls of one batch each, for their percentiles")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(words)
     if hasattr(os, "sched_setaffinity"):  # before JAX starts its threads, one a core
