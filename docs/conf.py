@@ -33,6 +33,7 @@ suppress_warnings = ["myst.header"]  # a docstring's or a card's headings begin 
 # Where files of the repository stand in the site.
 PLACES = {
     r"README\.md": "_pages/start.md",
+    r"configs/launch/README\.md": "_pages/launch.md",
     r"configs/(\w+)/README\.md": r"_pages/methods/\1.md",
     r"notebooks/(\w+\.ipynb)": r"_pages/notebooks/\1",
     r"docs/(\w+\.md)": r"\1",
@@ -67,6 +68,8 @@ def write_pages() -> None:
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         shutil.copy(path, pages / "notebooks")
     (pages / "start.md").write_text(moved((ROOT / "README.md").read_text(), ROOT, pages))
+    launch = ROOT / "configs" / "launch"
+    (pages / "launch.md").write_text(moved((launch / "README.md").read_text(), launch, pages))
 
 
 def api_page(name: str) -> str:
@@ -78,7 +81,8 @@ def api_page(name: str) -> str:
         if inspect.ismodule(found) or not callable(found):
             continue
         kind = "autoclass" if inspect.isclass(found) else "autofunction"
-        parts.append(f"```{{eval-rst}}\n.. {kind}:: {name}.{public}\n```\n")
+        index = "" if name == "effjax" or public not in effjax.__all__ else "\n   :no-index:"
+        parts.append(f"```{{eval-rst}}\n.. {kind}:: {name}.{public}{index}\n```\n")
     return "\n".join(parts)
 
 
