@@ -3,7 +3,7 @@
 Run it from the repository; loading needs 3 GB of memory and 2 GB on the disk of ``--folder``. With ``--steps`` it had
 taken 15 GB when it was stopped: eight devices that gather kernels are one memory here::
 
-    python tests/peers/sharded_load.py --folder /tmp/decoder-1b
+    python tests/peers/sharded_load.py --folder decoder-1b
 
 The folder is written if it is not there. In a process of its own each, the model is loaded on a mesh of eight virtual
 CPU devices in bfloat16, and, with ``--steps``, adapters are trained. The memory is what the kernel counts for the
