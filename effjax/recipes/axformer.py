@@ -75,7 +75,7 @@ class AxformerStudy(TextStudy):
     """Texts of a batch of the search; the loss is the mean over such batches, as the authors take it."""
     hard_share: Annotated[float, Limits(low=0, high=1, open_low=True, open_high=True)] = 0.5
     """Share of its seen keys that a query keeps under hard attention, in the arm axformer-hard."""
-    target: Annotated[float, Limits(low=0, high=1, open_low=True, open_high=True)] = 0.7
+    cost_target: Annotated[float, Limits(low=0, high=1, open_low=True, open_high=True)] = 0.7
     """Share of the layers' multiply-accumulates that the arm axformer-target may keep."""
     beam: Count = 1
     """Models that its search follows side by side."""
@@ -127,7 +127,7 @@ def _arms(config: AxformerStudy) -> Iterator[Arm]:
     epochs, weight = config.tune_epochs, config.distil_weight
     yield on("axformer-tuned", "method", f"+ fine-tuned again, epochs: {epochs}", loose, 0.0, epochs)
     yield on("axformer-distilled", "method", f"+ distilled, epochs: {epochs}", loose, weight, epochs)
-    yield arm("axformer-target", "method", f"search to {config.target:g} of the operations", to_target)
+    yield arm("axformer-target", "method", f"search to {config.cost_target:g} of the operations", to_target)
     yield arm("random", "control", "as many elements at random", at_random)
     yield arm("magnitude", "alternative", "as many of the smallest weights", by_magnitude)
     yield arm("fisher", "alternative", "Fisher information, as many operations", by_fisher)

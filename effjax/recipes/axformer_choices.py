@@ -32,7 +32,7 @@ def to_target(fitted: Fitted) -> tuple[PruneSpec, Any]:
     """The search to a stated share of the multiply-accumulates."""
     loaded, config = fitted.loaded, fitted.config
     costs = macs_of_blocks(loaded.shape, loaded.length)
-    target = config.target * costs.of(PruneSpec(loaded.shape))
+    target = config.cost_target * costs.of(PruneSpec(loaded.shape))
     found = prune_to_cost(loaded.evaluator(fitted.seed), loaded.shape, costs, target=target, beam=config.beam)
     return found.spec, fitted.params
 

@@ -1,5 +1,6 @@
 """The command line in this process: verbs, messages, exit codes."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,7 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from effjax.catalogue import METHODS
 from effjax.cli import main
+from effjax.study.own_files import own_options
+from effjax.study.resolve import resolve
 
 ARMS = ["--arms", "sgd-*", "samuel"]
 TINY = ["--settings", "shift", "--budget.amount", "20", "--grid", "0.1", *ARMS, "--train.log-steps", "5"]
@@ -74,6 +78,14 @@ def test_help_of_a_study_lists_the_fields_of_its_config_and_help_alone_the_studi
         assert stop.value.code == 0
         printed = capsys.readouterr().out
         assert all(word in printed for word in found)
+
+
+@pytest.mark.parametrize("stem", METHODS)
+def test_no_field_of_a_study_has_the_name_of_another_option(stem):
+    """All three stand beside each other on the command line, and tyro fails at a name that comes twice."""
+    fields = {field.name for field in dataclasses.fields(type(resolve(stem).config))}
+    others = {field.name for field in dataclasses.fields(own_options())} | {"out", "distributed", "cost_only", "seed"}
+    assert not fields & others
 
 
 def test_help_and_methods_start_without_jax():
