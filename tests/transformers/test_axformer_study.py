@@ -100,3 +100,30 @@ def test_a_static_model_has_the_operations_asked_for():
         step /= shape.macs_of("attention", 12) + shape.macs_of("mlp", 12)
         assert share - step < spec.kept_macs(12) <= share + 1e-9
     assert not static_spec(shape, 1.0, 12).removed_any
+
+
+@pytest.mark.nightly
+def test_arms_that_train_on_move_what_is_left_alone(tmp_path, monkeypatch, tokenizer):
+    """Removed parts get no gradient; a teacher moves the others elsewhere than labels do."""
+    params = write_classifier(tmp_path / "tuned", tokenizer)
+    group = study_of(tmp_path / "tuned", monkeypatch, dropout=0.0, learning_rates=(1e-2,), tune_epochs=3)
+    loaded = group.load()
+    builds = {arm.name: arm.build for arm in group.arms}
+    states = {}
+    for name in ("axformer-loose", "axformer-tuned", "axformer-distilled", "axformer-hard", "small-distilled"):
+        program = builds[name](loaded)
+        states[name] = fit(program, 0).state
+        assert 0 <= program.evaluate(states[name])["accuracy"] <= 1
+    loose, tuned, distilled = (states[name] for name in ("axformer-loose", "axformer-tuned", "axformer-distilled"))
+    jax.tree.map(np.testing.assert_array_equal, loose.train.params, params)  # donated by no other arm
+    jax.tree.map(np.testing.assert_array_equal, tuned.gates, loose.gates)
+    layer = lambda state: state.train.params["encoder"]["layer_0"]
+    assert loose.gates.attention[0] == 0
+    assert loose.gates.mlp[0] == 1
+    jax.tree.map(np.testing.assert_array_equal, layer(tuned)["attention"]["value"], layer(loose)["attention"]["value"])
+    down = lambda state: np.asarray(layer(state)["mlp"]["down"]["kernel"])
+    assert np.abs(down(tuned) - down(loose)).max() > 1e-3
+    head = lambda state: np.asarray(state.train.params["head"]["kernel"])
+    assert np.abs(head(tuned) - head(loose)).max() > 1e-3
+    assert np.abs(head(distilled) - head(tuned)).max() > 1e-5
+    assert not loose.gates.hard.any()
