@@ -54,11 +54,16 @@ class Command:
     def communicate(self, timeout: float = 300.0) -> tuple[str, str]:
         """Output and errors, once the process has ended; TimeoutError, and the process is killed, where it does not."""
         self._process.join(timeout)
-        if self.poll() is None:
+        late = self.poll() is None
+        if late:
             self._process.kill()
             self._process.join()
-            raise TimeoutError(f"still running after {timeout} s; it printed {self.said()}")
-        return self.said()
+        said = self.said()
+        for file in self._files:
+            file.close()
+        if late:
+            raise TimeoutError(f"still running after {timeout} s; it printed {said}")
+        return said
 
     def said(self) -> tuple[str, str]:
         """Output and errors up to now."""

@@ -112,7 +112,7 @@ SMOKE = [pytest.param(stem, marks=pytest.mark.study if stem == "samuel" else pyt
 @pytest.mark.once
 @pytest.mark.parametrize("stem", SMOKE)
 def test_a_smoke_preset_runs_from_the_command_line(stem, tmp_path):
-    code, out, err = finish(start(f"{stem}:smoke", "--out", tmp_path / "out"))
+    code, out, err = finish(start(f"{stem}:smoke", "--out", tmp_path / "out"), timeout=1200)
     assert code == 0, err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     check_schema(results, resolve(f"{stem}:smoke"))

@@ -314,6 +314,7 @@ FEW = {"members": 2, "width": 4, "epochs": 4, "epochs_per_step": 2, "folds": 3, 
 
 
 @pytest.mark.nightly
+@pytest.mark.promotes  # Adam's powers of its rates
 def test_one_call_is_its_parts_and_gives_probabilities():
     problem, config = problem_of(), GeeniConfig(**FEW, students=2, student_width=3, folded=True)
     assert config.stages == ("members", "students")
