@@ -326,6 +326,7 @@ class _Comparison:
                 identity=self._arm_identity(name, seed),
                 on_steps=lambda steps: self.progress.reach(done + steps * step_ms),
                 on_compile=self.progress.compiling(label),
+                compile_first=True,  # the clock is for steps alone
             )
         except NonFiniteError as error:
             run = {"status": "diverged", "metrics": {}, "train_s": error.train_s, "evaluate_s": 0.0, "why": str(error)}

@@ -84,10 +84,21 @@ class Prepared:
         rows = np.shape(jax.tree.leaves(batch)[0])[0] * jax.process_count()
         return put_batch(batch, sharding=batch_sharding(self._mesh, rows))
 
-    def warm_up(self, phase: Phase, state: PyTree, aux: PyTree, on_compile: Callable[[int, int], None]) -> None:
+    def warm_up(
+        self, phase: Phase, state: PyTree, aux: PyTree, on_compile: Callable[[int, int], None], *, beside: bool = False
+    ) -> None:
         """Compile a phase's step for every batch shape that the program declares; nothing to do the second time.
 
+        Args:
+          phase: whose step.
+          state: of the run.
+          aux: of the phase.
+          on_compile: called with (done, total) before the first and after each; of those that compile ``beside`` the
+            run with (0, total) and (total, total) once they are traced.
+          beside: compile on threads, in the order of the loader's shapes, and return; a step waits for its own.
+
         Raises:
+          CompileError: a program that could not be compiled.
           ValueError: the shapes need more executables than ``program.compiles``.
         """
         shapes = self._program.shapes
@@ -96,7 +107,10 @@ class Prepared:
             return
         on_compile(0, len(shapes))
         arguments = [(state, self.put(shape.batch), aux) for shape in shapes]
-        step.compile_all(arguments, lambda done: on_compile(done, len(shapes)) if done < len(shapes) else None)
+        if beside:
+            step.compile_beside(arguments)
+        else:
+            step.compile_all(arguments, lambda done: on_compile(done, len(shapes)) if done < len(shapes) else None)
         if self.compiles > self._program.compiles:
             raise ValueError(
                 f"compiles={self._program.compiles}, but the {len(shapes)} batch shapes of the loader needed "
@@ -104,6 +118,18 @@ class Prepared:
             )
         on_compile(len(shapes), len(shapes))
         self._warm.add(step)
+
+    def settle(self) -> None:
+        """Wait for what threads are to compile."""
+        for step in self._steps.values():
+            step.settle()
+
+    def cancel(self) -> None:
+        """End the threads that compile; what they had not begun is left to the next ``warm_up``."""
+        for step in self._steps.values():
+            if step.pending:
+                step.cancel()
+                self._warm.discard(step)
 
 
 def _copied(init: Callable) -> Callable:

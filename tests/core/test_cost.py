@@ -93,7 +93,7 @@ def test_several_shapes_are_compiled_at_the_same_time(monkeypatch):
         both.wait()
         return plain(lowered)
 
-    monkeypatch.setattr("effjax.core.cost._cores", lambda: 2)
+    monkeypatch.setattr("effjax.core.beside.cores", lambda: 2)
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile_when_another_one_does)
     step, state = Executables(make_step()), make_state()
     step.compile_all([(state, make_batch(rows)) for rows in (2, 5, 2)], told.append)
