@@ -17,10 +17,9 @@ class CompileError(RuntimeError):
 
 
 class Beside:
-    """Traced programs by name, compiled in the order in which they come, as many at a time as there are cores.
+    """Traced programs by name, compiled in the order in which they come, by as many threads as ``workers`` says.
 
-    Several processes compile one program at a time, all of them in one order. The threads live as long as there is
-    something to compile.
+    The threads live as long as there is something to compile.
     """
 
     def __init__(self) -> None:
@@ -37,8 +36,7 @@ class Beside:
     def add(self, name: Any, shapes: Any, traced: Any) -> None:
         """Lower a traced program here, and compile it on a thread."""
         if self._pool is None:
-            workers = cores() if jax.process_count() == 1 else 1
-            self._pool = concurrent.futures.ThreadPoolExecutor(workers, "effjax-compile")
+            self._pool = concurrent.futures.ThreadPoolExecutor(workers(), "effjax-compile")
         self._about[name] = shapes, traced.jaxpr
         self._waiting[name] = self._pool.submit(traced.lower().compile)
 
@@ -48,14 +46,13 @@ class Beside:
         Raises:
           CompileError: it could not be compiled. What has not begun is left out.
         """
-        try:
-            compiled = self._waiting[name].result()
-        except Exception as error:
-            self._refuse(name, error)
+        if (error := self._waiting[name].exception()) is not None:
+            raise self._refused(name, error) from error
+        compiled = self._waiting[name].result()
         del self._waiting[name]
         shapes, jaxpr = self._about.pop(name)
         if not self._waiting and self._pool is not None:
-            self._pool.shutdown(wait=False)
+            self._pool.shutdown()  # its threads are idle
             self._pool = None
         return name, shapes, compiled, jaxpr
 
@@ -69,20 +66,28 @@ class Beside:
         """Raise ``CompileError`` if any program could not be compiled."""
         for name, future in self._waiting.items():
             if future.done() and not future.cancelled() and (error := future.exception()) is not None:
-                self._refuse(name, error)
+                raise self._refused(name, error) from error
 
-    def _refuse(self, name: Any, error: BaseException) -> Any:
+    def _refused(self, name: Any, error: BaseException) -> CompileError:
         _, *leaves = self._about[name][0]
         self.cancel()
-        raise CompileError(
+        return CompileError(
             f"the program for {_named(leaves)} could not be compiled: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        )
 
     def cancel(self) -> None:
         """Leave out what has not begun, wait for the rest, and forget all; idempotent."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._pool, self._waiting, self._about = None, {}, {}
+
+
+def workers() -> int:
+    """Programs to compile at a time: one for two cores, as XLA's compiler itself keeps more than one core busy.
+
+    Two at a time are no faster on two cores. Several processes compile one program at a time, all of them in one order.
+    """
+    return max(1, cores() // 2) if jax.process_count() == 1 else 1
 
 
 def cores() -> int:

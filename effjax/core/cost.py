@@ -119,8 +119,8 @@ class Executables:
 
     @property
     def compiles(self) -> int:
-        """Executables compiled so far, and those that threads are to compile."""
-        return len(self._compiled) + self.pending
+        """Executables compiled so far."""
+        return len(self._compiled)
 
     @property
     def pending(self) -> int:
@@ -171,7 +171,7 @@ class Executables:
     def compile_all(
         self, arguments: Sequence[tuple[Any, ...]], on_done: Callable[[int], None] = lambda done: None
     ) -> None:
-        """The executables for several arguments, as many compiled at a time as there are cores.
+        """The executables for several arguments, as many compiled at a time as there are pairs of cores.
 
         XLA compiles outside of Python's lock; tracing, which does not, is done here, one after the other.
         ``compile_s`` grows by the seconds that all of it takes.
@@ -331,6 +331,22 @@ def count_compiles() -> Generator[CompileLog]:
         yield log
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+_from_folder = [0]
+
+
+def _count_hits(event: str, **details: str | int) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _from_folder[0] += 1
+
+
+jax.monitoring.register_event_listener(_count_hits)
+
+
+def programs_from_folder() -> int:
+    """Programs of this process that came from JAX's folder of compiled programs."""
+    return _from_folder[0]
 
 
 def hardware() -> dict[str, Any]:

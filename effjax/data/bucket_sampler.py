@@ -12,7 +12,7 @@ from jaxtyping import Integer
 
 from effjax.core.errors import check_number
 from effjax.core.shapes import check_ladder, fit_ladder
-from effjax.data.cheapest_ladder import cheapest_ladder
+from effjax.data.ladders import cheapest_ladder
 from effjax.data.planned import BatchPlan, Columns, PlannedBatches
 from effjax.data.step_costs import StepCosts, check_costs
 
@@ -218,6 +218,7 @@ class BucketSampler(PlannedBatches):
                 whole = costs._replace(compile_s=costs.compile_s * len(self._lengths))
                 boundaries = cheapest_ladder(pooled, whole, **fitted)
             else:
+                assert max_shapes != "auto"  # checked above
                 boundaries = _fit_boundaries(pooled, max_shapes, **fitted)
         else:
             boundaries = check_ladder(boundaries, argument="boundaries")

@@ -58,8 +58,9 @@ def check_costs(costs: StepCosts | None) -> StepCosts:
     """``costs``, if they are numbers that can be."""
     if costs is None:
         raise ValueError(
-            "costs=None: what compiling and a step take is not known. Measure it, costs=effjax.train.measure_costs(step, "
-            "arguments), or give numbers, costs=effjax.data.StepCosts(compile_s=..., token_s=...)."
+            "costs=None: what compiling and a step take is not known. Measure it, "
+            "costs=effjax.train.measure_costs(step, arguments), or give numbers, "
+            "costs=effjax.data.StepCosts(compile_s=..., token_s=...)."
         )
     for name, value in costs._asdict().items():
         check_number(f"costs.{name}", value, low=1.0 if name == "at_once" else 0.0)

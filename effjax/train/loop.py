@@ -90,8 +90,8 @@ def fit(
       on_steps: called now and then with the number of steps done.
       on_compile: called with (done, total) before the executables of a program with several batch shapes are compiled,
         and once all of them are, or are left to threads.
-      compile_first: compile them all, as many at a time as there are cores, before the first step, with a call of
-        ``on_compile`` after each. Else threads compile them in the order in which the run comes to them, while it
+      compile_first: compile them all before the first step, as many at a time as there are pairs of cores, with a call
+        of ``on_compile`` after each. Else threads compile them in the order in which the run comes to them, while it
         trains; a step waits for its own. Several processes always compile first. The bits of a run are the same.
 
     Returns:
@@ -227,7 +227,7 @@ class _Run:
         self.state, metrics = self.prepared.step(self.program.phases[self.phase])(self.state, batch, self.aux)
         self.done += 1
         self.within += 1
-        if self.prepared.compiles > self.declared:
+        if self.prepared.begun > self.declared:
             raise ValueError(
                 f"step {self.done} compiled an executable after the warm-up, for the batch "
                 f"{_shapes(batch)}. The loader's shapes must declare it."
@@ -262,7 +262,7 @@ class _Run:
         if not self.finished:
             phase = self.program.phases[self.phase]
             self.prepared.warm_up(phase, self.state, self.aux, self._compiling, beside=self.beside)
-        self.declared = self.prepared.compiles if self.program.shapes else np.inf
+        self.declared = self.prepared.begun if self.program.shapes else np.inf
 
     def _compiling(self, done: int, total: int) -> None:
         """Between two compilations, each of which may take long."""

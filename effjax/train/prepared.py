@@ -75,6 +75,11 @@ class Prepared:
         return sum(step.compiles for step in self._steps.values())
 
     @property
+    def begun(self) -> int:
+        """Executables compiled so far, and those that threads are to compile."""
+        return self.compiles + sum(step.pending for step in self._steps.values())
+
+    @property
     def compile_s(self) -> float:
         """Seconds spent on them."""
         return sum(step.compile_s for step in self._steps.values())
@@ -111,10 +116,10 @@ class Prepared:
             step.compile_beside(arguments)
         else:
             step.compile_all(arguments, lambda done: on_compile(done, len(shapes)) if done < len(shapes) else None)
-        if self.compiles > self._program.compiles:
+        if self.begun > self._program.compiles:
             raise ValueError(
                 f"compiles={self._program.compiles}, but the {len(shapes)} batch shapes of the loader needed "
-                f"{self.compiles} executables. Declare as many, or use fewer shapes."
+                f"{self.begun} executables. Declare as many, or use fewer shapes."
             )
         on_compile(len(shapes), len(shapes))
         self._warm.add(step)

@@ -57,7 +57,9 @@ def cheapest_ladder(
     check_number("length_multiple", length_multiple, low=1, integer=True)
     lengths = np.asarray(lengths)
     if lengths.ndim != 1 or not lengths.size or lengths.dtype.kind not in "iu" or lengths.min() < 0:
-        raise ValueError(f"lengths is {lengths.dtype}{list(lengths.shape)}; it must be integers of 0 or more, not empty.")
+        raise ValueError(
+            f"lengths is {lengths.dtype}{list(lengths.shape)}; it must be integers of 0 or more, not empty."
+        )
     rungs, counts = np.unique(np.maximum(-(-lengths // length_multiple), 1) * length_multiple, return_counts=True)
     check_number("tokens", tokens, low=multiple * int(rungs[-1]), integer=True)
     sizes = [[min(cap, tokens // int(rung) // multiple * multiple) for cap in caps] for rung in rungs]

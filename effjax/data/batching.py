@@ -9,7 +9,7 @@ from jaxtyping import Integer
 
 from effjax.core.errors import check_choice, check_number
 from effjax.data.bucket_sampler import plan_epoch
-from effjax.data.cheapest_ladder import cheapest_ladder
+from effjax.data.ladders import cheapest_ladder
 from effjax.data.packing import best_fit
 from effjax.data.step_costs import StepCosts, check_costs
 
@@ -43,7 +43,9 @@ class BatchesChoice(NamedTuple):
         def line(way: str) -> str:
             shapes = len(self.steps[way])
             programs = f"{shapes} program{'s' if shapes > 1 else ''}"
-            return f"{way}: {self.seconds[way]:.3g} s = {self.compile_s[way]:.3g} for {programs} + {self.train_s[way]:.3g}"
+            return (
+                f"{way}: {self.seconds[way]:.3g} s = {self.compile_s[way]:.3g} for {programs} + {self.train_s[way]:.3g}"
+            )
 
         return "\n".join(map(line, sorted(self.seconds, key=lambda way: self.seconds[way])))
 
@@ -64,8 +66,8 @@ def choose_batches(
     - ``"static"``: ``PaddedBatches(length=...)``, one program;
     - ``"dynamic"``: ``PaddedBatches()``, each batch padded to its longest row, rounded up to ``multiple``;
     - ``"buckets"``: ``BucketSampler(max_shapes="auto", costs=...)`` on boundaries that are multiples of ``multiple``;
-    - ``"packing"``: ``PackedBatches`` of ``length`` tokens, rows enough for about ``batch_size`` texts a batch; leave it
-      out of ``ways`` where the model knows no segments.
+    - ``"packing"``: ``PackedBatches`` of ``length`` tokens, rows enough for about ``batch_size`` texts a batch; to be
+      left out of ``ways`` where the model knows no segments.
 
     The steps in every shape are those of one planned epoch, times ``epochs``; of dynamic padding those of all epochs.
     Every way sees each text once an epoch in batches of about as many texts: quality is taken to be the same.
@@ -103,7 +105,9 @@ def choose_batches(
     check_number("multiple", multiple, low=1, integer=True)
     lengths = np.asarray(lengths)
     if lengths.ndim != 1 or not lengths.size or lengths.dtype.kind not in "iu" or lengths.min() < 1:
-        raise ValueError(f"lengths is {lengths.dtype}{list(lengths.shape)}; it must be integers of 1 or more, not empty.")
+        raise ValueError(
+            f"lengths is {lengths.dtype}{list(lengths.shape)}; it must be integers of 1 or more, not empty."
+        )
     if not ways:
         raise ValueError(f"ways=() leaves nothing to choose from. Give some of {', '.join(WAYS)}.")
     for way in ways:

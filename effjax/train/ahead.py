@@ -42,7 +42,8 @@ class CompileAhead:
 def compile_ahead(step: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> CompileAhead:
     """Compile a step for several batch shapes on threads, and use it meanwhile.
 
-    The programs compile in the order given, as many at a time as there are cores; tracing happens before this returns.
+    The programs compile in the order given, as many at a time as there are pairs of cores, for XLA's compiler keeps
+    more than one busy; tracing happens before this returns.
     A call runs the program of its shapes and waits only where that is not ready: give the shapes in the order in which
     the run comes to them, as ``BucketSampler.example_batches`` does. Programs and results are those of ``step``. On
     several processes one program compiles at a time, in the order given, which must be the same in all of them.

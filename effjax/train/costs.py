@@ -2,14 +2,14 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
 
-from effjax.core.beside import cores
+from effjax.core.beside import cores, workers
 from effjax.core.cost import Executables
 from effjax.core.errors import check_number
 from effjax.core.tree import copied
@@ -20,16 +20,15 @@ __all__ = ["measure_costs"]
 _SAVED = "/jax/compilation_cache/compile_time_saved_sec"
 
 
-def measure_costs(
-    step: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, rounds: int = 5
-) -> StepCosts:
+def measure_costs(step: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, rounds: int = 5) -> StepCosts:
     """Compile a step for two batch shapes, time it on both, and tell what batches of any shape take.
 
-    For ``BucketSampler(max_shapes="auto", costs=...)`` and ``choose_batches``. Take the shortest and the longest batches
-    of the run, such as those of ``BucketSampler(..., max_shapes=2)``. Both programs are compiled here; JAX's folder of
-    compiled programs, where one is kept, spares that at the next start, and what compiling took then counts.
+    For ``BucketSampler(max_shapes="auto", costs=...)`` and ``choose_batches``. Take the shortest and the longest
+    batches of the run, such as those of ``BucketSampler(..., max_shapes=2)``. Both programs are compiled here; JAX's
+    folder of compiled programs, where one is kept, spares that at the next start: what compiling took then counts.
 
-    How many programs compile in the time of one follows from the processor seconds that one takes and the cores here.
+    How many programs compile in the time of one follows from the processor seconds that one takes, the cores here, and
+    how many effjax compiles at a time.
     On several processes the numbers are those of the first one, in all of them.
 
     Args:
@@ -59,16 +58,17 @@ def measure_costs(
         jitted: Any = step if hasattr(step, "trace") else jax.jit(step)
         step = Executables.of(jitted)
     compiled = [_compile(step, args) for args in arguments]
-    macs = [step.macs(*args) for args in arguments]
+    counts = [step.macs(*args) for args in arguments]
+    macs = [float(count.expected) for count in counts if count.expected is not None and not count.unknown]
     times = _times(step, arguments, rounds)
     found = fit_step_costs(
         shapes,
         times,
         compile_s=statistics.fmean(seconds for seconds, _ in compiled),
-        at_once=max(1.0, cores() / max(1.0, statistics.fmean(busy for _, busy in compiled))),
-        macs=None if any(count.unknown for count in macs) else [count.expected for count in macs],
+        at_once=max(1.0, min(workers(), cores() / max(1.0, statistics.fmean(busy for _, busy in compiled)))),
+        macs=macs if len(macs) == len(arguments) else None,
     )
-    return _first_process(found)
+    return from_first_process(found)
 
 
 def _shape(args: tuple[Any, ...]) -> tuple[int, int]:
@@ -92,7 +92,7 @@ def _compile(step: Executables, args: tuple[Any, ...]) -> tuple[float, float]:
 
 
 @contextmanager
-def _saved_by_cache() -> Iterator[list[float]]:
+def _saved_by_cache() -> Generator[list[float]]:
     """Seconds of compiling that JAX's folder of compiled programs saved inside the block."""
     saved: list[float] = []
 
@@ -120,7 +120,8 @@ def _times(step: Executables, arguments: Sequence[tuple[Any, ...]], rounds: int)
     return [statistics.median(found) for found in samples]
 
 
-def _first_process(costs: StepCosts) -> StepCosts:
+def from_first_process(costs: StepCosts) -> StepCosts:
+    """The first process's costs, in every process."""
     if jax.process_count() == 1:
         return costs
     from jax.experimental import multihost_utils
