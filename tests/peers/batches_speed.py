@@ -11,8 +11,8 @@ cut at 64 tokens, long ones reviews of IMDB, cut at 256; more rows than there ar
 ``shapes`` measures what ``measure_costs`` finds from two shapes of each kind, then every shape by itself: compiled
 alone, all of a kind at once, and a step. ``ahead`` measures one run with its programs compiled at the first step that
 needs them, all before the first step, and ahead on threads. ``runs`` trains whole runs with each way, programs compiled
-anew, in a seeded order, as far as the time goes; started again it goes on. ``grid`` prints how many cells of the grid ``choose_batches`` gets
-right. No program comes from JAX's folder. A part is added to a file that is there.
+anew, in a seeded order, as far as the time goes; started again it goes on. ``grid`` prints how many cells of the grid
+``choose_batches`` gets right. No program comes from JAX's folder. A part is added to a file that is there.
 """
 
 import argparse
