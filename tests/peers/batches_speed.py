@@ -41,6 +41,12 @@ RUNS = (
     ("short", 4000, 3),
 )
 WAYS = ("static", "dynamic", "buckets", "packing")
+LABELS = {
+    "needed": "each at the first step that needs it",
+    "first": "all before the first step",
+    "ahead": "ahead, on a thread",
+}
+METRIC = {"name": "total_s", "goal": "min", "label": "seconds in all"}
 RIGHT = 1.05
 """A choice is right where its measured seconds are at most so many times those of the best way."""
 
@@ -314,21 +320,21 @@ def arms_of(document: Mapping[str, Any]) -> dict[str, Any]:
     once = lambda number: {"mean": float(number), "std": 0.0, "values": [float(number)]}
     rows: dict[str, tuple[str, dict[str, float]]] = {}
     part = document["parts"]
-    for name, label in (("needed", "when a step needs it"), ("first", "all before the first step"), ("ahead", "ahead")):
+    for name, label in LABELS.items():
         if name in part.get("ahead", {}):
-            rows[f"compiling/{name}"] = label, {"total_s": part["ahead"][name]["total_s"]}
+            found = part["ahead"][name]
+            rows[f"compiling/{name}"] = label, {"total_s": found["total_s"], "waited_s": found["waited_s"]}
     for cell in part.get("runs", []):
-        for way, found in cell["measured"].items():
-            label = f"{cell['texts']}, {cell['rows']:,} rows, {cell['epochs']} epochs"
-            name = f"runs/{cell['texts']}-{cell['rows']}-{cell['epochs']}-{way}"
-            predicted = cell["predicted_s"][way]
-            rows[name] = f"{label}: {way}", {"total_s": found["total_s"], "predicted_s": predicted}
+        for way in WAYS:
+            name = f"{cell['texts']}-{cell['rows']}-{cell['epochs']}/{way}"
+            numbers = {"total_s": cell["measured"][way]["total_s"], "predicted_s": cell["predicted_s"][way]}
+            rows[name] = way, numbers
     if document.get("grid"):
         cells = document["grid"]
         right = [cell["over_best"] <= RIGHT for cell in cells]
         exact = [cell["chosen"] == cell["best"] for cell in cells]
         numbers = {"right": np.mean(right), "exact": np.mean(exact), "worst": max(cell["over_best"] for cell in cells)}
-        rows["grid/choice"] = f"{len(cells)} cells", numbers
+        rows["grid/choice"] = f"choice in {len(cells)} cells", numbers
     return {
         name: {
             **{"status": "ok", "group": name.partition("/")[0], "label": label, "role": "method", "inference": {}},
@@ -346,17 +352,17 @@ def begun(options: argparse.Namespace) -> dict[str, Any]:
     from effjax.study.report import SCHEMA
     from effjax.study.results import environment
 
-    metric = {"name": "total_s", "goal": "min", "label": "seconds in all"}
     return {
         "schema": SCHEMA,
         "study": "batches_speed",
-        "groups": dict.fromkeys(("compiling", "runs", "grid"), metric),
+        "groups": {},
         "preset": "speed",
         "seeds": [0],
         "budget": {"amount": options.rounds, "unit": "rounds"},
         "config": None,  # no study of `effjax compare`: this script alone
         "arms": {},
         "claims": [],
+        "cost_claims": [],
         "environment": environment(),
         "parts": {},
     }
@@ -382,6 +388,7 @@ def main() -> None:
 
     def keep() -> None:
         document["arms"] = arms_of(document)
+        document["groups"] = dict.fromkeys((arm["group"] for arm in document["arms"].values()), METRIC)
         if options.out:
             options.out.write_text(json.dumps(document, indent=1) + "\n")
 
