@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.compilation_cache import compilation_cache
 
 from effjax.core.cost import Executables
 from effjax.data.pipeline import put_batch
@@ -30,8 +31,9 @@ class Prepared:
     """
 
     def __init__(self, program: Program, options: TrainOptions):
-        if options.compile_cache:
+        if options.compile_cache and options.compile_cache != getattr(jax.config, "jax_compilation_cache_dir", None):
             jax.config.update("jax_compilation_cache_dir", options.compile_cache)
+            compilation_cache.reset_cache()  # JAX reads the name once, and the command's folder may be in use already
         self._program = program
         self._mesh = mesh = options.mesh.built
         self._split = mesh is not None and options.mesh.rules != "data"

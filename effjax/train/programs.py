@@ -7,8 +7,6 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from effjax.core.errors import check_number
-
 __all__ = ["keep_programs"]
 
 VARIABLE = "EFFJAX_COMPILE_CACHE"
@@ -39,7 +37,10 @@ def keep_programs(folder: str | os.PathLike[str] | None = None, *, max_mib: int 
         import effjax
         effjax.train.keep_programs()  # at the top of a script, before JAX compiles
     """
-    check_number("max_mib", max_mib, low=1, integer=True)
+    if not isinstance(max_mib, int) or max_mib < 1:
+        raise ValueError(
+            f"max_mib={max_mib!r} must be an integer of 1 or more. EFFJAX_COMPILE_CACHE=off keeps nothing."
+        )
     if _jax_has_one():
         return None
     place = _place(os.environ, folder)
