@@ -37,9 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is not None:  # called by a program, whose signals are its own
         return _main(arguments)
     from effjax.train.allocator import keep_freed_memory
+    from effjax.train.programs import keep_programs
     from effjax.train.signals import end_on_sigterm
 
     keep_freed_memory()
+    keep_programs()
     with end_on_sigterm("effjax: stopped by SIGTERM; what was finished is kept, and the same command continues."):
         return _main(None)
 

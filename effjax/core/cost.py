@@ -1,6 +1,5 @@
 """Parameters, ahead-of-time compiled steps with their cost and memory, compile counts, and the machine."""
 
-import concurrent.futures
 import contextlib
 import math
 import os
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from effjax.core.beside import Beside, cores
 from effjax.core.macs import MacCount, count_jaxpr_macs, holds_loop
 
 PyTree = Any
@@ -101,9 +101,20 @@ class Executables:
     ):
         shardings = {"in_shardings": in_shardings, "out_shardings": out_shardings}
         given = {name: value for name, value in shardings.items() if value is not None}
-        self._jitted = jax.jit(function, donate_argnums=donate_argnums, **given)
+        self._begin(jax.jit(function, donate_argnums=donate_argnums, **given))
+
+    @classmethod
+    def of(cls, jitted: Any) -> "Executables":
+        """The executables of what ``jax.jit`` returned, with its donation and shardings; no static arguments."""
+        made = cls.__new__(cls)
+        made._begin(jitted)
+        return made
+
+    def _begin(self, jitted: Any) -> None:
+        self._jitted = jitted
         self._compiled: dict[Any, tuple[jax.stages.Compiled, Any]] = {}  # with the jaxpr
         self._by_shapes: dict[Any, jax.stages.Compiled] = {}
+        self._beside: Beside | None = None
         self.compile_s = 0.0
 
     @property
@@ -111,7 +122,14 @@ class Executables:
         """Executables compiled so far."""
         return len(self._compiled)
 
+    @property
+    def pending(self) -> int:
+        """Executables that threads are to compile and that no call has needed so far."""
+        return 0 if self._beside is None else len(self._beside)
+
     def __call__(self, *args: Any) -> Any:
+        if self._beside is not None:
+            self._beside.check()
         shapes = _shapes(args)
         executable = self._by_shapes.get(shapes)
         if executable is not None:
@@ -138,44 +156,75 @@ class Executables:
         signature = _whole_signature(args)
         if signature not in self._compiled:
             start = time.perf_counter()
-            traced = self._jitted.trace(*args)
-            compiled = traced.lower().compile()
+            if self._beside is not None and signature in self._beside:
+                self._keep(*self._beside.take(signature))
+            else:
+                traced = self._jitted.trace(*args)
+                self._keep(signature, _shapes(args), traced.lower().compile(), traced.jaxpr)
             self.compile_s += time.perf_counter() - start
-            self._compiled[signature] = compiled, traced.jaxpr
-            self._by_shapes.setdefault(_shapes(args), compiled)
         return self._compiled[signature][0]
+
+    def _keep(self, signature: Any, shapes: Any, compiled: jax.stages.Compiled, jaxpr: Any) -> None:
+        self._compiled[signature] = compiled, jaxpr
+        self._by_shapes.setdefault(shapes, compiled)
 
     def compile_all(
         self, arguments: Sequence[tuple[Any, ...]], on_done: Callable[[int], None] = lambda done: None
     ) -> None:
-        """The executables for several arguments, as many compiled at a time as there are cores.
+        """The executables for several arguments, as many compiled at a time as there are pairs of cores.
 
-        XLA compiles outside of Python's lock; tracing, which does not, is done first, one after the other.
+        XLA compiles outside of Python's lock; tracing, which does not, is done here, one after the other.
         ``compile_s`` grows by the seconds that all of it takes.
 
         Args:
           arguments: as of ``compile``, a tuple for each.
           on_done: called with the number that are compiled, after each.
+
+        Raises:
+          CompileError: one of them could not be compiled.
+        """
+        self.compile_beside(arguments)
+        assert self._beside is not None
+        start = time.perf_counter()
+        done = len(arguments) - len(self._beside)
+        for signature in self._beside.as_completed():
+            self._keep(*self._beside.take(signature))
+            done += 1
+            on_done(done)
+        self.compile_s += time.perf_counter() - start
+
+    def compile_beside(self, arguments: Sequence[tuple[Any, ...]]) -> None:
+        """Begin to compile the executables for several arguments on threads, in this order, and return.
+
+        A call waits for the one that it needs. ``compile_s`` grows by the seconds that the caller spends on tracing and
+        waiting. A program that cannot be compiled is an error of the next call, whichever executable it needs.
+
+        Args:
+          arguments: as of ``compile``, a tuple for each.
         """
         start = time.perf_counter()
-        lowered = {}
+        if self._beside is None:
+            self._beside = Beside()
         for args in arguments:
             signature = _whole_signature(args)
-            if signature not in self._compiled and signature not in lowered:
+            if signature not in self._compiled and signature not in self._beside:
                 traced = self._jitted.trace(*args)
-                lowered[signature] = args, traced.jaxpr, traced.lower()
-        done = len(arguments) - len(lowered)
-        # Several processes compile in the same order, one program at a time.
-        workers = min(len(lowered), _cores()) if jax.process_count() == 1 else 1
-        with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
-            waiting = {pool.submit(one[2].compile): signature for signature, one in lowered.items()}
-            for future in concurrent.futures.as_completed(waiting):
-                args, jaxpr, _ = lowered[waiting[future]]
-                self._compiled[waiting[future]] = future.result(), jaxpr
-                self._by_shapes.setdefault(_shapes(args), future.result())
-                done += 1
-                on_done(done)
+                self._beside.add(signature, _shapes(args), traced)
         self.compile_s += time.perf_counter() - start
+
+    def settle(self) -> None:
+        """Wait for every program that threads are to compile; the time counts as compiling.
+
+        Raises:
+          CompileError: one of them could not be compiled.
+        """
+        if self.pending:
+            self.compile_all([])
+
+    def cancel(self) -> None:
+        """Leave out what threads have not begun to compile, and wait for the rest; idempotent."""
+        if self._beside is not None:
+            self._beside.cancel()
 
     def analysis(self, *args: Any) -> StepAnalysis:
         """Cost and memory of the executable for these arguments; without any, of the one with the largest peak memory.
@@ -208,10 +257,6 @@ class Executables:
         """
         self.compile(*args)
         return count_jaxpr_macs(self._compiled[_whole_signature(args)][1])
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _shapes(args: tuple[Any, ...]) -> Any:
@@ -288,6 +333,22 @@ def count_compiles() -> Generator[CompileLog]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+_from_folder = [0]
+
+
+def _count_hits(event: str, **details: str | int) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _from_folder[0] += 1
+
+
+jax.monitoring.register_event_listener(_count_hits)
+
+
+def programs_from_folder() -> int:
+    """Programs of this process that came from JAX's folder of compiled programs."""
+    return _from_folder[0]
+
+
 def hardware() -> dict[str, Any]:
     """What this process computes on, as JSON-able values; starts the JAX backend.
 
@@ -309,7 +370,7 @@ def hardware() -> dict[str, Any]:
         "processes": jax.process_count(),
         "device_memory_bytes": memory.get("bytes_limit"),
         "cpu": _cpu_model(),
-        "cores": _cores(),
+        "cores": cores(),
         "memory_bytes": _memory_bytes(),
         "system": f"{platform.system()} {platform.machine()}",
         "jax": jax.__version__,

@@ -1,8 +1,11 @@
+from .batching import BatchesChoice as BatchesChoice
+from .batching import choose_batches as choose_batches
 from .bucket_sampler import BucketSampler as BucketSampler
 from .bucket_sampler import plan_epoch as plan_epoch
 from .files import read_data as read_data
 from .graphs import GraphData as GraphData
 from .graphs import graph_data as graph_data
+from .ladders import cheapest_ladder as cheapest_ladder
 from .length_grouping import PaddedBatches as PaddedBatches
 from .packing import PackedBatches as PackedBatches
 from .pipeline import batches as batches
@@ -12,4 +15,6 @@ from .sequences import SequenceData as SequenceData
 from .sequences import sequence_data as sequence_data
 from .sets import DataSet as DataSet
 from .sets import load_data as load_data
+from .step_costs import StepCosts as StepCosts
+from .step_costs import fit_step_costs as fit_step_costs
 from .tokens import load_tokenizer as load_tokenizer

@@ -5,14 +5,16 @@ and the number of steps are known, and every host has the same plan.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Integer
 
 from effjax.core.errors import check_number
 from effjax.core.shapes import check_ladder, fit_ladder
+from effjax.data.ladders import cheapest_ladder
 from effjax.data.planned import BatchPlan, Columns, PlannedBatches
+from effjax.data.step_costs import StepCosts, check_costs
 
 __all__ = ["BucketSampler", "plan_epoch"]
 
@@ -147,7 +149,10 @@ class BucketSampler(PlannedBatches):
       seed: of the order.
       epochs: passes over the data; a number, for all are planned ahead.
       boundaries: the :math:`L_b`; by default those that pad these data least within ``max_shapes``.
-      max_shapes: compile budget: most ``(B, L)`` in the run. A growing ``cap`` spends more of it per boundary.
+      max_shapes: compile budget: most ``(B, L)`` in the run. A growing ``cap`` spends more of it per boundary. Or
+        ``"auto"``: the boundaries whose predicted seconds, compiling included, are least (``cheapest_ladder``).
+      costs: of compiling and of a step, for ``"auto"``: measured by ``effjax.train.measure_costs``, on several
+        processes the same in all.
       tokens: padded tokens of a batch, at most.
       batch_sizes: largest batch for each of ``boundaries``, not increasing, instead of those that ``tokens`` gives.
       cap: largest batch; a sequence gives one per epoch, and its last goes on. Large early caps mean few optimizer
@@ -160,7 +165,8 @@ class BucketSampler(PlannedBatches):
 
     Raises:
       ValueError: examples longer than the last boundary, more shapes than ``max_shapes``, batch sizes that do not
-        divide among the processes, or arguments out of range.
+        divide among the processes, ``"auto"`` without costs or together with boundaries, costs without ``"auto"``, or
+        arguments out of range.
 
     Warns:
       NoEffectWarning: boundaries that no example reaches.
@@ -185,7 +191,8 @@ class BucketSampler(PlannedBatches):
         seed: int,
         epochs: int,
         boundaries: Sequence[int] | None = None,
-        max_shapes: int = 9,
+        max_shapes: int | Literal["auto"] = 9,
+        costs: StepCosts | None = None,
         tokens: int = 8192,
         batch_sizes: Sequence[int] | None = None,
         cap: int | Sequence[int] = 64,
@@ -196,7 +203,7 @@ class BucketSampler(PlannedBatches):
         **options: Any,
     ):
         super().__init__(columns, seed=seed, epochs=epochs, **options)
-        check_number("max_shapes", max_shapes, low=1, integer=True)
+        _check_shapes(max_shapes, costs, boundaries)
         check_number("multiple", multiple, low=1, integer=True)
         caps = _check_caps(cap, epochs, multiple)
         labels = None if stratify is None else _classes(self._columns(0), stratify)
@@ -204,7 +211,15 @@ class BucketSampler(PlannedBatches):
         if boundaries is None:
             if batch_sizes is not None:
                 raise ValueError(f"batch_sizes={batch_sizes} belong to boundaries. Give those too, or tokens instead.")
-            boundaries = _fit_boundaries(pooled, max_shapes, length_multiple, tokens, multiple, caps)
+            fitted = {"tokens": tokens, "multiple": multiple, "caps": caps, "length_multiple": length_multiple}
+            if costs is not None:
+                _batch_sizes(tokens, (pooled.max(),), multiple)  # refuses too few tokens
+                # The lengths of several epochs count as one epoch: compiling weighs as much more.
+                whole = costs._replace(compile_s=costs.compile_s * len(self._lengths))
+                boundaries = cheapest_ladder(pooled, whole, **fitted)
+            else:
+                assert max_shapes != "auto"  # checked above
+                boundaries = _fit_boundaries(pooled, max_shapes, **fitted)
         else:
             boundaries = check_ladder(boundaries, argument="boundaries")
             if pooled.max() <= boundaries[-1]:
@@ -224,7 +239,7 @@ class BucketSampler(PlannedBatches):
             )
 
         self._set_plan(plan, boundaries=list(boundaries), batch_sizes=batch_sizes, caps=caps)
-        if len(self.shapes) > max_shapes:
+        if max_shapes != "auto" and len(self.shapes) > max_shapes:
             raise ValueError(
                 f"max_shapes={max_shapes}, but boundaries={boundaries} with caps {sorted(set(caps))} make "
                 f"{len(self.shapes)} shapes (rows, tokens): {self.shapes}. Give fewer boundaries, one cap, or "
@@ -252,6 +267,19 @@ def _entropy(counts: np.ndarray) -> np.ndarray | np.floating:
     return -np.sum(shares * np.log(np.where(shares > 0, shares, 1)), axis=-1)
 
 
+def _check_shapes(max_shapes: Any, costs: StepCosts | None, boundaries: Sequence[int] | None) -> None:
+    if isinstance(max_shapes, str):
+        if max_shapes != "auto":
+            raise ValueError(f"max_shapes={max_shapes!r} must be a number of 1 or more, or 'auto'.")
+        check_costs(costs)
+        if boundaries is not None:
+            raise ValueError(f"max_shapes='auto' chooses the boundaries: leave out boundaries={list(boundaries)}.")
+        return
+    check_number("max_shapes", max_shapes, low=1, integer=True)
+    if costs is not None:
+        raise ValueError(f"costs are for max_shapes='auto', and max_shapes={max_shapes}. Leave out one of them.")
+
+
 def _check_caps(cap: int | Sequence[int], epochs: int, multiple: int) -> list[int]:
     given = list(cap) if isinstance(cap, Sequence | np.ndarray) else [cap]
     if not given:
@@ -276,7 +304,7 @@ def _batch_sizes(tokens: int, boundaries: Sequence[int], multiple: int) -> list[
 
 
 def _fit_boundaries(
-    lengths: np.ndarray, max_shapes: int, length_multiple: int, tokens: int, multiple: int, caps: Sequence[int]
+    lengths: np.ndarray, max_shapes: int, *, length_multiple: int, tokens: int, multiple: int, caps: Sequence[int]
 ) -> tuple[int, ...]:
     """The ladder of most rungs that makes at most ``max_shapes`` shapes."""
     check_number("length_multiple", length_multiple, low=1, integer=True)

@@ -168,6 +168,14 @@ class PlannedBatches(Cursor[Batch]):
         return found
 
     @property
+    def first_uses(self) -> dict[tuple[int, int], int]:
+        """The index of the first batch of each of ``shapes``, in the order of the run."""
+        found: dict[tuple[int, int], int] = {}
+        for index, batch in enumerate(self._batches):
+            found.setdefault((batch.size, batch.length), index)
+        return found
+
+    @property
     def real_tokens(self) -> int:
         """Tokens of the run, padding left out."""
         sums = [int(lengths.sum()) for lengths in self._lengths]
@@ -179,10 +187,12 @@ class PlannedBatches(Cursor[Batch]):
         return sum(batch.size * batch.length for batch in self._batches)
 
     def example_batches(self) -> Iterator[Batch]:
-        """One batch of the run for every shape, to compile all executables before the first step."""
-        for size, length in self.shapes:
-            plans = enumerate(self._batches)
-            yield self[next(i for i, plan in plans if (plan.size, plan.length) == (size, length))]
+        """One batch of the run for every shape, in the order in which a run comes to them.
+
+        For compiling all executables before the first step, or ahead of it (``effjax.train.compile_ahead``).
+        """
+        for index in self.first_uses.values():
+            yield self[index]
 
     def __len__(self) -> int:
         return len(self._batches)

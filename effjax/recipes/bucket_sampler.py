@@ -54,7 +54,7 @@ def groups(config: BucketSamplerStudy) -> list[Group]:
     arms = {
         "static": TextArm("baseline", f"static padding to {config.max_length}", static),
         "dynamic": TextArm("baseline", "dynamic padding (longest row, multiple of 8)", padded(config)),
-        "buckets": TextArm("method", f"BucketSampler, {config.max_shapes} shapes", bucketed(config)),
+        "buckets": TextArm("method", f"BucketSampler, {_shapes(config)}", bucketed(config)),
         "grouped": TextArm("alternative", "group_by_length", padded(config, group_by_length=True)),
         "packing": TextArm("alternative", "packing", packed),
         "official": TextArm("method", f"BucketSampler, width {config.official_width}", official),
@@ -78,5 +78,9 @@ def _claims(config: BucketSamplerStudy, data: str) -> tuple[Claim, ...]:
         Claim("buckets", "<=", "unmerged", of="processed_tokens", why="merging does it"),
         Claim("static", ">=", "buckets", of="train_s", times=0.7, as_ratio_of="processed_tokens"),
         Claim("dynamic", ">=", "buckets", of="train_s", times=0.7, as_ratio_of="processed_tokens"),
-        Claim("buckets", "<=", config.max_shapes, of="compiles"),
+        *(() if config.max_shapes == "auto" else (Claim("buckets", "<=", config.max_shapes, of="compiles"),)),
     )
+
+
+def _shapes(config: BucketSamplerStudy) -> str:
+    return "shapes by their cost" if config.max_shapes == "auto" else f"{config.max_shapes} shapes"

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import optax
@@ -12,6 +12,7 @@ from effjax.core.errors import Count, Limits, NotNegative, Positive, Rate
 from effjax.data.bucket_sampler import BucketSampler, PlannedBatches
 from effjax.data.length_grouping import PaddedBatches
 from effjax.optim.batch_size import adamw_by_batch_size
+from effjax.recipes.shape_costs import study_costs
 from effjax.recipes.spec import Arm, Group, Role, StudyConfig, Sweep
 from effjax.tasks.task import Metric, Task
 from effjax.tasks.text import text_task
@@ -40,8 +41,8 @@ class TextFields(StudyConfig):
     """Weight decay of AdamW."""
     scan_layers: bool = False
     """Whether one layer is compiled instead of all of them."""
-    max_shapes: Count = 9
-    """Number of batch shapes that BucketSampler may use."""
+    max_shapes: Count | Literal["auto"] = 9
+    """Number of batch shapes that BucketSampler may use; auto for those whose predicted seconds in all are least."""
     tokens: Count = 8192
     """Most padded tokens of one of BucketSampler's batches."""
 
@@ -154,7 +155,9 @@ def bucketed(config: Any, columns: Callable[[Task, int], Any] = lambda task, see
     options = {"cap": config.batch_size, "max_shapes": config.max_shapes, "tokens": config.tokens} | options
 
     def plan(task: Task, seed: int, epochs: int) -> BucketSampler:
-        return BucketSampler(columns(task, seed), seed=seed, epochs=epochs, pad_id=task.tokenizer.pad_id, **options)
+        costs = study_costs(config, task) if options["max_shapes"] == "auto" else None
+        fixed = {"pad_id": task.tokenizer.pad_id, "costs": costs}
+        return BucketSampler(columns(task, seed), seed=seed, epochs=epochs, **fixed, **options)
 
     return plan
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from effjax.core.cost import programs_from_folder
 from effjax.core.storage import Folder, remove_tree, storage
 from effjax.core.together import check_same_everywhere, together
 from effjax.recipes.spec import Claim
@@ -213,7 +214,8 @@ class _Comparison:
                 continue
             self.progress.say(f"measuring the cost of {group.name}")
             measured, prepared = measure(members, self.study.config.train, say=self.progress.say)
-            costs |= {name: {**cost, "devices": self._devices()} for name, cost in measured.items()}
+            more = {"devices": self._devices(), "from_folder": programs_from_folder() > 0}
+            costs |= {name: {**cost, **more} for name, cost in measured.items()}
             self.prepared |= {} if by_seconds else prepared
             if self.first:
                 write_json(self.work / "sources.json", self.sources)
@@ -326,6 +328,7 @@ class _Comparison:
                 identity=self._arm_identity(name, seed),
                 on_steps=lambda steps: self.progress.reach(done + steps * step_ms),
                 on_compile=self.progress.compiling(label),
+                compile_first=True,  # the clock is for steps alone
             )
         except NonFiniteError as error:
             run = {"status": "diverged", "metrics": {}, "train_s": error.train_s, "evaluate_s": 0.0, "why": str(error)}
@@ -398,8 +401,13 @@ class _Comparison:
             "claims": decide(study.claims, arms, metrics, timed=False),
             "cost_claims": decide(study.claims, arms, metrics, timed=True),
             "idle": idle,
-            "environment": environment() | {"data": self.sources},
+            "environment": environment() | self._cached(costs) | {"data": self.sources},
         }
+
+    @staticmethod
+    def _cached(costs: Mapping[str, Mapping]) -> dict[str, bool]:
+        """What ``environment`` tells of this start, if it was so when the costs were measured."""
+        return {"compile_cache": True} if any(cost.get("from_folder") for cost in costs.values()) else {}
 
     def _curves(self) -> dict[str, dict[str, Any]]:
         """Per arm the training loss of every seed, thinned to a few hundred points."""

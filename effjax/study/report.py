@@ -45,8 +45,8 @@ _LEGEND = (
     "without training."
 )
 _CACHED = (
-    " Programs may have come from JAX's folder of compiled programs (JAX_COMPILATION_CACHE_DIR): compile and total "
-    "seconds may be less than those of a first run."
+    " Some programs came from the folder of compiled programs (EFFJAX_COMPILE_CACHE=off does without one): compile and "
+    "total seconds may be less than those of a first run."
 )
 
 

@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 import effjax
-from effjax.core.cost import hardware
+from effjax.core.cost import hardware, programs_from_folder
 from effjax.study.claims import value
 from effjax.study.curves import mean_curves
 
@@ -132,7 +130,7 @@ def idle_arms(fingerprints: Mapping[str, Sequence[int | None]]) -> list[list[str
 
 
 def environment() -> dict[str, Any]:
-    """Packages, hardware, commit (null outside git) and date of this run; ``compile_cache`` where JAX keeps one."""
+    """Packages, hardware, commit (null outside git), date; ``compile_cache`` where programs came from JAX's folder."""
     packages: dict[str, str | None] = {"python": platform.python_version(), "effjax": effjax.__version__}
     for name in PACKAGES:
         try:
@@ -144,7 +142,7 @@ def environment() -> dict[str, Any]:
         "hardware": hardware(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **({"compile_cache": True} if getattr(jax.config, "jax_compilation_cache_dir", None) else {}),
+        **({"compile_cache": True} if programs_from_folder() else {}),
     }
 
 

@@ -1,4 +1,7 @@
+from .ahead import CompileAhead as CompileAhead
+from .ahead import compile_ahead as compile_ahead
 from .allocator import keep_freed_memory as keep_freed_memory
+from .costs import measure_costs as measure_costs
 from .loaders import column_loader as column_loader
 from .loaders import planned_loader as planned_loader
 from .loop import FitResult as FitResult
@@ -12,6 +15,7 @@ from .program import Curve as Curve
 from .program import Loader as Loader
 from .program import Phase as Phase
 from .program import Program as Program
+from .programs import keep_programs as keep_programs
 from .sequence_trainer import through_time as through_time
 from .trainer import TrainState as TrainState
 from .trainer import supervised as supervised

@@ -73,14 +73,14 @@ def planned_loader(plan: Plan, seeds: Sequence[int], epochs: int, batch_size: in
 
 
 def _batch_shapes(plans: Sequence[PlannedBatches]) -> list[BatchShape]:
-    """Every shape of every seed's plan; how often each comes, in the first."""
+    """Every shape of every seed's plan, as the first comes to them; how often each comes there."""
     found: dict[tuple[int, int], BatchShape] = {}
     for planned in plans:
-        for (shape, (steps, examples)), batch in zip(
-            planned.use_of_shapes.items(), planned.example_batches(), strict=True
-        ):
+        used = planned.use_of_shapes
+        for shape, index in planned.first_uses.items():
+            steps, examples = used[shape]
             count = steps if planned is plans[0] else 0
-            found.setdefault(shape, BatchShape(batch, count, examples / steps, shape[0] * shape[1]))
+            found.setdefault(shape, BatchShape(planned[index], count, examples / steps, shape[0] * shape[1]))
     return list(found.values())
 
 

@@ -48,7 +48,7 @@ class FitResult(NamedTuple):
       steps: executed; fewer than planned where a phase ended early.
       train: means over all steps of the step metrics, through ``Program.train_metrics``.
       train_s: seconds spent stepping and between phases, over all interruptions, without compiling, evaluating and
-        saving.
+        saving. Where threads compile beside the first steps, these share the processor with them.
       skipped: updates dropped because their loss, their gradients or the parameters after them were not finite.
       curve: one record an evaluation during training, ``{"step", "train_s", metric: value, ...}``.
     """
@@ -74,6 +74,7 @@ def fit(
     identity: Mapping[str, Any] | None = None,
     on_steps: Callable[[int], None] = lambda done: None,
     on_compile: Callable[[int, int], None] = lambda done, total: None,
+    compile_first: bool = False,
 ) -> FitResult:
     """Train ``program`` from ``seed`` to its last step, continuing from the newest checkpoint in ``directory``.
 
@@ -88,8 +89,10 @@ def fit(
       identity: JSON-able description of the run, checked on resume.
       on_steps: called now and then with the number of steps done.
       on_compile: called with (done, total) before the executables of a program with several batch shapes are compiled,
-        as many at a time as there are cores, and after each; all of it happens before the first step, also when a run
-        continues.
+        and once all of them are, or are left to threads.
+      compile_first: compile them all before the first step, as many at a time as there are pairs of cores, with a call
+        of ``on_compile`` after each. Else threads compile them in the order in which the run comes to them, while it
+        trains; a step waits for its own. Several processes always compile first. The bits of a run are the same.
 
     Returns:
       A ``FitResult``.
@@ -99,10 +102,12 @@ def fit(
       NonFiniteError: and ``options.nonfinite == 'stop'``; the newest checkpoint is still good.
       Preempted: after saving, when SIGTERM arrived.
       CheckpointError: the newest checkpoint is damaged or foreign.
+      CompileError: a program that a thread was to compile could not be; the message names its shapes.
     """
     options = options or TrainOptions()
     prepared = prepared or Prepared(program, options)
     run = _Run(program, seed, options, prepared, directory, dict(identity or {}, seed=seed))
+    run.beside = not compile_first and jax.process_count() == 1
     with StopSignal(signal.SIGTERM, signal.SIGINT) as stop:
         run.stop = stop
         try:
@@ -127,6 +132,7 @@ class _Run:
         self.program, self.seed, self.options, self.prepared = program, seed, options, prepared
         self.checkpoints = None
         self.stop: StopSignal
+        self.beside = False
         self.log = None
         self.batches = None
         self.directory = directory = None if directory is None else storage(directory, "directory")
@@ -221,7 +227,7 @@ class _Run:
         self.state, metrics = self.prepared.step(self.program.phases[self.phase])(self.state, batch, self.aux)
         self.done += 1
         self.within += 1
-        if self.prepared.compiles > self.declared:
+        if self.prepared.begun > self.declared:
             raise ValueError(
                 f"step {self.done} compiled an executable after the warm-up, for the batch "
                 f"{_shapes(batch)}. The loader's shapes must declare it."
@@ -233,6 +239,7 @@ class _Run:
         early = phase.over is not None and bool(self.over[phase.over](self.state))
         if self.within < phase.steps and not early:
             return
+        self.prepared.settle()  # what threads compile would count as this phase's
         with count_compiles() as log:
             self._leave_phase()
             self._begin_phase()
@@ -253,8 +260,9 @@ class _Run:
 
     def _warm_up(self) -> None:
         if not self.finished:
-            self.prepared.warm_up(self.program.phases[self.phase], self.state, self.aux, self._compiling)
-        self.declared = self.prepared.compiles if self.program.shapes else np.inf
+            phase = self.program.phases[self.phase]
+            self.prepared.warm_up(phase, self.state, self.aux, self._compiling, beside=self.beside)
+        self.declared = self.prepared.begun if self.program.shapes else np.inf
 
     def _compiling(self, done: int, total: int) -> None:
         """Between two compilations, each of which may take long."""
@@ -284,6 +292,7 @@ class _Run:
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:  # each of them, whatever another one raises
+            stack.callback(self.prepared.cancel)
             for part in (self.checkpoints, self.log, self.batches):
                 if part is not None:
                     stack.callback(part.close)

@@ -96,7 +96,7 @@ class TrainOptions:
     donate: bool = True
     """Whether the new state takes the old state's buffers."""
     compile_cache: str | None = None
-    """Folder of JAX's persistent compilation cache."""
+    """Folder of JAX's persistent compilation cache, in place of the one that the command keeps."""
     prefetch: Count = 2
     """Batches put on the device ahead of use."""
     read_lag: Count = 16

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.compilation_cache import compilation_cache
 
 from effjax.core.cost import Executables
 from effjax.data.pipeline import put_batch
@@ -30,8 +31,9 @@ class Prepared:
     """
 
     def __init__(self, program: Program, options: TrainOptions):
-        if options.compile_cache:
+        if options.compile_cache and options.compile_cache != getattr(jax.config, "jax_compilation_cache_dir", None):
             jax.config.update("jax_compilation_cache_dir", options.compile_cache)
+            compilation_cache.reset_cache()  # JAX reads the name once, and the command's folder may be in use already
         self._program = program
         self._mesh = mesh = options.mesh.built
         self._split = mesh is not None and options.mesh.rules != "data"
@@ -75,6 +77,11 @@ class Prepared:
         return sum(step.compiles for step in self._steps.values())
 
     @property
+    def begun(self) -> int:
+        """Executables compiled so far, and those that threads are to compile."""
+        return self.compiles + sum(step.pending for step in self._steps.values())
+
+    @property
     def compile_s(self) -> float:
         """Seconds spent on them."""
         return sum(step.compile_s for step in self._steps.values())
@@ -84,10 +91,21 @@ class Prepared:
         rows = np.shape(jax.tree.leaves(batch)[0])[0] * jax.process_count()
         return put_batch(batch, sharding=batch_sharding(self._mesh, rows))
 
-    def warm_up(self, phase: Phase, state: PyTree, aux: PyTree, on_compile: Callable[[int, int], None]) -> None:
+    def warm_up(
+        self, phase: Phase, state: PyTree, aux: PyTree, on_compile: Callable[[int, int], None], *, beside: bool = False
+    ) -> None:
         """Compile a phase's step for every batch shape that the program declares; nothing to do the second time.
 
+        Args:
+          phase: whose step.
+          state: of the run.
+          aux: of the phase.
+          on_compile: called with (done, total) before the first and after each; of those that compile ``beside`` the
+            run with (0, total) and (total, total) once they are traced.
+          beside: compile on threads, in the order of the loader's shapes, and return; a step waits for its own.
+
         Raises:
+          CompileError: a program that could not be compiled.
           ValueError: the shapes need more executables than ``program.compiles``.
         """
         shapes = self._program.shapes
@@ -96,14 +114,29 @@ class Prepared:
             return
         on_compile(0, len(shapes))
         arguments = [(state, self.put(shape.batch), aux) for shape in shapes]
-        step.compile_all(arguments, lambda done: on_compile(done, len(shapes)) if done < len(shapes) else None)
-        if self.compiles > self._program.compiles:
+        if beside:
+            step.compile_beside(arguments)
+        else:
+            step.compile_all(arguments, lambda done: on_compile(done, len(shapes)) if done < len(shapes) else None)
+        if self.begun > self._program.compiles:
             raise ValueError(
                 f"compiles={self._program.compiles}, but the {len(shapes)} batch shapes of the loader needed "
-                f"{self.compiles} executables. Declare as many, or use fewer shapes."
+                f"{self.begun} executables. Declare as many, or use fewer shapes."
             )
         on_compile(len(shapes), len(shapes))
         self._warm.add(step)
+
+    def settle(self) -> None:
+        """Wait for what threads are to compile."""
+        for step in self._steps.values():
+            step.settle()
+
+    def cancel(self) -> None:
+        """End the threads that compile; what they had not begun is left to the next ``warm_up``."""
+        for step in self._steps.values():
+            if step.pending:
+                step.cancel()
+                self._warm.discard(step)
 
 
 def _copied(init: Callable) -> Callable:

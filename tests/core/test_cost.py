@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from effjax.core.beside import CompileError
 from effjax.core.cost import Executables, count_compiles, count_params, hardware
 from effjax.core.timing import Timing, paired_ratio, time_interleaved
 
@@ -93,7 +94,7 @@ def test_several_shapes_are_compiled_at_the_same_time(monkeypatch):
         both.wait()
         return plain(lowered)
 
-    monkeypatch.setattr("effjax.core.cost._cores", lambda: 2)
+    monkeypatch.setattr("effjax.core.beside.workers", lambda: 2)
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile_when_another_one_does)
     step, state = Executables(make_step()), make_state()
     step.compile_all([(state, make_batch(rows)) for rows in (2, 5, 2)], told.append)
@@ -104,6 +105,75 @@ def test_several_shapes_are_compiled_at_the_same_time(monkeypatch):
             state, _ = step(state, make_batch(rows))
         step.compile_all([(state, make_batch(2))])
     assert (log.count, step.compiles) == (0, 2)
+
+
+class Compiler:
+    """Stands between lowering and XLA: what it holds back or refuses, by the rows of the batch."""
+
+    def __init__(self, monkeypatch, workers=1):
+        plain = jax.stages.Lowered.compile
+        self.held, self.refused, self.begun = {}, (), []
+
+        def compile_(lowered):
+            rows = lowered.in_avals[0][1]["x"].shape[0]
+            self.begun.append(rows)
+            if rows in self.held:
+                assert self.held[rows].wait(20)
+            if rows in self.refused:
+                raise ValueError(f"no room for {rows} rows\nand a second line")
+            return plain(lowered)
+
+        monkeypatch.setattr("effjax.core.beside.workers", lambda: workers)
+        monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
+
+
+def test_a_call_waits_for_its_own_program_alone_and_gives_the_same_bits(monkeypatch):
+    compiler = Compiler(monkeypatch)
+    compiler.held = {5: threading.Event()}
+    beside, plain = Executables(make_step()), Executables(make_step())
+    beside.compile_beside([(make_state(), make_batch(rows)) for rows in (2, 5, 2)])
+    assert (beside.compiles, beside.pending) == (0, 2)
+    state, first = beside(make_state(), make_batch(2))  # while the other one is held back
+    spent = beside.compile_s
+    beside(make_state(), make_batch(2))
+    assert (beside.compiles, beside.pending, beside.compile_s) == (1, 1, spent)
+    compiler.held[5].set()
+    state, second = beside(state, make_batch(5))
+    assert (beside.compiles, beside.pending, compiler.begun) == (2, 0, [2, 5])
+    assert beside.compile_s > spent
+    other, expected = plain(make_state(), make_batch(2))
+    np.testing.assert_array_equal(first["loss"], expected["loss"])
+    np.testing.assert_array_equal(second["loss"], plain(other, make_batch(5))[1]["loss"])
+
+
+def test_a_program_that_cannot_be_compiled_is_an_error_of_the_next_call(monkeypatch):
+    compiler = Compiler(monkeypatch)
+    compiler.refused = (5,)
+    step, state = Executables(make_step()), make_state()
+    step.compile_beside([(state, make_batch(rows)) for rows in (5, 2, 7)])
+    step.compile(state, make_batch(2))  # the one thread has passed the first by then
+    with pytest.raises(
+        CompileError, match=r"program for float32\[5, 4\] could not .*: ValueError: no room for 5 rows$"
+    ):
+        step(state, make_batch(2))
+    assert (step.compiles, step.pending) == (1, 0)
+    step(state, make_batch(2))  # what is compiled runs on
+    with pytest.raises(CompileError, match=r"float32\[5, 4\]"):
+        step.compile_all([(make_state(), make_batch(5))])
+
+
+def test_what_has_not_begun_is_left_out_and_no_thread_stays(monkeypatch):
+    compiler = Compiler(monkeypatch)
+    compiler.held = {2: threading.Event()}
+    step, state = Executables(make_step()), make_state()
+    step.compile_beside([(state, make_batch(rows)) for rows in (2, 5, 7)])
+    threading.Timer(0.05, compiler.held[2].set).start()
+    step.cancel()
+    step.cancel()
+    assert (compiler.begun, step.compiles, step.pending) == ([2], 0, 0)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("effjax-compile")]
+    step(state, make_batch(5))  # as ever
+    assert step.compiles == 1
 
 
 def test_compile_ahead_with_abstract_arguments_runs_nothing():

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -108,6 +109,7 @@ def test_all_batch_shapes_are_compiled_before_the_first_step_also_on_resume(tmp_
         options=EVERY,
         prepared=prepared,
         directory=tmp_path / "cut",
+        compile_first=True,
         on_compile=lambda done, total: told.append((done, total, prepared.compiles)),
         on_steps=lambda done: told.append(done),
     )
@@ -118,6 +120,45 @@ def test_all_batch_shapes_are_compiled_before_the_first_step_also_on_resume(tmp_
         fit(program, 1, options=EVERY, prepared=prepared, on_compile=lambda done, total: told.append("again"))
     assert "step" not in log.names
     assert "again" not in told
+
+
+def test_batch_shapes_compile_beside_the_run_with_the_same_bits(monkeypatch):
+    program, options, told, seen = uneven(), dataclasses.replace(EVERY, read_lag=1), [], []
+    whole = fit(program, 0, compile_first=True)
+    prepared = Prepared(program, options)
+    held, plain = threading.Event(), jax.stages.Lowered.compile
+
+    def compile_(lowered):
+        if lowered.in_avals[0][1]["x"].shape[0] < BATCH:
+            assert held.wait(20)
+        return plain(lowered)
+
+    def on_steps(done):
+        seen.append(done)
+        if done == 2:  # the third batch is the first of the other shape
+            held.set()
+
+    monkeypatch.setattr("effjax.core.beside.workers", lambda: 2)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
+    on_compile = lambda done, total: told.append((done, total))
+    found = fit(program, 0, options=options, prepared=prepared, on_compile=on_compile, on_steps=on_steps)
+    assert told == [(0, 2), (2, 2)]
+    assert (prepared.compiles, len(seen)) == (2, 40)
+    assert_same(found.state, whole.state)
+
+
+def test_a_run_that_fails_leaves_no_thread_that_compiles(monkeypatch):
+    program = uneven()
+    prepared = Prepared(program, EVERY)
+    monkeypatch.setattr("effjax.core.beside.workers", lambda: 1)
+
+    def stop(done):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fit(program, 0, options=EVERY, prepared=prepared, on_steps=stop)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("effjax-compile")]
+    assert_same(fit(program, 0, options=EVERY, prepared=prepared).state, fit(program, 0, compile_first=True).state)
 
 
 def test_a_batch_shape_that_was_not_declared_is_an_error():
