@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from effjax.core.errors import check_number
-from effjax.core.files import first_line, read_text
+from effjax.core.files import first_line, read_json, read_text
 from effjax.core.folders import model_folder
 from effjax.data.ragged import Ragged
 
@@ -21,6 +22,7 @@ __all__ = ["load_tokenizer"]
 if TYPE_CHECKING:
     import tokenizers
 
+_log = logging.getLogger("effjax")
 _PAD_NAMES = ("[PAD]", "<pad>")
 _BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _BATCH = 16384
@@ -45,8 +47,10 @@ class Tokenizer:
     Calls leave it unchanged, so that threads may share it.
 
     Attributes:
-      pad_id: id to fill batches with (0 where the vocabulary has no padding token).
-      vocab_size: number of ids.
+      pad_id: id to fill batches with: of the token that the folder names, or ``[PAD]``, ``<pad>``; 0 where there is
+        none.
+      vocab_size: the highest id and one, the rows that a model's table needs; there may be ids between that no token
+        has.
       special_ids: ids of ``[CLS]`` and the like.
     """
 
@@ -54,14 +58,15 @@ class Tokenizer:
     vocab_size: int
     special_ids: frozenset[int]
 
-    def __init__(self, backend: "tokenizers.Tokenizer"):
+    def __init__(self, backend: "tokenizers.Tokenizer", pad_token: str | None = None):
         # Files may ask for padding or truncation of their own, which would hide ours.
         backend.no_padding()
         backend.no_truncation()
         self._backends: dict[int | None, tokenizers.Tokenizer] = {None: backend}
-        ids = (backend.token_to_id(name) for name in _PAD_NAMES)
+        named = () if pad_token is None else (pad_token,)
+        ids = (backend.token_to_id(name) for name in (*named, *_PAD_NAMES))
         self.pad_id = next((index for index in ids if index is not None), 0)
-        self.vocab_size = backend.get_vocab_size()
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         _settle_parallelism()
 
@@ -127,8 +132,10 @@ class Tokenizer:
         return self._backends[None].decode(np.asarray(ids).tolist(), skip_special_tokens=True)
 
     def token(self, index: int) -> str:
-        """The piece of text that an id stands for."""
+        """The piece of text that an id stands for; empty where no token has that id, though higher ones exist."""
         piece = self._backends[None].id_to_token(int(index))
+        if piece is None and 0 <= int(index) < self.vocab_size:
+            return ""
         if piece is None:
             raise ValueError(f"index={index} is not an id in [0, {self.vocab_size - 1}].")
         return piece
@@ -155,7 +162,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
         ``"minilm"``, ``"stories260k"``.
 
     Returns:
-      A ``Tokenizer``; padding and truncation that the file may ask for are switched off.
+      A ``Tokenizer``; padding and truncation that the file may ask for are switched off. The padding token is that of
+      ``tokenizer_config.json`` or ``special_tokens_map.json`` beside it, where one names it.
 
     Raises:
       FileNotFoundError: there is none.
@@ -177,11 +185,26 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
         own = "pieces" in content
         backend = _from_pieces(content["pieces"], content["scores"]) if own else library.Tokenizer.from_str(text)
         backend.encode_batch(["a text", ("a text", "another")])  # templates fail only here
-        return Tokenizer(backend)
+        return Tokenizer(backend, _pad_token(path.parent, backend))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exceptions, and Rust's panics, which are none
         raise ValueError(f"{path} is damaged or no tokenizer ({first_line(error)}). Fetch it again.") from error
+
+
+def _pad_token(folder: Path, backend: "tokenizers.Tokenizer") -> str | None:
+    """The padding token by the files beside a tokenizer; one that the vocabulary lacks is passed over, and said so."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if not (folder / name).is_file():
+            continue
+        found = read_json(folder / name)
+        token = found.get("pad_token") if isinstance(found, dict) else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and backend.token_to_id(token) is not None:
+            return token
+        if isinstance(token, str):
+            _log.warning("%s names the padding token %r, which the vocabulary has not.", folder / name, token)
+    return None
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, *, lowercase: bool = True) -> Tokenizer:

@@ -25,4 +25,5 @@ from .lora_layers import lora_hooks as lora_hooks
 from .lora_layers import lora_kernels as lora_kernels
 from .lora_linen import lora_apply as lora_apply
 from .restart import cola_reset as cola_reset
+from .restart import link_schedule as link_schedule
 from .slope_knot import SlopeKnot as SlopeKnot

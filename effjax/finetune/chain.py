@@ -14,14 +14,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from effjax.core.errors import NoEffectWarning
 from effjax.core.tree import leaves_at, unread, wide, with_leaves
 from effjax.finetune.chain_config import ColaConfig, ColaState
 from effjax.finetune.chain_links import active_part, beside, folded, link_scales, write_link
-from effjax.finetune.lora import Lora, check_floating, kernel_delta, lora_init, lora_merge, lora_params
+from effjax.finetune.lora import (
+    Lora,
+    check_floating,
+    kernel_delta,
+    lora_init,
+    lora_merge,
+    lora_params,
+    mesh_of,
+    only_adapters,
+    only_whole,
+)
 from effjax.finetune.lora_layout import out_first
 from effjax.finetune.restart import cola_reset
 
@@ -43,6 +53,10 @@ Reset = Callable[[jax.Array, optax.GradientTransformation, PyTree, Lora], PyTree
 
 def cola_init(key: jax.Array, params: PyTree, config: ColaConfig, gradients: Kernels | None = None) -> ColaState:
     """The first link of a chain; the network computes what it did before.
+
+    Of a base on a mesh all of the state lies there, scalars too, so that a checkpoint may be restored with the
+    shardings of the state itself. Leaves of ``LoraConfig(whole=...)``, such as a new head, are trained beside every
+    link: no knot changes them, though the optimizer restarts for them too.
 
     Args:
       key: PRNG key. The first adapters are ``lora_init(key, ...)``; link k draws from ``fold_in(key, k)``.
@@ -70,11 +84,19 @@ def cola_init(key: jax.Array, params: PyTree, config: ColaConfig, gradients: Ker
     if gradients is not None:
         lora = _informed(lora, gradients)
     past, master = chain_memory(params, lora, config)
-    return ColaState(params, lora, jnp.zeros((), jnp.int32), raw, past, master)
+    link, raw = on_mesh_of(params, (jnp.zeros((), jnp.int32), raw))
+    return ColaState(params, lora, link, raw, past, master)
+
+
+def on_mesh_of(params: PyTree, scalars: PyTree) -> PyTree:
+    """Small arrays, copied to all devices of the mesh that the parameters lie on, if they do."""
+    mesh = mesh_of(params)
+    return scalars if mesh is None else jax.device_put(scalars, NamedSharding(mesh, PartitionSpec()))
 
 
 def chain_memory(params: PyTree, lora: Lora, config: ColaConfig) -> tuple[Lora | None, dict[str, jax.Array] | None]:
     """What a chain remembers at its start: room for the past links, float32 copies of narrower kernels."""
+    lora = only_adapters(lora)
     kernels = leaves_at(params, lora)
     floating = lambda dtype: jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize > 1
     whole = [path for path, kernel in kernels.items() if not floating(kernel.dtype)]
@@ -103,6 +125,8 @@ def chain_memory(params: PyTree, lora: Lora, config: ColaConfig) -> tuple[Lora |
             }
             for path, adapter in lora.items()
         }
+    if past is not None and mesh_of(params) is not None:
+        past = jax.device_put(past, jax.tree.map(lambda leaf: leaf.sharding, lora))
     return past, master or None
 
 
@@ -127,8 +151,8 @@ def cola_adapters(state: ColaState, config: ColaConfig) -> tuple[Lora, dict[str,
     lora, scales = active_part(state.lora, state.link, config), link_scales(state.lora, state.link, config)
     if config.merge != "lazy" or state.past is None:
         return lora, scales
-    joined = {path: beside(state.past[path], folded(lora[path], scales[path])) for path in lora}
-    return joined, dict.fromkeys(lora, 1.0)
+    joined = {path: beside(state.past[path], folded(lora[path], scales[path])) for path in scales}
+    return joined | only_whole(lora), dict.fromkeys(scales, 1.0)
 
 
 def cola_params(state: ColaState, config: ColaConfig) -> PyTree:
@@ -261,9 +285,9 @@ def cola_extend(state: ColaState, config: ColaConfig, gradients: Kernels | None 
         written = {path: write_link(past[path], folded(lora[path], scales[path]), state.link) for path in past}
         past = optax.tree.where(hold, past, written)
     if config.merge != "lazy":
-        kernels = leaves_at(base, lora)
-        active = {path: jnp.where(hold, 0.0, scales[path]) for path in lora}
-        deltas = {path: kernel_delta(path, lora[path], active[path], kernels[path].shape) for path in lora}
+        kernels = leaves_at(base, scales)
+        active = {path: jnp.where(hold, 0.0, scales[path]) for path in scales}
+        deltas = {path: kernel_delta(path, lora[path], active[path], kernels[path].shape) for path in scales}
         master = None if master is None else {path: master[path] + deltas[path] for path in master}
         sums = {path: (master or {}).get(path, wide(kernel) + deltas[path]) for path, kernel in kernels.items()}
         base = with_leaves(base, {path: sums[path].astype(kernel.dtype) for path, kernel in kernels.items()})
@@ -366,7 +390,8 @@ def cola_gradients(loss: Callable[..., Float[Array, ""]], state: ColaState, conf
       (16, 8)
     """
     merged = cola_merge(state, config)
-    return jax.grad(lambda kernels: loss(with_leaves(merged, kernels), *args))(leaves_at(merged, state.lora))
+    kernels = leaves_at(merged, only_adapters(state.lora))
+    return jax.grad(lambda kernels: loss(with_leaves(merged, kernels), *args))(kernels)
 
 
 # Losses that were looked at, with the chains they were looked at with: once is enough, in a loop without jit too.
@@ -406,7 +431,7 @@ def _fresh(state: ColaState, link: Array, config: ColaConfig, gradients: Kernels
         drawn = _informed(drawn, gradients)
     # The sum takes over the sharding of the old adapters, on explicit meshes too.
     fresh = jax.tree.map(lambda old, new: jnp.zeros_like(old) + new.astype(old.dtype), state.lora, drawn)
-    return active_part(fresh, link, config)
+    return active_part(fresh | only_whole(state.lora), link, config)
 
 
 def _link_key(key: Array, link: Array) -> Array:
@@ -415,7 +440,7 @@ def _link_key(key: Array, link: Array) -> Array:
 
 def _informed(lora: Lora, gradients: Kernels) -> Lora:
     """Replace every ``a`` by the kernel gradient's leading directions on the input side, columns as long as before."""
-    missing = sorted(set(lora) - set(gradients))
+    missing = sorted(set(only_adapters(lora)) - set(gradients))
     if missing:
         raise ValueError(f"gradients lack the kernels {missing[:5]}. Use cola_gradients(loss, state, config, batch).")
 
@@ -428,4 +453,4 @@ def _informed(lora: Lora, gradients: Kernels) -> Lora:
         length = jnp.sqrt(jnp.sum(wide(a) ** 2) / (rank * math.prod(lead)))
         return {"a": (length * directions).reshape(a.shape).astype(a.dtype), "b": b}
 
-    return {path: informed(path, adapter) for path, adapter in lora.items()}
+    return {path: informed(path, adapter) for path, adapter in only_adapters(lora).items()} | only_whole(lora)

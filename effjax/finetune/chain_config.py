@@ -31,7 +31,8 @@ class ColaConfig:
       ranks: rank of every link, never growing, in place of the rules' one rank, which is the first of them. Shapes
         stay, the entries beyond a link's rank are zero, and so are their gradients. It saves next to no compute.
       alphas: alpha of every link, in place of the rules'. A link counts with the factor alpha / rank.
-      schedule: ``'global'``: one learning-rate schedule over the whole chain; ``'per_link'``: it restarts at knots.
+      schedule: ``'global'``: one learning-rate schedule over the whole chain, which may be one of each link's own
+        (``link_schedule``); ``'per_link'``: it restarts at knots.
       merge: what a knot does to the kernels. ``'master'``: adds to them; those narrower than float32 have a float32
         copy, so that no change is lost for good, though the network sees it rounded. ``'lazy'``: nothing; past links
         stay beside the kernels as one wider adapter. That is exact whatever the base's dtype, and costs adapters of the

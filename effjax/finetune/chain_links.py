@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from effjax.finetune.chain_config import ColaConfig, ColaState
-from effjax.finetune.lora import Lora, lora_scales
+from effjax.finetune.lora import Lora, lora_scales, only_adapters, only_whole
 
 __all__ = ["cola_export", "cola_links"]
 
@@ -18,7 +18,8 @@ __all__ = ["cola_export", "cola_links"]
 def cola_links(state: ColaState, config: ColaConfig) -> tuple[Lora, ...]:
     """The links of the chain that the state remembers, first to present, scales folded into ``b``.
 
-    All of them with lazy knots or ``keep_links``; else the present one only, so collect it before every knot.
+    All of them with lazy knots or ``keep_links``; else the present one only, so collect it before every knot. What is
+    trained whole stands in each as it is now.
 
     Args:
       state: of the chain, outside ``jit``.
@@ -40,7 +41,8 @@ def cola_links(state: ColaState, config: ColaConfig) -> tuple[Lora, ...]:
 @functools.partial(jax.jit, static_argnames=("link", "config"))
 def _each_link(state: ColaState, link: int, config: ColaConfig) -> tuple[Lora, ...]:
     scales = link_scales(state.lora, state.link, config)
-    present = {path: folded(adapter, scales[path]) for path, adapter in state.lora.items()}
+    whole = only_whole(state.lora)
+    present = {path: folded(state.lora[path], scales[path]) for path in scales}
 
     def cut(lora: Lora, k: int, start: int) -> Lora:
         def one(path: str) -> dict[str, jax.Array]:
@@ -48,7 +50,7 @@ def _each_link(state: ColaState, link: int, config: ColaConfig) -> tuple[Lora, .
             rows = slice(start * width, start * width + (width if config.ranks is None else config.ranks[k]))
             return {"a": lora[path]["a"][..., rows], "b": lora[path]["b"][..., rows, :]}
 
-        return {path: one(path) for path in lora}
+        return {path: one(path) for path in lora} | whole
 
     before = () if state.past is None else tuple(cut(state.past, k, k) for k in range(link))
     return (*before, cut(present, link, 0))
@@ -79,7 +81,9 @@ def cola_export(links: Sequence[Lora]) -> Lora:
             f"links: {len(links)} of them, with kernels {[sorted(link)[:3] for link in links]}; at least one is "
             "needed, all of the same kernels. Pass those of cola_links(state, config)."
         )
-    return functools.reduce(lambda left, right: {path: beside(left[path], right[path]) for path in left}, links)
+    adapters = map(only_adapters, links)
+    joined = functools.reduce(lambda left, right: {path: beside(left[path], right[path]) for path in left}, adapters)
+    return joined | only_whole(links[-1])
 
 
 def link_scales(lora: Lora, link: Array, config: ColaConfig) -> dict[str, Any]:
@@ -94,7 +98,7 @@ def link_scales(lora: Lora, link: Array, config: ColaConfig) -> dict[str, Any]:
         alphas = config.alphas or (scales[path] * root(width),) * config.most_links
         return [alpha / root(rank) for alpha, rank in zip(alphas, ranks, strict=True)]
 
-    return {path: jnp.asarray(table(path), float)[link] for path in lora}
+    return {path: jnp.asarray(table(path), float)[link] for path in scales}
 
 
 def active_part(lora: Lora, link: Array, config: ColaConfig) -> Lora:
@@ -108,7 +112,7 @@ def active_part(lora: Lora, link: Array, config: ColaConfig) -> Lora:
         a, b = adapter["a"], adapter["b"]
         return {"a": jnp.where(used, a, jnp.zeros_like(a)), "b": jnp.where(used[:, None], b, jnp.zeros_like(b))}
 
-    return {path: mask(adapter) for path, adapter in lora.items()}
+    return {path: mask(adapter) for path, adapter in only_adapters(lora).items()} | only_whole(lora)
 
 
 def folded(adapter: Mapping[str, jax.Array], scale: Any) -> dict[str, jax.Array]:

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from effjax.core.tree import leaves_at, only_node, wide, with_leaves
-from effjax.finetune.chain import Kernels, Reset, chain_memory, extend_and_reset
+from effjax.finetune.chain import Kernels, Reset, chain_memory, extend_and_reset, on_mesh_of
 from effjax.finetune.chain_config import ColaConfig, ColaState
 from effjax.finetune.lora import Lora, check_fit
 
@@ -106,6 +106,7 @@ def cola(
             return ColaOptState(link, raw, params, params, base.init(params))
         _check_params(params)
         past, master = chain_memory(params["base"], params["lora"], config)
+        link, raw = on_mesh_of(params, (link, raw))
         return ColaOptState(link, raw, past, master, base.init(params["lora"]))
 
     def update(

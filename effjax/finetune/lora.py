@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from effjax.core.errors import check_number, near
-from effjax.core.tree import path_name, select, wide, wide_dtype
+from effjax.core.tree import leaves_at, path_name, select, wide, wide_dtype, with_leaves
 from effjax.finetune.lora_config import LoraConfig, LoraRule
 from effjax.finetune.lora_layout import Layout, is_kernel, is_table, layout, matrix, out_first
 
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 PyTree = Any
-Lora = dict[str, dict[str, Any]]  # of arrays, JAX's or NumPy's
+Lora = dict[str, dict[str, Any]]  # of arrays, JAX's or NumPy's: {"a", "b"} of an adapter, {"whole"} of a whole leaf
 Scales = Any  # a number or scalar array for all adapters, or a mapping from kernel path to one
 
 
@@ -45,7 +45,10 @@ def lora_init(key: jax.Array, params: PyTree, config: LoraConfig) -> Lora:
     ``nn.vmap`` make them: every layer has its own adapter. Which axes are which is told by the bias, by the query and
     output beside it, or by the layers around it; a kernel of which that cannot be told is refused until its rule says
     so.
-    An adapter's draw depends on the key and its path alone, so that another target does not change it.
+    An adapter's draw depends on the key and its path alone, so that another target does not change it. Kernels that lie
+    on a mesh have adapters that lie there as ``lora_shardings`` says.
+
+    Leaves of ``config.whole`` are trained whole, from where they are: a head beside the adapters.
 
     Args:
       key: PRNG key.
@@ -54,11 +57,11 @@ def lora_init(key: jax.Array, params: PyTree, config: LoraConfig) -> Lora:
 
     Returns:
       ``{kernel path: {"a": [..., in, r], "b": [..., r, out]}}``, several axes of inputs or outputs as one; of a
-      convolution, a is ``[..., *window, in, r]``.
+      convolution, a is ``[..., *window, in, r]``. And ``{path: {"whole": a copy of the leaf}}``, in ``config.dtype``.
 
     Raises:
       ValueError: a pattern that matches nothing, a leaf that is no kernel, or one whose axes cannot be told; a rank
-        above the smaller side of the matrix.
+        above the smaller side of the matrix; a leaf that is adapted as well as whole, or whole without values.
 
     Example:
       >>> params = {"query": {"kernel": jnp.ones((16, 8)), "bias": jnp.zeros(8)}}
@@ -78,7 +81,54 @@ def lora_init(key: jax.Array, params: PyTree, config: LoraConfig) -> Lora:
         )
     shapes = dict(leaves)
     settings = {path: (layout(path, rule, shapes), rule, config) for path, _, rule in targets}
-    return {path: _adapter(key, path, shapes[path], settings[path]) for path in settings}
+    adapters = {path: _adapter(key, path, shapes[path], settings[path]) for path in settings}
+    return _placed(params, adapters) | _whole(params, config, adapters)
+
+
+def _whole(params: PyTree, config: LoraConfig, adapters: Lora) -> Lora:
+    if not config.whole:
+        return {}
+    owners = jax.tree.leaves(select(params, list(config.whole), argument="whole").tree)
+    leaves = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    chosen = {path: leaf for (path, leaf), owner in zip(leaves, owners, strict=True) if owner >= 0}
+    for path, leaf in chosen.items():
+        if path in adapters:
+            raise ValueError(f"whole={config.whole}: {path} has an adapter too. Narrow one of the patterns.")
+        if isinstance(leaf, jax.ShapeDtypeStruct) or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            what = "has no values" if isinstance(leaf, jax.ShapeDtypeStruct) else f"is {jnp.result_type(leaf)}"
+            raise ValueError(f"whole={config.whole}: {path} {what}; give arrays of floating numbers.")
+    # Copies: what is donated with the adapters must not be the base.
+    return {path: {"whole": jnp.array(leaf, config.dtype, copy=True)} for path, leaf in chosen.items()}
+
+
+def only_adapters(lora: Lora) -> Lora:
+    """The adapters, without what is trained whole."""
+    return {path: entry for path, entry in lora.items() if "whole" not in entry}
+
+
+def only_whole(lora: Lora) -> Lora:
+    """What is trained whole, without the adapters."""
+    return {path: entry for path, entry in lora.items() if "whole" in entry}
+
+
+def mesh_of(params: PyTree) -> Mesh | None:
+    """The mesh of several devices that arrays lie on; None where they do not, or are traced."""
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None) if not isinstance(leaf, jax.core.Tracer) else None
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
+            return sharding.mesh
+    return None
+
+
+def _placed(params: PyTree, adapters: Lora) -> Lora:
+    """The adapters where their kernels lie."""
+    mesh = mesh_of(params)
+    if mesh is None:
+        return adapters
+    shardings = {path: getattr(leaf, "sharding", None) for path, leaf in leaves_at(params, adapters).items()}
+    copied = NamedSharding(mesh, P())
+    shardings = {path: own if isinstance(own, NamedSharding) else copied for path, own in shardings.items()}
+    return jax.device_put(adapters, lora_shardings(shardings, adapters))
 
 
 def _adapter(
@@ -129,6 +179,7 @@ def lora_scales(lora: Lora, config: LoraConfig) -> dict[str, float]:
       >>> lora_scales(lora_init(jax.random.key(0), {"kernel": jnp.ones((16, 8))}, config), config)
       {'kernel': 2.0}
     """
+    lora = only_adapters(lora)
     paths = sorted(lora)
     owners = select(dict.fromkeys(paths, 0), [rule.pattern for rule in config.each_rule], argument="rules").tree
     alone = [path for path in paths if owners[path] < 0]
@@ -156,6 +207,11 @@ def check_fit(params: PyTree, lora: Lora) -> None:
             raise ValueError(
                 f"lora: params have no kernel {path!r}.{near(path, shapes)} Pass the tree that lora_init was given."
             )
+        if "whole" in adapter:
+            if np.shape(adapter["whole"]) != shapes[path]:
+                own = np.shape(adapter["whole"])
+                raise ValueError(f"lora: {path}, trained whole, has shape {own}, but {shapes[path]} in params.")
+            continue
         a, b = np.shape(adapter["a"]), np.shape(adapter["b"])
         lead = len(b) - 2
         sides = matrix(path, shapes[path], b)
@@ -188,19 +244,21 @@ def lora_params(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
       ['kernel', 'lora_a', 'lora_b']
     """
     check_fit(params, lora)
+    adapters, whole = only_adapters(lora), only_whole(lora)
 
     def add(node: PyTree, prefix: str) -> PyTree:
         if not isinstance(node, Mapping):
             return node
         grown = {name: add(child, f"{prefix}{name}/") for name, child in node.items()}
         for path in (f"{prefix}kernel", f"{prefix}embedding"):
-            if path in lora:
+            if path in adapters:
                 b = lora[path]["b"]
                 grown["lora_a"] = lora[path]["a"]
                 grown["lora_b"] = (b * scale_of(scales, path)).astype(b.dtype)
         return grown
 
-    return add(params, "")
+    grown = add(params, "")
+    return with_leaves(grown, {path: entry["whole"] for path, entry in whole.items()}) if whole else grown
 
 
 def lora_merge(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
@@ -235,6 +293,8 @@ def lora_merge(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
         name = path_name(path)
         if name not in lora:
             return kernel
+        if "whole" in lora[name]:
+            return jnp.asarray(lora[name]["whole"]).astype(kernel.dtype)
         delta = kernel_delta(name, lora[name], scale_of(scales, name), kernel.shape)
         return (wide(kernel) + delta).astype(kernel.dtype)
 
@@ -244,7 +304,8 @@ def lora_merge(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
 def check_floating(params: PyTree, lora: Lora) -> None:
     """Raise ``ValueError`` where an adapter's kernel is quantised: sums would be cut to its few values."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if path_name(path) not in lora:  # such as the activation of an Equinox module, which is a leaf too
+        name = path_name(path)
+        if name not in lora or "whole" in lora[name]:  # such as the activation of an Equinox module, a leaf too
             continue
         dtype = jnp.result_type(leaf)
         if not (jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1):
@@ -301,6 +362,8 @@ def _adapter_shardings(path: str, adapter: Mapping[str, Any], shardings: Mapping
     base = shardings[path]
     if not isinstance(base, NamedSharding):
         raise TypeError(f"params_shardings: {path} has {type(base).__name__}, but a NamedSharding is needed.")
+    if "whole" in adapter:
+        return {"whole": base}
     a, b = np.ndim(adapter["a"]), np.ndim(adapter["b"])
     axes = (*base.spec, *[None] * (a - len(base.spec)))
     if out_first(path):

@@ -67,6 +67,8 @@ class LoraConfig:
         ``(key, shape, dtype) -> array``. ``b`` starts at zero.
       rslora: factor alpha / sqrt(r) in place of alpha / r (Kalajdzievski 2023, arXiv 2312.03732).
       dtype: of the adapters.
+      whole: patterns of leaves that are trained whole beside the adapters, such as a new head, ``"^head/"``: PEFT's
+        ``modules_to_save``.
 
     Raises:
       ValueError: no rules, an unknown initializer, ``dropout`` out of [0, 1).
@@ -83,8 +85,10 @@ class LoraConfig:
     init: str | Callable[..., jax.Array] = "peft"
     rslora: bool = False
     dtype: DTypeLike = jnp.float32
+    whole: Sequence[str] | str = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "whole", (self.whole,) if isinstance(self.whole, str) else tuple(self.whole))
         rules = (self.rules,) if isinstance(self.rules, (str, LoraRule)) else tuple(self.rules)
         if not rules:
             raise ValueError("rules=() adapts nothing. Give a pattern such as 'attention/(query|value)/kernel'.")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.tree import path_name
-from effjax.finetune.lora import Lora, Scales, check_fit, scale_of
+from effjax.finetune.lora import Lora, Scales, check_fit, only_adapters, scale_of
 from effjax.finetune.lora_axes import low_rank_einsum, through_axes
 from effjax.finetune.lora_layout import out_first
 
@@ -123,7 +123,7 @@ def lora_kernels(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
       [[6.0, 6.0]]
     """
     check_fit(params, lora)
-    for path, adapter in lora.items():
+    for path, adapter in only_adapters(lora).items():
         if adapter["b"].ndim != 2:
             raise ValueError(
                 f"lora: the kernel {path} has {adapter['b'].ndim - 2} axes of a stack of layers, but only kernels of "
@@ -134,6 +134,8 @@ def lora_kernels(params: PyTree, lora: Lora, scales: Scales) -> PyTree:
         name = path_name(path)
         if name not in lora:
             return kernel
+        if "whole" in lora[name]:
+            return jnp.asarray(lora[name]["whole"])
         a, b = lora[name]["a"], lora[name]["b"]
         return LoraKernel(
             kernel, a.reshape(-1, a.shape[-1]), (b * scale_of(scales, name)).astype(b.dtype), out_first(name)

@@ -1,5 +1,7 @@
 """Restart an optimizer while its learning-rate schedule goes on."""
 
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +11,7 @@ import optax
 from effjax.core.errors import check_choice
 from effjax.core.tree import leaf_paths, path_name
 
-__all__ = ["cola_reset"]
+__all__ = ["cola_reset", "link_schedule"]
 
 PyTree = Any
 
@@ -42,6 +44,43 @@ _KNOWN: dict[str, tuple[str, ...]] = {
         (),
     ),
 }
+
+
+def link_schedule(
+    schedules: Callable[[int], optax.Schedule] | Sequence[optax.Schedule], knots: Sequence[int], steps: int
+) -> optax.Schedule:
+    r"""A learning-rate schedule of its own for every link, of links of any lengths.
+
+    .. math:: \eta(t) = \eta_k(t - t_k), \qquad t_k \le t < t_{k+1}
+
+    with :math:`t_0 = 0` and the knots :math:`t_1 < t_2 < \dots`. It is for ``ColaConfig(schedule='global')``, whose
+    count goes on at knots; ``'per_link'`` restarts one schedule, whatever a link's length.
+
+    Args:
+      schedules: the schedule of a link from its length in steps, or one for each link.
+      knots: of the ``ColaConfig``.
+      steps: of the whole run.
+
+    Returns:
+      ``step -> learning rate``.
+
+    Raises:
+      ValueError: knots that do not increase, or none below ``steps``; another number of schedules than of links.
+
+    Example:
+      >>> falling = lambda length: optax.linear_schedule(1.0, 0.0, length)
+      >>> rate = link_schedule(falling, knots=(4, 6), steps=16)
+      >>> [round(float(rate(step)), 2) for step in (0, 2, 4, 5, 6, 11)]
+      [1.0, 0.5, 1.0, 0.5, 1.0, 0.5]
+    """
+    bounds = (0, *knots, steps)
+    if any(before >= after for before, after in itertools.pairwise(bounds)):
+        raise ValueError(f"knots={tuple(knots)} must increase from 1 on and end below steps={steps}.")
+    lengths = [after - before for before, after in itertools.pairwise(bounds)]
+    own = [schedules(length) for length in lengths] if callable(schedules) else list(schedules)
+    if len(own) != len(lengths):
+        raise ValueError(f"schedules: {len(own)} of them, but knots={tuple(knots)} make {len(lengths)} links.")
+    return optax.join_schedules(own, list(knots))
 
 
 class Restart(NamedTuple):

@@ -16,7 +16,16 @@ from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import leaves_at, path_name, wide
 from effjax.finetune.chain import cola_extend
 from effjax.finetune.chain_config import ColaConfig, ColaState
-from effjax.finetune.lora import Lora, Scales, check_floating, kernel_delta, lora_scales, scale_of
+from effjax.finetune.lora import (
+    Lora,
+    Scales,
+    check_floating,
+    kernel_delta,
+    lora_scales,
+    only_adapters,
+    only_whole,
+    scale_of,
+)
 from effjax.finetune.restart import cola_reset
 
 PyTree = Any
@@ -171,7 +180,10 @@ def rac_lora(base: optax.GradientTransformation) -> optax.GradientTransformation
     """
 
     def labels(lora: Lora) -> PyTree:
-        return {path: {"a": "sketch", "b": "trained"} for path in lora} if isinstance(lora, Mapping) else "trained"
+        if not isinstance(lora, Mapping):
+            return "trained"
+        kinds = {"a": "sketch", "b": "trained", "whole": "trained"}
+        return {path: {name: kinds[name] for name in entry} for path, entry in lora.items()}
 
     return optax.partition({"sketch": optax.set_to_zero(), "trained": base}, labels)
 
@@ -223,7 +235,7 @@ def rac_precondition(scales: Scales, train: str = "b") -> optax.GradientTransfor
             moved = (moved / scale_of(scales, path) ** 2).astype(own[train].dtype)
             return {name: moved if name == train else jnp.zeros_like(own[name]) for name in ("a", "b")}
 
-        return {path: project(path) for path in updates}, state
+        return {path: updates[path] if "whole" in updates[path] else project(path) for path in updates}, state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
@@ -268,6 +280,7 @@ def plora_unload(
         before = jnp.zeros_like(delta) if momentum is None else momentum[path]
         return decay * before + (1.0 - decay) * delta
 
+    lora = only_adapters(lora)
     kernels = leaves_at(params, lora)
     after = {path: blended(path) for path in lora}
 
@@ -306,7 +319,7 @@ def plora_next(
         base, momentum = plora_unload(
             state.base, momentum, state.lora, lora_scales(state.lora, config.lora_config), decay=decay
         )
-        empty = jax.tree.map(jnp.zeros_like, state.lora)
+        empty = jax.tree.map(jnp.zeros_like, only_adapters(state.lora)) | only_whole(state.lora)
         state = cola_extend(state._replace(base=base, lora=empty), config)
         return state, momentum, cola_reset(tx, opt_state, state.lora, schedule=config.schedule)[0]
 

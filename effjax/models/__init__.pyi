@@ -20,6 +20,7 @@ from .linear_recurrence import linear_scan as linear_scan
 from .mlp import MLP as MLP
 from .mobilenet import DepthwiseSeparable as DepthwiseSeparable
 from .pretrained import Pretrained as Pretrained
+from .pretrained import grow_vocabulary as grow_vocabulary
 from .pretrained import load_pretrained as load_pretrained
 from .pretrained import save_pretrained as save_pretrained
 from .pruned import Gates as Gates

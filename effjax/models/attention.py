@@ -1,6 +1,8 @@
 """Attention: which keys a query sees, positions, the products and their derivatives."""
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -170,8 +172,55 @@ def _mixed(weights: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.einsum("bkqs,bksw->bkqw", merged, value).reshape(batch, kv_heads, group, queries, value.shape[-1])
 
 
+def in_window(queries: int, keys: int, start: jax.Array | int, window: int) -> Bool[Array, "1 1 queries keys"]:
+    """Which keys a sliding window holds: the query's own and the ``window - 1`` before it.
+
+    Args:
+      queries: their number; the first one stands at ``start``.
+      keys: their number, from 0 on.
+      start: index of the first query among the keys.
+      window: keys that a query sees at most.
+
+    Example:
+      >>> in_window(3, 3, 0, 2)[0, 0].astype(int).tolist()
+      [[1, 1, 1], [1, 1, 1], [0, 1, 1]]
+    """
+    return (jnp.arange(keys)[None] > start + jnp.arange(queries)[:, None] - window)[None, None]
+
+
+class RopeScaling(NamedTuple):
+    """Slower rotary angles, for sequences longer than those of the first training.
+
+    With ``original`` L, as in Llama 3: of a frequency f with ``r = L f / (2 pi)`` turns in L positions
+
+    ``f' = f`` for r > high, ``f / factor`` for r < low, else
+    ``(1 - s) f / factor + s f`` with ``s = (r - low) / (high - low)``.
+
+    Without it every frequency is divided: positions count ``1 / factor``.
+
+    Attributes:
+      factor: 1 or more.
+      low: turns below which a frequency is divided.
+      high: turns above which it stays.
+      original: positions of the first training; None divides all.
+    """
+
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    original: int | None = None
+
+    def slowed(self, frequencies: Float[Array, "half"]) -> Float[Array, "half"]:
+        """The frequencies, slower."""
+        if self.original is None:
+            return frequencies / self.factor
+        turns = frequencies * (self.original / (2 * math.pi))
+        share = jnp.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+        return frequencies * (share + (1.0 - share) / self.factor)
+
+
 def rope_angles(
-    positions: Int[Array | np.ndarray, "rows length"], width: int, theta: float
+    positions: Int[Array | np.ndarray, "rows length"], width: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Float[Array, "rows length half"], Float[Array, "rows length half"]]:
     """Cosines and sines of rotary position embeddings (Su et al. 2021, arXiv 2104.09864).
 
@@ -181,11 +230,13 @@ def rope_angles(
       positions: [rows, length].
       width: features of a head; even.
       theta: the base.
+      scaling: what slows the angles; None for nothing.
 
     Returns:
       Cosines and sines, float32 [rows, length, width / 2].
     """
     frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    frequencies = frequencies if scaling is None else scaling.slowed(frequencies)
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 

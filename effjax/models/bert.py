@@ -1,4 +1,4 @@
-"""BERT-type encoders (BERT, MiniLM, RoBERTa, ELECTRA) and a classifier on top."""
+"""BERT-type encoders (BERT, MiniLM, RoBERTa, ELECTRA, DistilBERT) and a classifier on top."""
 
 import flax.linen as nn
 import jax
@@ -32,7 +32,7 @@ class Bert(nn.Module):
       num_heads: attention heads; divide ``hidden_size``.
       intermediate_size: width of the feed-forward block.
       max_positions: longest sequence in tokens.
-      type_vocab_size: number of token types.
+      type_vocab_size: number of token types; 0 for none (DistilBERT).
       embedding_size: width of the tables where it differs from H (ELECTRA); None for H.
       layer_norm_eps: epsilon of every LayerNorm.
       activation: ``"gelu"`` (erf), ``"gelu_new"`` (tanh), ``"relu"``, ``"silu"``.
@@ -60,8 +60,8 @@ class Bert(nn.Module):
       >>> hidden.shape
       (2, 5, 8)
 
-    Reference: Devlin et al. 2019, "BERT" (arXiv 1810.04805); RoBERTa (1907.11692), ELECTRA (2003.10555)
-    and MiniLM (2002.10957) share the layout. The pooler is left to ``BertClassifier``.
+    Reference: Devlin et al. 2019, "BERT" (arXiv 1810.04805); RoBERTa (1907.11692), ELECTRA (2003.10555),
+    MiniLM (2002.10957) and DistilBERT (1910.01108) share the layout. The pooler is left to ``BertClassifier``.
     """
 
     vocab_size: int
@@ -123,7 +123,7 @@ class Bert(nn.Module):
         segment_ids: Tokens | None = None,
         train: bool = False,
     ) -> Float[Array, "batch length hidden"]:
-        check_tokens(input_ids, self.max_positions, mask, segment_ids)
+        check_tokens(input_ids, self.max_positions, mask, segment_ids, vocab_size=self.vocab_size)
         positions = token_positions(input_ids, segment_ids) if position_ids is None else position_ids
         return run_layers(
             self.layer_spec(),
@@ -148,7 +148,8 @@ class BertClassifier(nn.Module):
       classes: number of outputs.
       pool: ``"mean"`` or ``"cls"``.
       dropout: rate before the classifier in training.
-      pool_activation: activation of the ``"cls"`` vector: ``"tanh"`` (BERT, RoBERTa) or ``"gelu"`` (ELECTRA).
+      pool_activation: activation of the ``"cls"`` vector: ``"tanh"`` (BERT, RoBERTa), ``"gelu"`` (ELECTRA) or
+        ``"relu"`` (DistilBERT).
 
     Returns:
       When called like the encoder: logits float32 [batch, classes]. With ``segment_ids`` and the

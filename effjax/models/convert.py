@@ -56,11 +56,14 @@ class Rule(NamedTuple):
         or None for a tensor that is ignored.
       kind: layout change: ``"none"``, ``"dense"`` ((out, in) to (in, out)), ``"conv"`` (OIHW to HWIO) or
         ``"pointwise"`` (a 1x1 convolution that is a dense layer here, (out, in, 1, 1) to (in, out)).
+      part: (index, count), where several layers lie in one tensor: the target is that one of ``count`` equal parts of
+        the last axis in our layout. Each part has a rule, all with one source.
     """
 
     source: str
     target: str | None
     kind: Kind = "none"
+    part: tuple[int, int] = (0, 1)
 
 
 def batch_norm_rules(source: str, target: str) -> tuple[Rule, ...]:
@@ -82,6 +85,7 @@ def import_weights(
     origin: str = "tensors",
     optional: Collection[str] = (),
     shardings: PyTree = None,
+    way_out: Callable[[Mapping[str, Sequence[str]]], str] | None = None,
 ) -> PyTree:
     """Arrange named tensors as the variables of a model.
 
@@ -93,6 +97,7 @@ def import_weights(
       optional: paths that keep ``target``'s leaf where the tensors lack them: new heads.
       shardings: a ``NamedSharding`` for every leaf, for global arrays of which each process reads what its devices
         hold; ``tensors`` are then mapped. None for one device.
+      way_out: advice for the end of the message, from the lists ``missing``, ``unexpected`` and ``misfitting``.
 
     Returns:
       A tree like ``target`` with its shapes and dtypes (float16 kernels become float32).
@@ -112,33 +117,39 @@ def import_weights(
     found: dict[str, dict[int | None, np.ndarray]] = {}
     unexpected, misfits = [], []
     for name, tensor in tensors.items():
-        match = _target_of(name, rules)
-        if match is not None and match.path is None:
+        matches = _targets_of(name, rules)
+        if any(match.path is None for match in matches):
             continue
-        if match is None or match.path not in wanted or not _has_layer(wanted[match.path], match.layer):
+        if not matches or any(
+            match.path not in wanted or not _has_layer(wanted[match.path], match.layer) for match in matches
+        ):
             unexpected.append(name)
             continue
-        leaf, layers = wanted[match.path], found.setdefault(match.path, {})
-        problem = _misfit(tensor, leaf.shape if match.layer is None else leaf.shape[1:], leaf.dtype, match.kind)
-        if not problem and shardings is None and not_finite(tensor):
-            problem = "holds NaN or infinity"
-        if match.layer in layers:
-            problem = "filled by another tensor before"
-        misfits += [f"{name} -> {match.path}: {problem}"] if problem else []
-        layers.setdefault(match.layer, _LAYOUTS[match.kind].to_flax(tensor) if not problem else tensor)
+        spoilt = shardings is None and not_finite(tensor)
+        for match in matches:
+            assert match.path is not None
+            leaf, layers = wanted[match.path], found.setdefault(match.path, {})
+            problem = _misfit(tensor, leaf.shape if match.layer is None else leaf.shape[1:], leaf.dtype, match)
+            if not problem and spoilt:
+                problem = "holds NaN or infinity"
+            if match.layer in layers:
+                problem = "filled by another tensor before"
+            misfits += [f"{name} -> {match.path}: {problem}"] if problem else []
+            layers.setdefault(match.layer, _piece(tensor, match) if not problem else tensor)
     absent = [path for path in wanted if path not in found and path in optional]
     missing = [
         f"{name} -> {path}"
         for path, leaf in wanted.items()
         if path not in absent
-        for name, _, layer in _sources_of(path, leaf, rules) or [("no rule", "none", None)]
+        for name, _, layer, _ in _sources_of(path, leaf, rules) or [("no rule", "none", None, (0, 1))]
         if layer not in found.get(path, {})
     ]
     problems = {"missing": missing, "unexpected": unexpected, "misfitting": misfits}
     if any(problems.values()):
         text = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
         raise ValueError(
-            f"{origin} does not hold the weights of this model. {text}. Build the model with the sizes of the file."
+            f"{origin} does not hold the weights of this model. {text}. "
+            f"{'Build the model with the sizes of the file.' if way_out is None else way_out(problems)}"
         )
     if shardings is not None:
         return jax.tree.unflatten(structure, _all_placed(tensors, wanted, found, jax.tree.leaves(shardings), origin))
@@ -178,42 +189,54 @@ def export_weights(variables: PyTree, rules: Sequence[Rule] | None = None) -> di
       >>> export_weights(variables, (Rule("linear.weight", "params/head/kernel", "dense"),))["linear.weight"].shape
       (3, 2)
     """
-    tensors, unnamed = {}, []
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        path = path_name(key_path)
-        sources = _sources_of(path, leaf, rules)
-        if not sources:
-            unnamed.append(path)
-        for name, kind, layer in sources:
-            if name in tensors:
-                raise ValueError(f"rules: {path} and another leaf are both named {name!r}.")
-            tensor = np.asarray(leaf) if layer is None else np.asarray(leaf)[layer]
-            # safetensors writes the buffer as it lies in memory, whatever the strides say.
-            tensors[name] = np.ascontiguousarray(_LAYOUTS[kind].to_source(tensor))
-    if unnamed:
-        raise ValueError(f"rules: no rule names {listed(unnamed)}. Add one for each, or save with rules=None.")
-    return tensors
+    # safetensors writes the buffer as it lies in memory, whatever the strides say.
+    read = lambda leaf, layer: np.asarray(leaf) if layer is None else np.asarray(leaf)[layer]
+    return {name: np.ascontiguousarray(tensor.get(read)) for name, tensor in _named(variables, rules).items()}
 
 
 def exported_in_turn(variables: PyTree, rules: Sequence[Rule]) -> list[Entry]:
     """As ``export_weights``, each tensor gathered when it is written."""
-    entries, unnamed = [], []
+    like = lambda leaf, layer: np.broadcast_to(np.zeros((), bool), np.shape(leaf)[0 if layer is None else 1 :])
+    entries = []
+    for name, tensor in _named(variables, rules).items():
+        empty = tensor.get(like)
+        get = lambda tensor=tensor: tensor.get(gathered)
+        entries.append(Entry(name, empty.shape, np.dtype(tensor.parts[0][0].dtype), get))
+    return entries
+
+
+class _Tensor(NamedTuple):
+    """A tensor to write: the leaves, or layers of stacked leaves, that lie in it side by side."""
+
+    kind: Kind
+    parts: dict[int, tuple[Any, int | None]]
+
+    def get(self, read: Callable[[Any, int | None], np.ndarray]) -> np.ndarray:
+        """The tensor in the source's layout, ``read(leaf, layer)`` side by side."""
+        arrays = [read(*self.parts[index]) for index in sorted(self.parts)]
+        return _LAYOUTS[self.kind].to_source(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1))
+
+
+def _named(variables: PyTree, rules: Sequence[Rule] | None) -> dict[str, _Tensor]:
+    """What each tensor of a file is made of."""
+    tensors: dict[str, _Tensor] = {}
+    counts: dict[str, int] = {}
+    unnamed = []
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         path = path_name(key_path)
         sources = _sources_of(path, leaf, rules)
         unnamed += [] if sources else [path]
-        for name, kind, layer in sources:
-            to_source = _LAYOUTS[kind].to_source
-            inner = np.shape(leaf) if layer is None else np.shape(leaf)[1:]
-            shape = to_source(np.broadcast_to(np.zeros((), bool), inner)).shape
-            get = lambda leaf=leaf, layer=layer, to_source=to_source: to_source(gathered(leaf, layer))
-            entries.append(Entry(name, shape, np.dtype(leaf.dtype), get))
-    names = [entry.name for entry in entries]
+        for name, kind, layer, (index, count) in sources:
+            counts[name] = count
+            parts = tensors.setdefault(name, _Tensor(kind, {})).parts
+            if index in parts:
+                raise ValueError(f"rules: {path} and another leaf are both named {name!r}.")
+            parts[index] = leaf, layer
     if unnamed:
         raise ValueError(f"rules: no rule names {listed(unnamed)}. Add one for each, or save with rules=None.")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"rules: several leaves are named {listed(twice)}.")
-    return entries
+    if short := [name for name, tensor in tensors.items() if len(tensor.parts) < counts[name]]:
+        raise ValueError(f"rules: {listed(short)} lack a part of theirs. Give all the leaves that lie in one tensor.")
+    return tensors
 
 
 def load_weights(source: str | os.PathLike[str], target: PyTree, rules: Sequence[Rule] | None = None) -> PyTree:
@@ -267,6 +290,9 @@ def save_weights(path: str | os.PathLike[str], variables: PyTree, rules: Sequenc
 def module_name(path: str, rules: Sequence[Rule], layer: int | None = None) -> str:
     """The source's name of the module that holds a kernel, as in the folders of PEFT.
 
+    Of a kernel that lies in a module of the source beside others it ends with its place, ``c_attn[0/3]``: the first of
+    three equal parts of that module's outputs.
+
     Args:
       path: the kernel's path in the params; a leading ``encoder/`` that the rules lack is passed over.
       rules: the layout table.
@@ -292,29 +318,46 @@ def module_name(path: str, rules: Sequence[Rule], layer: int | None = None) -> s
     stacked = _placeholders(rule.source)
     if bool(stacked) != (layer is not None):
         raise ValueError(f"layer={layer}: {path} {'stacks layers, give one' if stacked else 'is no stack, drop it'}.")
-    return _fill(rule.source, dict.fromkeys(stacked, layer)).removesuffix(".weight")
+    index, count = rule.part
+    name = _fill(rule.source, dict.fromkeys(stacked, layer)).removesuffix(".weight")
+    return name if count == 1 else f"{name}[{index}/{count}]"
 
 
 class _Match(NamedTuple):
-    """Where a tensor of the file goes; ``layer`` is the index in a stack."""
+    """Where a tensor of the file, or a part of it, goes; ``layer`` is the index in a stack."""
 
     path: str | None
     kind: Kind
     layer: int | None
+    part: tuple[int, int] = (0, 1)
 
 
-def _target_of(name: str, rules: Sequence[Rule] | None) -> _Match | None:
+def _targets_of(name: str, rules: Sequence[Rule] | None) -> list[_Match]:
+    """The leaf that a tensor makes, or the several whose parts it holds; empty where no rule names it."""
     if rules is None:
-        return _Match(name, "none", None)
+        return [_Match(name, "none", None)]
+    matches: list[_Match] = []
     for rule in rules:
         fields = _fields(rule.source, name)
-        if fields is None:
+        if fields is None or (matches and rule.part[1] == 1):
             continue
         if rule.target is None:
-            return _Match(None, rule.kind, None)
+            return matches or [_Match(None, rule.kind, None)]
         stacked = [value for field, value in fields.items() if field not in _placeholders(rule.target)]
-        return _Match(_fill(rule.target, fields), rule.kind, int(stacked[0]) if stacked else None)
-    return None
+        layer = int(stacked[0]) if stacked else None
+        matches.append(_Match(_fill(rule.target, fields), rule.kind, layer, rule.part))
+        if rule.part[1] == 1:
+            break
+    return matches
+
+
+def _piece(tensor: np.ndarray, match: _Match) -> np.ndarray:
+    """The part of a tensor that is meant, in our layout."""
+    whole, (index, count) = _LAYOUTS[match.kind].to_flax(tensor), match.part
+    if count == 1:
+        return whole
+    width = whole.shape[-1] // count
+    return whole[..., index * width : (index + 1) * width]
 
 
 def _source_of(path: str, rules: Sequence[Rule] | None) -> Rule | None:
@@ -324,18 +367,21 @@ def _source_of(path: str, rules: Sequence[Rule] | None) -> Rule | None:
     for rule in rules:
         fields = None if rule.target is None else _fields(rule.target, path)
         if fields is not None:
-            return Rule(_fill(rule.source, fields), path, rule.kind)
+            return Rule(_fill(rule.source, fields), path, rule.kind, rule.part)
     return None
 
 
-def _sources_of(path: str, leaf: Any, rules: Sequence[Rule] | None) -> list[tuple[str, Kind, int | None]]:
-    """Name, kind and layer of every tensor that makes up a leaf; empty where no rule names it."""
+_Source = tuple[str, Kind, int | None, tuple[int, int]]
+
+
+def _sources_of(path: str, leaf: Any, rules: Sequence[Rule] | None) -> list[_Source]:
+    """Name, kind, layer and part of every tensor that makes up a leaf; empty where no rule names it."""
     rule = _source_of(path, rules)
     if rule is None:
         return []
     if rules is None or not (stacked := _placeholders(rule.source)):
-        return [(rule.source, rule.kind, None)]
-    return [(_fill(rule.source, dict.fromkeys(stacked, i)), rule.kind, i) for i in range(leaf.shape[0])]
+        return [(rule.source, rule.kind, None, rule.part)]
+    return [(_fill(rule.source, dict.fromkeys(stacked, i)), rule.kind, i, rule.part) for i in range(leaf.shape[0])]
 
 
 def _has_layer(leaf: Any, layer: int | None) -> bool:
@@ -363,11 +409,14 @@ def _fields(template: str, name: str) -> dict[str, str] | None:
     return match and match.groupdict()
 
 
-def _misfit(tensor: np.ndarray, shape: tuple[int, ...], dtype: Any, kind: Kind) -> str:
-    layout = _LAYOUTS[kind]
+def _misfit(tensor: np.ndarray, shape: tuple[int, ...], dtype: Any, match: _Match) -> str:
+    layout, (_, count) = _LAYOUTS[match.kind], match.part
     if layout.rank not in (None, tensor.ndim):
-        return f"shape {tensor.shape} has not the {layout.rank} axes of a {kind!r} tensor"
+        return f"shape {tensor.shape} has not the {layout.rank} axes of a {match.kind!r} tensor"
     given = layout.to_flax(tensor).shape
+    if count > 1 and (not given or given[-1] % count):
+        return f"shape {given} in our layout is not {count} layers side by side"
+    given = given if count == 1 else (*given[:-1], given[-1] // count)
     if given != shape:
         return f"shape {given} in our layout, but the model has {shape}"
     if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(dtype, jnp.floating):

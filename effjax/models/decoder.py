@@ -1,4 +1,4 @@
-"""Causal language models of the Llama and OPT type, and greedy decoding with a cache."""
+"""Causal language models of the Llama, OPT and GPT-2 type, and greedy decoding with a cache."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from effjax.core.errors import check_choice, check_number
 from effjax.core.tree import wide
-from effjax.models.attention import Mask, Tokens, attention_mask, rope_angles, token_positions
+from effjax.models.activations import ACTIVATIONS
+from effjax.models.attention import Mask, RopeScaling, Tokens, attention_mask, rope_angles, token_positions
 from effjax.models.embeddings import Embeddings, check_tokens, norm_module
 from effjax.models.pruned import LayerShape
 from effjax.models.transformer import LayerSpec, run_layers
@@ -26,7 +27,8 @@ class Decoder(nn.Module):
 
     For each layer ``h = x + attention(norm(x))``, ``y = h + mlp(norm(h))``; then
     ``logits = W_out norm(x)``. Llama is the default; OPT is ``norm="layer", mlp="relu",
-    positions="learned", position_offset=2, use_bias=True``.
+    positions="learned", position_offset=2, use_bias=True``, GPT-2 the same with ``mlp="gelu_new"`` and no offset,
+    Mistral has a ``sliding_window``, Qwen2 ``qkv_bias``, Qwen3 ``qk_norm``.
 
     Pad on the right: positions count from the row's start, and padding comes after what sees it.
 
@@ -39,13 +41,21 @@ class Decoder(nn.Module):
       max_positions: longest sequence in tokens.
       num_kv_heads: heads of keys and values, a divisor of ``num_heads`` (GQA); None for as many.
       norm: ``"rms"`` or ``"layer"``.
-      mlp: ``"swiglu"`` (``W_down (silu(W_gate x) * W_up x)``) or ``"relu"`` (``W_down relu(W_up x)``).
+      mlp: ``"swiglu"`` (``W_down (silu(W_gate x) * W_up x)``), or an activation as ``"relu"``, ``"gelu_new"``
+        (``W_down relu(W_up x)``).
       positions: ``"rope"`` (rotary) or ``"learned"`` (a table).
       rope_style: pairs of features, ``"half"`` (Hugging Face) or ``"interleaved"`` (Meta).
       rope_theta: base of the rotary angles.
+      rope_scaling: slower angles, as Llama 3 has them (``RopeScaling``); None for none.
       position_offset: rows of a learned table before position 0.
       tie_embeddings: the output layer is the token table; else ``head/kernel``.
       use_bias: biases in all dense layers but the output's.
+      qkv_bias: biases of query, key and value, whatever ``use_bias`` says.
+      qk_norm: a norm over each head's query and key, before the rotation.
+      head_dim: width of a head; None for ``hidden_size / num_heads``.
+      sliding_window: a token sees itself and the tokens before it, that many in all; None for all. It is a mask: it
+        changes what is computed, not what it costs.
+      full_layers: layers that see all nevertheless; not with ``scan_layers``.
       norm_eps: epsilon of every norm.
       dropout: rate after attention and feed-forward blocks, in training.
       attention_dropout: rate on attention probabilities, in training.
@@ -86,9 +96,15 @@ class Decoder(nn.Module):
     positions: str = "rope"
     rope_style: str = "half"
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     position_offset: int = 0
     tie_embeddings: bool = True
     use_bias: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    head_dim: int | None = None
+    sliding_window: int | None = None
+    full_layers: tuple[int, ...] = ()
     norm_eps: float = 1e-5
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -118,7 +134,7 @@ class Decoder(nn.Module):
             self.num_heads,
             self.intermediate_size,
             num_kv_heads=self.num_kv_heads,
-            activation="silu" if self.mlp == "swiglu" else "relu",
+            activation="silu" if self.mlp == "swiglu" else self.mlp,
             gated=self.mlp == "swiglu",
             norm=self.norm,
             norm_eps=self.norm_eps,
@@ -129,6 +145,10 @@ class Decoder(nn.Module):
             dropout=self.dropout,
             attention_dropout=self.attention_dropout,
             dtype=self.dtype,
+            head_size=self.head_dim,
+            qkv_bias=self.qkv_bias,
+            qk_norm=self.qk_norm,
+            window=self.sliding_window,
         )
 
     @nn.nowrap
@@ -136,7 +156,8 @@ class Decoder(nn.Module):
         """Rotary angles of positions [rows, length]; None of a model with a table of positions."""
         if self.positions == "learned":
             return None
-        return rope_angles(position_ids, self.hidden_size // self.num_heads, self.rope_theta)
+        width = self.head_dim or self.hidden_size // self.num_heads
+        return rope_angles(position_ids, width, self.rope_theta, self.rope_scaling)
 
     @nn.nowrap
     def make_norm(self) -> nn.Module:
@@ -159,9 +180,11 @@ class Decoder(nn.Module):
         cache_length: int | None = None,
         train: bool = False,
     ) -> Float[Array, "batch length vocab"]:
-        check_choice("mlp", self.mlp, ("swiglu", "relu"))
+        check_choice("mlp", self.mlp, ("swiglu", *ACTIVATIONS))
+        if self.sliding_window is not None:
+            check_number("sliding_window", self.sliding_window, low=1, integer=True)
         check_choice("positions", self.positions, ("rope", "learned"))
-        check_tokens(input_ids, self.max_positions, mask, segment_ids)
+        check_tokens(input_ids, self.max_positions, mask, segment_ids, vocab_size=self.vocab_size)
         start, seen = 0, attention_mask(mask, segment_ids)
         if cache_length is not None:
             check_number("cache_length", cache_length, low=1, high=self.max_positions, integer=True)
@@ -183,6 +206,7 @@ class Decoder(nn.Module):
             remat=self.remat,
             cache_length=cache_length,
             layer_shapes=self.layer_shapes,
+            unwindowed=self.full_layers,
         )
         x = self.make_norm()(x)
         if self.tie_embeddings:

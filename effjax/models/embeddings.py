@@ -1,7 +1,9 @@
 """What tokens become before the first layer, and what the layers share: a check of ids, norms, activations."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -12,19 +14,25 @@ _init = nn.initializers.normal(0.02)
 
 
 def check_tokens(
-    input_ids: Tokens, max_positions: int, mask: Mask | None = None, segment_ids: Tokens | None = None
+    input_ids: Tokens,
+    max_positions: int,
+    mask: Mask | None = None,
+    segment_ids: Tokens | None = None,
+    *,
+    vocab_size: int | None = None,
 ) -> None:
-    """Refuse token ids that the model cannot take, while it is traced.
+    """Refuse token ids that the model cannot take, while it is traced; ids beyond the table where they are known.
 
     Args:
       input_ids: what the caller gave.
       max_positions: the longest sequence in tokens.
       mask: None or as long as ``input_ids``.
       segment_ids: None or as long as ``input_ids``.
+      vocab_size: rows of the table. Under ``jit`` ids are not known; one beyond the table gives NaN there.
 
     Raises:
       TypeError: ids that are no integers.
-      ValueError: not [batch, length], longer than ``max_positions``, or shapes that differ.
+      ValueError: not [batch, length], longer than ``max_positions``, shapes that differ, or an id without a row.
     """
     shape = jnp.shape(input_ids)
     if not jnp.issubdtype(jnp.result_type(input_ids), jnp.integer):
@@ -39,6 +47,27 @@ def check_tokens(
     for name, other in (("mask", mask), ("segment_ids", segment_ids)):
         if other is not None and jnp.shape(other) != shape:
             raise ValueError(f"{name} of shape {jnp.shape(other)} must have the shape {shape} of input_ids.")
+    known = not isinstance(input_ids, jax.core.Tracer) and getattr(input_ids, "is_fully_addressable", True)
+    if vocab_size is not None and known and 0 not in shape:
+        ids = np.asarray(input_ids)
+        check_ids(int(ids.min()), int(ids.max()), vocab_size)
+
+
+def check_ids(lowest: int, highest: int, vocab_size: int, what: str = "input_ids") -> None:
+    """Refuse ids without a row in the table of embeddings.
+
+    Raises:
+      ValueError: with the way out.
+
+    Example:
+      >>> check_ids(0, 4, vocab_size=5)
+    """
+    if not 0 <= lowest <= highest < vocab_size:
+        raise ValueError(
+            f"{what} run from {lowest} to {highest}, but the table has rows for 0 to {vocab_size - 1}. Use the "
+            f"model's tokenizer, or give your tokens rows: load_pretrained(..., vocab_size={max(highest, 0) + 1}), or "
+            "grow_vocabulary of a model that is loaded."
+        )
 
 
 def norm_module(kind: str, eps: float, dtype: DTypeLike, name: str | None) -> nn.Module:
@@ -94,6 +123,10 @@ class Embeddings(nn.Module):
         x = self.word(input_ids)
         if self.max_positions:
             x = x + self.position(positions + self.position_offset)
+        if not self.type_vocab_size and token_type_ids is not None:
+            raise ValueError(
+                "token_type_ids are given, but type_vocab_size=0: this model has no types of tokens. Leave them out."
+            )
         if self.type_vocab_size:
             x = x + self.token_type(jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
         if self.norm_eps is not None:

@@ -64,6 +64,11 @@ def parts(module: nn.Module, *, top_k: int | float | None = None) -> Parts:
     body = module.encoder if isinstance(module, BertClassifier) else module
     if body.layer_shapes is not None:
         raise ValueError("module is pruned already: layer_shapes are given. Give the whole model.")
+    if getattr(body, "full_layers", ()):
+        raise ValueError(
+            f"module has full_layers={body.full_layers}: layers of two kinds, with and without a sliding window, which "
+            "are not cut into parts. Give a model whose layers are alike."
+        )
     own = (lambda params: params["encoder"]) if isinstance(module, BertClassifier) else (lambda params: params)
     spec = body.layer_spec()._replace(top_k=top_k)
 
@@ -130,4 +135,5 @@ def _check_inputs(inputs: Inputs, body: Any) -> None:
     if not isinstance(inputs, Mapping) or "input_ids" not in inputs or set(inputs) - set(legal):
         given = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
         raise ValueError(f"inputs={given} must be a mapping with input_ids and any of {', '.join(legal[1:])}.")
-    check_tokens(inputs["input_ids"], body.max_positions, inputs.get("mask"), inputs.get("segment_ids"))
+    rest = inputs.get("mask"), inputs.get("segment_ids")
+    check_tokens(inputs["input_ids"], body.max_positions, *rest, vocab_size=body.vocab_size)

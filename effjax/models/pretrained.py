@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,33 +13,45 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from effjax.core.errors import check_choice, check_number
-from effjax.core.files import first_line, read_json
+from effjax.core.errors import check_choice, check_number, near
+from effjax.core.files import first_line
 from effjax.core.folders import model_folder
 from effjax.core.partition import Rules
 from effjax.core.together import together
 from effjax.core.tree import path_name
-from effjax.models.bert import BertClassifier
+from effjax.models.bert import Bert, BertClassifier
 from effjax.models.convert import Rule, exported_in_turn, import_weights, module_name
-from effjax.models.families import FAMILIES, META, Family, check_types, dense
+from effjax.models.families import FAMILIES
+from effjax.models.family_parts import Family, dense, settings
 from effjax.models.mapped import Entry, MappedTensors, write_in_turn
 from effjax.models.mesh_rules import Layout, mesh_shardings
+from effjax.models.pretrained_folder import (
+    PRUNED,
+    advice,
+    classifier_config,
+    depth,
+    family_of,
+    own_output,
+    read_config,
+    unwrapped,
+    with_vocabulary,
+    without_other_head,
+)
 from effjax.models.pruned import check_layer_shapes, shape_of
 from effjax.models.weight_files import find_weights, map_tensors, read_unwrapped
 
-__all__ = ["Pretrained", "load_pretrained", "save_pretrained"]
+__all__ = ["Pretrained", "grow_vocabulary", "load_pretrained", "save_pretrained"]
 
 PyTree = Any
 _log = logging.getLogger("effjax")
-_PRUNED = "pruned_"
-"""Before the ``model_type`` of a pruned model, so that no other program takes it for a whole one."""
 _BESIDE = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.txt",
     "vocab.json",
     "merges.txt",
@@ -74,7 +86,7 @@ class Pretrained(NamedTuple):
           layer: index on the leading axis of a kernel that stacks layers; else None.
 
         Returns:
-          The name without ``.weight``.
+          The name without ``.weight``; ``c_attn[0/3]`` for the first of three kernels that lie in one module there.
 
         Raises:
           ValueError: no such kernel, or ``layer`` is missing or superfluous.
@@ -84,6 +96,37 @@ class Pretrained(NamedTuple):
           'layers.3.attention.wq'
         """
         return module_name(path, self.rules, layer)
+
+    def target_kernels(self, *names: str) -> str:
+        r"""A pattern for ``LoraRule`` from names of the folder's modules, as ``target_modules`` of PEFT has them.
+
+        Args:
+          names: ends of modules' names, such as ``"q_proj"`` or ``"self_attn.q_proj"``; without any query and value, of
+            GPT-2 query, key and value, as PEFT takes them.
+
+        Returns:
+          A regular expression on the kernels' paths.
+
+        Raises:
+          ValueError: a name that no module ends with.
+
+        Example:
+          >>> load_pretrained("stories260k").target_kernels("wq", "wo")
+          '^(layer_\\d+/attention/query|layer_\\d+/attention/output)/kernel$'
+        """
+        modules: dict[str, list[str]] = {}
+        for rule in self.rules:
+            if rule.target is not None and rule.target.endswith("/kernel"):
+                target = re.sub(r"\\{\w+\\}", r"\\d+", re.escape(rule.target.removesuffix("/kernel")))
+                modules.setdefault(rule.source.removesuffix(".weight"), []).append(target.replace("\\-", "-"))
+        found: list[str] = []
+        for name in names or family_of(self.config, self.folder).targets:
+            own = [paths for module, paths in modules.items() if f".{module}".endswith(f".{name}")]
+            if not own:
+                ends = sorted({module.rpartition(".")[2] for module in modules})
+                raise ValueError(f"names: no module ends with {name!r}.{near(name, ends)} They end with {ends}.")
+            found += [path for paths in own for path in paths]
+        return f"^({'|'.join(dict.fromkeys(found))})/kernel$"
 
 
 def load_pretrained(
@@ -102,9 +145,11 @@ def load_pretrained(
 ) -> Pretrained:
     """A pretrained transformer from a folder in Hugging Face layout.
 
-    Reads ``config.json`` (``model_type`` bert, roberta, electra, opt, llama, or one of them pruned, as
-    ``slice_pretrained`` makes it) and ``model.safetensors`` or its shards. Tensor names may or may not begin with
-    the base model's prefix; heads that the module lacks (masked-language-model heads, poolers) are passed over.
+    Reads ``config.json`` (``model_type`` bert, roberta, electra, distilbert, opt, gpt2, llama, mistral, qwen2, qwen3,
+    or one of them pruned, as ``slice_pretrained`` makes it) and ``model.safetensors`` or its shards. What the config
+    leaves out has the default of Hugging Face's class. Tensor names may or may not begin with the base model's prefix,
+    or with that of a module around the model; heads that the module lacks (masked-language-model heads, poolers) are
+    passed over.
 
     Args:
       source: a folder, or a name: ``"minilm"`` (all-MiniLM-L6-v2 from ``effjax[minilm]``),
@@ -123,7 +168,7 @@ def load_pretrained(
       rules: how the parameters lie on it, see ``effjax.train.shardings``; by default ``"fsdp"``.
       **fields: further fields of the module that leave its parameters as they are: ``dropout``,
         ``attention_dropout``; or ``vocab_size``, above that of the file, for tokens of one's own: the
-        rows that are added are the mean of the others.
+        rows that are added are the mean of the others (``grow_vocabulary`` does it later).
 
     Returns:
       A ``Pretrained``.
@@ -173,31 +218,34 @@ def _load(
     **more: Any,
 ) -> Pretrained:
     folder = model_folder(source, holds="model.safetensors*")
-    config = _read_config(folder / "config.json")
-    family = _family(config, folder)
+    config = read_config(folder / "config.json")
+    family = family_of(config, folder)
     path = find_weights(folder)
     tensors = read_unwrapped(path) if mesh is None else map_tensors(path)
     maps = tensors.maps if isinstance(tensors, MappedTensors) else None
-    config = _own_output(path, config, family, tensors)
-    config, tensors = _grown(path, config, family, tensors, fields.pop("vocab_size", None))
+    tensors = unwrapped(path, family, tensors)
+    config = own_output(path, config, family, tensors)
+    config, tensors = with_vocabulary(path, config, family, tensors, fields.pop("vocab_size", None))
     prefix = family.prefix if any(name.startswith(family.prefix) for name in tensors) else ""
     module, rules = _build(family, config, prefix, folder, classes, pool, scan_layers, fields, **more)
     target = _shapes(module, folder / "config.json", config, len(tensors))
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), target)
     if classes:
-        tensors = _without_other_head(path, family, classes, tensors)
+        tensors = without_other_head(path, family, classes, tensors)
     heads = [path for path in _paths(target) if re.match("(head|pooler)/", path)] if classes else []
     places = None if mesh is None else mesh_shardings(target, layout, mesh)
     tensors = tensors if maps is None else MappedTensors(tensors, maps)
-    params = import_weights(tensors, target, rules, origin=str(path), optional=heads, shardings=places)
+    way_out = lambda problems: advice(problems, config, family, tensors)
+    params = import_weights(tensors, target, rules, origin=str(path), optional=heads, shardings=places, way_out=way_out)
     initialised = tuple(name for name, leaf in _paths(params).items() if isinstance(leaf, jax.ShapeDtypeStruct))
     if initialised:
         _log.warning("%s has no %s: drawn at random.", path, ", ".join(initialised))
         params = _draw(module, params, jax.random.key(0) if key is None else key)
         params = params if places is None else jax.device_put(params, places)
-    if classes:  # a file with a head names its base model, as Hugging Face's classifiers want it
+    if classes or family.output:  # a file with a head names its base model, as Hugging Face's classes want it
         _, rules = _build(family, config, family.prefix, folder, classes, pool, scan_layers, fields)
-        config = _classifier_config(config, family, classes, pool)
+    if classes:
+        config = classifier_config(config, family, classes, pool)
     return Pretrained(module, params, config, rules, folder, initialised)
 
 
@@ -242,7 +290,7 @@ def save_pretrained(
     named = {key: jax.tree.leaves(params)[0].dtype if dtype is None else dtype for key in ("dtype", "torch_dtype")}
     config = {key: jnp.dtype(named[key]).name if key in named else value for key, value in pretrained.config.items()}
     if config.get("pruned_layers"):
-        config["model_type"] = f"{_PRUNED}{config['model_type']}"
+        config["model_type"] = f"{PRUNED}{config['model_type']}"
     folder = Path(folder)
     if jax.process_index() == 0:
         _write_beside(folder, pretrained.folder, config)
@@ -260,7 +308,7 @@ def _build(
     fields: Mapping[str, Any],
     **more: Any,
 ) -> tuple[nn.Module, tuple[Rule, ...]]:
-    known = {name: value for name, value in config.items() if value is not None}  # null means the default
+    known = settings(family, config)
     try:
         kind, sizes = family.build(known)
         rules = family.rules(prefix, known)
@@ -279,11 +327,10 @@ def _build(
     check_choice("pool", pool, ("mean", "cls"))
     if not family.head:
         raise ValueError(f"classes={classes}: {folder} holds a {config['model_type']!r} decoder; encoders classify.")
-    activation = "gelu" if config["model_type"] == "electra" else "tanh"
     rules = tuple(rule._replace(target=f"encoder/{rule.target}") if rule.target else rule for rule in rules)
     pooler = family.pooler.format(prefix=prefix)
     heads = (*dense(family.head, "head"), *(dense(pooler, "pooler") if pool == "cls" else ()))
-    return BertClassifier(module, classes, pool=pool, pool_activation=activation), (*heads, *rules)
+    return BertClassifier(module, classes, pool=pool, pool_activation=family.pool_activation), (*heads, *rules)
 
 
 def _layer_shapes(config: Mapping[str, Any], folder: Path, scan_layers: bool) -> dict[str, Any]:
@@ -297,7 +344,7 @@ def _layer_shapes(config: Mapping[str, Any], folder: Path, scan_layers: bool) ->
         )
     try:
         shapes = tuple(shape_of(entry) for entry in found)
-        check_layer_shapes(shapes, config.get("num_hidden_layers", config.get("n_layers")))
+        check_layer_shapes(shapes, depth(config))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{folder / 'config.json'}: pruned_layers: {first_line(error)} Write the folder again."
@@ -307,7 +354,7 @@ def _layer_shapes(config: Mapping[str, Any], folder: Path, scan_layers: bool) ->
 
 def _shapes(module: nn.Module, path: Path, config: Mapping[str, Any], tensors: int) -> PyTree:
     """The shapes of the module's parameters; sizes that cannot be are laid to the file that says them."""
-    layers = config.get("num_hidden_layers", config.get("n_layers", 0))
+    layers = depth(config)
     if layers > tensors:  # before they are traced one by one
         raise ValueError(f"{path} says {layers} layers, but the weights are {tensors} tensors. Fetch the file again.")
     try:
@@ -316,76 +363,49 @@ def _shapes(module: nn.Module, path: Path, config: Mapping[str, Any], tensors: i
         raise ValueError(f"{path} describes no model that can be built: {first_line(error)}") from error
 
 
-def _own_output(
-    path: Path, config: dict[str, Any], family: Family, tensors: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    """The config, untied where the file holds an output layer that is no copy of the table of embeddings."""
-    name = f"{family.output}.weight"
-    tied = config.get(family.tied)
-    if not family.output or name not in tensors or tied is False or (tied is None and config["model_type"] == "llama"):
-        return config
-    table = next((tensor for key, tensor in tensors.items() if key.endswith(_TABLES)), None)
-    if table is None or _equal(table, tensors[name]):
-        return config
-    if table.shape != tensors[name].shape:
-        _log.warning(
-            "%s holds a %s of shape %s, which cannot be the output of %s embeddings: it is passed over, as config.json "
-            "says %s=true.",
-            *(path, name, tensors[name].shape, table.shape, family.tied),
-        )
-        return config
-    _log.warning(
-        "%s holds a %s of its own, so it is not tied to the embeddings, although config.json says %s=true.",
-        *(path, name, family.tied),
-    )
-    return {**config, family.tied: False}
+def grow_vocabulary(pretrained: Pretrained, vocab_size: int, params: PyTree | None = None) -> Pretrained:
+    """A model with rows for more tokens, of which each is the mean of the others.
+
+    Args:
+      pretrained: of ``load_pretrained``.
+      vocab_size: rows of the new table, at least those of the old one.
+      params: parameters in place of ``pretrained.params``: fine-tuned ones.
+
+    Returns:
+      A ``Pretrained``; parameters beside the table and an output layer of its own are the same objects.
+
+    Raises:
+      ValueError: fewer rows than there are.
+
+    Example:
+      >>> model = grow_vocabulary(load_pretrained("stories260k"), 520)
+      >>> model.module.vocab_size, model.params["embeddings"]["word"]["embedding"].shape
+      (520, (520, 64))
+
+    Hewitt 2021, "Initializing new word embeddings for pretrained language models": of rows drawn at random one may have
+    a probability of nearly 1.
+    """
+    body = pretrained.module.encoder if isinstance(pretrained.module, BertClassifier) else pretrained.module
+    held = body.vocab_size
+    check_number("vocab_size", vocab_size, low=held, integer=True, hint=f"The model has {held} ids; none can go.")
+    axes = {_TABLE: 0} if isinstance(body, Bert) else {_TABLE: 0, "head/kernel": 1}
+
+    def grown(key: Sequence[Any], leaf: jax.Array) -> jax.Array:
+        axis = axes.get(path_name(key).removeprefix("encoder/"))
+        if axis is None or vocab_size == held:
+            return leaf
+        mean = jnp.mean(leaf.astype(jnp.float32), axis, keepdims=True).astype(leaf.dtype)
+        larger = jnp.concatenate([leaf, jnp.repeat(mean, vocab_size - held, axis)], axis)
+        sharding = getattr(leaf, "sharding", None)
+        return jax.device_put(larger, sharding) if isinstance(sharding, NamedSharding) else larger
+
+    own = body.clone(vocab_size=vocab_size)
+    module = pretrained.module.clone(encoder=own) if isinstance(pretrained.module, BertClassifier) else own
+    params = jax.tree_util.tree_map_with_path(grown, pretrained.params if params is None else params)
+    return pretrained._replace(module=module, params=params, config={**pretrained.config, "vocab_size": vocab_size})
 
 
-_TABLES = ("embed_tokens.weight", "tok_embeddings.weight", "word_embeddings.weight")
-"""The endings of the table of embeddings."""
-
-
-def _equal(left: np.ndarray, right: np.ndarray) -> bool:
-    """Whether two tables hold the same numbers, looked at a part at a time."""
-    part = lambda table, first: table[first : first + 4096].astype(np.float32)
-    return left.shape == right.shape and all(
-        np.array_equal(part(left, first), part(right, first)) for first in range(0, len(left), 4096)
-    )
-
-
-def _grown(
-    path: Path, config: dict[str, Any], family: Family, tensors: dict[str, np.ndarray], vocabulary: Any
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The config and the tensors with as many ids as asked for; new rows are the mean of the others."""
-    if vocabulary is None:
-        return config, tensors
-    check_number("vocab_size", vocabulary, low=1, integer=True)
-    held = config.get("vocab_size", 0)
-    if vocabulary < held:
-        raise ValueError(
-            f"vocab_size={vocabulary}: {path} has {held} ids, and none can be left out. Give {held} or more."
-        )
-    if vocabulary == held:
-        return config, tensors
-    endings = (*_TABLES, f"{family.output}.weight") if family.output else _TABLES
-    grown = dict(tensors)
-    for name, tensor in tensors.items():
-        if name.endswith(endings) and tensor.ndim == 2 and len(tensor) == held:
-            mean = tensor.astype(np.float32).mean(0, keepdims=True).astype(tensor.dtype)
-            grown[name] = np.concatenate([tensor, np.repeat(mean, vocabulary - held, 0)])
-    _log.warning("%s has %d ids: rows for %d more are the mean of the others.", path, held, vocabulary - held)
-    return {**config, "vocab_size": int(vocabulary)}, grown
-
-
-def _without_other_head(
-    path: Path, family: Family, classes: int, tensors: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """The tensors without a head for another number of classes, in whose place one is drawn."""
-    kernel = tensors.get(f"{family.head}.weight")
-    if kernel is None or kernel.ndim != 2 or len(kernel) == classes:
-        return dict(tensors)
-    _log.warning("%s holds a head for %d classes: a new one for %d is put in its place.", path, len(kernel), classes)
-    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] != family.head}
+_TABLE = "embeddings/word/embedding"
 
 
 def _draw(module: nn.Module, params: PyTree, key: jax.Array) -> PyTree:
@@ -419,7 +439,9 @@ def _carried(pretrained: Pretrained) -> dict[str, np.ndarray]:
     names = [rule.source for rule in pretrained.rules if rule.target is None and ".pooler." in f".{rule.source}"]
     if not names or isinstance(pretrained.module, BertClassifier) or not pretrained.folder.is_dir():
         return {}
-    return {name: tensor for name, tensor in read_unwrapped(find_weights(pretrained.folder)).items() if name in names}
+    path = find_weights(pretrained.folder)
+    tensors = unwrapped(path, family_of(pretrained.config, pretrained.folder), read_unwrapped(path))
+    return {name: tensor for name, tensor in tensors.items() if name in names}
 
 
 def is_decoder(source: str | os.PathLike[str]) -> bool:
@@ -430,35 +452,5 @@ def is_decoder(source: str | os.PathLike[str]) -> bool:
       True
     """
     folder = model_folder(source, holds="model.safetensors*")
-    return _read_config(folder / "config.json")["model_type"] in ("opt", "llama")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(f"{path} is no model's config.json: it lacks model_type, a text. Fetch it again.")
-    pruned = config["model_type"].startswith(_PRUNED)
-    if pruned != (config.get("pruned_layers") is not None):
-        raise ValueError(
-            f"{path}: model_type={config['model_type']!r} and pruned_layers belong together: a pruned model has both. "
-            "Write the folder again."
-        )
-    config["model_type"] = config["model_type"].removeprefix(_PRUNED)
-    check_types(path, config)
-    return config
-
-
-def _family(config: Mapping[str, Any], folder: Path) -> Family:
-    kind = config["model_type"]
-    if kind not in FAMILIES:
-        raise ValueError(f"{folder}: model_type={kind!r} is not one of {', '.join(sorted(FAMILIES))}.")
-    return META if kind == "llama" and "dim" in config else FAMILIES[kind]
-
-
-def _classifier_config(config: Mapping[str, Any], family: Family, classes: int, pool: str) -> dict[str, Any]:
-    labels = {str(i): f"LABEL_{i}" for i in range(classes)}
-    if (config.get("id2label") or {}).keys() == labels.keys():
-        labels = config["id2label"]
-    named = {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}
-    # Hugging Face's classifiers pool the first token; a mean-pooled one is ours alone.
-    return {**config, **named, **({"architectures": [family.classifier]} if pool == "cls" else {"pool": pool})}
+    family = FAMILIES.get(read_config(folder / "config.json")["model_type"])
+    return family is not None and bool(family.output)

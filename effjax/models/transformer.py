@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from effjax.core.errors import check_choice, check_number
 from effjax.core.partition import by_rows
 from effjax.models.activations import ACTIVATIONS
-from effjax.models.attention import attend, rotate
+from effjax.models.attention import attend, in_window, rotate
 from effjax.models.embeddings import norm_module
 from effjax.models.pruned import Gates, LayerShape, check_layer_shapes, keep_largest
 
@@ -46,10 +46,19 @@ class LayerSpec(NamedTuple):
     attention: bool = True
     mlp: bool = True
     top_k: int | float | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+
+    @property
+    def head_width(self) -> int:
+        """Features of a head."""
+        return self.head_size or self.hidden_size // self.num_heads
 
 
-def _dense(features: int, spec: LayerSpec, name: str) -> nn.Dense:
-    return nn.Dense(features, use_bias=spec.use_bias, dtype=spec.dtype, kernel_init=_init, name=name)
+def _dense(features: int, spec: LayerSpec, name: str, bias: bool = False) -> nn.Dense:
+    bias = bias or spec.use_bias
+    return nn.Dense(features, use_bias=bias, dtype=spec.dtype, kernel_init=_init, name=name)
 
 
 def _residual(
@@ -80,17 +89,23 @@ class _Attention(nn.Module):
         spec = self.spec
         if spec.num_heads == 0:
             return _dense(spec.hidden_size, spec, "output")(x[..., :0])
-        width = spec.head_size or spec.hidden_size // spec.num_heads
+        width = spec.head_width
         kv_heads = spec.num_kv_heads or spec.num_heads
-        project = lambda name, count: by_rows(_dense(count * width, spec, name)(x), inner=True)
+        project = lambda name, count: by_rows(_dense(count * width, spec, name, spec.qkv_bias)(x), inner=True)
         heads = lambda name, count: project(name, count).reshape(*x.shape[:2], count, width)
         query, key, value = heads("query", spec.num_heads), heads("key", kv_heads), heads("value", kv_heads)
+        if spec.qk_norm:
+            normed = lambda name, x: norm_module(spec.norm, spec.norm_eps, spec.dtype, name)(x)
+            query, key = normed("query_norm", query), normed("key_norm", key)
         if rope is not None:
             cosine, sine = rope
             query, key = rotate(query, cosine, sine, spec.rope_style), rotate(key, cosine, sine, spec.rope_style)
         if self.cache_length is not None:
             key, value = self._cached("keys", key, start), self._cached("values", value, start)
         causal = spec.causal and self.cache_length is None
+        if spec.window is not None and spec.window < key.shape[1]:
+            near = in_window(query.shape[1], key.shape[1], start, spec.window)
+            mask = near if mask is None else mask & near
         y = attend(query, key, value, mask, causal=causal, drop=self._drop(gates))
         if gates is not None:
             y = y * jnp.repeat(gates.heads, spec.num_heads // kv_heads)[None, None, :, None].astype(y.dtype)
@@ -182,7 +197,7 @@ def shaped(spec: LayerSpec, shape: LayerShape) -> LayerSpec:
       (8, 3, 0, 3)
     """
     return spec._replace(
-        head_size=spec.head_size or spec.hidden_size // spec.num_heads,
+        head_size=spec.head_width,
         num_heads=shape.heads or 0,
         num_kv_heads=shape.kv_heads or 0,
         intermediate_size=shape.intermediate or 0,
@@ -205,6 +220,7 @@ def run_layers(
     remat: bool,
     cache_length: int | None = None,
     layer_shapes: tuple[LayerShape, ...] | None = None,
+    unwindowed: tuple[int, ...] = (),
 ) -> Float[Array, "batch length hidden"]:
     """Run a stack of layers inside the calling module's compact method.
 
@@ -223,6 +239,7 @@ def run_layers(
       remat: recompute each layer in the backward pass.
       cache_length: see ``Layer``.
       layer_shapes: what is left of each layer, where layers differ; not with ``scan_layers``.
+      unwindowed: layers without the window of ``spec``; not with ``scan_layers``.
 
     Returns:
       What the last layer gives.
@@ -232,7 +249,13 @@ def run_layers(
         check_layer_shapes(layer_shapes, num_layers)
         if scan_layers:
             raise ValueError("scan_layers=True needs layers of one shape, but layer_shapes are given. Leave it False.")
+    if unwindowed and scan_layers:
+        raise ValueError(
+            f"scan_layers=True needs layers of one kind, but full_layers={unwindowed} have no sliding window and the "
+            "others have one. Leave it False."
+        )
     specs = [spec] * num_layers if layer_shapes is None else [shaped(spec, shape) for shape in layer_shapes]
+    specs = [own._replace(window=None) if index in unwindowed else own for index, own in enumerate(specs)]
     layer = nn.remat(Layer, prevent_cse=not scan_layers) if remat else Layer
     if scan_layers:
         layer = nn.scan(
@@ -251,7 +274,7 @@ def run_layers(
 def _check_spec(spec: LayerSpec, num_layers: int) -> None:
     check_number("num_layers", num_layers, low=1, integer=True)
     kv_heads = spec.num_kv_heads or spec.num_heads
-    if spec.hidden_size % spec.num_heads or spec.num_heads % kv_heads:
+    if (spec.hidden_size % spec.num_heads and spec.head_size is None) or spec.num_heads % kv_heads:
         raise ValueError(
             f"num_heads={spec.num_heads} must divide hidden_size={spec.hidden_size}, and be a multiple of "
             f"num_kv_heads={kv_heads}."

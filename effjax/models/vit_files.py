@@ -17,7 +17,7 @@ from effjax.core.files import first_line, read_json
 from effjax.core.folders import model_folder
 from effjax.core.tree import leaves_at, path_name, with_leaves
 from effjax.models.convert import export_weights, find_weights, import_weights, read_unwrapped, write_tensors
-from effjax.models.families import check_types
+from effjax.models.family_parts import check_types
 from effjax.models.pretrained import Pretrained
 from effjax.models.vit import ViT
 from effjax.models.vit_layouts import (

@@ -9,7 +9,7 @@ import numpy as np
 
 from effjax.core.errors import check_choice, check_number
 from effjax.models.convert import Rule
-from effjax.models.families import dense
+from effjax.models.family_parts import dense
 from effjax.models.vit import SIZES, ViT, named_vit
 
 __all__: list[str] = []

@@ -22,7 +22,7 @@ from effjax.data.tokens import Tokenizer, load_tokenizer
 from effjax.models.decoder import Decoder
 from effjax.models.pretrained import load_pretrained
 from effjax.tasks.task import Metric, Task, Variables
-from effjax.tasks.text import computes_in
+from effjax.tasks.text import check_vocabulary, computes_in
 
 __all__ = ["lm_task"]
 
@@ -100,6 +100,7 @@ def lm_task(
                 f"model={type(module).__name__} is a module: give its tokenizer, and set dtype, remat and scan_layers "
                 "on it."
             )
+    check_vocabulary(module, tokenizer)
     positions = getattr(module, "max_positions", length)
     check_number("length", length, high=positions, integer=True, hint=f"The model has {positions} positions.")
     columns = {

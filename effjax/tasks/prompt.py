@@ -19,7 +19,7 @@ from effjax.data.tokens import Tokenizer, load_tokenizer
 from effjax.models.decoder import Decoder
 from effjax.models.pretrained import load_pretrained
 from effjax.tasks.task import Metric, Task, Variables
-from effjax.tasks.text import class_metrics, computes_in, row_weights, train_and_test
+from effjax.tasks.text import check_vocabulary, class_metrics, computes_in, row_weights, train_and_test
 
 __all__ = ["prompt_task"]
 
@@ -103,6 +103,7 @@ def prompt_task(
     hint = f"The model has {positions} positions."
     check_number("max_length", max_length, low=8, high=positions, integer=True, hint=hint)
     tokenizer = load_tokenizer(model)
+    check_vocabulary(loaded.module, tokenizer)
     train, test = (
         _rows(dataset.name, _chosen(split, columns, rows), tokenizer, max_length)
         for split, columns, rows in zip(

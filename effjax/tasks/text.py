@@ -21,6 +21,7 @@ from effjax.data.sets import DataSet, load
 from effjax.data.splits import fixed_rows
 from effjax.data.tokens import Tokenizer, load_tokenizer, train_tokenizer
 from effjax.models.bert import Bert, BertClassifier
+from effjax.models.embeddings import check_ids
 from effjax.models.pretrained import Pretrained, load_pretrained
 from effjax.tasks.task import Metric, Task, Variables
 
@@ -97,10 +98,10 @@ def text_task(
 
     Returns:
       A ``Task``. Its columns are ``input_ids`` (``Ragged``), ``token_type_ids`` (``Ragged``, for pairs, where the
-      tokenizer makes them) and ``label``, int32 [rows] or for scores float32 [rows]; ``classes`` is 1 for scores.
-      ``infer`` takes ``input_ids`` int32 [batch, length] and optionally ``mask`` bool and ``token_type_ids``, and
-      returns float32 [batch, classes]. ``evaluate`` gives ``accuracy`` and ``nll`` (nats), for two classes ``f1`` of
-      label 1; for scores ``spearman`` (0 if all predictions are equal) and ``mse``. ``init`` puts a fresh head on
+      tokenizer and the model have them) and ``label``, int32 [rows] or for scores float32 [rows]; ``classes`` is 1 for
+      scores. ``infer`` takes ``input_ids`` int32 [batch, length] and optionally ``mask`` bool and ``token_type_ids``,
+      and returns float32 [batch, classes]. ``evaluate`` gives ``accuracy`` and ``nll`` (nats), for two classes ``f1``
+      of label 1; for scores ``spearman`` (0 if all predictions are equal) and ``mse``. ``init`` puts a fresh head on
       ``pretrained``, whose parameters are the entry ``params["encoder"]``, named by ``details["body"]``;
       ``details["choices"]`` is the number of rows that belong to one question, 1 where every row is its own.
 
@@ -144,7 +145,9 @@ def text_task(
         module = model
         tokenizer = _checked_tokenizer(module, tokenizer, dtype, remat, scan_layers, dropout)
     _check_positions(module, max_length)
-    columns = {name: _tokens(rows, tokenizer, max_length) for name, rows in (("train", train), ("test", test))}
+    check_vocabulary(module, tokenizer)
+    types = getattr(getattr(module, "encoder", module), "type_vocab_size", 1) > 0
+    columns = {name: _tokens(rows, tokenizer, max_length, types) for name, rows in (("train", train), ("test", test))}
     evaluation = _batches(columns["test"], tokenizer.pad_id, min(eval_batch, len(test.target)))
     example = evaluation[len(evaluation) // 2][1]
 
@@ -407,16 +410,23 @@ def _check_positions(module: nn.Module, max_length: int) -> None:
     )
 
 
+def check_vocabulary(module: nn.Module, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that makes ids without a row in the model's table."""
+    rows = getattr(getattr(module, "encoder", module), "vocab_size", None)
+    if rows is not None:
+        check_ids(0, tokenizer.vocab_size - 1, rows, "the tokenizer's ids")
+
+
 def _cut(dataset: DataSet, columns: Mapping[str, Columns], max_length: int) -> str:
     """How many of the user's own texts may have lost their end."""
     full = sum(int((part["input_ids"].lengths == max_length).sum()) for part in columns.values())
     return f" {full} texts fill max_length={max_length} tokens; longer ones were cut." if dataset.facts and full else ""
 
 
-def _tokens(texts: _Texts, tokenizer: Tokenizer, max_length: int) -> Columns:
+def _tokens(texts: _Texts, tokenizer: Tokenizer, max_length: int, types: bool = True) -> Columns:
     tokens = tokenizer.encode(texts.first, texts.second, max_length=max_length)
-    types = {} if tokens.token_type_ids is None else {"token_type_ids": tokens.token_type_ids}
-    return {"input_ids": tokens.input_ids, **types, "label": texts.target}
+    known = {} if tokens.token_type_ids is None or not types else {"token_type_ids": tokens.token_type_ids}
+    return {"input_ids": tokens.input_ids, **known, "label": texts.target}
 
 
 def _batches(columns: Columns, pad_id: int, size: int) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:

@@ -125,6 +125,11 @@ def prune_shape(module: Any, *, group_size: int = 256) -> PruneShape:
     if body.layer_shapes is not None:
         raise ValueError("module is pruned already: layer_shapes are given. Give the whole model.")
     spec = body.layer_spec()
+    if spec.qkv_bias or spec.qk_norm:
+        raise ValueError(
+            f"module has qkv_bias={spec.qkv_bias} and qk_norm={spec.qk_norm}, of which a PruneShape does not count the "
+            "parameters. Give an encoder, or a decoder of the types llama, mistral, opt or gpt2."
+        )
     check_number("group_size", group_size, low=1, integer=True)
     if spec.intermediate_size % group_size:
         divisors = [size for size in range(1, spec.intermediate_size + 1) if spec.intermediate_size % size == 0]
@@ -133,7 +138,7 @@ def prune_shape(module: Any, *, group_size: int = 256) -> PruneShape:
             f"group_size={group_size} must divide intermediate_size={spec.intermediate_size}. Near ones that do: "
             f"{', '.join(map(str, sorted(closest)))}."
         )
-    kv_heads, width = spec.num_kv_heads or spec.num_heads, spec.hidden_size // spec.num_heads
+    kv_heads, width = spec.num_kv_heads or spec.num_heads, spec.head_width
     return PruneShape(
         layers=body.num_layers,
         heads=kv_heads,

@@ -57,7 +57,7 @@ def slice_model(module: nn.Module, params: PyTree, spec: PruneSpec) -> tuple[nn.
     layers = {f"layer_{i}": _layer_of(held, i, body.scan_layers) for i in range(shape.layers)}
     whole = {name: value for name, value in held.items() if name != "layers" and not name.startswith("layer_")}
     sliced = {**whole, **{name: _sliced(layer, i, spec) for i, (name, layer) in enumerate(layers.items())}}
-    shapes = layer_shapes(spec, body.layer_spec().hidden_size // body.num_heads)
+    shapes = layer_shapes(spec, body.layer_spec().head_width)
     small = body.clone(layer_shapes=shapes, scan_layers=False)
     if isinstance(module, BertClassifier):
         return module.clone(encoder=small), {**params, "encoder": sliced}

@@ -8,7 +8,8 @@ import numpy as np
 
 from effjax.models.bert import Bert, BertClassifier
 from effjax.models.convert import import_weights
-from effjax.models.families import FAMILIES, dense
+from effjax.models.families import FAMILIES
+from effjax.models.family_parts import dense
 from effjax.transformers.prune_spec import PruneSpec, prune_shape
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "axformer"

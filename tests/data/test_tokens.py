@@ -36,6 +36,26 @@ def test_texts_become_rows_with_special_tokens(words):
     assert len(words.encode([], max_length=8).input_ids) == 0
 
 
+def test_a_padding_token_by_name_and_a_vocabulary_with_holes(tmp_path, caplog):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    backend = Backend(models.WordLevel({"a": 0, "<fill>": 2, "cat": 7}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    found = load_tokenizer(tmp_path)
+    assert (found.vocab_size, found.pad_id, found.token(7), found.token(3)) == (8, 0, "cat", "")
+    with pytest.raises(ValueError, match=r"index=8 is not an id in \[0, 7\]"):
+        found.token(8)
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": {"content": "<fill>", "lstrip": false}}')
+    assert load_tokenizer(tmp_path).pad_id == 2
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "cat"}')
+    assert load_tokenizer(tmp_path).pad_id == 7
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "[none]"}')
+    assert load_tokenizer(tmp_path).pad_id == 2
+    assert "names the padding token '[none]', which the vocabulary has not" in caplog.text
+
+
 def test_pairs_have_types(words):
     tokens = words.encode(["the cat", "a dog"], ["sat", ""], max_length=16)
     assert pieces(words, tokens)[0] == ["[CLS]", "the", "cat", "[SEP]", "sat", "[SEP]"]

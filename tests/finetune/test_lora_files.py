@@ -146,7 +146,7 @@ def test_a_folder_is_replaced_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("use_dora", True), ("bias", "all"), ("fan_in_fan_out", True)),
+        *(("use_dora", True), ("bias", "all")),
         *(("init_lora_weights", "pissa_niter_4"), ("peft_type", "IA3"), ("trainable_token_indices", [1])),
     ],
 )

@@ -101,7 +101,7 @@ def test_rotary_styles_differ_by_a_permutation():
         ({}, {"cache_length": 8, "mask": np.ones((2, 8), bool)}, "neither mask nor segment_ids"),
         ({"num_kv_heads": 3}, {}, "num_kv_heads=3"),
         ({"rope_style": "split"}, {}, "rope_style='split'"),
-        ({"mlp": "gelu"}, {}, "mlp='gelu'"),
+        ({"mlp": "swish"}, {}, "mlp='swish'"),
         ({"norm": "batch"}, {}, "norm='batch'"),
         ({"positions": "alibi"}, {}, "positions='alibi'"),
     ],

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from effjax.core.folders import model_folder
 from effjax.data.tokens import load_tokenizer
+from effjax.models.attention import RopeScaling
 from effjax.models.convert import module_name, read_tensors
 from effjax.models.decoder import generate
 from effjax.models.pretrained import load_pretrained, save_pretrained
@@ -21,6 +22,8 @@ from effjax.models.pretrained import load_pretrained, save_pretrained
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "transformers"
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
 HEADS = {"roberta": {"classes": 3, "pool": "cls"}, "electra": {"classes": 3, "pool": "cls"}}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4}
+HEADS["distilbert"] = HEADS["electra"]
 
 
 @pytest.fixture
@@ -44,9 +47,12 @@ def assert_equal(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "opt", "llama"])
+@pytest.mark.parametrize(
+    "name",
+    ["bert", "roberta", "electra", "opt", "llama", "distilbert", "gpt2", "mistral", "qwen2", "qwen3", "llama3"],
+)
 def test_outputs_are_those_of_transformers_and_files_survive(name, tmp_path):
-    scan = name in ("bert", "llama")
+    scan = name in ("bert", "llama", "gpt2", "mistral", "qwen3")
     model = load_pretrained(REFERENCE / name, scan_layers=scan, **HEADS.get(name, {}))
     data = np.load(REFERENCE / name / "expected.npz")
     inputs = [data[key] for key in ("input_ids", "mask", "token_type_ids") if key in data]
@@ -166,8 +172,8 @@ def test_damaged_folders(bert):
     shutil.copy(REFERENCE / "bert" / "model.safetensors", weights)
     for changes, message in (
         ({"position_embedding_type": "relative_key"}, "'relative_key' of 'bert' is not supported, only 'absolute'"),
-        ({"model_type": "t5"}, "model_type='t5' is not one of bert, electra"),
-        ({"model_type": "llama", "hidden_act": "silu"}, "lacks 'rms_norm_eps'"),
+        ({"model_type": "t5"}, "model_type='t5' is not one of bert, distilbert, electra"),
+        ({"model_type": "llama", "dim": 16}, "lacks 'n_layers'"),
     ):
         configure(bert, **changes)
         with pytest.raises(ValueError, match=message):
@@ -182,9 +188,27 @@ def test_damaged_folders(bert):
 
 def test_scaled_rotary_positions_are_refused(tmp_path):
     folder = shutil.copytree(REFERENCE / "llama", tmp_path / "llama")
-    configure(folder, rope_parameters={"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0})
-    with pytest.raises(ValueError, match="scaled rotary positions"):
-        load_pretrained(folder)
+    for rope, words in (
+        ({"rope_type": "yarn", "factor": 8.0}, "type 'yarn' are not supported, only default, linear and llama3"),
+        ({"rope_type": "llama3", "factor": 8.0}, "type 'llama3' lack 'low_freq_factor'"),
+        ({"type": "linear", "factor": "8"}, "factor='8' of the rotary positions must be above 0"),
+        (LLAMA3 | {"low_freq_factor": 4}, "low_freq_factor=4 must be below high_freq_factor=4"),
+    ):
+        configure(folder, rope_parameters=rope)
+        with pytest.raises(ValueError, match=words):
+            load_pretrained(folder)
+    for rope, scaling in (
+        ({"type": "linear", "factor": 2.0}, RopeScaling(2.0)),
+        (LLAMA3, RopeScaling(8.0, 1, 4, 16)),  # the positions of the config, where nothing else is said
+    ):
+        configure(folder, rope_parameters=rope)
+        assert load_pretrained(folder).module.rope_scaling == scaling
+
+
+def test_slower_rotary_positions_by_hand():
+    turn = lambda *turns: 2 * np.pi * np.array(turns, np.float32) / 64  # frequencies of so many turns in 64 positions
+    found = jax.jit(RopeScaling(8.0, 1.0, 4.0, 64).slowed)(turn(8.0, 4.0, 2.5, 1.0, 0.1))
+    np.testing.assert_allclose(found, turn(8.0, 4.0, 2.5 * (0.5 + 0.5 / 8), 1.0 / 8, 0.1 / 8), rtol=1e-6)
 
 
 def test_parameters_of_another_model_or_dtype(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from effjax.core.cost import count_params
 from effjax.models.bert import Bert, BertClassifier
 from effjax.models.convert import save_weights
-from effjax.models.families import FAMILIES, dense
+from effjax.models.families import FAMILIES
+from effjax.models.family_parts import dense
 from effjax.models.pretrained import load_pretrained
 from effjax.recipes.axformer import AxformerStudy, groups
 from effjax.recipes.axformer_choices import static_spec
