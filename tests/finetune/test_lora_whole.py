@@ -296,18 +296,28 @@ def test_a_schedule_for_each_link():
         link_schedule([optax.constant_schedule(1.0)], (4,), 10)
 
 
-def test_a_state_on_a_mesh_is_restored_with_its_own_shardings(tmp_path):
+@pytest.fixture
+def on_a_mesh():
+    """A chain whose base lies on eight devices, its config and the mesh."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     place = {"up": {"kernel": P("data", "model"), "bias": P("model")}, "head": {"kernel": P("data"), "bias": P()}}
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), place, is_leaf=lambda leaf: isinstance(leaf, P))
     config = ColaConfig(LORA, knots=(1,), keep_links=True)
-    state = cola_init(jax.random.key(0), jax.device_put(PARAMS, shardings), config)
+    return cola_init(jax.random.key(0), jax.device_put(PARAMS, shardings), config), config, mesh
+
+
+def test_a_chain_lies_where_its_base_lies(on_a_mesh):
+    state, config, mesh = on_a_mesh
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))
     assert state.lora["up/kernel"]["b"].sharding.spec == P(None, "model")
     assert state.past["up/kernel"]["a"].sharding.spec == P("data", None)
     assert state.lora["head/kernel"]["whole"].sharding.spec == P("data")
-    one = cola_init(jax.random.key(0), PARAMS, config)
-    assert_same(state, one)
+    assert_same(state, cola_init(jax.random.key(0), PARAMS, config))
+
+
+@pytest.mark.nightly
+def test_it_is_restored_with_its_own_shardings(on_a_mesh, tmp_path):
+    state, config, _ = on_a_mesh
     checkpoints = Checkpoints(tmp_path, {})
     checkpoints.save(1, state, {})
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
