@@ -106,7 +106,7 @@ def shardings_by(
 
 
 _SMALL = 2**16
-"""Elements of an array that may be replicated where no axis of it divides."""
+"""Elements of an array, of a stack those of one layer, that each device may hold where no axis of it divides."""
 
 
 def spread(
@@ -124,7 +124,8 @@ def spread(
       >>> spread("up/kernel", (12, 64), (None, "model"), mesh, "data")
       ('data', 'model')
     """
-    if len(shape) - bool(STACKED.search(name)) < 2:
+    stacked = bool(STACKED.search(name))
+    if len(shape) - stacked < 2:
         return tuple(axes)
     free = [
         (size, -index, index)
@@ -134,7 +135,8 @@ def spread(
     if free:
         _, _, chosen = max(free)
         return tuple(over if index == chosen else axis for index, axis in enumerate(axes))
-    if math.prod(shape) > _SMALL:
+    parts = math.prod(mesh.shape[axis] for axis in axes if axis is not None)
+    if math.prod(shape[stacked:]) > _SMALL * parts:
         raise ValueError(
             f"{name!r} of shape {shape}: no free axis is a multiple of the {mesh.shape[over]} devices of {over!r}. "
             "Choose a smaller mesh axis, or give rules of your own."

@@ -10,6 +10,8 @@ import numpy as np
 __all__: list[str] = []
 
 Result = TypeVar("Result")
+_TOLD = "_effjax_told"
+"""Attribute of an error that the other processes know of."""
 
 
 class ElsewhereError(ValueError):
@@ -18,6 +20,8 @@ class ElsewhereError(ValueError):
 
 def together(action: Callable[[], Result]) -> Result:
     """Do something in every process; where one of them is refused all are, in place of waiting for it.
+
+    Such actions may hold one another: what an inner one has told the others is not told again.
 
     Raises:
       ElsewhereError: in the processes where it worked.
@@ -30,12 +34,15 @@ def together(action: Callable[[], Result]) -> Result:
     try:
         result = action()
     except Exception as refused:
+        if getattr(refused, _TOLD, False):
+            raise
         error = refused
     failed = np.flatnonzero(multihost_utils.process_allgather(np.array(error is not None)))
+    if error is None and failed.size:
+        error = ElsewhereError(f"process {failed[0]} of this run was refused; its message says why.")
     if error is not None:
+        setattr(error, _TOLD, True)
         raise error
-    if failed.size:
-        raise ElsewhereError(f"process {failed[0]} of this run was refused; its message says why.")
     return cast(Result, result)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from effjax.core.errors import check_choice
 from effjax.core.partition import Axes, Rules, aligned, shardings_by, spread
@@ -26,6 +26,7 @@ from effjax.core.tree import leaf_paths
 __all__: list[str] = []
 
 PyTree = Any
+AnyMesh = Mesh | AbstractMesh
 Layout = Literal["data", "fsdp", "tensor", "fsdp+tensor"]
 LAYOUTS: tuple[Layout, ...] = ("data", "fsdp", "tensor", "fsdp+tensor")
 
@@ -64,7 +65,7 @@ _FACTORED = re.compile(r"(^|/)(v_row|v_col)/")
 """Adafactor's rows and columns have the paths of kernels and not their axes."""
 
 
-def mesh_shardings(tree: PyTree, rules: Layout | Rules, mesh: Mesh, *, first: Rules = ()) -> PyTree:
+def mesh_shardings(tree: PyTree, rules: Layout | Rules, mesh: AnyMesh, *, first: Rules = ()) -> PyTree:
     """Shardings of parameters, or of any tree that holds some: a ``NamedSharding`` for every leaf.
 
     Args:
@@ -88,7 +89,7 @@ def mesh_shardings(tree: PyTree, rules: Layout | Rules, mesh: Mesh, *, first: Ru
     return shardings_by(tree, first, mesh, rest=_axes_of(tree, rules, mesh))
 
 
-def _axes_of(tree: PyTree, layout: Layout, mesh: Mesh) -> Callable[[str, tuple[int, ...]], Sequence[str | None]]:
+def _axes_of(tree: PyTree, layout: Layout, mesh: AnyMesh) -> Callable[[str, tuple[int, ...]], Sequence[str | None]]:
     tensor, fsdp = "tensor" in layout, "fsdp" in layout
     shapes = dict(zip(leaf_paths(tree), (tuple(leaf.shape) for leaf in jax.tree.leaves(tree)), strict=True))
     table = _table(shapes) if tensor else ()
@@ -130,7 +131,7 @@ def _bottlenecks(table: list[Any], shapes: dict[str, tuple[int, ...]]) -> list[A
 
 
 def _first_that_divides(
-    choices: list[tuple[str | None, ...]], shape: tuple[int, ...], mesh: Mesh
+    choices: list[tuple[str | None, ...]], shape: tuple[int, ...], mesh: AnyMesh
 ) -> tuple[str | None, ...]:
     divides = lambda axes: all(
         axis is None or size % mesh.shape[axis] == 0 for size, axis in zip(shape, axes, strict=True)

@@ -56,7 +56,10 @@ class TextFields(StudyConfig):
     def made(self) -> dict[str, Any]:
         """What a maker of tasks is told about data and network."""
         own = {name: getattr(self, name) for name in ("train_rows", "test_rows", "scan_layers")}
-        return own | {"dtype": self.train.dtype, "remat": self.train.remat}
+        options = self.train.mesh
+        # Where parameters are split, a pretrained model is read in the parts that each process holds.
+        split = {"mesh": options.built, "rules": options.rules} if options.rules != "data" and options.built else {}
+        return own | {"dtype": self.train.dtype, "remat": self.train.remat} | split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -203,7 +203,7 @@ class _Comparison:
         for group in self.groups:
             check_stop()
             self.progress.say(f"preparing {group.name}")
-            loaded[group.name] = group.load()
+            loaded[group.name] = together(group.load)
         programs = self._build(loaded, Budget(1000.0) if by_seconds else budget)
         self.about = {group.name: list(group.about(loaded[group.name])) for group in self.groups}
         self.sources = sorted({f"{program.task.name}: {program.task.source}" for program in programs.values()})
@@ -318,6 +318,8 @@ class _Comparison:
         if name not in self.prepared:
             self.prepared[name] = Prepared(program, options)
         prepared = self.prepared[name]
+        if options.profile is not None:
+            options = dataclasses.replace(options, profile=f"{options.profile}/{name}/{seed}")
         try:
             result = fit(
                 program,

@@ -90,7 +90,7 @@ class Study(NamedTuple):
     def shared_options(self) -> dict[str, Any]:
         """How runs are executed, as far as all processes of one must do it alike."""
         train = self.config_dict.get("train", {})
-        return {name: value for name, value in train.items() if name not in ("compile_cache", "prefetch")}
+        return {name: value for name, value in train.items() if name not in ("compile_cache", "prefetch", "profile")}
 
     @property
     def default_out(self) -> Path:

@@ -37,7 +37,7 @@ def train_arm(study: Study, arm: str | None, seed: int, out: str | Folder | None
     name = f"{study.default_out.name}-{re.sub('[^A-Za-z0-9.]+', '-', arm)}-{seed}"
     out = study.default_out.with_name(name) if out is None else storage(out)
     identity = {**study.identity, "arm": arm}
-    program = study.build(arm)
+    program = together(lambda: study.build(arm))
     first = jax.process_index() == 0
     check_same_everywhere({**identity, "seed": seed, "train": study.shared_options, "out": str(out)})
     if study.config.own is not None:  # their files may change between two starts

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice, check_number, check_shape
@@ -20,6 +21,7 @@ from effjax.data.sets import DataSet, load
 from effjax.data.splits import fixed_rows
 from effjax.data.tokens import Tokenizer, load_tokenizer
 from effjax.models.decoder import Decoder
+from effjax.models.mesh_rules import Layout
 from effjax.models.pretrained import load_pretrained
 from effjax.tasks.task import Metric, Task, Variables
 from effjax.tasks.text import check_vocabulary, computes_in
@@ -40,6 +42,9 @@ def lm_task(
     dtype: str = "float32",
     remat: bool = False,
     scan_layers: bool = False,
+    mesh: Mesh | None = None,
+    rules: Layout | None = None,
+    param_dtype: str | None = None,
     eval_batch: int = 32,
 ) -> Task:
     """Bundle a text with a causal language model.
@@ -59,6 +64,9 @@ def lm_task(
       dtype: compute dtype of a model given by name, ``"float32"`` or ``"bfloat16"``.
       remat: recompute the layers' activations of a model given by name in the backward pass.
       scan_layers: one scanned layer instead of a module a layer, for a model given by name.
+      mesh: of Auto axes, for a pretrained model that one device cannot hold; see ``load_pretrained``.
+      rules: how its parameters lie on the mesh; ``"fsdp"`` where there is one.
+      param_dtype: dtype of pretrained parameters; bfloat16 halves a frozen base. None for float32.
       eval_batch: windows of one evaluation batch; the last one is padded.
 
     Returns:
@@ -88,17 +96,18 @@ def lm_task(
     if isinstance(model, str):
         if tokenizer is not None:
             raise ValueError(f"tokenizer is given, but model={model!r} has its own. Give the model as a module.")
-        fields = {"dtype": jnp.dtype(check_choice("dtype", dtype, ("float32", "bfloat16"))), "remat": remat}
-        loaded = load_pretrained(model, scan_layers=scan_layers, **fields)
+        computes = jnp.dtype(check_choice("dtype", dtype, ("float32", "bfloat16")))
+        fields: dict[str, Any] = {"mesh": mesh, "rules": rules, "param_dtype": param_dtype or "float32"}
+        loaded = load_pretrained(model, scan_layers=scan_layers, dtype=computes, remat=remat, **fields)
         if not isinstance(loaded.module, Decoder):
             raise ValueError(f"model={model!r} is a {type(loaded.module).__name__}; a language task needs a decoder.")
         module, tokenizer = loaded.module, load_tokenizer(model)
     else:
         module = model
-        if tokenizer is None or dtype != "float32" or remat or scan_layers:
+        if tokenizer is None or dtype != "float32" or remat or scan_layers or (mesh, param_dtype) != (None, None):
             raise ValueError(
                 f"model={type(module).__name__} is a module: give its tokenizer, and set dtype, remat and scan_layers "
-                "on it."
+                "on it; mesh and param_dtype are for pretrained parameters."
             )
     check_vocabulary(module, tokenizer)
     positions = getattr(module, "max_positions", length)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice, check_number
@@ -17,6 +18,7 @@ from effjax.data.sets import DataSet, load
 from effjax.data.splits import fixed_rows
 from effjax.data.tokens import Tokenizer, load_tokenizer
 from effjax.models.decoder import Decoder
+from effjax.models.mesh_rules import Layout
 from effjax.models.pretrained import load_pretrained
 from effjax.tasks.task import Metric, Task, Variables
 from effjax.tasks.text import check_vocabulary, class_metrics, computes_in, row_weights, train_and_test
@@ -60,6 +62,9 @@ def prompt_task(
     dtype: str = "float32",
     remat: bool = False,
     scan_layers: bool = False,
+    mesh: Mesh | None = None,
+    rules: Layout | None = None,
+    param_dtype: str | None = None,
     eval_batch: int = 8,
 ) -> Task:
     """Bundle a labelled text data set with a pretrained decoder, as MeZO does ("train as classification").
@@ -73,6 +78,9 @@ def prompt_task(
       dtype: compute dtype, ``"float32"`` or ``"bfloat16"``.
       remat: recompute the layers' activations in the backward pass.
       scan_layers: one scanned layer instead of a module a layer.
+      mesh: of Auto axes, for a pretrained model that one device cannot hold; see ``load_pretrained``.
+      rules: how its parameters lie on the mesh; ``"fsdp"`` where there is one.
+      param_dtype: dtype of pretrained parameters; bfloat16 halves a frozen base. None for float32.
       eval_batch: rows of one evaluation batch; the last one is padded.
 
     Returns:
@@ -95,8 +103,9 @@ def prompt_task(
     """
     dataset = load(data) if isinstance(data, str) else data
     check_choice("data", dataset.name, tuple(_PROMPTS))
-    fields = {"dtype": jnp.dtype(check_choice("dtype", dtype, ("float32", "bfloat16"))), "remat": remat}
-    loaded = load_pretrained(model, scan_layers=scan_layers, **fields)
+    computes = jnp.dtype(check_choice("dtype", dtype, ("float32", "bfloat16")))
+    fields: dict[str, Any] = {"mesh": mesh, "rules": rules, "param_dtype": param_dtype or "float32"}
+    loaded = load_pretrained(model, scan_layers=scan_layers, dtype=computes, remat=remat, **fields)
     if not isinstance(loaded.module, Decoder):
         raise ValueError(f"model={model!r} is a {type(loaded.module).__name__}; prompts need a decoder.")
     positions = loaded.module.max_positions

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from effjax.core.errors import check_choice, check_number, check_shape
@@ -22,6 +23,7 @@ from effjax.data.splits import fixed_rows
 from effjax.data.tokens import Tokenizer, load_tokenizer, train_tokenizer
 from effjax.models.bert import Bert, BertClassifier
 from effjax.models.embeddings import check_ids
+from effjax.models.mesh_rules import Layout
 from effjax.models.pretrained import Pretrained, load_pretrained
 from effjax.tasks.task import Metric, Task, Variables
 
@@ -62,6 +64,8 @@ def text_task(
     remat: bool = False,
     scan_layers: bool = False,
     dropout: float | None = None,
+    mesh: Mesh | None = None,
+    rules: Layout | None = None,
     eval_batch: int = 64,
 ) -> Task:
     """Bundle a text data set with a classifier.
@@ -94,6 +98,8 @@ def text_task(
       remat: recompute the layers' activations of a model given by name in the backward pass.
       scan_layers: one scanned layer instead of a module a layer, for a model given by name.
       dropout: every dropout rate of a model given by name; None for 0.1.
+      mesh: of Auto axes, for a pretrained encoder that one device cannot hold; see ``load_pretrained``.
+      rules: how its parameters lie on the mesh; ``"fsdp"`` where there is one.
       eval_batch: rows of one evaluation batch. Batches have at most four lengths; the last is filled up.
 
     Returns:
@@ -137,12 +143,14 @@ def text_task(
             train,
             max_length,
             {"dtype": jnp.dtype(check_choice("dtype", dtype, ("float32", "bfloat16"))), "remat": remat},
-            scan_layers,
+            {"scan_layers": scan_layers, "mesh": mesh, "rules": rules},
             0.1 if dropout is None else check_number("dropout", dropout, low=0, high=1, open_high=True),
         )
         pretrained = loaded.params if loaded is not None and pretrained is None else pretrained
     else:
         module = model
+        if mesh is not None:
+            raise ValueError(f"mesh is for a pretrained encoder given by name, not for a {type(model).__name__}.")
         tokenizer = _checked_tokenizer(module, tokenizer, dtype, remat, scan_layers, dropout)
     _check_positions(module, max_length)
     check_vocabulary(module, tokenizer)
@@ -343,7 +351,7 @@ def _named(
     train: _Texts,
     max_length: int,
     fields: dict[str, Any],
-    scan_layers: bool,
+    loading: dict[str, Any],
     dropout: float,
 ) -> tuple[nn.Module, Tokenizer, Pretrained | None]:
     """The module, the tokenizer and the checkpoint (None for fresh parameters) of a model by name."""
@@ -361,13 +369,13 @@ def _named(
             num_heads=4,
             intermediate_size=4 * width,
             max_positions=max(128, max_length),
-            scan_layers=scan_layers,
+            scan_layers=loading["scan_layers"],
             **rates,
             **fields,
         )
     else:
         try:
-            loaded = load_pretrained(model, scan_layers=scan_layers, **rates, **fields)
+            loaded = load_pretrained(model, **loading, **rates, **fields)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"model={model!r} is not like 'encoder-2x64', and {error}") from None
         if not isinstance(loaded.module, Bert):

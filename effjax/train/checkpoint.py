@@ -264,8 +264,20 @@ def checksums(state: PyTree) -> dict[str, int]:
                 continue
             leaf = leaf.addressable_data(0)
         raw = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-        sums[name] = zlib.crc32(np.ascontiguousarray(np.asarray(raw)).view(np.uint8).data if raw.size else b"")
+        sums[name] = zlib.crc32(np.ascontiguousarray(_whole(raw)).view(np.uint8).data if raw.size else b"")
     return sums
+
+
+def _whole(array: jax.Array | np.ndarray) -> np.ndarray:
+    """The array on the host. Of one that is split JAX would keep what it puts together, for as long as it lives."""
+    if not isinstance(array, jax.Array) or len(array.addressable_shards) < 2:
+        return np.asarray(array)
+    if array.is_fully_replicated:
+        return np.asarray(array.addressable_data(0))
+    whole = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        whole[shard.index] = shard.data
+    return whole
 
 
 def describe_difference(old: Any, new: Any, path: str = "", limit: int = 12) -> str:

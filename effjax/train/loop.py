@@ -24,6 +24,7 @@ from effjax.train.prepared import Prepared
 from effjax.train.program import Program
 from effjax.train.signals import Preempted, StopSignal
 from effjax.train.step_books import Books
+from effjax.train.trace import Trace
 
 __all__ = ["FitResult", "fit"]
 
@@ -135,6 +136,7 @@ class _Run:
         self.beside = False
         self.log = None
         self.batches = None
+        self.trace = Trace(None, 0, 0)
         self.directory = directory = None if directory is None else storage(directory, "directory")
         if directory is not None:
             self.checkpoints = Checkpoints(
@@ -180,6 +182,7 @@ class _Run:
             self._check_best_metric(self.options.best_metric.removeprefix("-"))
         self.on_compile = on_compile
         self.began = self.done
+        self.trace = Trace(self.options.profile, self.began, self.total)
         self._begin_phase()
         self._warm_up()
 
@@ -209,7 +212,9 @@ class _Run:
         if not self.finished:
             self._resume_clock()
         while not self.finished:
+            self.trace.before(self.done)
             self._step()
+            self.trace.after(self.done, self.state)
             self.stop.unsaved()
             self._maybe_leave()
             if self.done % lag == 0 or self.finished:
@@ -248,7 +253,7 @@ class _Run:
 
     def _leave_phase(self) -> None:
         leave = self.program.phases[self.phase].leave
-        self.state = self.state if leave is None else leave(self.state)
+        self.state = self.state if leave is None else self.prepared.in_place(leave(self.state))
         self.phase, self.within = self.phase + 1, 0
 
     def _begin_phase(self) -> None:
@@ -293,7 +298,7 @@ class _Run:
     def close(self) -> None:
         with contextlib.ExitStack() as stack:  # each of them, whatever another one raises
             stack.callback(self.prepared.cancel)
-            for part in (self.checkpoints, self.log, self.batches):
+            for part in (self.checkpoints, self.log, self.batches, self.trace):
                 if part is not None:
                     stack.callback(part.close)
 

@@ -9,7 +9,7 @@ from effjax.core.errors import Count, NotNegative, Positive, check_choice, check
 
 __all__ = ["Budget", "MeshOptions", "TrainOptions"]
 
-PASSING = ("mesh", "compile_cache", "prefetch", "checkpoint_seconds", "checkpoint_steps", "keep")
+PASSING = ("mesh", "compile_cache", "prefetch", "checkpoint_seconds", "checkpoint_steps", "keep", "profile")
 """Fields of ``TrainOptions`` that may differ between two starts of one run: what is learned and what is logged are the
 same, but for the last bits of a mesh of another shape."""
 
@@ -115,11 +115,19 @@ class TrainOptions:
     """Steps between evaluations during training; None for none."""
     best_metric: str | None = None
     """Evaluation metric whose checkpoint of the largest value is kept too; -NAME for the smallest."""
+    profile: str | None = None
+    """Folder on a disk for a trace of five steps by JAX's profiler, after ten, or in a shorter run after the first; of
+    several runs each has its own inside. The traced steps count, and are slower."""
     mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
     """Mesh of devices."""
 
     def __post_init__(self):
         check_fields(self, "train.")
+        if self.profile is not None and (not self.profile or "://" in self.profile):
+            raise ValueError(
+                f"train.profile={self.profile!r} must be a folder on a disk of each host: the profiler writes to no "
+                "other. Give a local one and copy it to the bucket afterwards."
+            )
         if self.best_metric is not None and self.evaluate_steps is None:
             raise ValueError(
                 f"train.best_metric={self.best_metric!r} needs evaluations during training: set train.evaluate_steps."

@@ -1,5 +1,6 @@
 """A program bound to devices: where its state lies, and its steps compiled."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import optax
 from jax.experimental.compilation_cache import compilation_cache
 
 from effjax.core.cost import Executables
+from effjax.core.errors import NoEffectWarning
 from effjax.data.pipeline import put_batch
 from effjax.train.grad import all_finite
 from effjax.train.mesh import batch_sharding, state_shardings
@@ -44,8 +46,10 @@ class Prepared:
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
         )
         self.batch_sharding = batch_sharding(mesh, program.batch_size) if program.has_batches else None
+        if mesh is not None and mesh.shape["data"] > 1 and not self._split and not program.has_batches:
+            _warn_repeated(program, mesh.shape["data"])
         # On one device the single operations are compiled once for all arms, a whole init for each.
-        self.init = _copied(program.init) if mesh is None else jax.jit(program.init, out_shardings=shardings)
+        self.init = _copied(program.init) if mesh is None else _born(program.init, mesh, shardings)
         self._steps = {
             step: Executables(
                 self._current(_skip_nonfinite(step, program.params) if options.nonfinite == "skip" else step),
@@ -85,6 +89,13 @@ class Prepared:
     def compile_s(self) -> float:
         """Seconds spent on them."""
         return sum(step.compile_s for step in self._steps.values())
+
+    def in_place(self, state: PyTree) -> PyTree:
+        """A state made on the host between phases, alike in all processes, with new leaves where they lie in steps."""
+        if self._mesh is None:
+            return state
+        moved = lambda leaf, abstract: leaf if _lies(leaf, abstract.sharding) else _moved(leaf, abstract.sharding)
+        return jax.tree.map(moved, state, self.abstract)
 
     def put(self, batch: PyTree) -> PyTree:
         """A batch of any size, placed as the loop places its batches."""
@@ -139,10 +150,49 @@ class Prepared:
                 self._warm.discard(step)
 
 
+def _warn_repeated(program: Program, devices: int) -> None:
+    warnings.warn(
+        f"mesh.data={devices} only repeats the work of {program.task.name!r} on {devices} devices: a step takes no "
+        "batches that could be split. Set mesh.data to 1, or in a loop of your own split a graph's rows by "
+        "effjax.graph.shard_rows and shard_matrix.",
+        NoEffectWarning,
+        stacklevel=3,
+    )
+
+
 def _copied(init: Callable) -> Callable:
     """Leaves that share a buffer (an anchor that is the parameters) could not be donated."""
     device = jax.local_devices()[0]
     return lambda key: jax.device_put(init(key), device, may_alias=False)
+
+
+def _lies(leaf: Any, sharding: jax.sharding.Sharding) -> bool:
+    return isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def _moved(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    local = isinstance(leaf, jax.Array) and leaf.is_fully_addressable and not sharding.is_fully_addressable
+    if local and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = np.asarray(leaf)  # a committed array of this process would not be taken
+    return jax.device_put(leaf, sharding)
+
+
+def _born(init: Callable, mesh: jax.sharding.Mesh, shardings: PyTree) -> Callable:
+    """``init`` compiled, whose state is born in its place.
+
+    Arrays that it closes over, such as pretrained parameters, become arguments: as constants they would be copied into
+    the program, and those that several processes share could not be. What lies on one device is copied to all of them.
+    """
+    traced, shapes = jax.make_jaxpr(init, return_shape=True)(jax.random.key(0))
+    structure = jax.tree.structure(shapes)
+
+    def run(constants: list[jax.Array], key: jax.Array) -> PyTree:
+        return jax.tree.unflatten(structure, jax.core.eval_jaxpr(traced.jaxpr, constants, key))
+
+    devices, everywhere = set(mesh.devices.flat), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    here = lambda leaf: isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices
+    jitted = jax.jit(run, out_shardings=shardings)
+    return lambda key: jitted([leaf if here(leaf) else _moved(leaf, everywhere) for leaf in traced.consts], key)
 
 
 def _skip_nonfinite(step: Callable, params: Callable[[PyTree], PyTree]) -> Callable:

@@ -2,6 +2,9 @@
 
 import json
 import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -136,14 +139,32 @@ def test_bad_calls(mesh, tmp_path):
 
 @pytest.mark.nightly
 @pytest.mark.promotes
-def test_lora_and_cola_on_a_mesh_learn_what_one_device_learns(mesh, tmp_path):
+@pytest.mark.parametrize("method", ["lora", "cola"])
+def test_a_run_on_a_mesh_is_that_of_one_device_and_goes_on_elsewhere(method, tmp_path):
     """The small twin of what ``tests/peers/sharded_load.py`` does with a billion parameters."""
-    script = runpy.run_path(str(Path(__file__).parents[1] / "peers" / "sharded_load.py"))
-    script["write"](tmp_path, "small")
-    single = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
-    many = load_pretrained(tmp_path, scan_layers=True, mesh=mesh, rules="fsdp+tensor")
-    one = load_pretrained(tmp_path, scan_layers=True)
-    for method in ("lora", "cola"):
-        losses = script["train"](one, single, "data", method, 3)
-        assert losses[2] < losses[1] < losses[0]
-        assert script["train"](many, mesh, "fsdp+tensor", method, 3) == pytest.approx(losses, rel=1e-5)
+    path = Path(__file__).parents[1] / "peers" / "sharded_load.py"
+    script = runpy.run_path(str(path))
+    words = ["--folder", str(tmp_path / "model"), "--size", "small", "--dtype", "float32", "--steps", "3"]
+    script["write"](tmp_path / "model", "small")
+
+    def run(out, *more):
+        options = script["parsed"]([*words, "--methods", method, "--out", str(tmp_path / out), *more])
+        peaks = script["Peaks"]()
+        model, mesh, found = script["load"](options, peaks)
+        return found | script["train"](model, mesh, method, options, peaks)
+
+    one = run("one", "--data", "1", "--model", "1")
+    assert one["losses"][2] < one["losses"][1] < one["losses"][0]
+    eight = run("eight")
+    assert eight["bytes_per_device"] < one["bytes"] / 6
+    assert run("cut", "--stop", "2")["stopped"] == 2
+    shutil.copytree(tmp_path / "cut", tmp_path / "again")
+    four = run("cut", "--data", "2", "--model", "2")
+    both = ["--methods", method, "--out", str(tmp_path / "again"), "--data", "2", "--model", "1", "--rules", "fsdp"]
+    report = tmp_path / "report.json"
+    command = [sys.executable, str(path), *words, *both, "--processes", "2", "--report", str(report)]
+    subprocess.run(command, capture_output=True, check=True)
+    two = json.loads(report.read_text())[0][method]
+    for found in (eight, four, two):
+        assert found["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert found["adapters"] == pytest.approx(one["adapters"], rel=1e-4)

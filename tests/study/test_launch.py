@@ -124,6 +124,25 @@ def test_the_manifest_is_one_run_per_host_with_its_restarts():
     assert set(re.findall(r"\$\{?([A-Z]+)", script)) <= names
 
 
+def test_the_words_of_the_page_make_a_study_whose_parameters_are_split():
+    from effjax.study.resolve import resolve
+
+    page = (LAUNCH / "README.md").read_text()
+    (words,) = re.findall(r"tpu_pod.sh (cola:paper .*?)\n```", page, flags=re.DOTALL)
+    words = words.replace("\\\n", " ").split()
+    assert "--train.mesh.data -1" in (LAUNCH / "tpu_pod.sh").read_text()
+    config = resolve(words[0], [*words[1:], "--train.mesh.data", "-1"]).config
+    assert (config.train.mesh.rules, config.train.remat, config.train.dtype) == ("fsdp", True, "bfloat16")
+
+
+def test_the_tables_of_the_page_are_those_of_the_committed_files():
+    from runs_pods import MAKERS, filled
+
+    page = (LAUNCH / "README.md").read_text()
+    assert all(f"<!-- {name} -->" in page for name in MAKERS)
+    assert filled(page) == page
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")
 def test_the_scripts_pass_shellcheck():
     scripts = [str(path) for path in LAUNCH.glob("*.s*")]

@@ -136,7 +136,8 @@ def test_a_tables_marker_must_make_sense():
 
 
 # The README's blocks by day, those of the other pages by night.
-PAGES = [*CARDS, *(path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text())]
+LAUNCH = ROOT / "configs" / "launch" / "README.md"
+PAGES = [*CARDS, LAUNCH, *(path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text())]
 PAGES = [pytest.param(path, marks=pytest.mark.nightly, id=f"{path.parent.name}-{path.stem}") for path in PAGES]
 
 
@@ -173,6 +174,6 @@ def links(path):
     return {link.partition("#")[0] for link in found if not re.match(r"[a-z]+:|#", link)}
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *CARDS, *(ROOT / "docs").glob("*.md")], ids=str)
+@pytest.mark.parametrize("path", [ROOT / "README.md", LAUNCH, *CARDS, *(ROOT / "docs").glob("*.md")], ids=str)
 def test_links_lead_to_files(path):
     assert [link for link in links(path) if not (path.parent / link).exists()] == []

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from effjax.core.partition import by_rows
+from effjax.core.partition import by_rows, spread
 from effjax.core.tree import leaf_paths
 from effjax.finetune.lora import LoraConfig, LoraRule, lora_init
 from effjax.models import Bert, BertClassifier, Bottleneck, Decoder, NodeClassifier, ResNet, ViT
@@ -97,6 +97,11 @@ def test_adapters_and_moments_follow_the_kernels():
         assert found["layer_0/attention/query/kernel/a"] == found["layer_0/attention/output/kernel/b"] == ()
         assert found["layer_0/attention/query/kernel/b"] == (None, "model")
         assert found["layer_0/attention/output/kernel/a"] == ("model", None)
+    # Of a rank that does not divide, a stack of narrow adapters is left to every device of ``data``.
+    split, large = (None, None, "model"), AbstractMesh((16, 4), ("data", "model"))
+    assert spread("layers/query/kernel/b", (32, 8, 4096), split, large, "data") == split
+    with pytest.raises(ValueError, match="no free axis is a multiple of the 16 devices"):
+        spread("query/kernel/b", (72, 4096), split[1:], large, "data")
     factored = jax.eval_shape(optax.adafactor(1e-3, min_dim_size_to_factor=4).init, params)
     assert {spec for name, spec in specs(factored, "fsdp+tensor").items() if "/v_row/" in f"/{name}"} == {()}
 
@@ -211,6 +216,23 @@ def test_a_run_goes_on_under_another_layout_and_on_fewer_devices(tmp_path):
     for left, right in zip(jax.tree.leaves(found.state.params), jax.tree.leaves(whole.state.params), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)
     assert found.train["loss"] == pytest.approx(whole.train["loss"], rel=1e-5)
+
+
+def test_arrays_of_one_device_go_where_the_state_lies():
+    """A base that was trained before, and what a method makes between two phases."""
+    import toy
+
+    base = jax.device_put(np.arange(16, dtype=np.float32).reshape(8, 2), jax.devices()[3])
+    program = toy.toy(2)._replace(init=lambda key: {"params": {"w": base + 1}, "key": key})
+    prepared = Prepared(program, TrainOptions(mesh=MeshOptions(data=8, rules="fsdp")))
+    state = prepared.init(KEY)
+    np.testing.assert_array_equal(state["params"]["w"], base + 1)
+    made = prepared.in_place({"params": {"w": base}, "key": jax.random.key(1)})
+    np.testing.assert_array_equal(made["params"]["w"], base)
+    for found in (state, made):
+        assert found["params"]["w"].addressable_shards[0].data.shape == (1, 2)
+        assert found["key"].sharding.device_set == set(jax.devices())
+    assert prepared.in_place(made)["params"]["w"] is made["params"]["w"]
 
 
 def test_a_layout_by_its_name_in_a_config():
