@@ -14,18 +14,21 @@
 # %% [markdown]
 # # Recurrent networks: long sequences, little memory
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/effjax/effjax/blob/main/notebooks/20_recurrent.ipynb)
+# Takes about 15 minutes on two CPU cores.
 #
 # Four things, each a few cells: the cells iRNN and TARNN beside LSTMs where the answer lies far back; FPTT, which
 # updates in every part of a sequence, beside backpropagation through time, with the memory that each takes; a model
 # that learns from a stream and follows its changes; and the same in the code of others (`nn.RNN`, Flax NNX).
 
 # %%
+import glob
+import importlib.util
+import subprocess
 import sys
 
-if "google.colab" in sys.modules:
-    # %pip install -q "effjax[study] @ git+https://github.com/effjax/effjax"
-    pass
+if importlib.util.find_spec("effjax") is None:  # a wheel beside this notebook, or the clone that it belongs to
+    place = next(iter(sorted(glob.glob("effjax-*.whl"))), "..")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{place}[notebooks]"], check=True)
 
 # %%
 import functools

@@ -16,18 +16,19 @@
 # %% [markdown]
 # # Transformers made smaller
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/effjax/effjax/blob/main/notebooks/60_transformers.ipynb)
-#
 # A small encoder learns to tell spam from short messages. `effjax.axformer` then tries what it can do without: a block,
 # a head, a group of neurons at a time, judged on messages that it was not trained on. No gradients are needed. At the
 # end `effjax.icpc`: one vision transformer for images of several sizes, which spends effort by difficulty.
 
 # %%
+import glob
+import importlib.util
+import subprocess
 import sys
 
-if "google.colab" in sys.modules:
-    # %pip install -q "effjax[study,text] @ git+https://github.com/effjax/effjax"
-    pass
+if importlib.util.find_spec("effjax") is None:  # a wheel beside this notebook, or the clone that it belongs to
+    place = next(iter(sorted(glob.glob("effjax-*.whl"))), "..")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{place}[notebooks]"], check=True)
 
 # %%
 import os

@@ -59,6 +59,12 @@ def test_top_level_is_small_and_whole():
         effjax.samuell  # noqa: B018
 
 
+def test_help_lists_every_method():
+    listed = dict(re.findall(r"^ {4}(\w+) {2,}(\S.*)$", effjax.__doc__, flags=re.MULTILINE))
+    named = {"bucket_sampler": "BucketSampler"}
+    assert {named.get(stem, stem): row.summary for stem, row in effjax.METHODS.items()}.items() <= listed.items()
+
+
 @pytest.mark.parametrize(
     ("typed", "wanted"),
     [
