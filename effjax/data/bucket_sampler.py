@@ -143,7 +143,7 @@ class BucketSampler(PlannedBatches):
     sizes, ``scale_by_batch_size`` scales the updates.
 
     Args:
-      columns: token ids and labels, or ``epoch -> columns``, as of ``PlannedBatches``.
+      columns: token ids and labels, or ``epoch -> columns``, as for ``PlannedBatches``.
       seed: of the order.
       epochs: passes over the data; a number, for all are planned ahead.
       boundaries: the :math:`L_b`; by default those that pad these data least within ``max_shapes``.

@@ -156,7 +156,7 @@ def compressed_text_columns(
 
     Args:
       columns: ``input_ids``, a ``Ragged``, and others; those with one entry per token lose what ``input_ids`` lose.
-      stop_of_id: as of ``compress_text``.
+      stop_of_id: as for ``compress_text``.
       shares: the levels: of the droppable tokens, what is left out.
       seed: 0 or more; of the first levels and of the words that go.
 

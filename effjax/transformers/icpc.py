@@ -79,16 +79,16 @@ class MixedLevels(nn.Module):
 
     Args:
       module: called as ``module(inputs, train=...)``; its variables lie under ``module``.
-      levels: as of ``icpc``.
-      shares: as of ``icpc``.
-      compress: as of ``icpc``.
+      levels: as for ``icpc``.
+      shares: as for ``icpc``.
+      compress: as for ``icpc``.
       whole: the level of evaluation; None takes the inputs as they are.
 
     Returns:
       When called with ``train=True``: what ``icpc`` gives. Else ``module(inputs)``, at the level ``whole``.
 
     Raises:
-      ValueError: as of ``icpc``.
+      ValueError: as for ``icpc``.
 
     Example:
       >>> import jax.numpy as jnp

@@ -156,7 +156,7 @@ def join_groups(parts: Sequence[PyTree], shares: Sequence[int]) -> Any:
 
     Args:
       parts: a tree for each group, of one form and dtypes.
-      shares: as of ``level_groups``.
+      shares: as for ``level_groups``.
 
     Returns:
       One such tree with the rows of all.
