@@ -129,7 +129,7 @@ def setup(app) -> None:
 
     def not_a_list(app, what, name, found, options, lines: list[str]) -> None:
         """``classes: K.`` says a number's name, and does not begin a list."""
-        lines[:] = [re.sub(r"^(\s*:\w+ \w+: )([A-Z])\.$", r"\1:math:`\2`.", line) for line in lines]
+        lines[:] = [re.sub(r"^(\s+)([A-Z])\.$", r"\1:math:`\2`.", line) for line in lines]
 
     def inline_math(self, node) -> None:
         self.body.append(mathml(node.astext(), "inline"))

@@ -61,6 +61,8 @@ def plan_epoch(
 
     The paper's code pads a batch to its own longest example and emits merged batches of odd sizes, which XLA would
     compile one by one.
+
+    Source: Nagarajan, Raghunathan 2023, Findings of EMNLP (2023.findings-emnlp.782).
     """
     lengths, boundaries, sizes = _check_plan(lengths, epoch, seed, boundaries, batch_sizes, cap)
     rng = np.random.default_rng((seed, epoch, 0))

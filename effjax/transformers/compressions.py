@@ -40,6 +40,8 @@ def resize_images(
       [1.5]
 
     Equals PyTorch's ``interpolate(mode="bilinear", align_corners=False)`` with the same ``antialias``, to rounding.
+
+    Source: Nagarajan, Raghunathan 2023, arXiv:2312.12385 (ECML PKDD 2024).
     """
     if jnp.ndim(images) != 4:
         raise ValueError(

@@ -63,6 +63,8 @@ def icpc(
     The paper draws one size for each micro-batch of 8 and adds up the gradients of 64 of them; that is ``sample_level``
     with ``optax.MultiSteps``. Fixed shares are ours: the same mixture without drawn step times, and with no host that
     draws another size than the rest.
+
+    Source: Nagarajan, Raghunathan 2023, arXiv:2312.12385 (ECML PKDD 2024).
     """
     levels, shares = tuple(levels), _shares(levels, shares)
 

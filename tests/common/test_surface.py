@@ -146,3 +146,5 @@ def test_docstring_says_what_goes_in_and_what_comes_out(path):
     described = re.findall(r"^  \**(\w+):", text.partition("Args:")[2].partition("\n\n")[0], re.MULTILINE)
     assert described == [name.strip("*") for name in signature.parameters]
     assert "raise " not in inspect.getsource(value(path)) or "Raises:" in text
+    # A page of the reference is read alone: "the paper" has a name there.
+    assert not re.search(r"\b[Tt]he paper", text) or re.search(r"\b(19|20)\d\d\b|arXiv", text)
