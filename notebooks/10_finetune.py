@@ -178,9 +178,10 @@ print(f"test accuracy {before:.3f} before, {accuracy(tuned):.3f} after; 'ham' al
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
-left.plot(losses, color="#bbbbbb")
+left.plot(losses, color="#bbbbbb", label="each step")
 window = STEPS // 12
-left.plot(np.arange(window - 1, STEPS), np.convolve(losses, np.ones(window) / window, mode="valid"), color="#c0392b")
+means = np.convolve(losses, np.ones(window) / window, mode="valid")
+left.plot(np.arange(window - 1, STEPS), means, color="#c0392b", label=f"mean of {window} steps")
 for knot in chain.knots:
     left.axvline(knot, color="#2c3e50", linestyle=":", label="knot" if knot == chain.knots[0] else None)
 left.set_xlabel("step")
@@ -194,7 +195,7 @@ for row, total in enumerate(real + padding):
     right.text(total, row, f" {total / 1e3:.0f}k", va="center")
 right.invert_yaxis()
 right.margins(x=0.12)
-right.set_xlabel("tokens of an epoch")
+right.set_xlabel("tokens per epoch")
 right.legend(loc="lower right")
 figure.tight_layout()
 plt.show()

@@ -362,12 +362,12 @@ block = max(1, PARTS // 60)
 blocks = lambda losses: losses.reshape(-1, block).mean(1)
 places = (np.arange(PARTS // block) + 0.5) * block * READERS * PART / 1000
 figure, axis = plt.subplots(figsize=(9, 4.5))
-axis.plot(places[: CHANGE // block], blocks(before), color="#c0392b")
+axis.plot(places[: CHANGE // block], blocks(before), color="#c0392b", label="before the change")
 for (name, losses), colour in zip(after.items(), ("#c0392b", "#7f8c8d", "#2980b9"), strict=True):
     axis.plot(places[CHANGE // block :], blocks(losses), label=name, color=colour)
-axis.axvline(CHANGE * READERS * PART / 1000, color="#2c3e50", linestyle=":")
+axis.axvline(CHANGE * READERS * PART / 1000, color="#2c3e50", linestyle=":", label="the stream changes")
 axis.set_xlabel("thousand characters read, each once")
-axis.set_ylabel("nats a character, before learning from it")
+axis.set_ylabel("nats per character, before learning from it")
 axis.legend()
 plt.show()
 

@@ -171,9 +171,12 @@ for seed in sets:
         f"{1 - int(found.adjacency.pattern.size) / cora.adjacency.nnz:.1%} of the edges pruned"
     )
 plt.figure(figsize=(4, 3))
-plt.plot(list(rows), np.array(list(rows.values())), "o-")
+values = np.array(list(rows.values()))
+plt.plot(list(rows), values, "o-", label=[f"labelled set {seed}" for seed in range(values.shape[1])])
 plt.ylabel("accuracy on unlabelled nodes")
-plt.title("one line a labelled set, 8 a class")
+plt.xlabel("method")
+plt.title("8 labels per class")
+plt.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]

@@ -126,7 +126,7 @@ for name, label in (("small", "cross-entropy"), ("osp", "one-sided prediction"),
     wrong, _ = hardness.prediction_errors(logits[name, "test"], y["test"], "log_odds")
     curve = hardness.risk_coverage_curve(confidence, wrong)
     plt.plot(curve.coverage, curve.selective_risk, label=f"{label}: AURC {hardness.aurc(confidence, wrong):.4f}")
-plt.axhline(0.1, color="grey", linewidth=0.8)
+plt.axhline(0.1, color="grey", linewidth=0.8, label="10 % wrong answers")
 plt.xlabel("coverage: share of the images that are answered")
 plt.ylabel("selective risk: share of wrong answers")
 plt.legend()

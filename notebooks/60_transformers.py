@@ -114,7 +114,7 @@ whole = costs.of(PruneSpec(shape))
 shares = (0.8, 0.4) if SMOKE else (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 to_cost = [prune_to_cost(evaluator, shape, costs, target=share * whole) for share in shares]
 plt.figure(figsize=(5, 2.6))
-plt.plot([cost.cost / whole for cost in to_cost], [cost.loss for cost in to_cost], "o-", markersize=3)
+plt.plot([cost.cost / whole for cost in to_cost], [cost.loss for cost in to_cost], "o-", markersize=3, label="pruned")
 plt.axhline(to_cost[0].base_loss, color="gray", linestyle=":", label="whole model")
 plt.xlabel("operations, of the whole model's")
 plt.ylabel("validation loss")
