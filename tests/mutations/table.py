@@ -1005,4 +1005,11 @@ MUTATIONS = (
         "holders.setdefault(tuple((one.start, one.stop, (1, None)[device.id % 2]) for one in index or ()), [])",
         ("models/test_mapped.py",),
     ),
+    Mutation(
+        "missing-shard",
+        "check",
+        "        if held != int(count):",
+        "        if held > int(count):",
+        ("data/test_sets.py",),
+    ),
 )
