@@ -14,7 +14,7 @@
 # %% [markdown]
 # # Quickstart: SAMUEL in an Optax chain
 #
-# Takes about 1 minute on two CPU cores.
+# Takes about 2 minutes on two CPU cores.
 #
 # A stream of real images changes three times without notice. A cosine schedule has by then lowered its rate for good;
 # SAMUEL keeps five learning rates alive and follows whichever pays now.
