@@ -12,15 +12,19 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from docutils import nodes  # noqa: E402
+
 import effjax  # noqa: E402
 
 project, author, release = "effjax", "the effjax authors", effjax.__version__
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_nb", "sphinx_copybutton"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb", "sphinx_copybutton"]
+html_math_renderer = "mathml"  # browsers draw it without scripts and without a network
 html_theme = "furo"
+html_static_path, html_css_files = ["static"], ["site.css"]
 html_title = f"effjax {release}"
 exclude_patterns = ["pictures"]
 nb_execution_mode = "off"  # notebooks run in the tests
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"  # Args says shapes and dtypes
 autodoc_default_options = {"members": False}
@@ -107,8 +111,17 @@ def moved(page: str, origin: Path, target: Path) -> str:
     return page.replace("](docs/pictures/", f"]({os.path.relpath(HERE / 'pictures', target)}/")
 
 
+def mathml(equation: str, display: str) -> str:
+    r"""An equation as MathML; lines separated by ``\\\\`` are aligned at their ``&``."""
+    from latex2mathml.converter import convert
+
+    if r"\\" in equation and r"\begin" not in equation:
+        equation = rf"\begin{{aligned}}{equation}\end{{aligned}}"
+    return convert(re.sub(r"\\arg\b", r"\\operatorname{arg}", equation), display=display)
+
+
 def setup(app) -> None:
-    """Pages written by hand link to files of the repository; here to pages of the site."""
+    """Equations become MathML. Pages written by hand link to files of the repository; here to pages of the site."""
 
     def move_links(app, name: str, source: list[str]) -> None:
         if not name.startswith("_pages/"):
@@ -116,8 +129,17 @@ def setup(app) -> None:
 
     def not_a_list(app, what, name, found, options, lines: list[str]) -> None:
         """``classes: K.`` says a number's name, and does not begin a list."""
-        lines[:] = [re.sub(r"^(\s*:\w+ \w+: )([A-Z])\.$", r"\1:math:`\2`.", line) for line in lines]
+        lines[:] = [re.sub(r"^(\s+)([A-Z])\.$", r"\1:math:`\2`.", line) for line in lines]
 
+    def inline_math(self, node) -> None:
+        self.body.append(mathml(node.astext(), "inline"))
+        raise nodes.SkipNode
+
+    def block_math(self, node) -> None:
+        self.body.append(f'<div class="math">{mathml(node.astext(), "block")}</div>')
+        raise nodes.SkipNode
+
+    app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.connect("source-read", move_links)
     app.connect("autodoc-process-docstring", not_a_list, priority=900)  # after napoleon
 

@@ -92,7 +92,7 @@ def _check_extras(words: Sequence[str]) -> None:
 
 
 def _readable(error: Exception, words: Sequence[str]) -> str:
-    """The message; with data of one's own, options are named as they are typed."""
+    """The message; with the user's own data, options are named as they are typed."""
     if not _own(words):
         return str(error)
     from effjax.study.own_files import as_flags
@@ -121,7 +121,7 @@ def _expected(error: Exception) -> int:
 
 
 def _own(words: Sequence[str]) -> bool:
-    """Whether data of one's own are given."""
+    """Whether the user's own data are given."""
     return any(word == "--data" or word.startswith("--data=") for word in words)
 
 

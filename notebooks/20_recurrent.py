@@ -14,18 +14,21 @@
 # %% [markdown]
 # # Recurrent networks: long sequences, little memory
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/effjax/effjax/blob/main/notebooks/20_recurrent.ipynb)
+# Takes about 15 minutes on two CPU cores.
 #
 # Four things, each a few cells: the cells iRNN and TARNN beside LSTMs where the answer lies far back; FPTT, which
 # updates in every part of a sequence, beside backpropagation through time, with the memory that each takes; a model
 # that learns from a stream and follows its changes; and the same in the code of others (`nn.RNN`, Flax NNX).
 
 # %%
+import glob
+import importlib.util
+import subprocess
 import sys
 
-if "google.colab" in sys.modules:
-    # %pip install -q "effjax[study] @ git+https://github.com/effjax/effjax"
-    pass
+if importlib.util.find_spec("effjax") is None:  # a wheel beside this notebook, or the clone that it belongs to
+    place = next(iter(sorted(glob.glob("effjax-*.whl"))), "..")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{place}[notebooks]"], check=True)
 
 # %%
 import functools
@@ -359,12 +362,12 @@ block = max(1, PARTS // 60)
 blocks = lambda losses: losses.reshape(-1, block).mean(1)
 places = (np.arange(PARTS // block) + 0.5) * block * READERS * PART / 1000
 figure, axis = plt.subplots(figsize=(9, 4.5))
-axis.plot(places[: CHANGE // block], blocks(before), color="#c0392b")
+axis.plot(places[: CHANGE // block], blocks(before), color="#c0392b", label="before the change")
 for (name, losses), colour in zip(after.items(), ("#c0392b", "#7f8c8d", "#2980b9"), strict=True):
     axis.plot(places[CHANGE // block :], blocks(losses), label=name, color=colour)
-axis.axvline(CHANGE * READERS * PART / 1000, color="#2c3e50", linestyle=":")
+axis.axvline(CHANGE * READERS * PART / 1000, color="#2c3e50", linestyle=":", label="the stream changes")
 axis.set_xlabel("thousand characters read, each once")
-axis.set_ylabel("nats a character, before learning from it")
+axis.set_ylabel("nats per character, before learning from it")
 axis.legend()
 plt.show()
 

@@ -14,18 +14,19 @@
 # %% [markdown]
 # # Knowing what is hard
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/effjax/effjax/blob/main/notebooks/40_hardness.ipynb)
-#
 # A small network is right on most inputs and wrong on some. Four ways to live with that: let it abstain, with a
 # guarantee; put a bigger network behind it and ask only where that pays; let it learn from the bigger one what it can
 # learn; and train it under constraints on its predictions. All on Fashion-MNIST, on two CPU cores.
 
 # %%
+import glob
+import importlib.util
+import subprocess
 import sys
 
-if "google.colab" in sys.modules:
-    # %pip install -q "effjax[study] @ git+https://github.com/effjax/effjax"
-    pass
+if importlib.util.find_spec("effjax") is None:  # a wheel beside this notebook, or the clone that it belongs to
+    place = next(iter(sorted(glob.glob("effjax-*.whl"))), "..")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{place}[notebooks]"], check=True)
 
 # %%
 import functools
@@ -125,7 +126,7 @@ for name, label in (("small", "cross-entropy"), ("osp", "one-sided prediction"),
     wrong, _ = hardness.prediction_errors(logits[name, "test"], y["test"], "log_odds")
     curve = hardness.risk_coverage_curve(confidence, wrong)
     plt.plot(curve.coverage, curve.selective_risk, label=f"{label}: AURC {hardness.aurc(confidence, wrong):.4f}")
-plt.axhline(0.1, color="grey", linewidth=0.8)
+plt.axhline(0.1, color="grey", linewidth=0.8, label="10 % wrong answers")
 plt.xlabel("coverage: share of the images that are answered")
 plt.ylabel("selective risk: share of wrong answers")
 plt.legend()

@@ -14,18 +14,19 @@
 # %% [markdown]
 # # Networks for images that compute less
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/effjax/effjax/blob/main/notebooks/50_vision.ipynb)
-#
 # Three ways to spend less on an image, and what each looks like on pictures: one Global layer in place of many blocks,
 # blocks that compute on a grid of anchors, and gates that decide for every image which blocks run. Fashion-MNIST, on
 # two CPU cores. What they gain and lose is in the cards of `global_layer`, `si_cnn` and `dynamic_inference`.
 
 # %%
+import glob
+import importlib.util
+import subprocess
 import sys
 
-if "google.colab" in sys.modules:
-    # %pip install -q "effjax[study] @ git+https://github.com/effjax/effjax"
-    pass
+if importlib.util.find_spec("effjax") is None:  # a wheel beside this notebook, or the clone that it belongs to
+    place = next(iter(sorted(glob.glob("effjax-*.whl"))), "..")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{place}[notebooks]"], check=True)
 
 # %%
 import functools

@@ -16,18 +16,19 @@
 # %% [markdown]
 # # Transformers made smaller
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/effjax/effjax/blob/main/notebooks/60_transformers.ipynb)
-#
 # A small encoder learns to tell spam from short messages. `effjax.axformer` then tries what it can do without: a block,
 # a head, a group of neurons at a time, judged on messages that it was not trained on. No gradients are needed. At the
 # end `effjax.icpc`: one vision transformer for images of several sizes, which spends effort by difficulty.
 
 # %%
+import glob
+import importlib.util
+import subprocess
 import sys
 
-if "google.colab" in sys.modules:
-    # %pip install -q "effjax[study,text] @ git+https://github.com/effjax/effjax"
-    pass
+if importlib.util.find_spec("effjax") is None:  # a wheel beside this notebook, or the clone that it belongs to
+    place = next(iter(sorted(glob.glob("effjax-*.whl"))), "..")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{place}[notebooks]"], check=True)
 
 # %%
 import os
@@ -113,7 +114,7 @@ whole = costs.of(PruneSpec(shape))
 shares = (0.8, 0.4) if SMOKE else (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 to_cost = [prune_to_cost(evaluator, shape, costs, target=share * whole) for share in shares]
 plt.figure(figsize=(5, 2.6))
-plt.plot([cost.cost / whole for cost in to_cost], [cost.loss for cost in to_cost], "o-", markersize=3)
+plt.plot([cost.cost / whole for cost in to_cost], [cost.loss for cost in to_cost], "o-", markersize=3, label="pruned")
 plt.axhline(to_cost[0].base_loss, color="gray", linestyle=":", label="whole model")
 plt.xlabel("operations, of the whole model's")
 plt.ylabel("validation loss")

@@ -177,7 +177,7 @@ class Executables:
         ``compile_s`` grows by the seconds that all of it takes.
 
         Args:
-          arguments: as of ``compile``, a tuple for each.
+          arguments: as for ``compile``, a tuple for each.
           on_done: called with the number that are compiled, after each.
 
         Raises:

@@ -29,7 +29,7 @@ def scan_time(
 
     With chunks of c steps the backward pass stores T / c carries and recomputes inside one chunk at a time: memory
     :math:`O(T / c + c)` states, least at :math:`c = \sqrt T`, for one more forward pass. ``chunk=1`` stores the carries
-    and none of what a step computes inside; on CPUs, where fresh memory is dear, that often trains faster than None.
+    and none of what a step computes inside; on CPUs, where fresh memory is slow, that often trains faster than None.
 
     Args:
       step: ``(params, carry, x) -> (carry, y)``.

@@ -63,6 +63,8 @@ def plan_epoch(
 
     The paper's code pads a batch to its own longest example and emits merged batches of odd sizes, which XLA would
     compile one by one.
+
+    Source: Nagarajan, Raghunathan 2023, Findings of EMNLP (2023.findings-emnlp.782).
     """
     lengths, boundaries, sizes = _check_plan(lengths, epoch, seed, boundaries, batch_sizes, cap)
     rng = np.random.default_rng((seed, epoch, 0))
@@ -145,7 +147,7 @@ class BucketSampler(PlannedBatches):
     sizes, ``scale_by_batch_size`` scales the updates.
 
     Args:
-      columns: token ids and labels, or ``epoch -> columns``, as of ``PlannedBatches``.
+      columns: token ids and labels, or ``epoch -> columns``, as for ``PlannedBatches``.
       seed: of the order.
       epochs: passes over the data; a number, for all are planned ahead.
       boundaries: the :math:`L_b`; by default those that pad these data least within ``max_shapes``.

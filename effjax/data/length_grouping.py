@@ -50,7 +50,7 @@ class PaddedBatches(PlannedBatches):
     r"""Batches of one size, each padded to a fixed length or to its longest row: what ``BucketSampler`` replaces.
 
     Args:
-      columns: token ids and labels, or ``epoch -> columns``, as of ``PlannedBatches``.
+      columns: token ids and labels, or ``epoch -> columns``, as for ``PlannedBatches``.
       seed: of the order.
       epochs: passes over the data; a number, for all are planned ahead.
       batch_size: rows of every batch; the last of an epoch is filled up with dummy rows.

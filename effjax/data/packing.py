@@ -90,7 +90,7 @@ class PackedBatches(PlannedBatches):
     ``weight`` float32 [B, S] (0 where there is no text) and the other columns [B, S].
 
     Args:
-      columns: token ids and labels, or ``epoch -> columns``, as of ``PlannedBatches``.
+      columns: token ids and labels, or ``epoch -> columns``, as for ``PlannedBatches``.
       seed: of the order.
       epochs: passes over the data; a number, for all are planned ahead.
       length: tokens of a row; by default those of the longest text.

@@ -161,7 +161,7 @@ def sequence_kind(name: str) -> Kind:
     """The kind of a problem from its name alone: no data are read.
 
     Args:
-      name: as of ``sequence_data``.
+      name: as for ``sequence_data``.
 
     Returns:
       ``"class"``, ``"value"`` or ``"tokens"``.

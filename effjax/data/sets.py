@@ -7,6 +7,7 @@ and ``graphs/<graph>.npz``. Nothing is ever unpickled, and a file that is damage
 else is refused by its name.
 """
 
+import collections
 import functools
 import math
 import os
@@ -64,7 +65,8 @@ def load(name: str, *, root: str | os.PathLike | None = None) -> DataSet:
 
     Built in, so that they need no network: ``digits``, ``fashion_mnist`` (12,000 / 3,000 of its
     images), ``fsdd`` (1,500 of its recordings), ``sms_spam``, ``tiny_shakespeare``, ``graphs/cora``
-    and ``graphs/citeseer``. ``EFFJAX_DATA`` comes before them, and ``source`` tells which was read.
+    and ``graphs/citeseer``. A wheel has 6,000 / 3,000 of ``fashion_mnist`` and no ``fsdd``.
+    ``EFFJAX_DATA`` comes before them, and ``source`` tells which was read.
     ``hf:owner/name`` or ``hf:owner/name:config`` is any other set of the Hugging Face hub, all of it
     decoded into memory; splits without labels (all -1) are left out.
 
@@ -77,7 +79,7 @@ def load(name: str, *, root: str | os.PathLike | None = None) -> DataSet:
 
     Raises:
       ValueError: the name is not registered, or a file is damaged or holds something else.
-      FileNotFoundError: no place has the set; the message says where it looked and what to do.
+      FileNotFoundError: no place has the set, or a shard is missing; the message says what to do.
 
     Example:
       >>> digits = load("digits")
@@ -97,6 +99,8 @@ def load(name: str, *, root: str | os.PathLike | None = None) -> DataSet:
         )
     for place, folder in _places(root):
         if files := _find(name, folder):
+            if place != "built-in":  # a wheel holds some of the shards
+                _check_shards(files)
             marks = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
             return _fresh(_load_files(name, place, marks))
     if root is None and SPECS[name].hub:
@@ -145,6 +149,17 @@ def _find(name: str, folder: Path) -> list[Path]:
     return [*files, counts] if name == "cifar10" and counts.is_file() else files
 
 
+def _check_shards(files: list[Path]) -> None:
+    """Refuse a split of which ``train-00000-of-00002.parquet`` is there and the other shard is not."""
+    shards = [match for path in files if (match := re.fullmatch(r"(\w+)-\d+-of-(\d+)\.\w+", path.name))]
+    for (split, count), held in collections.Counter(match.groups() for match in shards).items():
+        if held != int(count):
+            raise FileNotFoundError(
+                f"{files[0].parent} holds {held} of the {int(count)} files of the split {split!r}, "
+                f"{split}-*-of-{count}. Copy the others to it."
+            )
+
+
 def _missing(name: str, root: str | os.PathLike | None) -> str:
     looked = [f"{place} ({folder})" if place != "built-in" else "the built-in sets" for place, folder in _places(root)]
     if root is None and not os.environ.get("EFFJAX_DATA"):
@@ -153,7 +168,7 @@ def _missing(name: str, root: str | os.PathLike | None) -> str:
     return (
         f"Data set {name!r} was not found. Looked in: {', '.join(looked)}. Ways out: set EFFJAX_DATA to a folder that "
         f"holds {file}; or load another set of the Hugging Face hub as 'hf:owner/name'; or choose a built-in set: "
-        f"{', '.join(BUILTIN_NAMES)}."
+        f"{', '.join(held for held in BUILTIN_NAMES if _find(held, BUILTIN))}."
     )
 
 

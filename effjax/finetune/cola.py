@@ -93,6 +93,8 @@ def cola(
     The paper restarts the optimizer at knots and does not say what its learning rate does; ``config.schedule`` offers
     both. Beyond the paper: lazy knots and float32 masters, export of the chain as one adapter, data-driven knots
     (``SlopeKnot``), gradient-informed starts. The paper's rank step-down is kept at constant shapes.
+
+    Source: Xia, Qin, Hazan 2024, arXiv:2401.04151.
     """
     if isinstance(base, optax.MultiSteps):
         accumulate: Any = base.update  # takes further keywords, which its type does not say

@@ -64,6 +64,8 @@ class SlopeKnot:
       True
 
     Not in the paper, which ties at fixed epochs.
+
+    Source: Xia, Qin, Hazan 2024, arXiv:2401.04151.
     """
 
     min_steps: int

@@ -153,6 +153,8 @@ def fit_calibration(
       ... )
       >>> losses.shape
       (3,)
+
+    Source: Wang, Liu, Shi, Yang 2021, NeurIPS, arXiv:2109.14285.
     """
     check_number("epochs", epochs, low=1, integer=True)
     check_number("dropout", dropout, low=0, high=1, open_high=True)

@@ -358,7 +358,7 @@ def _sample(state: FastrainState, graph: StageGraph, config: FastrainConfig, key
     if config.keep_rate == 1.0:
         return matrix
     if config.exact_drop:
-        # Of a pruned graph as large a share as of the whole one.
+        # The same share of the pruned graph as of the whole one.
         return drop_edges_exactly(key, matrix, state.dropped * matrix.pattern.size // len(state.edges))
     return drop_edges(key, matrix, state.keep_rate)
 

@@ -77,6 +77,8 @@ class FastrainConfig(FastrainSettings):
       head_dropout: rate on the head's hidden layer.
       smoothed: Correct & Smooth the last stage's predictions.
       tx: optimizer of a stage.
+
+    Source: Nagarajan, Raghunathan 2023, TMLR (OpenReview 1IYJfwJtjQ).
     """
 
     epochs: Count = 300

@@ -126,6 +126,8 @@ def drop_edges(key: jax.Array, matrix: SparseMatrix, keep_rate: float | jax.Arra
       True
 
     The authors drop an exact number (``FastrainConfig(exact_drop=True)``), which takes a sort.
+
+    Source: Nagarajan, Raghunathan 2023, TMLR (OpenReview 1IYJfwJtjQ).
     """
     check_matrix("matrix", matrix, stacked=True)
     check_number("keep_rate", keep_rate, low=0, high=1)
@@ -254,6 +256,8 @@ def select_pseudolabels(
       >>> confidence, mask = jnp.array([0.95, 0.9, 0.9, 0.5]), jnp.array([True, False, False, False])
       >>> select_pseudolabels(confidence, mask, 0.8, jnp.array([[0, 1, 1, 0], [0, 1, 2, 0]])).tolist()
       [False, True, False, False]
+
+    Source: Nagarajan, Raghunathan 2023, TMLR (OpenReview 1IYJfwJtjQ).
     """
     check_number("threshold", threshold, low=0, high=1)
     check_array("confidence", confidence, (None,), "floating")
@@ -397,6 +401,8 @@ def train_stage(
       ... )
       >>> bool(losses[2] < losses[0])
       True
+
+    Source: Nagarajan, Raghunathan 2023, TMLR (OpenReview 1IYJfwJtjQ).
     """
     check_number("epochs", epochs, low=1, integer=True)
     check_array("labels", labels, (None,), "integers")

@@ -29,6 +29,8 @@ class DiskConfig:
     Example:
       >>> DiskConfig(tx=optax.sgd(0.1), k=3).student_temperature
       4.0
+
+    Source: Kag, Acar, Gangrade, Saligrama 2023, ICLR (OpenReview N4K5ck-BTT).
     """
 
     tx: optax.GradientTransformation
@@ -175,6 +177,8 @@ def disk_preset(name: str, tx: optax.GradientTransformation, **fields: Any) -> D
     Example:
       >>> disk_preset("release_imagenet", optax.sgd(0.05), k=5).clamp
       2.0
+
+    Source: Kag, Acar, Gangrade, Saligrama 2023, ICLR (OpenReview N4K5ck-BTT).
     """
     check_choice("name", name, tuple(_PRESETS))
     known = [field.name for field in dataclasses.fields(DiskConfig)]

@@ -158,6 +158,8 @@ def disk_help(
       >>> a, b, y = jnp.zeros((2, 2)), jnp.array([[0.0, 1.0]] * 2), jnp.array([1, 0])
       >>> round(float(disk_help(a, b, y, jnp.zeros(2))), 3)  # half of 2 log 2, one row wrong
       0.693
+
+    Source: Kag, Acar, Gangrade, Saligrama 2023, ICLR (OpenReview N4K5ck-BTT).
     """
     check_choice("target", target, ("teacher", "label"))
     check_choice("over", over, ("wrong", "all"))
@@ -243,6 +245,8 @@ def best_guide(
       (0.3, True)
 
     Not in the paper, where the guide is a network on the teacher's features.
+
+    Source: Kag, Acar, Gangrade, Saligrama 2023, ICLR (OpenReview N4K5ck-BTT).
     """
     check_number("budget", budget, low=0, open_low=True)
     logits, labels, top = _inputs(student_logits, teacher, labels, k, mask)

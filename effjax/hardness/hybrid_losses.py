@@ -47,6 +47,8 @@ def query_oracle(
     Example:
       >>> query_oracle(jnp.array([0, 1, 1]), jnp.array([0, 0, 1]), jnp.array([0, 0, 0])).tolist()
       [False, True, False]
+
+    Source: Kag, Fedorov, Gangrade, Whatmough, Saligrama 2023, ICLR (OpenReview jpR98ZdIm2q).
     """
     check_choice("kind", kind, ("gain", "wrong", "disagree"))
     check_shape("expert", expert, jnp.shape(base), "One prediction for each row.")
@@ -116,6 +118,8 @@ def coverage_penalty(
     Example:
       >>> coverage_penalty(jnp.zeros(4), 0.7).round(4).item()
       0.03999999910593033
+
+    Source: Kag, Fedorov, Gangrade, Whatmough, Saligrama 2023, ICLR (OpenReview jpR98ZdIm2q).
     """
     check_choice("kind", kind, ("squared", "linear", "released"))
     check_number("coverage", coverage, low=0, high=1, open_low=True, open_high=True)
@@ -177,6 +181,8 @@ def weighted_cross_entropy(
     Example:
       >>> weighted_cross_entropy(jnp.zeros((2, 4)), jnp.array([1, -1]), jnp.array([2.0, 1.0])).round(1).item()
       2.799999952316284
+
+    Source: Kag, Fedorov, Gangrade, Whatmough, Saligrama 2023, ICLR (OpenReview jpR98ZdIm2q).
     """
     check_number("smoothing", smoothing, low=0, high=1, open_high=True)
     rows = jnp.shape(logits)[:1]

@@ -111,6 +111,8 @@ def osp_loss(
     The paper trains the saddle point of ``osp_saddle``, with levels and multipliers for every class. Where mu > 0 its
     minimum is that of this loss: at the saddle the level is C_k and the multiplier mu. The authors' later PyTorch
     program leaves the multiplier out of the gradient of the network, so that every mu trains the loss of mu = 1.
+
+    Source: Gangrade, Kag, Saligrama 2021, AISTATS, arXiv:2010.07853.
     """
     terms = osp_terms(logits, labels, weights=weights, axis_name=axis_name)
     if jnp.ndim(mu):

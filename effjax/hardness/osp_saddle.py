@@ -22,7 +22,10 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OspSaddleConfig:
-    """Settings of the saddle form; the defaults are those of the authors' first program."""
+    """Settings of the saddle form; the defaults are those of the authors' first program.
+
+    Source: Gangrade, Kag, Saligrama 2021, AISTATS, arXiv:2010.07853.
+    """
 
     mu: NotNegative
     """Price of false positives."""
@@ -149,6 +152,8 @@ def osp_saddle_step(
 
     A homotopy to ``osp_loss``: the multipliers start at mu - 0.5 and end at mu. Where a class is absent from the batch,
     its C_k still counts, that of its false positives; the authors' program divides by zero there.
+
+    Source: Gangrade, Kag, Saligrama 2021, AISTATS, arXiv:2010.07853.
     """
 
     def saddle(both: tuple[PyTree, jax.Array]) -> tuple[jax.Array, OspTerms]:

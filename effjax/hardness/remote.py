@@ -135,7 +135,7 @@ class RemoteExpert:
     def finish(
         self, call: RemoteCall, outputs: PyTree, *, rows: int | None = None
     ) -> tuple[PyTree, Bool[np.ndarray, "rows"]]:
-        """The answers of a call that was started, as of ``__call__``; waits until the timeout.
+        """The answers of a call that was started, as for ``__call__``; waits until the timeout.
 
         Args:
           call: of ``start``.

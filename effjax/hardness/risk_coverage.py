@@ -206,6 +206,8 @@ def excess_aurc(
     Example:
       >>> float(excess_aurc(jnp.array([0.9, 0.8]), jnp.array([False, True])))
       0.0
+
+    Source: Geifman, Uziel, El-Yaniv 2019, arXiv:1805.08206.
     """
     return aurc(confidence, errors, where=where, rule=rule) - optimal_aurc(errors, where=where, limit=limit)
 

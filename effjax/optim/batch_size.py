@@ -53,6 +53,8 @@ def scale_by_batch_size(
 
     The paper's program multiplies the rate once per micro-step without a reset, so that under gradient accumulation the
     factors compound; here they do not. ``max_factor`` is ours.
+
+    Source: Nagarajan, Raghunathan 2023, Findings of EMNLP (2023.findings-emnlp.782).
     """
     check_number("reference", reference, low=0, open_low=True)
     check_number("power", power)

@@ -140,6 +140,8 @@ def samuel(
     as here. That program is ``eta_scale=1, normalize=False, loss_clip=None, prior_odds=1``, except that it restarts the
     key at every sync, so that each segment repeats the draws of the one before; here a draw comes from the key and the
     step of the whole run. Normalising, clipping and inherited odds are not in the paper.
+
+    Source: Lu, Xia, Arora, Hazan 2022, arXiv:2203.01400.
     """
     experts = _Experts.make(base, learning_rates)
     rule = WeightRule.make(meta_rates, eta_scale, normalize, spread_decay, loss_clip)

@@ -53,7 +53,7 @@ class HybridStudy(StudyConfig):
     ResNets are pretrained, and what the router learns from is taken off the test images. Texts: encoder-1x32 has one
     layer of width 32; minilm, ... are pretrained and fine-tuned."""
     expert: str | None = None
-    """The expert for data of one's own, by name; None for cnn on images and minilm on texts. Both models may be given
+    """The expert for your own data, by name; None for cnn on images and minilm on texts. Both models may be given
     by their weights: of images a file called after its architecture, as resnet20.safetensors, or
     mobilenet_v2_10_224; of texts the folder of a checkpoint."""
     coverage: Open = 0.8

@@ -43,7 +43,7 @@ class Loaded(NamedTuple):
 
     Attributes:
       task: with whole texts.
-      stops: of the tokenizer's vocabulary, as of ``compress_text``.
+      stops: of the tokenizer's vocabulary, as for ``compress_text``.
       tokens: of a test text at each level, on average.
       logits: ``variables -> [rows, levels, classes]`` of the test texts.
     """
@@ -118,7 +118,7 @@ def _arms(config: Any) -> Iterator[Arm]:
 
 
 def _at_random(mixed: Columns, loaded: Loaded, seed: int) -> Callable[[int], Any]:
-    """Of every text as many tokens go, whichever; never special ones before all others."""
+    """As many tokens of every text are dropped at random, special ones last."""
     columns, read = loaded.task.train, mixed(loaded, seed)
     ids: Any = columns["input_ids"]
     special = np.isin(ids.values, list(loaded.task.tokenizer.special_ids))

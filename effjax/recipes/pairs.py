@@ -242,7 +242,7 @@ def _texts(config: Any, data: DataSet, names: tuple[str, str], pretrained: bool)
     for role, name in zip(("base", "expert"), names, strict=True):
         task = text_task(data, name, max_length=config.max_length)
         if task.classes == 1 or task.details["choices"] > 1:
-            raise ValueError(f"data={data.name!r} are scores or choices; a hybrid answers with classes, one a row.")
+            raise ValueError(f"data={data.name!r} are scores or choices; a hybrid answers with classes, one per row.")
         inputs = functools.partial(_padded, data, task, config.max_length)
         found.append(Network(task, _trained_on_texts(config, task), _text_apply(task, role), inputs))
     return found

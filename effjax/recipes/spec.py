@@ -164,7 +164,7 @@ class StudyConfig:
     train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
     """How runs are executed."""
     own: OwnData | None = None
-    """Data of one's own in place of the study's; set by --data."""
+    """Your own data in place of the study's; set by --data."""
 
     def data(self, name: str, modality: Modality | Sequence[Modality]) -> Any:
         """What a maker of tasks takes as its data: the name of a set, or the user's own data."""

@@ -84,6 +84,8 @@ def dual_ode(
 
     Reference: class ``iRNN_DualODECell`` of the authors' code (anilkagak2/TARNN, ``tensorflow/tarnn.py``). Its W2 and
     W4, which are computed and not used, are left out.
+
+    Source: Kag, Zhang, Saligrama 2020, ICLR (OpenReview HylpqA4FwS).
     """
     check_finite("xs", xs)
     steps = {name: steps_over_time(params[name], len(xs), argument=name) for name in _STEPS}

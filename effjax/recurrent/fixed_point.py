@@ -207,6 +207,8 @@ class EquilibriumRNN(OverTime):
       >>> states, _ = jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.ones((4, 20, 3)))
       >>> states.shape
       (4, 20, 8)
+
+    Source: Kag, Zhang, Saligrama 2020, ICLR (OpenReview HylpqA4FwS).
     """
 
     features: int

@@ -193,6 +193,8 @@ def fptt_epoch_end(state: PyTree, params: PyTree, *, reset_lam: bool = True) -> 
       >>> state, w = fptt_epoch_end(state, optax.apply_updates(w, updates))
       >>> state.lam.tolist()
       [0.0, 0.0]
+
+    Source: Kag, Saligrama 2021, ICML (PMLR 139:5189-5200).
     """
     params = fptt_eval_params(state, params)
     if reset_lam:
@@ -241,6 +243,8 @@ def fptt_terminal_loss(
       >>> first, last = SequencePart(0, 2, 2), SequencePart(1, 2, 2)
       >>> [round(float(fptt_terminal_loss(jnp.zeros((1, 4)), jnp.zeros(1, int), p)), 3) for p in (first, last)]
       [0.866, 1.386]
+
+    Source: Kag, Saligrama 2021, ICML (PMLR 139:5189-5200).
     """
     check_choice("auxiliary", auxiliary, _AUXILIARY)
     if (qbar is not None) != (auxiliary == "qbar"):
@@ -289,6 +293,8 @@ def qbar_init(classes: int, parts: int, *, uniform: bool = True) -> Float[Array,
     Example:
       >>> qbar_init(4, 10).shape
       (4, 10, 4)
+
+    Source: Kag, Saligrama 2021, ICML (PMLR 139:5189-5200).
     """
     check_number("classes", classes, low=2, integer=True)
     check_number("parts", parts, low=1, integer=True)
@@ -317,6 +323,8 @@ def qbar_first_errors(
       >>> logits = jnp.asarray([[[0.0, 9.0]], [[9.0, 0.0]]])
       >>> qbar_first_errors(qbar_init(2, 2), logits, jnp.zeros(1, int))[:, 0].round(2).tolist()
       [[0.0, 1.0], [0.5, 0.5]]
+
+    Source: Kag, Saligrama 2021, ICML (PMLR 139:5189-5200).
     """
     check_shape("labels", labels, logits.shape[1:-1], "One label for each sequence.")
     early = qbar.shape[1] - 1
@@ -349,6 +357,8 @@ def qbar_sums(
     Example:
       >>> qbar_sums(jnp.zeros((2, 1, 2)), jnp.zeros((1, 3, 2)), jnp.asarray([0, 0, 1])).tolist()
       [[[1.0, 1.0]], [[0.5, 0.5]]]
+
+    Source: Kag, Saligrama 2021, ICML (PMLR 139:5189-5200).
     """
     check_shape("labels", labels, logits.shape[1:-1], "One label for each sequence.")
     parts, classes = sums.shape[1:]
@@ -371,6 +381,8 @@ def qbar_means(
     Example:
       >>> qbar_means(jnp.asarray([[[3.0, 1.0]], [[0.0, 0.0]]]), qbar_init(2, 1)).tolist()
       [[[0.75, 0.25]], [[0.5, 0.5]]]
+
+    Source: Kag, Saligrama 2021, ICML (PMLR 139:5189-5200).
     """
     counts = sums.sum(-1, keepdims=True)  # every sample's probabilities sum to 1
     return jnp.where(counts > 0, sums / jnp.where(counts > 0, counts, 1), qbar)

@@ -204,6 +204,8 @@ class IncrementalRNNCell(_Incremental, Cell):
       ((4, 20, 8), (20, 1))
 
     Reference: as for ``irnn``. Weights start from N(0, 0.1^2) and steps from 0.01, as in the authors' code.
+
+    Source: Kag, Zhang, Saligrama 2020, ICLR (OpenReview HylpqA4FwS).
     """
 
     @nn.nowrap

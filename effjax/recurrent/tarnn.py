@@ -278,6 +278,8 @@ class TARNNCell(_TimeAdaptive, Cell):
       (4, 20, 8)
 
     Reference: as for ``tarnn``. Weights start from N(0, 0.1^2) and steps from 0.01, as in the authors' code.
+
+    Source: Kag, Saligrama 2021, CVPR (pp. 15149-15158).
     """
 
     @nn.nowrap

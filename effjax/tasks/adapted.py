@@ -191,7 +191,7 @@ def next_link(knot: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Varia
       knot: of ``cola_next``, or of ``plora_next`` for a ``periodic_task``. It may donate its arguments.
 
     Returns:
-      Function ``(variables, opt_state) -> (variables, opt_state)``, the latter as of ``by_part``, for ``with_knots``.
+      Function ``(variables, opt_state) -> (variables, opt_state)``, the latter as for ``by_part``, for ``with_knots``.
     """
 
     def leave(variables: Variables, opt: Mapping[str, PyTree]) -> tuple[Variables, dict[str, PyTree]]:

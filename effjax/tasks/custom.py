@@ -48,7 +48,7 @@ def task(
     source: str | None = None,
     eval_batch: int = 256,
 ) -> Task:
-    r"""Bundle a network and data of one's own, to be trained and compared.
+    r"""Bundle your own network and data, to be trained and compared.
 
     With the outputs :math:`o_i` of row i and its weight :math:`w_i` (the column ``weight`` if the data have one, else
     1) the loss is :math:`\sum_i w_i \ell(o_i, b_i) / \sum_i w_i`, in float32.

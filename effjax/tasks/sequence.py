@@ -161,9 +161,9 @@ def task_of_functions(
       apply: ``(variables, inputs, key, train) -> (outputs, model_state)``; traceable. ``inputs`` are a mapping of
         ``inputs`` and ``lengths`` where the data have lengths; ``key`` feeds dropout and may be None, ``model_state``
         holds the collections other than ``params``.
-      eval_batch: as of ``sequence_task``.
-      dtype: as of ``sequence_task``.
-      remat: as of ``sequence_task``.
+      eval_batch: as for ``sequence_task``.
+      dtype: as for ``sequence_task``.
+      remat: as for ``sequence_task``.
 
     Returns:
       A ``Task``.

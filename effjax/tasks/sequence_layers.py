@@ -132,9 +132,9 @@ def sequence_cell(name: str, features: int, *, length: int, dtype: str = "float3
 
     Args:
       name: a row of ``LAYERS`` that has a cell: not ``"lru-4"``, ``"irnn-equilibrium"`` or ``"dual-ode"``.
-      features: as of ``sequence_layer``.
-      length: as of ``sequence_layer``.
-      dtype: as of ``sequence_layer``.
+      features: as for ``sequence_layer``.
+      length: as for ``sequence_layer``.
+      dtype: as for ``sequence_layer``.
 
     Returns:
       An ``effjax.core.cells.Cell``.

@@ -33,12 +33,12 @@ def layer_task(
 
     Args:
       data: a name of ``effjax.data.sequences``, or a ``SequenceData``.
-      layer: from ``[batch, time, features]`` to states ``[batch, time, hidden]``, as of ``sequence_layer``.
+      layer: from ``[batch, time, features]`` to states ``[batch, time, hidden]``, as for ``sequence_layer``.
       embedding: width of the embedding, where inputs are ids.
       read: ``"last"`` or ``"mean"``, of the states over time; where there is one answer per time step, all are read.
       dropout: rate on the states that the head reads, and on embeddings.
-      dtype: as of ``sequence_task``.
-      remat: as of ``sequence_task``.
+      dtype: as for ``sequence_task``.
+      remat: as for ``sequence_task``.
 
     Returns:
       A ``Task``.
@@ -71,7 +71,7 @@ def cell_task(
 
     Args:
       data: a name of ``effjax.data.sequences``, or a ``SequenceData``.
-      cell: an ``effjax.core.cells.Cell``, as of ``sequence_cell``.
+      cell: an ``effjax.core.cells.Cell``, as for ``sequence_cell``.
       name: of the network; None for the cell's class.
       adjust: ``(key, the cell's initial parameters) -> parameters``, such as ``torch_lstm_init``.
       dtype: of the matrix products' operands in embedding and head; the cell is made with the same.
@@ -123,7 +123,7 @@ def part_loss(
     the part's tokens where every time step has one.
 
     Args:
-      kind: as of ``sequence_loss``; all but ``"tokens"`` need ``terminal=True`` in the step.
+      kind: as for ``sequence_loss``; all but ``"tokens"`` need ``terminal=True`` in the step.
       network: whose ``read`` gives the outputs.
       auxiliary: of classes, ``"uniform"`` asks parts before the last for the uniform distribution too, see
         ``fptt_terminal_loss``.

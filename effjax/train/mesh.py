@@ -120,7 +120,7 @@ def shardings(tree: PyTree, rules: Layout | Rules, mesh: Mesh) -> PyTree:
 
 
 def shard(params: PyTree, rules: Layout | Rules, mesh: Mesh) -> PyTree:
-    """Put a tree of arrays on a mesh, for a training loop of one's own.
+    """Put a tree of arrays on a mesh, for your own training loop.
 
     The optimizer's state is made from what this returns (``tx.init(params)``) and lies as it does, adapters after
     ``shard(lora, rules, mesh)``. A batch goes where ``NamedSharding(mesh, P("data"))`` says. Call the jitted step under

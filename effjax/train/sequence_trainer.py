@@ -52,7 +52,7 @@ def through_time(
       batch_size: sequences of one step.
       streams: whether row b of a batch continues row b of the batch before, as ``sequence_data`` orders a text with
         ``streams=batch_size``: the hidden state then goes on.
-      auxiliary: as of ``part_loss``.
+      auxiliary: as for ``part_loss``.
       options: how the run is executed.
       eval_params: ``(state, params) -> params`` to be evaluated, such as ``fptt_eval_params``; the metrics of those
         in training are then reported too, with names that end in ``_w``.

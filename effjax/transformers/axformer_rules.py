@@ -40,6 +40,8 @@ class AxformerConfig:
       level: of one significance test.
       collapse: reject where the entropy of the predicted classes falls below this share of the unpruned model's.
       seed: of the bootstrap and the halves.
+
+    Source: Nagarajan, Sen, Stevens, Raghunathan 2022, arXiv:2010.03688.
     """
 
     agreement: Rate = 0.5

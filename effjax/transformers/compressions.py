@@ -40,6 +40,8 @@ def resize_images(
       [1.5]
 
     Equals PyTorch's ``interpolate(mode="bilinear", align_corners=False)`` with the same ``antialias``, to rounding.
+
+    Source: Nagarajan, Raghunathan 2023, arXiv:2312.12385 (ECML PKDD 2024).
     """
     if jnp.ndim(images) != 4:
         raise ValueError(
@@ -156,7 +158,7 @@ def compressed_text_columns(
 
     Args:
       columns: ``input_ids``, a ``Ragged``, and others; those with one entry per token lose what ``input_ids`` lose.
-      stop_of_id: as of ``compress_text``.
+      stop_of_id: as for ``compress_text``.
       shares: the levels: of the droppable tokens, what is left out.
       seed: 0 or more; of the first levels and of the words that go.
 

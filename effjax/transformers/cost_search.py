@@ -66,14 +66,14 @@ def prune_to_cost(
     the true cost. A rise is negative where a removal helps: such elements go first.
 
     Args:
-      evaluate: as of ``axformer``.
+      evaluate: as for ``axformer``.
       shape: the model's elements.
       costs: of blocks of every size: of ``macs_of_blocks``, or measured by ``latency_of_blocks``.
       target: the most that the model may cost, in the unit of ``costs``.
       beam: models that are followed side by side: of all that are scored, those with the smallest rise of the loss for
         what is saved. 1 is greedy.
       tries: elements of a model that are scored before one is chosen.
-      loss_batch: as of ``AxformerConfig``; None for the mean over samples.
+      loss_batch: as for ``AxformerConfig``; None for the mean over samples.
 
     Returns:
       A ``PrunedToCost``: of the models that reach the target, the one of the least loss.

@@ -63,6 +63,8 @@ def icpc(
     The paper draws one size for each micro-batch of 8 and adds up the gradients of 64 of them; that is ``sample_level``
     with ``optax.MultiSteps``. Fixed shares are ours: the same mixture without drawn step times, and with no host that
     draws another size than the rest.
+
+    Source: Nagarajan, Raghunathan 2023, arXiv:2312.12385 (ECML PKDD 2024).
     """
     levels, shares = tuple(levels), _shares(levels, shares)
 
@@ -79,16 +81,16 @@ class MixedLevels(nn.Module):
 
     Args:
       module: called as ``module(inputs, train=...)``; its variables lie under ``module``.
-      levels: as of ``icpc``.
-      shares: as of ``icpc``.
-      compress: as of ``icpc``.
+      levels: as for ``icpc``.
+      shares: as for ``icpc``.
+      compress: as for ``icpc``.
       whole: the level of evaluation; None takes the inputs as they are.
 
     Returns:
       When called with ``train=True``: what ``icpc`` gives. Else ``module(inputs)``, at the level ``whole``.
 
     Raises:
-      ValueError: as of ``icpc``.
+      ValueError: as for ``icpc``.
 
     Example:
       >>> import jax.numpy as jnp

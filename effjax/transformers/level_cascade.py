@@ -68,7 +68,7 @@ def level_params(params: PyTree, thresholds: Sequence[float], temperatures: Sequ
     Args:
       params: of the one model.
       thresholds: of the confidence, one for each level but the last. 0 answers everything, above 1 nothing.
-      temperatures: of each level's softmax, such as of ``level_temperatures``; None for 1.
+      temperatures: of each level's softmax, such as those of ``level_temperatures``; None for 1.
 
     Returns:
       A list, one entry for each level.
@@ -107,11 +107,11 @@ class LevelCascade:
     and bucket, and none is compiled after ``warm_up``. At batch 1 it is the paper's loop.
 
     Args:
-      apply: as of ``level_stages``.
+      apply: as for ``level_stages``.
       levels: in increasing order of cost.
       buckets: increasing batch sizes for the levels after the first; the batch is added.
       compress: ``(inputs, level) -> inputs``.
-      compiler_options: as of ``HostDispatch``.
+      compiler_options: as for ``HostDispatch``.
 
     Attributes:
       dispatch: the ``HostDispatch``; ``dispatch.launches`` counts the programs that ran.
@@ -154,15 +154,15 @@ class LevelCascade:
         Args:
           params: of the model.
           inputs: at full size, the batch axis leading.
-          thresholds: as of ``level_params``.
-          temperatures: as of ``level_params``.
+          thresholds: as for ``level_params``.
+          temperatures: as for ``level_params``.
 
         Returns:
           A ``Dispatched``: ``outputs`` are logits over the temperature of the level that answered, ``answered`` is its
           place among the levels. ``failed`` rows have NaN logits at a later level, and keep the answer before it.
 
         Raises:
-          ValueError: as of ``level_params``, or levels whose logits differ in form.
+          ValueError: as for ``level_params``, or levels whose logits differ in form.
         """
         return self.dispatch(self._params(params, thresholds, temperatures), inputs)
 

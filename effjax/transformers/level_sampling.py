@@ -42,6 +42,8 @@ def sample_level(levels: Sequence[Level], step: int, *, seed: int, weights: Sequ
     Example:
       >>> [sample_level((12, 20, 28), step, seed=0) for step in range(6)]
       [20, 28, 12, 28, 28, 20]
+
+    Source: Nagarajan, Raghunathan 2023, arXiv:2312.12385 (ECML PKDD 2024).
     """
     check_number("step", step, low=0, integer=True)
     check_number("seed", seed, low=0, integer=True)
@@ -129,6 +131,8 @@ def level_groups(batch: PyTree, shares: Sequence[int]) -> list[Any]:
     Example:
       >>> [part.tolist() for part in level_groups(jnp.arange(8), (1, 3))]
       [[0, 4], [1, 2, 3, 5, 6, 7]]
+
+    Source: Nagarajan, Raghunathan 2023, arXiv:2312.12385 (ECML PKDD 2024).
     """
     period = _period(shares)
     rows = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
@@ -156,7 +160,7 @@ def join_groups(parts: Sequence[PyTree], shares: Sequence[int]) -> Any:
 
     Args:
       parts: a tree for each group, of one form and dtypes.
-      shares: as of ``level_groups``.
+      shares: as for ``level_groups``.
 
     Returns:
       One such tree with the rows of all.

@@ -145,7 +145,7 @@ def position_selector(
     """``select_positions`` with its settings, as models take it: ``ViT(positions=position_selector("crop"))``.
 
     Args:
-      how: as of ``select_positions``.
+      how: as for ``select_positions``.
       table_grid: (G, G'); None for a square table.
       prefix: special tokens, ``model.prefix`` of a ``ViT``.
 

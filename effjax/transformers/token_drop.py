@@ -234,7 +234,7 @@ def token_drop_columns(
     """The columns of every epoch, dropped anew: what ``BucketSampler`` takes for columns that change.
 
     Args:
-      columns: as of ``BucketSampler``: by name, a Hugging Face ``Dataset``, or a list of examples. All columns of one
+      columns: as for ``BucketSampler``: by name, a Hugging Face ``Dataset``, or a list of examples. All columns of one
         integer per token lose what ``input_ids`` lose.
       stop_of_id: from ``stop_ids``; below 0 where the token stays.
       seed: of the draws.
@@ -269,7 +269,7 @@ def drop_as_many_columns(
     """The columns of every epoch, of which every row loses as many tokens as with ``token_drop_columns``, but others.
 
     Args:
-      columns: as of ``token_drop_columns``.
+      columns: as for ``token_drop_columns``.
       stop_of_id: from ``stop_ids``; below 0 where the token stays.
       priority: ``(ids, rng) -> numbers [total]``; the tokens of least priority go.
       special_ids: tokens that go last.

@@ -79,13 +79,13 @@ def upsample_tent(a: Anchors, stride: int, shape: Pixels, *, offset: Pixels = (0
       a: anchors [batch, rows, columns, channels], as many as ``sample_anchors`` takes of such a map.
       stride: pixels from one anchor to the next. Static.
       shape: (height, width) of the map.
-      offset: as of ``sample_anchors``.
+      offset: as for ``sample_anchors``.
 
     Returns:
       [batch, height, width, channels], of the dtype of ``a``.
 
     Raises:
-      ValueError: a map of this shape has another number of anchors; arguments as of ``sample_anchors``.
+      ValueError: a map of this shape has another number of anchors; arguments as for ``sample_anchors``.
 
     Example:
       >>> upsample_tent(jnp.array([0.0, 2.0, 6.0]).reshape(1, 1, 3, 1), 2, (2, 6)).reshape(2, 6)[1].tolist()
@@ -98,10 +98,10 @@ def upsample_nearest(a: Anchors, stride: int, shape: Pixels, *, offset: Pixels =
     """Every pixel copies its nearest anchor, and of two at the same distance the upper or left one.
 
     Args:
-      a: as of ``upsample_tent``.
-      stride: as of ``upsample_tent``.
-      shape: as of ``upsample_tent``.
-      offset: as of ``sample_anchors``.
+      a: as for ``upsample_tent``.
+      stride: as for ``upsample_tent``.
+      shape: as for ``upsample_tent``.
+      offset: as for ``sample_anchors``.
 
     Returns:
       [batch, height, width, channels], of the dtype of ``a``.
@@ -122,13 +122,13 @@ def anchor_mask(shape: Pixels, stride: int, *, offset: Pixels = (0, 0)) -> Bool[
     Args:
       shape: (height, width) of the map.
       stride: pixels from one anchor to the next.
-      offset: as of ``sample_anchors``.
+      offset: as for ``sample_anchors``.
 
     Returns:
       Bool [height, width].
 
     Raises:
-      ValueError: arguments as of ``sample_anchors``.
+      ValueError: arguments as for ``sample_anchors``.
 
     Example:
       >>> anchor_mask((2, 3), 2, offset=(0, 1)).astype(int).tolist()
@@ -175,7 +175,7 @@ def spatially_interpolate(
       alpha: ``"hard"`` or ``"soft"``.
       sample: ``"lattice"`` or ``"avg"``, see ``sample_anchors``.
       interpolation: ``"tent"`` or ``"nearest"``.
-      offset: as of ``sample_anchors``.
+      offset: as for ``sample_anchors``.
       residual: whether X is added.
 
     Returns:

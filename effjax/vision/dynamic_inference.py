@@ -131,7 +131,7 @@ def block_macs(
     """What every block of a network costs for one example, counted from its functions.
 
     Args:
-      blocks: as of ``dynamic_inference``.
+      blocks: as for ``dynamic_inference``.
       params: per block the pair of parameters.
       x: a batch, of which the first example is looked at.
 

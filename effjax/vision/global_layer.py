@@ -130,6 +130,8 @@ class FieldMaps(nn.Module):
       >>> (u, v), variables = jax.eval_shape(FieldMaps(6).init_with_output, jax.random.key(0), g)
       >>> u.shape, variables["params"]["conv_a"]["kernel"].shape
       ((1, 4, 4, 6), (3, 3, 1, 6))
+
+    Source: Kag, Saligrama 2022, CVPR (pp. 610-619).
     """
 
     features: int

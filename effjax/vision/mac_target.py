@@ -165,6 +165,8 @@ def mac_target_loss(
 
     The paper's penalty could not be found. A sum of saliences thins channels and closes no layer, as the values shrink
     while the normalisation's gain grows; a hinge on what is counted as open does.
+
+    Source: Xia, Yin, Dai, Jha 2021, IEEE TETC, arXiv:2007.15151; reconstructed from re-implementations.
     """
     check_number("target", target, low=0)
     check_number("weight", weight, low=0)

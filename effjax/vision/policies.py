@@ -183,7 +183,8 @@ def distil_policy_loss(logits: Bits, gates: Bits, *, mask: Mask | None = None) -
       >>> round(distil_policy_loss(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]])).item(), 4)
       0.6931
 
-    Beyond the paper: gates that decide block after block cannot be sorted beforehand, their policy can.
+    Beyond Xia, Yin, Dai, Jha 2021 (arXiv:2007.15151): gates that decide block after block cannot be sorted
+    beforehand, their policy can.
     """
     check_shape("gates", gates, logits.shape, "One for each logit.")
     logits, hard = wide(logits), wide(jnp.asarray(gates) > 0)

@@ -78,9 +78,9 @@ def si_cnn(
       model: a Linen network that takes its blocks from a field ``block``: a ``ResNet``, an ``InvertedResidualNet``.
       variables: its trained variables.
       images: example input [batch, height, width, channels], or its shape.
-      policy: as of ``interpolated``.
-      config: as of ``interpolated``.
-      logit: as of ``warm_start``.
+      policy: as for ``interpolated``.
+      config: as for ``interpolated``.
+      logit: as for ``warm_start``.
 
     Returns:
       The interpolated network and its variables.

@@ -59,6 +59,12 @@ def test_top_level_is_small_and_whole():
         effjax.samuell  # noqa: B018
 
 
+def test_help_lists_every_method():
+    listed = dict(re.findall(r"^ {4}(\w+) {2,}(\S.*)$", effjax.__doc__, flags=re.MULTILINE))
+    named = {"bucket_sampler": "BucketSampler"}
+    assert {named.get(stem, stem): row.summary for stem, row in effjax.METHODS.items()}.items() <= listed.items()
+
+
 @pytest.mark.parametrize(
     ("typed", "wanted"),
     [
@@ -140,3 +146,5 @@ def test_docstring_says_what_goes_in_and_what_comes_out(path):
     described = re.findall(r"^  \**(\w+):", text.partition("Args:")[2].partition("\n\n")[0], re.MULTILINE)
     assert described == [name.strip("*") for name in signature.parameters]
     assert "raise " not in inspect.getsource(value(path)) or "Raises:" in text
+    # A page of the reference is read alone: "the paper" has a name there.
+    assert not re.search(r"\b[Tt]he paper", text) or re.search(r"\b(19|20)\d\d\b|arXiv", text)

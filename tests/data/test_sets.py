@@ -155,6 +155,17 @@ def test_folder_in_the_environment_comes_before_the_built_in_set(tmp_path, monke
     assert load("fashion_mnist", root=BUILTIN).source.startswith("root (train 12000 rows")
 
 
+def test_a_missing_shard_is_refused_and_only_a_wheel_leaves_one_out(tmp_path, monkeypatch):
+    write(tmp_path / "fashion_mnist/train-00000-of-00002.parquet", grey(20))
+    write(tmp_path / "fashion_mnist/test.parquet", grey(10))
+    with pytest.raises(FileNotFoundError, match=r"holds 1 of the 2 files of the split 'train', train-\*-of-00002"):
+        load("fashion_mnist", root=tmp_path)
+    monkeypatch.setattr(sets, "BUILTIN", tmp_path)
+    assert load("fashion_mnist").source == "built-in (train 20 rows, test 10 rows)"
+    with pytest.raises(FileNotFoundError, match="or choose a built-in set: fashion_mnist"):
+        load("fsdd")
+
+
 def test_a_changed_file_is_read_again(tmp_path):
     path = write(tmp_path / "mnist/train.parquet", grey(10))
     assert len(load("mnist", root=tmp_path).splits["train"]["label"]) == 10

@@ -1167,5 +1167,11 @@ MUTATIONS = (
         "folder is None and named.lower() in _OFF",
         "folder is None and named in _OFF",
         ("train/test_programs.py",),
+    Mutation(
+        "missing-shard",
+        "check",
+        "        if held != int(count):",
+        "        if held > int(count):",
+        ("data/test_sets.py",),
     ),
 )

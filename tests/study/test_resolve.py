@@ -148,6 +148,7 @@ def test_the_wheel_carries_configs_and_data(tmp_path):
         name = hatchling.build_wheel(str(tmp_path))
     finally:
         os.chdir(before)
+    assert (tmp_path / name).stat().st_size < 8e6
     zipfile.ZipFile(tmp_path / name).extractall(tmp_path / "site")
     code = (
         "import effjax; from effjax.study.resolve import configs_folder, resolve; resolve('samuel:smoke');"

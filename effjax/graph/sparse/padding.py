@@ -170,7 +170,7 @@ class GraphBatches(Cursor[jraph.GraphsTuple]):
     """Batches of many small graphs within fixed budgets of nodes, edges and graphs, resumable.
 
     Graphs are taken in a random order until the next would burst the top rung; a batch is padded to the smallest rung
-    that holds it (with one rung all have one shape). Every graph comes once an epoch. All epochs are planned before
+    that holds it (with one rung all have one shape). Every graph comes once per epoch. All epochs are planned before
     the run, from sizes and seed alone, so the shapes and the number of steps are known. By index and as a resumable
     iterator (``get_state``, ``set_state``); every process draws the same batches.
 

@@ -40,7 +40,7 @@ def label_propagation(
       labels: classes in [0, C) at the nodes of ``mask``.
       mask: the nodes whose labels are known.
       classes: C.
-      steps: 0 or more; a label travels one edge a step.
+      steps: 0 or more; a label travels one edge per step.
       alpha: in [0, 1], the share of the neighbours.
 
     Returns:
@@ -158,7 +158,7 @@ def smooth(
       >>> smooth(pair, jnp.full((2, 2), 0.5), jnp.array([1, -1]), jnp.array([True, False]), steps=1, alpha=0.5).tolist()
       [[0.25, 0.75], [0.25, 0.75]]
 
-    Source as of ``correct``.
+    Source as for ``correct``.
     """
     scores = _scores("scores", matrix, scores)
     mask, known = _known(matrix, labels, mask, scores.shape[1])
@@ -203,7 +203,7 @@ def correct_and_smooth(
       >>> correct_and_smooth(pair, jnp.full((2, 2), 0.5), labels, known).argmax(-1).tolist()
       [1, 1]
 
-    Source as of ``correct``.
+    Source as for ``correct``.
     """
     corrected = correct(matrix, probabilities, labels, mask, steps=correct_steps, alpha=correct_alpha, scale=scale)
     return smooth(matrix, corrected, labels, mask, steps=smooth_steps, alpha=smooth_alpha)
