@@ -1167,6 +1167,7 @@ MUTATIONS = (
         "folder is None and named.lower() in _OFF",
         "folder is None and named in _OFF",
         ("train/test_programs.py",),
+    ),
     Mutation(
         "missing-shard",
         "check",
