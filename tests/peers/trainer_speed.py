@@ -69,7 +69,7 @@ def run_trainer(arm: str, folder: str, seed: int, epochs: int, report: Report) -
     def judge() -> tuple[float, float]:
         model.eval()
         losses, right = [], []
-        labels = torch.tensor(data["test_labels"])
+        labels = torch.tensor(data["test_labels"], dtype=torch.int64)
         with torch.inference_mode():
             for start in range(0, len(labels), 64):
                 part = rows["test"][start : start + 64]
@@ -200,8 +200,8 @@ def serve(arm: str, folder: str, seed: int, epochs: int, shapes: int) -> None:
         loss, accuracy = judge()
         found = {"part": part, "seconds": seconds, "waited": waited, "loss": loss, "accuracy": accuracy}
         answers.write(json.dumps(found) + "\n")
-        if part < PARTS:
-            sys.stdin.readline()
+        if part < PARTS and not sys.stdin.readline():  # the first process has ended
+            raise SystemExit(1)
 
     if arm.startswith("trainer"):
         run_trainer(arm, folder, seed, epochs, report)
