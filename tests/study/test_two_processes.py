@@ -1,34 +1,27 @@
 """``effjax compare`` over two processes: the results of one, and SIGTERM to one stops both."""
 
 import json
-import shutil
 import signal
 import socket
 
 import pytest
 from commands import Command
 
-from effjax.core.folders import model_folder
-
 WORDS = ["samuel:smoke", "--settings", "shift", "--grid", "0.1", "--arms", "samuel", "--seeds", "0"]
 
 
-def start(out, steps, processes=2, devices=1, more=((), ()), words=WORDS, models=None):
+def start(out, steps, processes=2, devices=1, more=((), ())):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = ["compare", *words, "--budget.amount", steps, "--train.mesh.data", "-1", "--out", out]
+    words = ["compare", *WORDS, "--budget.amount", steps, "--train.mesh.data", "-1", "--out", out]
     shared = {"JAX_NUM_CPU_DEVICES": str(devices)}
     if processes > 1:
         shared |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
     return [
-        Command(*words, *more[index], environment=shared | {"JAX_PROCESS_ID": str(index), **_models(models, index)})
+        Command(*words, *more[index], environment={**shared, "JAX_PROCESS_ID": str(index)})
         for index in range(processes)
     ]
-
-
-def _models(folders, index):
-    return {"EFFJAX_MODELS": folders[index]} if folders else {}
 
 
 def finish(processes):
@@ -97,23 +90,3 @@ def test_processes_with_different_settings_all_stop_and_name_them(tmp_path):
         assert "process 1 of this run was started with other settings than process 0: " in errors
         assert "momentum is 0.9 in process 0, 0.5 in the other" in errors
     assert not (tmp_path / "out" / "results.json").exists()
-
-
-@pytest.mark.nightly
-@pytest.mark.study
-def test_weights_that_one_host_lacks_stop_both(tmp_path):
-    """As each process reads the whole model, and as each reads its parts."""
-    (tmp_path / "there").mkdir()
-    (tmp_path / "lacking").mkdir()
-    shutil.copytree(model_folder("stories260k", "*.safetensors"), tmp_path / "there" / "mine")
-    words = ["cola:smoke", "--tasks", "sms_spam/mine", "--arms", "lora", "--max-length", "32"]
-    words += ["--train-rows", "16", "--test-rows", "8", "--batch-size", "4"]
-    for rules in ("data", "fsdp"):
-        out = tmp_path / rules
-        more = [("--train.mesh.rules", rules)] * 2
-        models = [str(tmp_path / "there"), str(tmp_path / "lacking")]
-        codes, said = finish(start(out, 2, more=more, words=words, models=models))
-        assert all(codes), said
-        assert "process 1 of this run was refused; its message says why" in said[0][1]
-        assert "'mine'" in said[1][1]
-        assert not (out / "results.json").exists()
