@@ -14,7 +14,7 @@
 # %% [markdown]
 # # Graphs: few labels, one graph, fast
 #
-# Takes about 4 minutes on two CPU cores.
+# Takes about 6 minutes on two CPU cores.
 #
 # Cora is a graph of 2,708 papers that cite each other, in seven fields. The field of a handful is known; what are the
 # others? Five steps: a graph network in plain JAX and Optax; what makes its steps fast; FASTRAIN, self-training that
