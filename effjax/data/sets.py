@@ -12,7 +12,8 @@ import functools
 import math
 import os
 import re
-from collections.abc import Mapping
+import types
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def load(name: str, *, root: str | os.PathLike | None = None) -> DataSet:
     Built in, so that they need no network: ``digits``, ``fashion_mnist`` (12,000 / 3,000 of its
     images), ``fsdd`` (1,500 of its recordings), ``sms_spam``, ``tiny_shakespeare``, ``graphs/cora``
     and ``graphs/citeseer``. A wheel has 6,000 / 3,000 of ``fashion_mnist`` and no ``fsdd``.
-    ``EFFJAX_DATA`` comes before them, and ``source`` tells which was read.
+    ``EFFJAX_DATA`` comes before them, and ``source`` tells which was read, and from how many of its
+    shards where some are not there.
     ``hf:owner/name`` or ``hf:owner/name:config`` is any other set of the Hugging Face hub, all of it
     decoded into memory; splits without labels (all -1) are left out.
 
@@ -79,7 +81,7 @@ def load(name: str, *, root: str | os.PathLike | None = None) -> DataSet:
 
     Raises:
       ValueError: the name is not registered, or a file is damaged or holds something else.
-      FileNotFoundError: no place has the set, or a shard is missing; the message says what to do.
+      FileNotFoundError: no place has the set; the message says what to do.
 
     Example:
       >>> digits = load("digits")
@@ -99,8 +101,6 @@ def load(name: str, *, root: str | os.PathLike | None = None) -> DataSet:
         )
     for place, folder in _places(root):
         if files := _find(name, folder):
-            if place != "built-in":  # a wheel holds some of the shards
-                _check_shards(files)
             marks = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
             return _fresh(_load_files(name, place, marks))
     if root is None and SPECS[name].hub:
@@ -149,15 +149,14 @@ def _find(name: str, folder: Path) -> list[Path]:
     return [*files, counts] if name == "cifar10" and counts.is_file() else files
 
 
-def _check_shards(files: list[Path]) -> None:
-    """Refuse a split of which ``train-00000-of-00002.parquet`` is there and the other shard is not."""
-    shards = [match for path in files if (match := re.fullmatch(r"(\w+)-\d+-of-(\d+)\.\w+", path.name))]
-    for (split, count), held in collections.Counter(match.groups() for match in shards).items():
-        if held != int(count):
-            raise FileNotFoundError(
-                f"{files[0].parent} holds {held} of the {int(count)} files of the split {split!r}, "
-                f"{split}-*-of-{count}. Copy the others to it."
-            )
+def _left_out(files: Sequence[Path]) -> dict[str, str]:
+    """By split, `` from 1 of 2 files`` where other shards are not there: a cut, or a copy that was not finished."""
+    shards = [match.groups() for path in files if (match := re.fullmatch(r"(\w+)-\d+-of-(\d+)\.\w+", path.name))]
+    return {
+        split: f" from {held} of {int(count)} files"
+        for (split, count), held in collections.Counter(shards).items()
+        if held != int(count)
+    }
 
 
 def _missing(name: str, root: str | os.PathLike | None) -> str:
@@ -172,11 +171,12 @@ def _missing(name: str, root: str | os.PathLike | None) -> str:
     )
 
 
-def _source(place: str, splits: Mapping[str, Mapping[str, Column]]) -> str:
+def _source(place: str, splits: Mapping[str, Mapping[str, Column]], left_out: Mapping[str, str]) -> str:
     def rows(columns: Mapping[str, Column]) -> str:
         return f"{len(columns['y'])} nodes" if "edge_index" in columns else f"{len(next(iter(columns.values())))} rows"
 
-    return f"{place} ({', '.join(f'{split} {rows(columns)}' for split, columns in splits.items())})"
+    said = (f"{split} {rows(columns)}{left_out.get(split, '')}" for split, columns in splits.items())
+    return f"{place} ({', '.join(said)})"
 
 
 def _fresh(data: DataSet) -> DataSet:
@@ -217,7 +217,8 @@ def _load_files(name: str, place: str, marks: tuple[tuple[str, int, int], ...]) 
     }
     if files[-1].name == "test_human_counts.parquet" and "test" in splits:
         splits["test"]["human_counts"] = _human_counts(files[-1], splits["test"])
-    return _data_set(name, place, splits, next(iter(classes), tuple(str(i) for i in range(spec.classes))))
+    named = next(iter(classes), tuple(str(i) for i in range(spec.classes)))
+    return _data_set(name, place, splits, named, _left_out(files))
 
 
 @functools.lru_cache(maxsize=2)
@@ -234,7 +235,13 @@ def _load_hub(name: str, address: str) -> DataSet:
     return _data_set(name, f"Hugging Face {address}", splits, classes)
 
 
-def _data_set(name: str, place: str, splits: dict[str, dict[str, Column]], classes: tuple[str, ...]) -> DataSet:
+def _data_set(
+    name: str,
+    place: str,
+    splits: dict[str, dict[str, Column]],
+    classes: tuple[str, ...],
+    left_out: Mapping[str, str] = types.MappingProxyType({}),
+) -> DataSet:
     for columns in splits.values():
         for column in columns.values():
             for array in column if isinstance(column, list) else [column]:
@@ -243,7 +250,7 @@ def _data_set(name: str, place: str, splits: dict[str, dict[str, Column]], class
     spec = SPECS.get(name)
     licence = spec.licence if spec else "see the data set's card on the hub"
     modality = spec.modality if spec else _modality(splits)
-    return DataSet(name, splits, classes, licence, _source(place, splits), modality)
+    return DataSet(name, splits, classes, licence, _source(place, splits, left_out), modality)
 
 
 def _modality(splits: Mapping[str, Mapping[str, Column]]) -> str:

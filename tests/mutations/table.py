@@ -1169,10 +1169,10 @@ MUTATIONS = (
         ("train/test_programs.py",),
     ),
     Mutation(
-        "missing-shard",
-        "check",
-        "        if held != int(count):",
-        "        if held > int(count):",
+        "missing-shard-untold",
+        "comparison",
+        "        if held != int(count)\n    }",
+        "        if held > int(count)\n    }",
         ("data/test_sets.py",),
     ),
 )
