@@ -12,7 +12,7 @@ WORDS = (
     *("--tasks", "sms_spam/encoder-1x8", "--train-rows", "200", "--test-rows", "20", "--max-length", "32"),
     *("--arms", "buckets", "--seeds", "0"),
 )
-COSTS = StepCosts(compile_s=0.5, token_s=1e-4, step_s=1e-3)
+COSTS = StepCosts(compile_s=1e-3, token_s=1e-4, step_s=1e-3)
 
 
 def test_a_study_measures_once_and_keeps_the_numbers(tmp_path, monkeypatch):
