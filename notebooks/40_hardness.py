@@ -14,6 +14,8 @@
 # %% [markdown]
 # # Knowing what is hard
 #
+# Takes about 1 minute on two CPU cores.
+#
 # A small network is right on most inputs and wrong on some. Four ways to live with that: let it abstain, with a
 # guarantee; put a bigger network behind it and ask only where that pays; let it learn from the bigger one what it can
 # learn; and train it under constraints on its predictions. All on Fashion-MNIST, on two CPU cores.

@@ -16,6 +16,8 @@
 # %% [markdown]
 # # Transformers made smaller
 #
+# Takes about 2 minutes on two CPU cores.
+#
 # A small encoder learns to tell spam from short messages. `effjax.axformer` then tries what it can do without: a block,
 # a head, a group of neurons at a time, judged on messages that it was not trained on. No gradients are needed. At the
 # end `effjax.icpc`: one vision transformer for images of several sizes, which spends effort by difficulty.

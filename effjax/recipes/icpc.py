@@ -21,7 +21,7 @@ from effjax.data.augment import random_crop_flip
 from effjax.data.sequences import sequence_data
 from effjax.data.sets import DataSet, load
 from effjax.models.vit import ViT, named_vit
-from effjax.recipes.icpc_measures import CURVES, METRIC, level_measures
+from effjax.recipes.icpc_measures import CURVES, METRIC, check_held_out, level_measures
 from effjax.recipes.icpc_texts import MODALITY, is_text, text_group
 from effjax.recipes.spec import Arm, Claim, Group, Role, StudyConfig
 from effjax.recipes.texts import check_epochs
@@ -166,6 +166,8 @@ def _load(config: IcpcStudy, name: str) -> Loaded:
     sounds = data_name == "spoken_digits" and config.own is None
     data = _spectrograms() if sounds else config.data(data_name, "image")
     data = load(data) if isinstance(data, str) else data
+    rows = len(data.splits["test"]["label"])
+    check_held_out(config, min(rows, config.test_rows or rows))
     height, width = data.splits["train"]["image"].shape[1:3]
     if config.pixels:
         height = width = config.pixels

@@ -16,6 +16,23 @@ METRIC = Metric("accuracy", "max", "test accuracy")
 CURVES = {"sizes": CurveText("Accuracy by size", "tokens, share of the full size's", "test accuracy")}
 
 
+def check_held_out(config: Any, rows: int) -> None:
+    """Refuse, before anything is trained, fewer test rows than the threshold's guarantee needs.
+
+    Args:
+      config: of the study: ``loss`` and ``certify``.
+      rows: test rows, of which every other one is held out for the threshold.
+    """
+    held = (rows + 1) // 2
+    try:
+        level_thresholds(np.ones((held, 2)), np.zeros((held, 2), bool), loss=config.loss, method=config.certify)
+    except ValueError:
+        raise ValueError(
+            f"certify={config.certify!r}: {rows} test rows are too few for loss={config.loss:g} (half of them find the "
+            "threshold). Give more test rows, a larger loss, or certify='search', which guarantees nothing."
+        ) from None
+
+
 def level_measures(
     config: Any, logits: np.ndarray, labels: np.ndarray, tokens: Sequence[float], names: Sequence[str]
 ) -> dict[str, Any]:

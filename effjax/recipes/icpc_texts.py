@@ -13,7 +13,7 @@ from effjax.core.shapes import pad_to
 from effjax.data.files import fitting_modality
 from effjax.data.ragged import Ragged, padded_columns
 from effjax.optim.batch_size import adamw_by_batch_size
-from effjax.recipes.icpc_measures import CURVES, METRIC, level_measures
+from effjax.recipes.icpc_measures import CURVES, METRIC, check_held_out, level_measures
 from effjax.recipes.spec import Arm, Group, Role
 from effjax.recipes.texts import bucketed
 from effjax.tasks.task import Task
@@ -70,6 +70,7 @@ def _load(config: Any, name: str) -> Loaded:
         raise ValueError(
             f"{name} has {task.classes} outputs; a cascade reads the probabilities of two or more classes."
         )
+    check_held_out(config, len(task.test["label"]))
     stops = vocabulary_stop_ids(task.tokenizer)
     ids: Any = task.test["input_ids"]
     short = [compress_text(ids, stops, share, seed=0, epoch=0)[1] for share in config.dropped]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from effjax.recipes.icpc import IcpcStudy, _adamw, _dividing
-from effjax.recipes.icpc_measures import level_measures
+from effjax.recipes.icpc_measures import check_held_out, level_measures
 from effjax.train.options import Budget
 
 
@@ -75,3 +75,12 @@ def test_the_cascade_is_judged_on_other_rows_than_its_threshold():
     assert found["cascade_cost"] == found["cascade_least"] == 0.25 + 0.5
     assert found["cascade_harm"] == 0.5
     assert found["sizes"].x == [0.25, 1.0]
+
+
+@pytest.mark.parametrize(("certify", "rows"), [("ltt", 1194), ("conformal", 396)])
+def test_too_few_test_rows_for_the_guarantee_are_refused_before_training(certify, rows):
+    config = study(certify=certify)
+    with pytest.raises(ValueError, match=rf"certify='{certify}': {rows} test rows are too few for loss=0.005"):
+        check_held_out(config, rows)
+    check_held_out(config, rows + 2)
+    check_held_out(study(certify="search"), 2)
