@@ -14,6 +14,8 @@
 # %% [markdown]
 # # Networks for images that compute less
 #
+# Takes about 5 minutes on two CPU cores.
+#
 # Three ways to spend less on an image, and what each looks like on pictures: one Global layer in place of many blocks,
 # blocks that compute on a grid of anchors, and gates that decide for every image which blocks run. Fashion-MNIST, on
 # two CPU cores. What they gain and lose is in the cards of `global_layer`, `si_cnn` and `dynamic_inference`.
