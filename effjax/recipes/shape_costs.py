@@ -17,10 +17,11 @@ from effjax.tasks.task import Task
 from effjax.train.costs import from_first_process, measure_costs
 from effjax.train.loaders import token_counts
 from effjax.train.prepared import Prepared
-from effjax.train.program import Loader
+from effjax.train.program import Loader, Program
 from effjax.train.trainer import supervised
 
-_KNOWN: dict[int, tuple[Task, StepCosts]] = {}
+_KNOWN: dict[str, StepCosts] = {}
+"""What this process has measured, so that all arms plan alike where nothing is kept in a folder."""
 
 
 def study_costs(config: Any, task: Task) -> StepCosts:
@@ -33,12 +34,6 @@ def study_costs(config: Any, task: Task) -> StepCosts:
       config: a study on texts: ``batch_size``, ``tokens`` and ``train`` count.
       task: of its arms.
     """
-    if id(task) not in _KNOWN:
-        _KNOWN[id(task)] = task, _found(config, task)  # the task is held, so that its id stays its own
-    return _KNOWN[id(task)][1]
-
-
-def _found(config: Any, task: Task) -> StepCosts:
     if len(np.unique(task.train["input_ids"].lengths)) == 1:
         return StepCosts(compile_s=1.0, token_s=0.0)  # there is one ladder
     sampler = BucketSampler(
@@ -57,7 +52,13 @@ def _found(config: Any, task: Task) -> StepCosts:
         counts=token_counts,
     )
     prepared = Prepared(program, config.train)
-    path = _path(prepared, sampler.shapes)
+    key = _key(prepared, sampler.shapes)
+    if key not in _KNOWN:
+        _KNOWN[key] = _found(prepared, program, sampler, _path(key))
+    return _KNOWN[key]
+
+
+def _found(prepared: Prepared, program: Program, sampler: BucketSampler, path: Path | None) -> StepCosts:
     if agreed(int(path is not None and path.exists())):
         saved = json.loads(path.read_text()) if path is not None and path.exists() else StepCosts(1.0, 0.0)._asdict()
         return from_first_process(StepCosts(**saved))
@@ -71,11 +72,12 @@ def _found(config: Any, task: Task) -> StepCosts:
     return costs
 
 
-def _path(prepared: Prepared, shapes: Any) -> Path | None:
+def _key(prepared: Prepared, shapes: Any) -> str:
+    about = [str(prepared.abstract), shapes, hardware()]
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _path(key: str) -> Path | None:
     """Where the costs of this step on this machine are kept."""
     folder = getattr(jax.config, "jax_compilation_cache_dir", None)
-    if not folder or "://" in folder:
-        return None
-    about = [str(prepared.abstract), shapes, hardware()]
-    key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return Path(folder) / "effjax_step_costs" / f"{key}.json"
+    return Path(folder) / "effjax_step_costs" / f"{key}.json" if folder and "://" not in folder else None

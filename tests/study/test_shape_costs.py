@@ -23,7 +23,7 @@ def test_a_study_measures_once_and_keeps_the_numbers(tmp_path, monkeypatch):
         return COSTS
 
     monkeypatch.setattr(shape_costs, "measure_costs", measure)
-    monkeypatch.setattr(shape_costs, "_path", lambda prepared, shapes: path)
+    monkeypatch.setattr(shape_costs, "_path", lambda key: path)
     study = resolve("bucket_sampler:smoke", ("--max-shapes", "auto", *WORDS))
     assert study.groups()[0].arms[0].label == "BucketSampler, shapes by their cost"
     assert not [claim for claim in study.claims["sms_spam-encoder-1x8"] if claim.of == "compiles"]
