@@ -31,6 +31,7 @@ from effjax.finetune.lora import (
     mesh_of,
     only_adapters,
     only_whole,
+    placed,
 )
 from effjax.finetune.lora_layout import out_first
 from effjax.finetune.restart import cola_reset
@@ -118,15 +119,14 @@ def chain_memory(params: PyTree, lora: Lora, config: ColaConfig) -> tuple[Lora |
     past = None
     if config.most_links > 1 and (config.merge == "lazy" or config.keep_links):
         grow = config.most_links - 1
-        past = {
+        links = {
             path: {
                 "a": jnp.zeros_like(jnp.concatenate([adapter["a"]] * grow, axis=-1)),
                 "b": jnp.zeros_like(jnp.concatenate([adapter["b"]] * grow, axis=-2)),
             }
             for path, adapter in lora.items()
         }
-    if past is not None and mesh_of(params) is not None:
-        past = jax.device_put(past, jax.tree.map(lambda leaf: leaf.sharding, lora))
+        past = placed(params, links)
     return past, master or None
 
 

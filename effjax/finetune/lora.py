@@ -82,7 +82,7 @@ def lora_init(key: jax.Array, params: PyTree, config: LoraConfig) -> Lora:
     shapes = dict(leaves)
     settings = {path: (layout(path, rule, shapes), rule, config) for path, _, rule in targets}
     adapters = {path: _adapter(key, path, shapes[path], settings[path]) for path in settings}
-    return _placed(params, adapters) | _whole(params, config, adapters)
+    return placed(params, adapters) | _whole(params, config, adapters)
 
 
 def _whole(params: PyTree, config: LoraConfig, adapters: Lora) -> Lora:
@@ -120,8 +120,8 @@ def mesh_of(params: PyTree) -> Mesh | None:
     return None
 
 
-def _placed(params: PyTree, adapters: Lora) -> Lora:
-    """The adapters where their kernels lie."""
+def placed(params: PyTree, adapters: Lora) -> Lora:
+    """Adapters, or past links of them, where their kernels lie; traced ones too."""
     mesh = mesh_of(params)
     if mesh is None:
         return adapters
