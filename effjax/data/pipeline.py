@@ -364,13 +364,32 @@ def put_batch(batch: Any, *, sharding: Any = None, device: Any = None) -> Any:
 
     Returns:
       The batch on the device, with several processes as global arrays.
+
+    Raises:
+      ValueError: with several processes, a sharding that asks a process for other rows than its own, as where an axis
+        that does not split the rows runs over processes.
     """
     if sharding is None:
         with jax.default_device(device or _default_device()):
             return jax.device_put(batch)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
+    for part in jax.tree.leaves(batch):
+        _check_own_rows(np.shape(part), sharding, jax.process_count())
     return jax.tree.map(lambda part: jax.make_array_from_process_local_data(sharding, part), batch)
+
+
+def _check_own_rows(shape: tuple[int, ...], sharding: Any, processes: int) -> None:
+    """Refuse a layout in which JAX would take the rows of one process for those of another, or for all."""
+    rows = shape[0] * processes
+    indices = sharding.addressable_devices_indices_map((rows, *shape[1:])).values()
+    held = {index[0].indices(rows)[:2] for index in indices if index is not None}
+    if (asked := sum(end - start for start, end in held)) != shape[0]:
+        raise ValueError(
+            f"mesh: each of the {processes} processes reads {shape[0]} of a batch's {rows} rows, but its devices hold "
+            f"{asked} of them. Give the axis 'data' a multiple of {processes} devices, and lay the other axes inside a "
+            "process."
+        )
 
 
 class _Worker:

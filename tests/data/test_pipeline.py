@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 import traceback
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effjax.data.pipeline import Batches, ResumableIterator, batches, prefetch_to_device
+from effjax.data.pipeline import Batches, ResumableIterator, batches, prefetch_to_device, put_batch
 
 
 def rows(n: int) -> dict[str, np.ndarray]:
@@ -366,3 +367,24 @@ def test_a_batch_is_the_callers_own():
         batch = next(Batches(data, 4, seed=0, shuffle=shuffle))
         batch["x"][:] = -1
         assert data["x"].tolist() == list(range(8))
+
+
+class Held(NamedTuple):
+    """Of a sharding, the slices of the leading axis that this process's devices hold."""
+
+    slices: tuple[slice, ...]
+
+    def addressable_devices_indices_map(self, shape):
+        return {device: (rows, *[slice(None)] * (len(shape) - 1)) for device, rows in enumerate(self.slices)}
+
+
+def test_a_process_puts_no_rows_that_its_devices_do_not_hold(monkeypatch):
+    """Four processes of 2 of 8 rows: each its own quarter, or halves and all of them, which it has not read."""
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda sharding, part: part)
+    batch = {"x": np.zeros((2, 3)), "y": np.zeros(2)}
+    for own in (Held((slice(2, 4),)), Held((slice(2, 3), slice(3, 4), slice(3, 4)))):
+        assert put_batch(batch, sharding=own) == batch
+    for shared, rows in (Held((slice(0, 4),) * 2), 4), (Held((slice(None),)), 8):
+        with pytest.raises(ValueError, match=rf"reads 2 of a batch's 8 rows, but its devices hold {rows} of them"):
+            put_batch(batch, sharding=shared)
