@@ -28,7 +28,7 @@ WITHOUT_BATCHES = {"fastrain", "geeni", "hybrid"}
 they say so."""
 
 # They train networks before the study, on one device, which several processes do not have.
-ONE_PROCESS = {"hybrid", "disk"}
+ONE_PROCESS = {"hybrid", "disk", "cola"}
 
 # Case, words of the mesh -> why it cannot be.
 REFUSED = {
